@@ -1,0 +1,47 @@
+# Needs python3 (3.11 or later) with its venv module, and make. Everything else goes into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PROMPT ?= The capital of France is
+PYTEST_ARGS ?=
+
+export KERAS_BACKEND := jax
+
+.DELETE_ON_ERROR:
+.PHONY: help generate test lint types clean
+
+help:
+	@echo "make generate   write text with the default preset (PROMPT='...' to choose the prompt)"
+	@echo "make test       run every test (PYTEST_ARGS='-m \"not real\"' for the fast ones)"
+	@echo "make lint       ruff: rules and format"
+	@echo "make types      mypy"
+	@echo "make clean      remove $(VENV)"
+
+# Each stamp is made last, so that an install that was cut off starts again.
+$(VENV)/installed-core: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+# torch on its own first: its plain version number lets pip take a CPU build where one is offered.
+$(VENV)/installed-dev: $(VENV)/installed-core
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+generate: $(VENV)/installed-core
+	$(BIN)/python scripts/generate.py --prompt "$(PROMPT)"
+
+# One run: tests/conftest.py puts the tests marked `real` last.
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/installed-dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+types: $(VENV)/installed-dev
+	$(BIN)/python -m mypy
+
+clean:
+	rm -rf $(VENV)

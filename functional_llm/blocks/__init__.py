@@ -1,0 +1,1 @@
+"""Parts of language models: functions that build layers and graphs. No family is named here."""

@@ -1,0 +1,66 @@
+"""Self-attention as parts in order.
+
+Shapes: B batch, T tokens, D model, N query heads, K key/value heads, H head size.
+
+A *part* is a layer, or a function `(x, inputs) -> x` that may use the block's other inputs.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+from functional_llm.composite import CompositeLayer
+from functional_llm.layers import AttentionDotProduct, KVCacheLookup
+
+Part = keras.layers.Layer | Callable[[Any, dict[str, Any]], Any]
+
+
+def apply_parts(parts: Sequence[Part], x: Any, inputs: dict[str, Any]) -> Any:
+    """Returns `x` after the parts, in the order written."""
+    for part in parts:
+        x = part(x) if isinstance(part, keras.layers.Layer) else part(x, inputs)
+    return x
+
+
+def heads(num_heads: int, head_dim: int, name: str, use_bias: bool = False) -> Part:
+    """Projects (B, T, D) to (B, T, num_heads, H) by one Dense called `name`."""
+    project = keras.layers.Dense(num_heads * head_dim, use_bias=use_bias, name=name)
+    split = keras.layers.Reshape((-1, num_heads, head_dim), name=f"{name}_heads")
+    return lambda x, inputs: split(project(x))
+
+
+def attention(
+    query: Sequence[Part],
+    key: Sequence[Part],
+    value: Sequence[Part],
+    output: keras.layers.Layer,
+    product: AttentionDotProduct | None = None,
+) -> CompositeLayer:
+    """Self-attention over the new tokens and what the cache holds.
+
+    Args:
+        query: Parts from (B, T, D) to (B, T, N, H).
+        key: Parts from (B, T, D) to (B, T, K, H).
+        value: Parts from (B, T, D) to (B, T, K, H).
+        output: Layer from (B, T, N * H) to (B, T, D).
+        product: The attention itself. Defaults to `AttentionDotProduct()`.
+
+    Returns:
+        Layer from `{"x": (B, T, D), "positions", "mask", "rotation", "cache"}` to
+        `{"x": (B, T, D), "cache": {"key", "value"}}`.
+    """
+    product = product or AttentionDotProduct(name="dot_product")
+
+    def body(inputs: dict[str, Any]) -> dict[str, Any]:
+        x = inputs["x"]
+        q_BTNH = apply_parts(query, x, inputs)
+        new = {"key": apply_parts(key, x, inputs), "value": apply_parts(value, x, inputs)}
+        visible, cache = KVCacheLookup(name="kv_cache_lookup")(
+            {"new": new, "cache": inputs["cache"], "positions": inputs["positions"]}
+        )
+        attended = product({"query": q_BTNH, **visible, "mask": inputs["mask"]})
+        merge = keras.layers.Reshape((-1, q_BTNH.shape[2] * q_BTNH.shape[3]), name="merge_heads")
+        return {"x": output(merge(attended)), "cache": cache}
+
+    return CompositeLayer(body, name="attention")

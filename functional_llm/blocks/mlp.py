@@ -1,0 +1,39 @@
+"""Feed-forward blocks."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from functional_llm.composite import CompositeLayer
+
+ACTIVATIONS = {
+    "silu": ops.silu,
+    "gelu": lambda x: ops.gelu(x, approximate=False),
+    "gelu_approximate": lambda x: ops.gelu(x, approximate=True),
+    "relu": ops.relu,
+}
+
+
+def gated_mlp(
+    intermediate_dim: int, hidden_dim: int, activation: str, use_bias: bool = False
+) -> CompositeLayer:
+    """down(activation(gate(x)) * up(x)), each a Dense.
+
+    Args:
+        intermediate_dim: Width of gate and up.
+        hidden_dim: Width of the result.
+        activation: A key of `ACTIVATIONS`.
+        use_bias: Whether the three Dense layers have a bias.
+
+    Reference:
+        [GLU Variants Improve Transformer](https://arxiv.org/abs/2002.05202).
+    """
+    gate = keras.layers.Dense(intermediate_dim, use_bias=use_bias, name="gate")
+    up = keras.layers.Dense(intermediate_dim, use_bias=use_bias, name="up")
+    down = keras.layers.Dense(hidden_dim, use_bias=use_bias, name="down")
+
+    def body(x: Any) -> Any:
+        return down(ACTIVATIONS[activation](gate(x)) * up(x))
+
+    return CompositeLayer(body, name="mlp")

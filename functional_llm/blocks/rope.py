@@ -1,0 +1,160 @@
+"""Rotary position embedding: how fast each pair of channels turns, and the turning.
+
+Shapes: B batch, T tokens, H head size.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from keras import ops
+
+
+class RopeScaling(Protocol):
+    """How a model stretches RoPE beyond the length it was trained at first."""
+
+    @property
+    def magnitude(self) -> float:
+        """Factor on cosine and sine."""
+
+    def frequencies(self, base: np.ndarray, max_wavelength: float) -> np.ndarray:
+        """Returns the scaled angles per position (H/2), from the unscaled ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """Positions divided by a factor.
+
+    Reference:
+        [Position Interpolation](https://arxiv.org/abs/2306.15595).
+    """
+
+    factor: float
+    magnitude = 1.0
+
+    def frequencies(self, base: np.ndarray, max_wavelength: float) -> np.ndarray:
+        return base / np.float32(self.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Long wavelengths divided by a factor, short ones kept, a linear ramp between.
+
+    Reference:
+        [The Llama 3 Herd of Models](https://arxiv.org/abs/2407.21783); the formula is in Meta's
+        `llama_models`, `apply_scaling`.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_sequence_length: int
+    magnitude = 1.0
+
+    def frequencies(self, base: np.ndarray, max_wavelength: float) -> np.ndarray:
+        turns = self.original_max_sequence_length * base / (2 * np.pi)
+        ramp = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept = np.clip(ramp, 0.0, 1.0)
+        return (kept * base + (1 - kept) * base / self.factor).astype("float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """Channels interpolated by how often they turn within the original length.
+
+    Reference:
+        [YaRN](https://arxiv.org/abs/2309.00071), section 3.
+    """
+
+    factor: float
+    original_max_sequence_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+    @property
+    def magnitude(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
+        return self._magnitude(1.0)
+
+    def _magnitude(self, mscale: float) -> float:
+        return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
+
+    def frequencies(self, base: np.ndarray, max_wavelength: float) -> np.ndarray:
+        dim = 2 * base.shape[0]
+        low = self._channel(self.beta_fast, dim, max_wavelength)
+        high = self._channel(self.beta_slow, dim, max_wavelength)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        span = high - low if high != low else 0.001
+        interpolated = np.clip((np.arange(dim // 2, dtype="float32") - low) / span, 0.0, 1.0)
+        kept = 1 - interpolated
+        return (base / self.factor * (1 - kept) + base * kept).astype("float32")
+
+    def _channel(self, turns: float, dim: int, max_wavelength: float) -> float:
+        """The channel that turns so many times within the original length."""
+        length = self.original_max_sequence_length
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(max_wavelength))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrequencyFactors:
+    """A divisor for each pair of channels, as GGUF files store any scaling (`rope_freqs`)."""
+
+    factors: tuple[float, ...]
+    magnitude = 1.0
+
+    def frequencies(self, base: np.ndarray, max_wavelength: float) -> np.ndarray:
+        return base / np.asarray(self.factors, dtype="float32")
+
+
+def rotation(
+    positions_BT: Any, head_dim: int, max_wavelength: float, scaling: RopeScaling | None = None
+) -> dict[str, Any]:
+    """Returns cosine and signed sine of every position's angles, for `rotary`.
+
+    Args:
+        positions_BT: (B, T) integers.
+        head_dim: H, even.
+        max_wavelength: Wavelength of the slowest channel, divided by 2 pi (theta, base).
+        scaling: How frequencies are stretched; `None` for not at all.
+
+    Returns:
+        `{"cos": (B, T, 1, H), "sin": (B, T, 1, H)}`, float32. The first half of `sin` is negative.
+
+    Reference:
+        [RoFormer](https://arxiv.org/abs/2104.09864), with channels i and i + H/2 as a pair.
+    """
+    if head_dim % 2:
+        raise ValueError(f"RoPE turns pairs of channels: expected an even head_dim, got {head_dim}.")
+    exponents = np.arange(0, head_dim, 2, dtype="float32") / np.float32(head_dim)
+    frequencies = (1.0 / np.float32(max_wavelength) ** exponents).astype("float32")
+    magnitude = 1.0
+    if scaling is not None:
+        frequencies = scaling.frequencies(frequencies, max_wavelength)
+        magnitude = scaling.magnitude
+    angles = ops.cast(ops.expand_dims(positions_BT, (2, 3)), "float32") * frequencies
+    cos, sin = ops.cos(angles) * magnitude, ops.sin(angles) * magnitude
+    return {
+        "cos": ops.concatenate([cos, cos], axis=-1),
+        "sin": ops.concatenate([-sin, sin], axis=-1),
+    }
+
+
+def rotary() -> Callable[[Any, dict[str, Any]], Any]:
+    """Part that turns (B, T, heads, H) by the block's input "rotation"."""
+
+    def rotate(x: Any, inputs: dict[str, Any]) -> Any:
+        cos, sin = inputs["rotation"]["cos"], inputs["rotation"]["sin"]
+        return x * cos + ops.roll(x, x.shape[-1] // 2, axis=-1) * sin
+
+    return rotate
