@@ -6,6 +6,7 @@ PROMPT ?= The capital of France is
 PYTEST_ARGS ?=
 
 export KERAS_BACKEND := jax
+export PROMPT
 
 .DELETE_ON_ERROR:
 .PHONY: help generate test lint types clean
@@ -30,7 +31,7 @@ $(VENV)/installed-dev: $(VENV)/installed-core
 	touch $@
 
 generate: $(VENV)/installed-core
-	$(BIN)/python scripts/generate.py --prompt "$(PROMPT)"
+	$(BIN)/python scripts/generate.py --prompt "$$PROMPT"
 
 # One run: tests/conftest.py puts the tests marked `real` last.
 test: $(VENV)/installed-dev

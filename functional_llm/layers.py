@@ -90,7 +90,7 @@ class KVCacheLookup(keras.layers.Layer):
             updated = tree.map_structure(lambda n, c: _store_one(n, c, positions_BT), new, cache)
             return updated, updated
         visible = tree.map_structure(lambda n, c: ops.concatenate([c, n], axis=1), new, cache)
-        updated = tree.map_structure(lambda n, c: _store_many(n, c, positions_BT), new, cache)
+        updated = tree.map_structure(lambda n, c: store(n, c, positions_BT), new, cache)
         return visible, updated
 
     def compute_output_spec(self, inputs: dict[str, Any]) -> tuple[Any, Any]:
@@ -121,11 +121,19 @@ def _store_one(new: Any, cache: Any, positions_B1: Any) -> Any:
     return ops.scatter_update(cache, index_B2, value[:, 0])
 
 
-def _store_many(new: Any, cache: Any, positions_BT: Any) -> Any:
+def store(new: Any, cache: Any, positions_BT: Any) -> Any:
     """Fills every slot with the last new token that belongs there, if any does.
 
     By gathering rather than scattering: two tokens of one call may belong into the same slot of
     a ring, and which write of a scatter comes last is not defined.
+
+    Args:
+        new: (B, T, ...).
+        cache: (B, S, ...).
+        positions_BT: Positions of the new tokens, -1 for padding.
+
+    Returns:
+        (B, S, ...), in the cache's dtype.
     """
     slots = ops.shape(cache)[1]
     latest_B1 = ops.max(positions_BT, axis=1, keepdims=True)
@@ -186,13 +194,17 @@ class AttentionDotProduct(keras.layers.Layer):
         mask_B11TS = ops.expand_dims(inputs["mask"], (1, 2))
         # Finite, so that a padding token, which sees nothing, gives numbers and not NaN.
         scores_BKGTS = ops.where(mask_B11TS, scores_BKGTS, -1e30)
-        weights_BKGTS = ops.cast(ops.softmax(scores_BKGTS, axis=-1), v_BSKH.dtype)
+        # Not ops.softmax: it warns where there is a single slot.
+        weights_BKGTS = ops.exp(scores_BKGTS - ops.max(scores_BKGTS, axis=-1, keepdims=True))
+        weights_BKGTS = weights_BKGTS / ops.sum(weights_BKGTS, axis=-1, keepdims=True)
+        weights_BKGTS = ops.cast(weights_BKGTS, v_BSKH.dtype)
         return ops.reshape(
-            ops.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH), ops.shape(q_BTNH)
+            ops.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH), (*ops.shape(q_BTNH)[:3], v_BSKH.shape[3])
         )
 
     def compute_output_spec(self, inputs: dict[str, Any]) -> keras.KerasTensor:
-        return keras.KerasTensor(inputs["query"].shape, dtype=self.compute_dtype)
+        shape = (*inputs["query"].shape[:3], inputs["value"].shape[3])
+        return keras.KerasTensor(shape, dtype=self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "scale": self.scale, "soft_cap": self.soft_cap}

@@ -71,6 +71,9 @@ class Backbone(keras.Model):
     def input_spec(self, value: Any) -> None:
         """Ignored; Keras sets it to None."""
 
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(tree.map_structure(_as_tensor, inputs), *args, **kwargs)
+
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         full = self.complete_inputs(inputs)
         outputs = super().call(full, training=training)
@@ -116,7 +119,6 @@ class Backbone(keras.Model):
         }
 
     def _check_tokens(self, token_ids: Any) -> Any:
-        token_ids = ops.convert_to_tensor(token_ids)
         if len(token_ids.shape) != 2 or not keras.backend.is_int_dtype(token_ids.dtype):
             raise ValueError(
                 f"Expected token_ids of shape (batch, tokens) and an integer dtype, received shape "
@@ -166,6 +168,11 @@ class Backbone(keras.Model):
     def vocabulary_size(self) -> int:
         """Number of tokens."""
         return self.output["logits"].shape[-1]
+
+
+def _as_tensor(x: Any) -> Any:
+    """Keras refuses a mixture of numpy arrays and tensors."""
+    return x if x is None or isinstance(x, keras.KerasTensor) else ops.convert_to_tensor(x)
 
 
 def _default_positions(token_ids: Any, cache: Any) -> Any:
@@ -267,4 +274,7 @@ def _dtype_policy(dtype: str) -> Iterator[None]:
 
 
 def _progress_bar(items: Iterator[Any], total: int) -> Iterator[Any]:
-    return iter(tqdm(items, total=total, desc="Loading weights", unit="tensor", leave=False))
+    # On a terminal only (`disable=None`).
+    return iter(
+        tqdm(items, total=total, desc="Loading weights", unit="tensor", leave=False, disable=None)
+    )

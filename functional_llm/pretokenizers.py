@@ -1,8 +1,8 @@
 """How byte-pair vocabularies of GGUF files cut text into words, by llama.cpp's name for it.
 
-A GGUF file stores no regular expression, only a name (`tokenizer.ggml.pre`). The expressions are those
-of the models' own tokenizer.json where these are known, in Oniguruma's syntax. They apply in turn: each
-cuts the pieces that the one before it left, and both matches and the text between them are pieces.
+A GGUF file stores no regular expression, only a name (`tokenizer.ggml.pre`). The expressions are
+those of the models' own tokenizer.json where these are known, in Oniguruma's syntax. They apply in
+turn: each cuts the pieces that the one before it left; matches and what lies between are pieces.
 
 Reference: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
 """
@@ -34,9 +34,7 @@ _HAN_AND_KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _LLAMA3 = (
-    _CONTRACTIONS
-    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    + _SPACES
+    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
 )
 _ONE_DIGIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
 _QWEN2 = _CONTRACTIONS + "|" + _ONE_DIGIT
@@ -90,21 +88,13 @@ _BAILING = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-_SEED_CODER = (
-    _CONTRACTIONS
-    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|"
-    + _SPACES
-)
+_SEED_CODER = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|" + _SPACES
 _EXAONE_MOE = (
     _CONTRACTIONS
     + r"|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}"
     + r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-_MINICPM5 = (
-    _CONTRACTIONS
-    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    + _SPACES
-)
+_MINICPM5 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
 _LINES = r"[^\n]+|\n+"
 
 # The letters with case of the Unicode version that DeepSeek's tokenizer was made with.
@@ -207,28 +197,23 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     **dict.fromkeys(("gpt-4o", "kanana2", "llama4", "minimax-m2", "talkie"), _gpt4o),
     **dict.fromkeys(("cohere2moe", "tiny_aya"), _tiny_aya),
     **dict.fromkeys(
-        (
-            "codeshell command-r exaone mellum2 minerva-7b refact smollm starcoder"
-        ).split(),
+        "codeshell command-r exaone mellum2 minerva-7b refact smollm starcoder".split(),
         _digits_then_gpt2,
     ),
     **dict.fromkeys(
         (
-            "a.x-4.0 exaone4 gigachat gpt-2 granite-docling jais jina-de jina-es jina-v1-en jina-v2-code "
-            "jina-v2-de jina-v2-es mellum modern-bert mpt olmo phi-2 roberta-bpe trillion"
+            "a.x-4.0 exaone4 gigachat gpt-2 granite-docling jais jina-de jina-es jina-v1-en "
+            "jina-v2-code jina-v2-de jina-v2-es mellum modern-bert mpt olmo phi-2 roberta-bpe "
+            "trillion"
         ).split(),
         _gpt2,
     ),
     **dict.fromkeys(
-        (
-            "falcon-h1 falcon3 jina-v5-nano lfm2 llama-bpe llama-v3 llama3 midm-2.0 pixtral"
-        ).split(),
+        "falcon-h1 falcon3 jina-v5-nano lfm2 llama-bpe llama-v3 llama3 midm-2.0 pixtral".split(),
         _llama3_bos,
     ),
     **dict.fromkeys(
-        (
-            "deepseek-r1-qwen f2llmv2 grok-2 hunyuan kormo megrez qwen2 solar-open stablelm2"
-        ).split(),
+        "deepseek-r1-qwen f2llmv2 grok-2 hunyuan kormo megrez qwen2 solar-open stablelm2".split(),
         _qwen2,
     ),
 }

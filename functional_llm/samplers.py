@@ -420,13 +420,14 @@ def _draw(mass_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
         return jax.random.randint(key, (), jnp.uint32(0), total, jnp.uint32)
 
     point_B1 = jax.vmap(draw_below)(keys_B, end_BC[:, -1])[:, None]
-    block_B1 = jnp.argmax(end_BC > point_B1, axis=-1, keepdims=True).astype(jnp.int32)
+    block_B1 = jnp.sum(end_BC <= point_B1, axis=-1, keepdims=True, dtype=jnp.int32)
     mass_BW = jnp.take_along_axis(mass_BCW, block_B1[:, :, None], axis=1)[:, 0]
-    end_B1 = jnp.take_along_axis(end_BC, block_B1, axis=1)
-    start_B1 = end_B1 - jnp.sum(mass_BW, axis=-1, keepdims=True)
-    token_BW = start_B1 + jnp.cumsum(mass_BW, axis=-1) > point_B1
-    token_B1 = jnp.argmax(token_BW, axis=-1, keepdims=True).astype(jnp.int32)
-    return (block_B1 * jnp.int32(_BLOCK) + token_B1)[:, 0]
+    start_B1 = jnp.take_along_axis(end_BC, block_B1, axis=1) - jnp.sum(mass_BW, -1, keepdims=True)
+    end_BW = start_B1 + jnp.cumsum(mass_BW, axis=-1)
+    token_B1 = jnp.sum(end_BW <= point_B1, axis=-1, keepdims=True, dtype=jnp.int32)
+    # NaN logits have no sum to draw from; an id outside the vocabulary would do harm further on.
+    last = jnp.int32(mass_BV.shape[-1] - 1)
+    return jnp.clip(block_B1 * jnp.int32(_BLOCK) + token_B1, 0, last)[:, 0]
 
 
 def _check(

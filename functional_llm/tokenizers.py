@@ -2,10 +2,10 @@
 
 `TextTokenizer` holds what every model needs: special ids, chat template, streaming. The cut of text
 into tokens is left to one of two engines: `TokenizersEngine` (a tokenizer.json, or the byte-pair
-vocabulary of a GGUF file) and `SentencePieceEngine` (a .model, or the sentencepiece vocabulary of a
-GGUF file). An engine encodes, and says which bytes a token stands for; decoding is the same for all.
+vocabulary of a GGUF file) and `SentencePieceEngine` (a .model, or the vocabulary with scores of a
+GGUF file). An engine encodes, and says which bytes a token stands for; decoding is one for all.
 
-Reference: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp (GGUF vocabularies)
+Reference: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp (GGUF files)
 """
 
 import codecs
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from operator import index
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self, overload
 
 import sentencepiece
 import tokenizers
@@ -30,8 +30,8 @@ from functional_llm.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 SPACE = "▁"
 # Tokens that end a turn under every name that models gave them. Many files name only one `eos`.
 END_OF_TURN = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> "
-    "<|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> "
+    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <eos> "
+    "<|endoftext|> <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <turn|> "
     "<|tool_response> <｜end▁of▁sentence｜> [e~[".split()
 )
 _GGUF = "tokenizer.ggml"
@@ -178,6 +178,23 @@ class TextTokenizer:
             partial(self._token_bytes, skipped), self.engine.adds_space and not continues
         )
 
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tokenize: Literal[False] = False,
+        **variables: Any,
+    ) -> str: ...
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tokenize: Literal[True],
+        **variables: Any,
+    ) -> list[int]: ...
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -309,10 +326,7 @@ class TokenizersEngine:
 
 def _decoding_steps(decoder: Any) -> tuple[list[Callable[[str], str | bytes]], bool]:
     """The decoder of a tokenizer.json, as functions of one token."""
-    if decoder is None:
-        # The library then joins tokens with a space.
-        return [" ".__add__], True
-    state = json.loads(decoder.__getstate__())
+    state: dict[str, Any] = json.loads(decoder.__getstate__()) if decoder else {"type": None}
     steps: list[Callable[[str], str | bytes]] = []
     adds_space = False
     for part in state["decoders"] if state["type"] == "Sequence" else [state]:
@@ -463,7 +477,8 @@ def _facts_from_directory(path: Path) -> dict[str, Any]:
 
 
 def _engine_from_directory(path: Path, config: Mapping[str, Any]) -> Engine:
-    added = {text: (token_id, True) for text, token_id in _read_json(path / "added_tokens.json").items()}
+    beside = _read_json(path / "added_tokens.json")
+    added = {text: (token_id, True) for text, token_id in beside.items()}
     for token_id, token in config.get("added_tokens_decoder", {}).items():
         added[token["content"]] = (int(token_id), token.get("special", False))
     for name, make in (
@@ -492,12 +507,14 @@ def _engine_from_json(path: Path, added: Mapping[str, tuple[int, bool]]) -> Engi
     for text, (_, special) in sorted(added.items(), key=lambda item: item[1]):
         if tokenizer.token_to_id(text) is None:
             tokenizer.add_tokens([tokenizers.AddedToken(text, special=special, normalized=False)])
-    wrong = {t: i for t, (i, _) in added.items() if tokenizer.token_to_id(t) != i}
-    if wrong:
+    expected = {text: token_id for text, (token_id, _) in added.items()}
+    received = {text: tokenizer.token_to_id(text) for text in expected}
+    if expected != received:
+        wrong = {text: i for text, i in received.items() if i != expected[text]}
         raise ValueError(
-            f"{path} contradicts the files beside it. Expected: the same ids as in "
-            f"tokenizer_config.json and added_tokens.json, {wrong!r:.200}. Received: "
-            f"{ {t: tokenizer.token_to_id(t) for t in wrong}!r:.200}. Fetch the files again, all of one revision."
+            f"{path} contradicts the files beside it. Expected: the ids in tokenizer_config.json "
+            f"and added_tokens.json. Received: other ids for these tokens: {wrong!r:.300}. Fetch "
+            "the files again, all of one revision."
         )
     return TokenizersEngine(tokenizer)
 
@@ -595,7 +612,7 @@ def _facts_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
         for name in ("bos", "eos", "eot", "eom", "padding")
     }
     # Some files name ids that are not in their vocabulary; llama.cpp takes these as absent.
-    ids = {n: i if i is not None and 0 <= i < engine.vocabulary_size else None for n, i in ids.items()}
+    ids = {name: i if i in range(engine.vocabulary_size) else None for name, i in ids.items()}
     return {
         "engine": engine,
         "bos_token_id": ids["bos"],
@@ -623,16 +640,22 @@ def _gguf_tokens(metadata: Mapping[str, Any]) -> list[tuple[str, int]]:
     tokens = _gguf_value(metadata, "tokens")
     types = metadata.get(f"{_GGUF}.token_type", [NORMAL] * len(tokens))
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
-        raise ValueError(
-            f"The GGUF file's vocabulary is malformed. Expected: a type for each of the tokens, and no "
-            f"token twice. Received: {len(tokens)} tokens, {len(set(tokens))} different ones, "
-            f"{len(types)} types. Convert the checkpoint again."
+        raise _malformed_vocabulary(
+            "a type for each of the tokens, and no token twice",
+            f"{len(tokens)} tokens, {len(set(tokens))} different ones, {len(types)} types",
         )
     # Converters got the type of these wrong at times; a turn would then never end.
     return [
         (token or f"[EMPTY_{place}]", CONTROL if token in END_OF_TURN else kind)
         for place, (token, kind) in enumerate(zip(tokens, types, strict=True))
     ]
+
+
+def _malformed_vocabulary(expected: str, received: str) -> ValueError:
+    return ValueError(
+        f"The GGUF file's vocabulary is malformed. Expected: {expected}. Received: {received}. "
+        "Convert the checkpoint again, or take the tokenizer from its directory."
+    )
 
 
 def _pre_tokenizer(name: str | None) -> PreTokenizer:
@@ -654,16 +677,19 @@ def _pre_tokenizer(name: str | None) -> PreTokenizer:
 
 def _byte_pair_engine(metadata: Mapping[str, Any], pre: PreTokenizer) -> Engine:
     tokens = _gguf_tokens(metadata)
-    # Any character may be a token, a space too: it never begins with the one that separates.
-    merges = [(m[: m.index(" ", 1)], m[m.index(" ", 1) + 1 :]) for m in _gguf_value(metadata, "merges")]
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(
-            vocab={token: place for place, (token, _) in enumerate(tokens)},
-            merges=merges,
+    merges = _gguf_value(metadata, "merges")
+    vocabulary = {token: place for place, (token, _) in enumerate(tokens)}
+    try:
+        model = tokenizers.models.BPE(
+            vocabulary,
+            [_split_merge(merge) for merge in merges],
             ignore_merges=pre.ignore_merges,
             byte_fallback=not pre.byte_level,
         )
-    )
+    # The library raises nothing more specific.
+    except Exception as error:
+        raise _malformed_vocabulary("merges of tokens into tokens", str(error)) from error
+    tokenizer = tokenizers.Tokenizer(model)
     words: list[Any] = [
         tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
         for pattern in pre.patterns
@@ -687,9 +713,17 @@ def _byte_pair_engine(metadata: Mapping[str, Any], pre: PreTokenizer) -> Engine:
     return TokenizersEngine(tokenizer)
 
 
+def _split_merge(merge: str) -> tuple[str, str]:
+    # The left token may begin with a space itself: the one that separates comes later.
+    cut = merge.index(" ", 1)
+    return merge[:cut], merge[cut + 1 :]
+
+
 def _score_engine(metadata: Mapping[str, Any]) -> Engine:
     tokens = _gguf_tokens(metadata)
     scores = metadata.get(f"{_GGUF}.scores", [0.0] * len(tokens))
+    if len(scores) != len(tokens):
+        raise _malformed_vocabulary(f"{len(tokens)} scores, as many as tokens", f"{len(scores)}")
     adds_space = metadata.get(f"{_GGUF}.add_space_prefix", True)
     proto = _sentencepiece_proto(tokens, scores, adds_space)
     return SentencePieceEngine(
@@ -714,7 +748,8 @@ def _sentencepiece_proto(
     kinds[unknown] = UNKNOWN
     pieces = b"".join(
         _proto_bytes(
-            1, _proto_bytes(1, token.encode()) + b"\x15" + struct.pack("<f", score) + _proto_int(3, kind)
+            1,
+            _proto_bytes(1, token.encode()) + _proto_float(2, score) + _proto_int(3, kind),
         )
         for (token, _), score, kind in zip(tokens, scores, kinds, strict=True)
     )
@@ -727,6 +762,10 @@ def _sentencepiece_proto(
 
 def _proto_bytes(field: int, value: bytes) -> bytes:
     return _varint(field << 3 | 2) + _varint(len(value)) + value
+
+
+def _proto_float(field: int, value: float) -> bytes:
+    return _varint(field << 3 | 5) + struct.pack("<f", value)
 
 
 def _proto_int(field: int, value: int) -> bytes:
@@ -750,6 +789,6 @@ def _check_text(text: Any) -> None:
             problem = f"a string with half a surrogate pair at position {error.start}"
     if problem:
         raise ValueError(
-            f"`text` cannot be encoded. Expected: a string of Unicode characters. Received: {problem}. "
-            "Decode bytes first; encode a list one text at a time."
+            "`text` cannot be encoded. Expected: a string of Unicode characters. Received: "
+            f"{problem}. Decode bytes first; encode a list one text at a time."
         )

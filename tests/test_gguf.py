@@ -126,7 +126,10 @@ def test_metadata_is_plain_python(tmp_path: Path) -> None:
         "floats": (GGUFValueType.ARRAY, [0.5, 2.0]), "flags": (GGUFValueType.ARRAY, [True, False]),
     }  # fmt: skip
     metadata = open_gguf(write(tmp_path / "m.gguf", {}, **values)).metadata
-    expected = {"general.architecture": "llama", **{key: value for key, (_, value) in values.items()}}
+    expected = {
+        "general.architecture": "llama",
+        **{key: value for key, (_, value) in values.items()},
+    }
     assert metadata == expected
     for key, value in expected.items():
         assert type(metadata[key]) is type(value)
@@ -163,7 +166,7 @@ def test_unknown_name_and_dtype(tmp_path: Path) -> None:
     file = open_gguf(small_file(tmp_path))
     with pytest.raises(ValueError, match=r"'a\.weight'.*Received: 'nothing'"):
         file.read("nothing", "float32")
-    with pytest.raises(ValueError, match="Expected dtype to be one of float32.*'int8'"):
+    with pytest.raises(ValueError, match=r"Expected dtype to be one of float32.*'int8'"):
         file.read("norm", "int8")
 
 
@@ -320,7 +323,10 @@ def stories() -> Path:
 def test_stories260k_has_the_weights_of_its_safetensors() -> None:
     file = open_gguf(stories() / "stories260K-f32.gguf")
     reference = open_safetensors(stories())
-    pairs = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+    pairs = {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "output_norm.weight": "model.norm.weight",
+    }
     for layer in range(5):
         for ours, theirs in {
             "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",

@@ -21,7 +21,13 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 
 def weights(dtype: Any = np.float32) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    shapes = {"embed": (321, 513), "layer.0.q": (8, 2, 4), "norm": (7,), "scale": (), "none": (0, 3)}
+    shapes = {
+        "embed": (321, 513),
+        "layer.0.q": (8, 2, 4),
+        "norm": (7,),
+        "scale": (),
+        "none": (0, 3),
+    }
     return {name: np.asarray(rng.normal(size=s)).astype(dtype) for name, s in shapes.items()}
 
 
@@ -104,16 +110,18 @@ def test_other_types_are_named(tmp_path: Path, stored: Any) -> None:
     folder = open_safetensors(tmp_path)
     assert folder.shapes == {"odd": (2, 2), "fine": (2,)}
     assert folder.read("fine", "float32").tolist() == [1, 1]
-    with pytest.raises(ValueError, match=r"'odd'.*F32, F16, BF16\. Received: (I8|I64|BOOL|F64|F8_E4M3)\."):
+    with pytest.raises(
+        ValueError, match=r"'odd'.*F32, F16, BF16\. Received: (I8|I64|BOOL|F64|F8_E4M3)\."
+    ):
         folder.read("odd", "float32")
 
 
 def test_unknown_name_and_dtype(tmp_path: Path) -> None:
     save_file(weights(), tmp_path / "model.safetensors")
     folder = open_safetensors(tmp_path)
-    with pytest.raises(ValueError, match="'embed'.*Received: 'nothing'"):
+    with pytest.raises(ValueError, match=r"'embed'.*Received: 'nothing'"):
         folder.read("nothing", "float32")
-    with pytest.raises(ValueError, match="Expected dtype to be one of float32.*'float64'"):
+    with pytest.raises(ValueError, match=r"Expected dtype to be one of float32.*'float64'"):
         folder.read("norm", "float64")
 
 
@@ -218,7 +226,7 @@ def test_file_that_shrinks_after_opening(tmp_path: Path) -> None:
     save_file(weights(), path)
     folder = open_safetensors(tmp_path)
     os.truncate(path, folder.entries["embed"].offset + 5)
-    with pytest.raises(ValueError, match="'embed'.*end of the file"):
+    with pytest.raises(ValueError, match=r"'embed'.*end of the file"):
         folder.read("embed", "float32")
 
 

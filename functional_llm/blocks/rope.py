@@ -54,10 +54,10 @@ class Llama3Scaling:
     magnitude = 1.0
 
     def frequencies(self, base: np.ndarray, max_wavelength: float) -> np.ndarray:
-        turns = self.original_max_sequence_length * base / (2 * np.pi)
+        turns = self.original_max_sequence_length / (2 * math.pi / base)  # within that length
         ramp = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = np.clip(ramp, 0.0, 1.0)
-        return (kept * base + (1 - kept) * base / self.factor).astype("float32")
+        return ((1 - kept) * base / self.factor + kept * base).astype("float32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +136,10 @@ def rotation(
     """
     if head_dim % 2:
         raise ValueError(f"RoPE turns pairs of channels: expected an even head_dim, got {head_dim}.")
+    # Rounded where torch rounds: an ulp more or less moves far positions by 1e-4.
     exponents = np.arange(0, head_dim, 2, dtype="float32") / np.float32(head_dim)
-    frequencies = (1.0 / np.float32(max_wavelength) ** exponents).astype("float32")
+    wavelengths = (np.float64(max_wavelength) ** exponents.astype("float64")).astype("float32")
+    frequencies = np.float32(1.0) / wavelengths
     magnitude = 1.0
     if scaling is not None:
         frequencies = scaling.frequencies(frequencies, max_wavelength)

@@ -242,6 +242,9 @@ def _store(target: np.ndarray, values: np.ndarray, path: Path, name: str) -> Non
     try:
         # Float16 ends at 65504: an infinite weight must not slip in silently.
         with np.errstate(over="raise", under="ignore", invalid="ignore"):
+            if target.dtype == np.float16:
+                # A direct cast from bfloat16 does not report an overflow.
+                values = values.astype(np.float32, copy=False)
             target[...] = values
     except FloatingPointError:
         largest = np.nanmax(np.abs(values.astype(np.float64)))

