@@ -27,3 +27,21 @@ def make_cache(model: keras.Model, batch_size: int, num_slots: int) -> Any:
         return ops.full(shape, -1 if is_tag else 0, dtype=spec.dtype)
 
     return tree.map_structure(empty, model.input["cache"])
+
+
+def truncate_cache(cache: Any, length: int) -> Any:
+    """Returns the cache without the tokens at positions from `length` on."""
+    tags = cache["positions"]
+    return {**cache, "positions": ops.where(tags < length, tags, -1)}
+
+
+def grow_cache(cache: Any, num_slots: int) -> Any:
+    """Returns the cache with at least so many slots; the new ones are empty."""
+
+    def grow(x: Any, fill: int) -> Any:
+        missing = max(0, num_slots - x.shape[1])
+        widths = [(0, missing) if axis == 1 else (0, 0) for axis in range(len(x.shape))]
+        return ops.pad(x, widths, constant_values=fill) if missing else x
+
+    grown = tree.map_structure(lambda x: grow(x, 0), cache)
+    return {**grown, "positions": grow(cache["positions"], -1)}

@@ -61,6 +61,8 @@ class CompositeLayer(keras.layers.Layer):
         TypeError: If `body` is none of these.
     """
 
+    input_spec: Any  # of keras.layers.Layer, which has no types
+
     def __init__(self, body: Any = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.supports_masking = True
@@ -132,7 +134,13 @@ class CompositeLayer(keras.layers.Layer):
                     f"The body of '{self.name}' returned {output!r}{where}. Expected symbolic "
                     "tensors made from its inputs; leave out what may be None."
                 )
-        graph = keras.Model(present, tree.flatten(outputs), name=self.name)
+        try:
+            graph = keras.Model(present, tree.flatten(outputs), name=self.name)
+        except ValueError as error:
+            raise ValueError(
+                f"The body of '{self.name}' gave no graph from its inputs to its outputs: {error} "
+                "Give the body all tensors it uses as inputs, and its layers different names."
+            ) from error
         return graph, Structure(specs, tree.map_structure(lambda _: 0, outputs))
 
     def _built(self) -> tuple[keras.Model, Structure]:

@@ -11,6 +11,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ import keras
 import numpy as np
 
 from functional_llm import samplers
-from functional_llm.cache import make_cache
+from functional_llm.cache import grow_cache, make_cache, truncate_cache
 from functional_llm.convert.download import cache_directory
 from functional_llm.layers import store
 from functional_llm.tokenizers import TextTokenizer
@@ -27,7 +29,7 @@ from functional_llm.tokenizers import TextTokenizer
 _SMALLEST_PROMPT = 32
 _SMALLEST_CACHE = 256
 _CHUNK = 32  # C: most tokens between two looks of the host
-_STOP_IDS = 8  # stop ids are padded to a multiple of this, so that few programs serve all
+_STOP_IDS = 8  # stop ids are padded to a multiple of this: few programs serve all
 
 
 @dataclass
@@ -55,6 +57,24 @@ class Past:
 
     ids: list[int] = field(default_factory=list)
     cache: Any = None
+
+    def reuse(self, row: list[int], num_slots: int) -> tuple[int, Any]:
+        """Takes what agrees with a new row.
+
+        Args:
+            row: The ids of the new turn, history included.
+            num_slots: How many slots the cache needs at least.
+
+        Returns:
+            How many of the row's tokens are in the cache, fewer than all (one must be fed, to
+            have logits), and the cache; `None` if no token is.
+        """
+        pairs = zip(self.ids, row[:-1], strict=False)
+        known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        cache, self.ids, self.cache = self.cache, list(row), None
+        if cache is None or known == 0:
+            return 0, None
+        return known, grow_cache(truncate_cache(cache, known), num_slots)
 
 
 class TextGenerator:
@@ -117,7 +137,7 @@ class TextGenerator:
         """
         single = isinstance(prompts, str)
         texts = [prompts] if single else list(prompts)
-        writers = [_Writer(self._tokenizer(), stop) for _ in texts]
+        writers = [_Writer(self._tokenizer(), stop, continues=True) for _ in texts]
         rows = [self._encode(text) for text in texts]
         stop_ids = self._tokenizer().stop_token_ids
         pieces = [""] * len(texts)
@@ -148,8 +168,9 @@ class TextGenerator:
             seed: As for `generate`.
             past: Of an earlier call, to reuse its cache as far as the tokens agree; updated.
         """
+        continues = isinstance(prompt, str)
         ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
-        writer = _Writer(self._tokenizer(), stop)
+        writer = _Writer(self._tokenizer(), stop, continues)
         stop_ids = self._tokenizer().stop_token_ids
         for chunk in self._run([ids], max_new_tokens, sampler, stop_ids, seed, past, chunk=1):
             piece = writer.push(chunk.new_ids[0])
@@ -208,36 +229,33 @@ class TextGenerator:
     ) -> Iterator["_Chunk"]:
         """Prefills, then decodes until every row has ended; yields what is new."""
         self._check(rows, max_new_tokens)
-        self.stats = Stats(prefill_tokens=sum(map(len, rows)))
+        self.stats = Stats()
         sampler = jax.tree.map(_as_array, samplers.get(sampler))
-        stops = _pad_stop_ids(stop_ids)
+        stop_ids = sorted(stop_ids)
+        stops = np.array(stop_ids + [-1] * (_STOP_IDS - len(stop_ids) % _STOP_IDS), "int32")
         values = [variable.value for variable in self._variables]
-        started = time.perf_counter()
         arguments, num_slots = self._prompt(rows, max_new_tokens, past)
-        arguments |= {"keys": _make_keys(seed, len(rows))}
-        token_B, state = self._call("prefill", num_slots, values, arguments, sampler)
-        new_B1 = np.asarray(token_B)[:, None]
-        self.stats.prefill_seconds = time.perf_counter() - started - self.stats.compile_seconds
-        written, done_B = 1, np.isin(new_B1[:, 0], list(stop_ids))
-        yield _Chunk([[int(ids[0])] for ids in new_B1], done_B)
-        while written < max_new_tokens and not done_B.all():
-            started, compiled = time.perf_counter(), self.stats.compile_seconds
-            limit = np.int32(min(chunk, max_new_tokens - written))
-            new_BC, count, state = self._call(
-                "decode", None, values, state, sampler, done_B, stops, limit
-            )
-            new_BC = np.asarray(new_BC)[:, : int(count)]
-            compiled = self.stats.compile_seconds - compiled
-            self.stats.decode_seconds += time.perf_counter() - started - compiled
-            self.stats.decode_tokens += int((new_BC >= 0).sum())
-            written += int(count)
-            done_B |= np.isin(new_BC, list(stop_ids)).any(axis=1)
-            yield _Chunk([[int(i) for i in ids if i >= 0] for ids in new_BC], done_B)
-        if past is not None:
-            past.cache = state["cache"]
+        arguments["keys"] = _make_keys(seed, len(rows))
+        token_B, state = self._prefill(num_slots, values, arguments, sampler)
+        new_BC, written = np.asarray(token_B)[:, None], 1
+        done_B = np.zeros(len(rows), bool)
+        try:
+            while True:
+                done_B |= np.isin(new_BC, stop_ids).any(axis=1)
+                yield _Chunk([[int(i) for i in ids if i >= 0] for ids in new_BC], done_B)
+                if past is not None:  # the last one written is not in the cache yet
+                    past.ids += [int(i) for i in new_BC[0] if i >= 0]
+                if written >= max_new_tokens or done_B.all():
+                    break
+                limit = np.int32(min(chunk, max_new_tokens - written))
+                new_BC, state = self._decode(values, state, sampler, done_B, stops, limit)
+                written += new_BC.shape[1]
+        finally:
+            if past is not None:
+                past.cache, past.ids = state["cache"], past.ids[:-1]
 
     def _check(self, rows: list[list[int]], max_new_tokens: int) -> None:
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
             raise ValueError(f"Expected max_new_tokens of at least 1, received {max_new_tokens!r}.")
         if not rows:
             raise ValueError("Expected at least one prompt, received an empty list.")
@@ -246,9 +264,9 @@ class TextGenerator:
         for i, row in enumerate(rows):
             if not row:
                 raise ValueError(f"Prompt {i} is empty. Expected at least one token.")
-            wrong = [x for x in row if not 0 <= x < size]
+            wrong = [x for x in row if not isinstance(x, Integral) or not 0 <= x < size]
             if wrong:
-                raise ValueError(f"Prompt {i}: token ids {wrong[:5]} are not in [0, {size}).")
+                raise ValueError(f"Prompt {i}: expected token ids from 0 to {size - 1}, received {wrong[:5]}.")
             if context is not None and len(row) + max_new_tokens > context:
                 raise ValueError(
                     f"Prompt {i} has {len(row)} tokens and {max_new_tokens} more are asked for; the "
@@ -262,7 +280,8 @@ class TextGenerator:
         num_slots = _power_of_two(max(map(len, rows)) + max_new_tokens, _SMALLEST_CACHE)
         known, cache = 0, None
         if past is not None:
-            known, cache = _reuse(past, rows[0], num_slots)
+            known, cache = past.reuse(rows[0], num_slots)
+            num_slots = num_slots if cache is None else cache["positions"].shape[1]
         lengths = [len(row) - known for row in rows]
         length = _power_of_two(max(lengths), _SMALLEST_PROMPT)
         tokens_BT = np.zeros((len(rows), length), "int32")
@@ -274,22 +293,48 @@ class TextGenerator:
         seen_BV = np.zeros((len(rows), self.backbone.output["logits"].shape[-1]), bool)
         for i, row in enumerate(rows):
             seen_BV[i, row] = True
+        self.stats.prefill_tokens = sum(lengths)
         arguments = {"tokens": tokens_BT, "positions": positions_BT, "last": last_B}
         return arguments | {"cache": cache, "seen": seen_BV}, num_slots
 
-    def _call(self, kind: str, static: Any, *arguments: Any) -> Any:
-        """Calls a program, compiled at first sight of these shapes."""
-        shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), arguments[1:])
-        key = (kind, static, str(shapes))
-        program = self._programs.get(key)
-        if program is None:
+    def _prefill(
+        self, num_slots: int, values: list[Any], arguments: dict[str, Any], sampler: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Runs the prompt; returns the first token of each row and the state of the loop."""
+        has_cache = arguments["cache"] is not None
+        key = ("prefill", arguments["tokens"].shape, num_slots, has_cache)
+        program = self._compiled(
+            key, self._prefill_program(num_slots), (), values, arguments, sampler
+        )
+        started = time.perf_counter()
+        result = jax.block_until_ready(program(values, arguments, sampler))
+        self.stats.prefill_seconds += time.perf_counter() - started
+        return result
+
+    def _decode(
+        self, values: list[Any], state: dict[str, Any], sampler: Any, *arguments: Any
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Runs the loop once; returns the new ids (B, C), as many as were written."""
+        done_B, stops, _ = arguments
+        key = ("decode", done_B.shape, state["cache"]["positions"].shape, stops.shape)
+        program = self._compiled(key, self._decode_program, 1, values, state, sampler, *arguments)
+        started = time.perf_counter()
+        new_BC, count, state = program(values, state, sampler, *arguments)
+        new_BC = np.asarray(new_BC)[:, : int(count)]
+        self.stats.decode_seconds += time.perf_counter() - started
+        self.stats.decode_tokens += int((new_BC >= 0).sum())
+        return new_BC, state
+
+    def _compiled(
+        self, key: Any, function: Callable[..., Any], donated: Any, *arguments: Any
+    ) -> Callable[..., Any]:
+        key = (*key, jax.tree.structure(arguments[2]))  # the kind of sampler
+        if key not in self._programs:
             started = time.perf_counter()
-            function = {"prefill": self._prefill(static), "decode": self._decode}[kind]
-            donated = 1 if kind == "decode" else ()  # the cache, updated in place
-            function = jax.jit(function, donate_argnums=donated)
-            program = self._programs[key] = function.lower(*arguments).compile()
+            lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+            self._programs[key] = lowered.compile()
             self.stats.compile_seconds += time.perf_counter() - started
-        return program(*arguments)
+        return self._programs[key]
 
     def _forward(self, values: list[Any], inputs: dict[str, Any], last_B: Any) -> tuple[Any, Any]:
         """Runs the graph; the head only at one position a row."""
@@ -300,7 +345,7 @@ class TextGenerator:
             logits_B1V = self._head(hidden_B1D, training=False)
         return logits_B1V[:, 0].astype("float32"), outputs["cache"]
 
-    def _prefill(self, num_slots: int) -> Callable[..., Any]:
+    def _prefill_program(self, num_slots: int) -> Callable[..., Any]:
         def prefill(values: Any, arguments: dict[str, Any], sampler: samplers.Sampler) -> Any:
             tokens_BT, positions_BT = arguments["tokens"], arguments["positions"]
             inputs = {"token_ids": tokens_BT, "positions": positions_BT}
@@ -317,7 +362,7 @@ class TextGenerator:
 
         return prefill
 
-    def _decode(
+    def _decode_program(
         self, values: Any, state: Any, sampler: Any, done_B: Any, stop_ids: Any, limit: Any
     ) -> Any:
         """Writes up to `limit` tokens; -1 in rows that are done."""
@@ -380,13 +425,15 @@ class _Chunk:
 class _Writer:
     """One row's text: ids in, text out, up to a stop string that may span tokens."""
 
-    def __init__(self, tokenizer: TextTokenizer, stop: str | Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, stop: str | Sequence[str], continues: bool
+    ) -> None:
         stops = [stop] if isinstance(stop, str) else list(stop)
         if not all(isinstance(text, str) and text for text in stops):
             raise ValueError(f"Expected non-empty stop strings, received {stop!r}.")
         self.stopped = False
         self._stops = stops
-        self._decoder = tokenizer.stream_decoder()
+        self._decoder = tokenizer.stream_decoder(continues=continues)
         self._held = ""
 
     def push(self, ids: list[int]) -> str:
@@ -414,26 +461,8 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def _reuse(past: Past, row: list[int], num_slots: int) -> tuple[int, Any]:
-    """Returns how many tokens of the row the past knows, and its cache cut and grown to fit."""
-    known = 0
-    if past.cache is not None:
-        pairs = zip(past.ids, row[:-1])  # at least one token is fed, to have logits
-        known = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(past.ids), len(row) - 1))
-    past.ids = row
-    if known == 0:
-        return 0, None
-    return known, past.cache
-
-
 def _power_of_two(number: int, smallest: int) -> int:
     return max(smallest, 1 << (number - 1).bit_length())
-
-
-def _pad_stop_ids(stop_ids: Any) -> np.ndarray:
-    ids = sorted(stop_ids)
-    padding = -len(ids) % _STOP_IDS if ids else _STOP_IDS
-    return np.array(ids + [-1] * padding, "int32")
 
 
 def _make_keys(seed: Any, num_rows: int) -> Any:

@@ -10,8 +10,7 @@ Samplers and transforms are JAX pytrees. Their numbers are leaves, which a compi
 arguments: another temperature does not recompile, another list of parts does. A transform of your
 own is a frozen dataclass under `@register_part`, with the same standing as those below.
 
-Shape suffixes: B batch, V vocabulary, C blocks of the vocabulary, W tokens of a block. An axis
-written 1 is kept for broadcasting.
+Shape suffixes: B batch, V vocabulary. An axis written 1 is kept for broadcasting.
 """
 
 import dataclasses
@@ -24,10 +23,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from functional_llm.sampling_math import (
+    draw,
+    integer_probabilities,
+    largest_image,
+    ordered_image,
+    relative_probabilities,
+)
+
 Number = float | jax.Array
 _Class = TypeVar("_Class", bound=type)
-
-_BLOCK = 256
 
 
 class LogitTransform(Protocol):
@@ -146,13 +151,13 @@ class TopK:
 
     def __call__(self, logits_BV: jax.Array, seen_BV: jax.Array | None) -> jax.Array:
         logits_BV = logits_BV.astype(jnp.float32)
-        image_BV = _ordered_image(logits_BV)
+        image_BV = ordered_image(logits_BV)
         k = jnp.minimum(jnp.asarray(self.k, jnp.int32), jnp.int32(logits_BV.shape[-1]))
 
         def k_are_left(image_B1: jax.Array) -> jax.Array:
             return jnp.sum(image_BV >= image_B1, axis=-1, keepdims=True, dtype=jnp.int32) >= k
 
-        threshold_B1 = _largest_image(k_are_left, logits_BV.shape[0])
+        threshold_B1 = largest_image(k_are_left, logits_BV.shape[0])
         return jnp.where(image_BV >= threshold_B1, logits_BV, -jnp.inf)
 
 
@@ -181,8 +186,8 @@ class TopP:
 
     def __call__(self, logits_BV: jax.Array, seen_BV: jax.Array | None) -> jax.Array:
         logits_BV = logits_BV.astype(jnp.float32)
-        image_BV = _ordered_image(logits_BV)
-        relative_BV = _relative_probabilities(logits_BV)
+        image_BV = ordered_image(logits_BV)
+        relative_BV = relative_probabilities(logits_BV)
         tail = jnp.asarray(self.tail, jnp.float32)
         tail_B1 = tail * jnp.sum(relative_BV, axis=-1, keepdims=True)
 
@@ -190,7 +195,7 @@ class TopP:
             below_BV = jnp.where(image_BV < image_B1, relative_BV, jnp.float32(0))
             return jnp.sum(below_BV, axis=-1, keepdims=True) <= tail_B1
 
-        threshold_B1 = _largest_image(tail_is_below, logits_BV.shape[0])
+        threshold_B1 = largest_image(tail_is_below, logits_BV.shape[0])
         # A tiny p leaves a tail of everything: the most likely token stays all the same.
         threshold_B1 = jnp.minimum(threshold_B1, jnp.max(image_BV, axis=-1, keepdims=True))
         return jnp.where((image_BV >= threshold_B1) | (tail <= 0), logits_BV, -jnp.inf)
@@ -216,7 +221,7 @@ class MinP:
 
     def __call__(self, logits_BV: jax.Array, seen_BV: jax.Array | None) -> jax.Array:
         logits_BV = logits_BV.astype(jnp.float32)
-        keep_BV = _relative_probabilities(logits_BV) >= jnp.asarray(self.p, jnp.float32)
+        keep_BV = relative_probabilities(logits_BV) >= jnp.asarray(self.p, jnp.float32)
         return jnp.where(keep_BV, logits_BV, -jnp.inf)
 
 
@@ -281,7 +286,7 @@ class Categorical(_Chain):
                 "Categorical expected `keys_B`, one JAX key a row. Received: None. "
                 "Make them with `jax.random.split(jax.random.key(seed), batch_size)`."
             )
-        return _draw(_integer_probabilities(self.transform(logits_BV, seen_BV)), keys_B)
+        return draw(integer_probabilities(self.transform(logits_BV, seen_BV)), keys_B)
 
 
 _PARTS: dict[str, Callable[[Any], LogitTransform]] = {
@@ -366,68 +371,6 @@ def get(identifier: str | Sampler, **numbers: Any) -> Sampler:
     given = {name: value for name, value in numbers.items() if value is not None}
     chain = make(**(_DEFAULTS[identifier] | given))
     return Greedy(chain.parts) if identifier == "greedy" else chain
-
-
-def _ordered_image(logits_BV: jax.Array) -> jax.Array:
-    """Float32 as uint32 in the same order: the sign bit set, or all bits turned if it was set."""
-    logits_BV = jnp.where(logits_BV == 0, jnp.float32(0), logits_BV)  # -0.0 equals 0.0
-    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    return jnp.where(bits_BV >= sign, ~bits_BV, bits_BV | sign)
-
-
-def _largest_image(holds: Callable[[jax.Array], jax.Array], batch_size: int) -> jax.Array:
-    """Finds each row's largest uint32 for which `holds`, true up to some number and false after it.
-
-    One reduction over the vocabulary a bit: a sort of 49152 logits takes twenty times as long.
-    """
-
-    def add_bit(step: jax.Array, image_B1: jax.Array) -> jax.Array:
-        candidate_B1 = image_B1 | (jnp.uint32(1 << 31) >> step.astype(jnp.uint32))
-        return jnp.where(holds(candidate_B1), candidate_B1, image_B1)
-
-    return jax.lax.fori_loop(0, 32, add_bit, jnp.zeros((batch_size, 1), jnp.uint32))
-
-
-def _relative_probabilities(logits_BV: jax.Array) -> jax.Array:
-    """Probabilities divided by the largest one."""
-    top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-    # The top is 1 even where a tiny temperature made it infinite.
-    return jnp.where(logits_BV == top_B1, jnp.float32(1), jnp.exp(logits_BV - top_B1))
-
-
-def _integer_probabilities(logits_BV: jax.Array) -> jax.Array:
-    """Probabilities in units of 2^-31, as uint32.
-
-    Their sums are exact, so a cumulative sum never drifts and its last entry is the total. A token
-    rarer than 2^-32 counts as impossible.
-    """
-    relative_BV = _relative_probabilities(logits_BV)
-    scale_B1 = jnp.float32(2**31) / jnp.sum(relative_BV, axis=-1, keepdims=True)
-    return jnp.round(relative_BV * scale_B1).astype(jnp.uint32)
-
-
-def _draw(mass_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
-    """Draws by inverting the cumulative sum: first the block, then the token within it.
-
-    One random number a row. `jax.random.categorical` needs V of them, and ten times as long.
-    """
-    padding = -mass_BV.shape[-1] % _BLOCK
-    mass_BCW = jnp.pad(mass_BV, ((0, 0), (0, padding))).reshape(mass_BV.shape[0], -1, _BLOCK)
-    end_BC = jnp.cumsum(jnp.sum(mass_BCW, axis=-1), axis=-1)
-
-    def draw_below(key: jax.Array, total: jax.Array) -> jax.Array:
-        return jax.random.randint(key, (), jnp.uint32(0), total, jnp.uint32)
-
-    point_B1 = jax.vmap(draw_below)(keys_B, end_BC[:, -1])[:, None]
-    block_B1 = jnp.sum(end_BC <= point_B1, axis=-1, keepdims=True, dtype=jnp.int32)
-    mass_BW = jnp.take_along_axis(mass_BCW, block_B1[:, :, None], axis=1)[:, 0]
-    start_B1 = jnp.take_along_axis(end_BC, block_B1, axis=1) - jnp.sum(mass_BW, -1, keepdims=True)
-    end_BW = start_B1 + jnp.cumsum(mass_BW, axis=-1)
-    token_B1 = jnp.sum(end_BW <= point_B1, axis=-1, keepdims=True, dtype=jnp.int32)
-    # NaN logits have no sum to draw from; an id outside the vocabulary would do harm further on.
-    last = jnp.int32(mass_BV.shape[-1] - 1)
-    return jnp.clip(block_B1 * jnp.int32(_BLOCK) + token_B1, 0, last)[:, 0]
 
 
 def _check(

@@ -17,10 +17,9 @@ RANKS = {
     "structure": 0,
     "composite": 0,
     "layers": 0,
+    "sampling_math": 0,
     "samplers": 0,
     "tokenizers": 0,
-    "pretokenizers": 0,
-    "chat_template": 0,
     "rewiring": 1,
     "cache": 1,
     "blocks": 1,
@@ -37,8 +36,7 @@ RANKS = {
 # Modules of one rank may import each other inside one folder, or inside one of these families.
 FAMILIES = {
     "structure": "composite",
-    "pretokenizers": "tokenizers",
-    "chat_template": "tokenizers",
+    "sampling_math": "samplers",
 }
 
 
@@ -161,12 +159,14 @@ def test_families_name_ranked_modules() -> None:
         ("convert.table", "from functional_llm.backbones.llama import x", "backbones.llama [2]"),
         ("sampling", "import jax", "functional_llm.sampling has no rank: give 'sampling' one"),
         ("blocks.mlp", "from . import norm\nfrom .norm import x\nfrom ..layers import y", ""),
-        ("tokenizers", "from functional_llm.pretokenizers import x", ""),
+        ("samplers", "from functional_llm.sampling_math import x", ""),
+        ("samplers", "from functional_llm.tokenizers import x", "or the same inside one folder"),
+        ("tokenizers.text", "from functional_llm.tokenizers import stream", ""),
         ("", "from functional_llm.presets import x\nfrom . import samplers", ""),
     ],
 )
 def test_the_test_sees(module: str, code: str, expected: str) -> None:
-    names = ["", *RANKS, "blocks.norm", "backbones.llama", "convert.table"]
+    names = ["", *RANKS, "tokenizers.stream", "blocks.norm", "backbones.llama", "convert.table"]
     trees = {name: ast.parse("") for name in names} | {module: ast.parse(code)}
     found = find_violations(trees)
     assert bool(found) == bool(expected)

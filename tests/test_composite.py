@@ -186,6 +186,13 @@ def test_bodies_that_fail():
         CompositeLayer(lambda x: {"y": [None]})(X)
     with pytest.raises(ValueError, match="returned 3. Expected symbolic"):
         CompositeLayer(lambda x: 3)(X)
+    outer = keras.Input((4,))
+    with pytest.raises(
+        ValueError, match=r"body of 'it' gave no graph.*is not connected.*as inputs"
+    ):
+        CompositeLayer(lambda x: x + outer, name="it")(X)
+    with pytest.raises(ValueError, match='gave no graph.*"same".*different names'):
+        CompositeLayer([layers.Dense(4, name="same"), layers.Dense(4, name="same")], name="it")(X)
     for use in (lambda x: x.plot(), lambda x: x.with_graph(ready_model())):
         with pytest.raises(ValueError, match="no graph yet"):
             use(CompositeLayer(mlp))
@@ -551,6 +558,7 @@ def test_training_is_passed_on():
     assert after and (not state or (state[0] != after[0]).any())
 
 
+@register
 class TakesMask(layers.Layer):
     """1 where the mask says so; 7 if there is none."""
 
@@ -569,7 +577,7 @@ EXPECTED = (IDS > 0).astype("float32")
 
 
 @pytest.mark.parametrize("where", ["inside", "after", "both inside", "several inputs"])
-def test_masks_are_passed_on(where: str):
+def test_masks_are_passed_on(where: str, tmp_path: Path):
     tokens = keras.Input((3,), dtype="int32")
     embed = layers.Embedding(5, 1, mask_zero=True)
     if where == "inside":
@@ -585,7 +593,9 @@ def test_masks_are_passed_on(where: str):
         )
         np.testing.assert_array_equal(keras.Model(tokens, unmasked)(IDS)[..., 0], 7)
     model = keras.Model(tokens, outputs)
-    for call in (model, lambda x: model.predict(x, verbose=0)):
+    model.save(tmp_path / "m.keras")
+    others = [keras.saving.load_model(tmp_path / "m.keras"), clone_graph(model, lambda x: x)]
+    for call in (model, lambda x: model.predict(x, verbose=0), *others):
         np.testing.assert_array_equal(call(IDS)[..., 0], EXPECTED)
 
 

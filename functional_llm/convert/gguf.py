@@ -19,7 +19,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
 
-from functional_llm.convert.safetensors import bad_file, find_entry, read_blocks
+from functional_llm.convert.streaming import bad_file, find_entry, read_blocks
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

@@ -85,7 +85,9 @@ def read_config(
     full = given if required else {**defaults(given), **given}
     missing = sorted(set(keys) - set(full)) or required
     if missing:
-        raise ValueError(f"config.json lacks the keys {missing}, needed by {config_class.__name__}.")
+        raise ValueError(
+            f"config.json lacks the keys {missing}, needed by {config_class.__name__}."
+        )
     values = {field: full[key] for key, field in keys.items()}
     names = {field.name for field in fields(config_class)}
     if "activation" in names:
@@ -135,5 +137,3 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         return float(theta), scaling_class(**{names[key]: value for key, value in given.items()})
     except TypeError as error:
         raise ValueError(f"config.json: incomplete RoPE parameters {given}: {error}.") from None
-
-

@@ -100,7 +100,9 @@ def check_source(
         received = np.broadcast_to(np.float32(0), source.shapes[name])
         expected = TRANSFORMS[transform].inverse(np.broadcast_to(np.float32(0), shapes[path])).shape
         if received.shape != expected:
-            problems.append(f"tensor {name!r}: expected shape {expected}, received {received.shape}")
+            problems.append(
+                f"tensor {name!r}: expected shape {expected}, received {received.shape}"
+            )
     used = {name for name, _, _ in rows.values()}
     for name in sorted(set(source.shapes) - used):
         if not any(fnmatch(name, pattern) for pattern in ignored):

@@ -1,0 +1,134 @@
+"""Reads the tokenizer of a directory in Hugging Face layout."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from functional_llm.tokenizers.engines import Engine, SentencePieceEngine, TokenizersEngine
+from functional_llm.tokenizers.sentencepiece_model import load_sentencepiece
+from functional_llm.tokenizers.stop_tokens import stop_token_ids
+
+
+def facts_from_directory(path: Path) -> dict[str, Any]:
+    """The fields of a `TextTokenizer`, from a directory in Hugging Face layout."""
+    config, names, generation, model = (
+        _read_json(path / f"{name}.json")
+        for name in ("tokenizer_config", "special_tokens_map", "generation_config", "config")
+    )
+    engine = _engine_from_directory(path, config)
+
+    def special_id(name: str) -> int | None:
+        for source in (config, names):
+            if name in source:
+                token = source[name]
+                text = token.get("content") if isinstance(token, dict) else token
+                return None if text is None else engine.token_id(text)
+        ids = _as_ids(generation.get(f"{name}_id", model.get(f"{name}_id")))
+        return ids[0] if ids else None
+
+    bos, eos = special_id("bos_token"), special_id("eos_token")
+    stops = {eos, *_as_ids(generation.get("eos_token_id")), *_as_ids(model.get("eos_token_id"))}
+    return {
+        "engine": engine,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "pad_token_id": special_id("pad_token"),
+        "add_bos": bos is not None and config.get("add_bos_token", _begins_texts(engine, bos)),
+        "stop_token_ids": stop_token_ids(engine, stops),
+        "chat_template": _read_chat_template(path, config),
+    }
+
+
+def _engine_from_directory(path: Path, config: Mapping[str, Any]) -> Engine:
+    beside = _read_json(path / "added_tokens.json")
+    added = {text: (token_id, True) for text, token_id in beside.items()}
+    for token_id, token in config.get("added_tokens_decoder", {}).items():
+        added[token["content"]] = (int(token_id), token.get("special", False))
+    for name, make in (
+        ("tokenizer.json", _engine_from_json),
+        ("tokenizer.model", _engine_from_sentencepiece),
+    ):
+        if (path / name).is_file():
+            return make(path / name, added)
+    found = sorted(file.name for file in path.iterdir()) if path.is_dir() else "no such folder"
+    raise ValueError(
+        f"There is no tokenizer in {path}. Expected: tokenizer.json or tokenizer.model. Received: "
+        f"{found}. Copy the tokenizer's files there; for older files, Transformers writes a "
+        "tokenizer.json with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+    )
+
+
+def _engine_from_json(path: Path, added: Mapping[str, tuple[int, bool]]) -> Engine:
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    # The library raises nothing more specific.
+    except Exception as error:
+        raise ValueError(
+            f"{path} is malformed. Expected: a tokenizer.json of the library tokenizers. "
+            f"Received: a file it cannot read ({error}). Fetch the file again."
+        ) from error
+    for text, (_, special) in sorted(added.items(), key=lambda item: item[1]):
+        if tokenizer.token_to_id(text) is None:
+            tokenizer.add_tokens([tokenizers.AddedToken(text, special=special, normalized=False)])
+    expected = {text: token_id for text, (token_id, _) in added.items()}
+    received = {text: tokenizer.token_to_id(text) for text in expected}
+    if expected != received:
+        wrong = {text: i for text, i in received.items() if i != expected[text]}
+        raise ValueError(
+            f"{path} contradicts the files beside it. Expected: the ids in tokenizer_config.json "
+            f"and added_tokens.json. Received: other ids for these tokens: {wrong!r:.300}. Fetch "
+            "the files again, all of one revision."
+        )
+    return TokenizersEngine(tokenizer)
+
+
+def _engine_from_sentencepiece(path: Path, added: Mapping[str, tuple[int, bool]]) -> Engine:
+    processor = load_sentencepiece(path.read_bytes(), str(path))
+    size = processor.vocab_size()
+    beside = {text: (i, special) for text, (i, special) in added.items() if i >= size}
+    return SentencePieceEngine(
+        processor,
+        always={text: i for text, (i, special) in beside.items() if not special},
+        special={text: i for text, (i, special) in beside.items() if special},
+    )
+
+
+def _begins_texts(engine: Engine, bos: int) -> bool:
+    """Whether a tokenizer puts BOS first where tokenizer_config.json does not say."""
+    if isinstance(engine, TokenizersEngine):
+        return engine.tokenizer.encode("").ids[:1] == [bos]
+    return True
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is malformed. Expected: JSON. Received: a file with an error ({error}). "
+            "Fetch the file again."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} is malformed. Expected: a JSON object. Received: {type(content).__name__}. "
+            "Fetch the file again."
+        )
+    return content
+
+
+def _read_chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
+    if (path / "chat_template.jinja").is_file():
+        return (path / "chat_template.jinja").read_text("utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        return {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _as_ids(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else value if isinstance(value, list) else [value]

@@ -1,0 +1,190 @@
+"""Engines, which cut text into tokens and say the bytes of each: one a library."""
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import sentencepiece
+import tokenizers
+
+SPACE = "▁"
+
+
+class Engine(Protocol):
+    """What cuts text into tokens."""
+
+    vocabulary_size: int
+    special_ids: frozenset[int]
+    # The engine puts a space before a text; decoding takes it off.
+    adds_space: bool
+
+    def encode(self, text: str, parse_special: bool) -> list[int]: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
+    def token_id(self, token: str) -> int | None: ...
+
+
+class TokenizersEngine:
+    """The library `tokenizers`.
+
+    Args:
+        tokenizer: the library's tokenizer.
+
+    Raises:
+        ValueError: if its decoder is of a kind that is not supported.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        # A tokenizer.json may ask to cut and fill texts; here that is the caller's.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        added = tokenizer.get_added_tokens_decoder()
+        self.tokenizer = tokenizer
+        self.vocabulary_size = 1 + max(tokenizer.get_vocab().values(), default=-1)
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._added_ids = frozenset(added)
+        self._steps, self.adds_space = _decoding_steps(tokenizer.decoder)
+        self._lock = threading.Lock()
+
+    def encode(self, text: str, parse_special: bool) -> list[int]:
+        # The library keeps this choice as a state of the tokenizer.
+        with self._lock:
+            self.tokenizer.encode_special_tokens = not parse_special
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        text = self.tokenizer.id_to_token(token_id) or ""
+        for step in self._steps:
+            # An added token is text as it stands, not text in GPT-2's byte alphabet.
+            if step is _byte_level_bytes and token_id in self._added_ids:
+                continue
+            result = step(text)
+            if isinstance(result, bytes):
+                return result
+            text = result
+        return text.encode()
+
+    def token_id(self, token: str) -> int | None:
+        return self.tokenizer.token_to_id(token)
+
+
+def _decoding_steps(decoder: Any) -> tuple[list[Callable[[str], str | bytes]], bool]:
+    """The decoder of a tokenizer.json, as functions of one token."""
+    state: dict[str, Any] = json.loads(decoder.__getstate__()) if decoder else {"type": None}
+    steps: list[Callable[[str], str | bytes]] = []
+    adds_space = False
+    for part in state["decoders"] if state["type"] == "Sequence" else [state]:
+        match part:
+            case {"type": "ByteLevel"}:
+                steps.append(_byte_level_bytes)
+            case {"type": "ByteFallback"}:
+                steps.append(_byte_token_bytes)
+            case {"type": "Replace", "pattern": {"String": old}, "content": new}:
+                steps.append(partial(_replace, old, new))
+            case {"type": "Metaspace", "replacement": old, "prepend_scheme": scheme}:
+                steps.append(partial(_replace, old, " "))
+                adds_space = scheme != "never"
+            case {"type": "Strip", "content": " ", "start": 0 | 1 as start, "stop": 0}:
+                adds_space = bool(start)
+            case {"type": "Fuse"}:
+                pass
+            case _:
+                raise ValueError(
+                    "This tokenizer.json has an unknown decoder. Expected: ByteLevel, "
+                    "ByteFallback, Replace (of a string), Metaspace, Strip (of one space in "
+                    f"front), Fuse, or a Sequence of them. Received: {part}. Language models that "
+                    "generate text use one of these; take such a checkpoint."
+                )
+    return steps, adds_space
+
+
+def _replace(old: str, new: str, token: str) -> str:
+    return token.replace(old, new)
+
+
+def _byte_token_bytes(token: str) -> str | bytes:
+    return bytes([int(token[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", token) else token
+
+
+def _make_byte_alphabet() -> dict[str, int]:
+    # GPT-2 writes a byte as the character of the same number if that is printable, and the
+    # others as the characters from 256 on.
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + place): byte for place, byte in enumerate(hidden)
+    }
+
+
+_BYTE_ALPHABET = _make_byte_alphabet()
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    try:
+        return bytes(map(_BYTE_ALPHABET.__getitem__, token))
+    except KeyError:
+        return token.encode()
+
+
+class SentencePieceEngine:
+    """The library `sentencepiece`.
+
+    It never reads control symbols from text, so the text is split at them first; each part then
+    begins with the space that the model puts before a text.
+
+    Args:
+        processor: the library's tokenizer.
+        always: tokens beside the model that are read wherever they stand: text -> id.
+        special: the same, read with `parse_special` only.
+    """
+
+    def __init__(
+        self,
+        processor: sentencepiece.SentencePieceProcessor,
+        always: Mapping[str, int],
+        special: Mapping[str, int],
+    ) -> None:
+        size = processor.vocab_size()
+        control = {
+            processor.id_to_piece(i): i
+            for i in range(size)
+            if processor.is_control(i) or processor.is_unknown(i)
+        }
+        special = control | dict(special)
+        self.processor = processor
+        self._size = size
+        self._added = dict(always) | special
+        self._texts = {token_id: text for text, token_id in self._added.items()}
+        self._splitters = {False: _make_splitter(always), True: _make_splitter(self._added)}
+        self.vocabulary_size = max([size, *(i + 1 for i in self._texts)])
+        self.special_ids = frozenset(special.values())
+        self.adds_space = processor.normalize("a").startswith(SPACE)
+
+    def encode(self, text: str, parse_special: bool) -> list[int]:
+        ids: list[int] = []
+        for place, part in enumerate(self._splitters[parse_special].split(text)):
+            # The parts at odd places are the tokens that the text was split at.
+            ids += [self._added[part]] if place % 2 else self.processor.encode(part)
+        return ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id in self._texts or token_id >= self._size:
+            return self._texts.get(token_id, "").encode()
+        piece = self.processor.id_to_piece(token_id)
+        if self.processor.is_byte(token_id):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(SPACE, " ").encode()
+
+    def token_id(self, token: str) -> int | None:
+        if token in self._added:
+            return self._added[token]
+        token_id = self.processor.piece_to_id(token)
+        return None if token_id == self.processor.unk_id() else token_id
+
+
+def _make_splitter(texts: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(filter(None, texts), key=len, reverse=True)
+    # Without tokens, an expression that matches nowhere.
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")

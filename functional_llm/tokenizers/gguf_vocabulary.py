@@ -1,0 +1,168 @@
+"""Reads the tokenizer inside a GGUF file, to cut text as llama.cpp does.
+
+Reference: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import tokenizers
+
+from functional_llm.tokenizers.engines import SPACE, Engine, SentencePieceEngine, TokenizersEngine
+from functional_llm.tokenizers.pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from functional_llm.tokenizers.sentencepiece_model import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    load_sentencepiece,
+    make_sentencepiece_proto,
+)
+from functional_llm.tokenizers.stop_tokens import END_OF_TURN, stop_token_ids
+
+_GGUF = "tokenizer.ggml"
+
+
+def facts_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `TextTokenizer`, from the metadata of a GGUF file."""
+    kind = _gguf_value(metadata, "model")
+    match kind:
+        case "gpt2" | "gemma4":
+            pre = _pre_tokenizer("gemma4" if kind == "gemma4" else metadata.get(f"{_GGUF}.pre"))
+            engine: Engine = _byte_pair_engine(metadata, pre)
+            add_bos, default_ids = pre.add_bos, {}
+        case "llama":
+            engine = _score_engine(metadata)
+            add_bos, default_ids = True, {"bos": 1, "eos": 2}
+        case _:
+            raise ValueError(
+                "The GGUF file has an unknown kind of tokenizer. Expected: gpt2, gemma4 or llama. "
+                f"Received: {_GGUF}.model = {kind!r}. Take the tokenizer from the checkpoint's "
+                "directory in Hugging Face layout."
+            )
+    ids = {
+        name: metadata.get(f"{_GGUF}.{name}_token_id", default_ids.get(name))
+        for name in ("bos", "eos", "eot", "eom", "padding")
+    }
+    # Some files name ids that are not in their vocabulary; llama.cpp takes these as absent.
+    ids = {name: i if i in range(engine.vocabulary_size) else None for name, i in ids.items()}
+    return {
+        "engine": engine,
+        "bos_token_id": ids["bos"],
+        "eos_token_id": ids["eos"],
+        "pad_token_id": ids["padding"],
+        "add_bos": ids["bos"] is not None and metadata.get(f"{_GGUF}.add_bos_token", add_bos),
+        "stop_token_ids": stop_token_ids(engine, (ids["eos"], ids["eot"], ids["eom"])),
+        "chat_template": metadata.get("tokenizer.chat_template"),
+    }
+
+
+def _gguf_value(metadata: Mapping[str, Any], name: str) -> Any:
+    if f"{_GGUF}.{name}" not in metadata:
+        found = sorted(key for key in metadata if key.startswith("tokenizer."))
+        raise ValueError(
+            f"The GGUF file's tokenizer is incomplete. Expected: the key {_GGUF}.{name}. Received: "
+            f"{found or 'no key of a tokenizer'}. Take a file that holds its tokenizer, or the "
+            "tokenizer of the checkpoint's directory in Hugging Face layout."
+        )
+    return metadata[f"{_GGUF}.{name}"]
+
+
+def _gguf_tokens(metadata: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """All tokens and their types."""
+    tokens = _gguf_value(metadata, "tokens")
+    types = metadata.get(f"{_GGUF}.token_type", [NORMAL] * len(tokens))
+    if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
+        raise _malformed_vocabulary(
+            "a type for each of the tokens, and no token twice",
+            f"{len(tokens)} tokens, {len(set(tokens))} different ones, {len(types)} types",
+        )
+    # Converters got the type of these wrong at times; a turn would then never end.
+    return [
+        (token or f"[EMPTY_{place}]", CONTROL if token in END_OF_TURN else kind)
+        for place, (token, kind) in enumerate(zip(tokens, types, strict=True))
+    ]
+
+
+def _malformed_vocabulary(expected: str, received: str) -> ValueError:
+    return ValueError(
+        f"The GGUF file's vocabulary is malformed. Expected: {expected}. Received: {received}. "
+        "Convert the checkpoint again, or take the tokenizer from its directory."
+    )
+
+
+def _pre_tokenizer(name: str | None) -> PreTokenizer:
+    if name is None:
+        warnings.warn(
+            f"The GGUF file has no {_GGUF}.pre: it does not say how its text was cut into words. "
+            "Taking llama.cpp's default, which is right for few models. Use a newer conversion.",
+            stacklevel=2,
+        )
+        name = "default"
+    if name not in PRE_TOKENIZERS:
+        raise ValueError(
+            "The GGUF file has an unknown pre-tokeniser. Expected one of: "
+            f"{', '.join(sorted(PRE_TOKENIZERS))}. Received: {_GGUF}.pre = {name!r}. Take the "
+            "tokenizer from the checkpoint's directory in Hugging Face layout."
+        )
+    return PRE_TOKENIZERS[name]
+
+
+def _byte_pair_engine(metadata: Mapping[str, Any], pre: PreTokenizer) -> Engine:
+    tokens = _gguf_tokens(metadata)
+    merges = _gguf_value(metadata, "merges")
+    vocabulary = {token: place for place, (token, _) in enumerate(tokens)}
+    try:
+        model = tokenizers.models.BPE(
+            vocabulary,
+            [_split_merge(merge) for merge in merges],
+            ignore_merges=pre.ignore_merges,
+            byte_fallback=not pre.byte_level,
+        )
+    # The library raises nothing more specific.
+    except Exception as error:
+        raise _malformed_vocabulary("merges of tokens into tokens", str(error)) from error
+    tokenizer = tokenizers.Tokenizer(model)
+    words: list[Any] = [
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+        for pattern in pre.patterns
+    ]
+    if pre.byte_level:
+        words.append(tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    else:
+        tokenizer.normalizer = tokenizers.normalizers.Replace(" ", SPACE)
+        tokenizer.decoder = tokenizers.decoders.Sequence(
+            [tokenizers.decoders.Replace(SPACE, " "), tokenizers.decoders.ByteFallback()]
+        )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(words)
+    tokenizer.add_tokens(
+        [
+            tokenizers.AddedToken(token, special=kind != USER_DEFINED, normalized=False)
+            for token, kind in tokens
+            if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+        ]
+    )
+    return TokenizersEngine(tokenizer)
+
+
+def _split_merge(merge: str) -> tuple[str, str]:
+    # The left token may begin with a space itself: the one that separates comes later.
+    cut = merge.index(" ", 1)
+    return merge[:cut], merge[cut + 1 :]
+
+
+def _score_engine(metadata: Mapping[str, Any]) -> Engine:
+    tokens = _gguf_tokens(metadata)
+    scores = metadata.get(f"{_GGUF}.scores", [0.0] * len(tokens))
+    if len(scores) != len(tokens):
+        raise _malformed_vocabulary(f"{len(tokens)} scores, as many as tokens", f"{len(scores)}")
+    adds_space = metadata.get(f"{_GGUF}.add_space_prefix", True)
+    proto = make_sentencepiece_proto(tokens, scores, adds_space)
+    return SentencePieceEngine(
+        load_sentencepiece(proto, "The GGUF file's vocabulary"),
+        # llama.cpp splits at these too, and puts the space after them.
+        always={token: i for i, (token, kind) in enumerate(tokens) if kind == USER_DEFINED},
+        special={},
+    )

@@ -1,0 +1,220 @@
+"""The generation loop, on a tiny random model: what it compiles, when it stops, what it refuses."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tiny import save_tiny
+
+import functional_llm as flm
+from functional_llm.generate import TextGenerator
+
+PROMPT = "The quick brown fox"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="module")
+def generator(folder: str) -> TextGenerator:
+    return TextGenerator(flm.Backbone.from_preset(folder), flm.Tokenizer.from_preset(folder))
+
+
+def _full_forward_greedy(backbone: Any, ids: Sequence[int], count: int) -> list[int]:
+    ids = list(ids)
+    for _ in range(count):
+        logits = backbone(np.array([ids]))
+        ids.append(int(np.asarray(logits)[0, -1].argmax()))
+    return ids[-count:]
+
+
+def test_greedy_equals_the_graph_run_without_a_cache(generator: TextGenerator) -> None:
+    rows = [[5, 9, 200], [7]]
+    expected = [_full_forward_greedy(generator.backbone, row, 9) for row in rows]
+    assert generator.generate_ids(rows, max_new_tokens=9) == expected
+
+
+def test_compilations_are_counted_and_few(folder: str) -> None:
+    generator = TextGenerator(flm.Backbone.from_preset(folder))
+    generator.generate_ids([[1, 2, 3]], max_new_tokens=3)
+    assert generator.num_compilations == 2  # a prefill and a decode loop
+    for length in (1, 2, 17, 31, 32):
+        generator.generate_ids([list(range(3, 3 + length))], max_new_tokens=length)
+    assert generator.num_compilations == 2
+    generator.generate_ids([[1] * 40], max_new_tokens=3)  # the next padded length
+    assert generator.num_compilations == 3
+    generator.generate_ids([[1], [2]], max_new_tokens=3)  # another number of rows: both programs
+    assert generator.num_compilations == 5
+
+
+def test_numbers_do_not_recompile(folder: str) -> None:
+    generator = TextGenerator(flm.Backbone.from_preset(folder))
+    for seed, temperature, top_k in ((0, 0.5, 10), (1, 1.5, 3), (2, 1.0, 7)):
+        sampler = flm.samplers.make(temperature=temperature, top_k=top_k)
+        generator.generate_ids(
+            [[1, 2]], 4, sampler=sampler, seed=seed, stop_token_ids=range(290, 290 + seed)
+        )
+    assert generator.num_compilations == 2
+    generator.generate_ids([[1, 2]], 4, sampler=flm.samplers.make(temperature=1.0), seed=0)
+    assert generator.num_compilations == 4  # another kind of sampler
+
+
+def test_jax_compiles_nothing_behind_the_counter(generator: TextGenerator) -> None:
+    generator.generate_ids([[4, 5]], max_new_tokens=4)
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        compiled: list[Any] = []
+        original = jax._src.compiler.backend_compile_and_load
+        patch.setattr(
+            jax._src.compiler,
+            "backend_compile_and_load",
+            lambda *args, **kwargs: compiled.append(args) or original(*args, **kwargs),
+        )
+        generator.generate_ids([[6, 7, 8]], max_new_tokens=4)
+    assert compiled == []
+
+
+@pytest.mark.parametrize("name", ["greedy", "random", "top_k", "top_p", "min_p"])
+def test_rows_give_what_each_gives_alone(generator: TextGenerator, name: str) -> None:
+    rows = [[5, 9, 200, 31], [7], list(range(20, 40))]
+    together = generator.generate_ids(rows, 12, sampler=name, seed=3)
+    alone = [generator.generate_ids([row], 12, name, seed=3 + i)[0] for i, row in enumerate(rows)]
+    assert together == alone
+
+
+def test_seeds(generator: TextGenerator) -> None:
+    def draw(seed: Any) -> list[list[int]]:
+        return generator.generate_ids([[5], [5]], 16, sampler="random", seed=seed)
+
+    first = draw(11)
+    assert draw(11) == first
+    assert draw([11, 12]) == first
+    assert first[0] != first[1]
+    assert draw(-1) == draw(-1)
+    assert draw(None) != draw(None)
+
+
+def test_repetition_penalty_sees_prompt_and_text(generator: TextGenerator) -> None:
+    prompt = [5, 9, 200]
+    sampler = flm.samplers.Greedy((flm.samplers.RepetitionPenalty(1e6),))
+    ids = generator.generate_ids([prompt], 30, sampler=sampler)[0]
+    # With negative logits multiplied away, no token comes twice.
+    assert len(set(ids)) == 30
+    assert not set(ids) & set(prompt)
+
+
+def test_stop_ids_end_a_row_and_are_included(generator: TextGenerator) -> None:
+    free = generator.generate_ids([[5, 9]], 40)[0]
+    stop = free[7]
+    ended = free[: free.index(stop) + 1]
+    other = generator.generate_ids([[1]], 40)[0]
+    result = generator.generate_ids([[5, 9], [1]], 40, stop_token_ids=[stop])
+    assert result[0] == ended
+    assert result[1] == (other[: other.index(stop) + 1] if stop in other else other)
+
+
+def test_stream_joins_to_generate(generator: TextGenerator) -> None:
+    for seed in range(5):
+        whole = generator.generate(PROMPT, 50, sampler="random", seed=seed)
+        pieces = list(generator.stream(PROMPT, 50, sampler="random", seed=seed))
+        assert "".join(pieces) == whole
+        assert generator.generate([PROMPT, "日"], 50, "random", seed=[seed, 1])[0] == whole
+
+
+def test_stop_strings_span_tokens(generator: TextGenerator) -> None:
+    tried = 0
+    for seed in range(12):
+        whole = generator.generate(PROMPT, 60, sampler="random", seed=seed)
+        if len(whole) < 12:  # the model's own end came first
+            continue
+        tried += 1
+        stop = whole[5:11]  # tokens of this model are one or two characters
+        expected = whole[: whole.index(stop)]
+        options = {"sampler": "random", "seed": seed, "stop": ["never in there", stop]}
+        assert generator.generate(PROMPT, 60, **options) == expected
+        assert "".join(generator.stream(PROMPT, 60, **options)) == expected
+        both = generator.generate([PROMPT, PROMPT], 60, **{**options, "seed": [seed, seed]})
+        assert both == [expected, expected]
+    assert tried >= 3
+
+
+def test_weights_that_changed_are_used(folder: str) -> None:
+    backbone = flm.Backbone.from_preset(folder)
+    generator = TextGenerator(backbone)
+    before = generator.generate_ids([[5]], 8)
+    embeddings = backbone.get_layer("token_embedding").embeddings
+    embeddings.assign(embeddings[::-1])
+    after = generator.generate_ids([[5]], 8)
+    assert after != before
+    assert after == [_full_forward_greedy(backbone, [5], 8)]
+    assert generator.num_compilations == 2
+
+
+def test_a_conversation_reuses_its_cache(generator: TextGenerator) -> None:
+    tokenizer, past, messages = generator.tokenizer, flm.Past(), []
+    for turn in ("One", "Two?", "Three " * 60):  # the last outgrows the cache
+        messages.append({"role": "user", "content": turn})
+        ids = tokenizer.apply_chat_template(messages, tokenize=True)
+        fresh = "".join(generator.stream(ids, 20))
+        fed = generator.stats.prefill_tokens
+        again = "".join(generator.stream(ids, 20, past=past))
+        assert again == fresh
+        assert fed == len(ids)
+        assert (generator.stats.prefill_tokens < len(ids)) == (len(messages) > 1)
+        messages.append({"role": "assistant", "content": again})
+
+
+def test_a_conversation_survives_another_beginning(generator: TextGenerator) -> None:
+    past = flm.Past()
+    list(generator.stream([1, 2, 3, 4, 5, 6], 8, past=past))
+    expected = "".join(generator.stream([1, 2, 3, 9, 9], 8))
+    stream = generator.stream([1, 2, 3, 9, 9], 8, past=past)
+    assert "".join(stream) == expected
+    assert generator.stats.prefill_tokens == 2
+    abandoned = generator.stream([1, 2, 3, 9, 9, 4], 8, past=past)
+    next(abandoned)
+    abandoned.close()
+    expected = "".join(generator.stream([1, 2, 3, 7], 8))
+    assert "".join(generator.stream([1, 2, 3, 7], 8, past=past)) == expected
+
+
+def test_exactly_as_many_as_asked_for(generator: TextGenerator) -> None:
+    for count in (1, 2, 32, 33, 34, 65):
+        ids = generator.generate_ids([[3], [4, 5]], max_new_tokens=count)
+        assert [len(row) for row in ids] == [count, count]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": [[]]}, "Prompt 0 is empty"),
+        ({"prompts": []}, "at least one prompt"),
+        ({"prompts": [[1], [5000, -1]]}, r"Prompt 1: expected token ids .* received \[5000, -1\]"),
+        ({"prompts": [[1.5]]}, "expected token ids"),
+        ({"max_new_tokens": 0}, "max_new_tokens of at least 1, received 0"),
+        ({"max_new_tokens": -3}, "max_new_tokens"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens"),
+        ({"prompts": [[1] * 600]}, "600 tokens .* context holds 512"),
+        ({"max_new_tokens": 512}, "context holds 512"),
+        ({"sampler": "gredy"}, "greedy"),
+        ({"seed": [1, 2]}, "one for each of 1 rows"),
+    ],
+)
+def test_bad_input(generator: TextGenerator, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generator.generate_ids(**{"prompts": [[1, 2]], "max_new_tokens": 4, **arguments})
+
+
+def test_bad_text(generator: TextGenerator) -> None:
+    for prompt in ("", ["a", ""], [3]):
+        with pytest.raises(ValueError, match="at least one character"):
+            generator.generate(prompt)
+    with pytest.raises(ValueError, match="non-empty stop strings"):
+        generator.generate("a", stop="")
+    with pytest.raises(ValueError, match="finite"):
+        flm.samplers.make(temperature=float("nan"))
+    with pytest.raises(ValueError, match="no tokenizer"):
+        TextGenerator(generator.backbone).generate("a")
