@@ -1,15 +1,10 @@
-"""Generation: prefill, a compiled decode loop, text around it.
+"""Generation: prompts in, text or ids out, around the compiled programs of `decoding`.
 
-The graph is the one that trains. It is cut in two at the hidden states, so that a prefill computes
-the head for the last position only; both halves share the backbone's layers.
-
-Shapes: B rows, T tokens of a padded prompt, S cache slots, C tokens of one run of the decode loop,
-V vocabulary, D model.
+Shapes: B rows, T tokens of a padded prompt, C new tokens since the last look, V vocabulary.
 """
 
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from numbers import Integral
@@ -21,34 +16,15 @@ import keras
 import numpy as np
 
 from functional_llm import samplers
-from functional_llm.cache import grow_cache, make_cache, truncate_cache
+from functional_llm.cache import grow_cache, truncate_cache
 from functional_llm.convert.download import cache_directory
-from functional_llm.layers import store
+from functional_llm.decoding import CHUNK, Programs, Stats
 from functional_llm.tokenizers import TextTokenizer
+from functional_llm.writing import Writer
 
 _SMALLEST_PROMPT = 32
 _SMALLEST_CACHE = 256
-_CHUNK = 32  # C: most tokens between two looks of the host
 _STOP_IDS = 8  # stop ids are padded to a multiple of this: few programs serve all
-
-
-@dataclass
-class Stats:
-    """Where the time of one generation went.
-
-    Args:
-        compile_seconds: Tracing and compiling, or reading the compilation cache.
-        prefill_seconds: The prompt, up to the first token.
-        prefill_tokens: Tokens of the prompts, without padding.
-        decode_seconds: The rest.
-        decode_tokens: Tokens of all rows after the first.
-    """
-
-    compile_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    prefill_tokens: int = 0
-    decode_seconds: float = 0.0
-    decode_tokens: int = 0
 
 
 @dataclass
@@ -97,19 +73,18 @@ class TextGenerator:
     def __init__(self, backbone: keras.Model, tokenizer: TextTokenizer | None = None) -> None:
         self.backbone = backbone
         self.tokenizer = tokenizer
-        self.stats = Stats()
-        outputs = backbone.output
-        kept = {"hidden": outputs["hidden"], "cache": outputs["cache"]}
-        self._trunk = keras.Model(backbone.input, kept)
-        self._head = keras.Model(outputs["hidden"], outputs["logits"])
-        self._variables = backbone.variables
-        self._programs: dict[Any, Callable[..., Any]] = {}
+        self._programs = Programs(backbone)
         _use_compilation_cache()
+
+    @property
+    def stats(self) -> Stats:
+        """Where the time of the last generation went."""
+        return self._programs.stats
 
     @property
     def num_compilations(self) -> int:
         """How many programs have been compiled so far."""
-        return len(self._programs)
+        return len(self._programs.compiled)
 
     def generate(
         self,
@@ -136,8 +111,8 @@ class TextGenerator:
             ValueError: At an empty prompt, one longer than the context, or a bad number.
         """
         single = isinstance(prompts, str)
-        texts = [prompts] if single else list(prompts)
-        writers = [_Writer(self._tokenizer(), stop, continues=True) for _ in texts]
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        writers = [Writer(self._tokenizer(), stop, continues=True) for _ in texts]
         rows = [self._encode(text) for text in texts]
         stop_ids = self._tokenizer().stop_token_ids
         pieces = [""] * len(texts)
@@ -146,7 +121,7 @@ class TextGenerator:
                 pieces[i] += writers[i].push(ids)
                 if writers[i].stopped:
                     chunk.finish_row(i)
-        pieces = [piece + writer.finish() for piece, writer in zip(pieces, writers)]
+        pieces = [piece + writer.finish() for piece, writer in zip(pieces, writers, strict=True)]
         return pieces[0] if single else pieces
 
     def stream(
@@ -157,7 +132,7 @@ class TextGenerator:
         stop: str | Sequence[str] = (),
         seed: int | None = None,
         past: Past | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """Yields the new text of one prompt, as it is written: never half a character.
 
         Args:
@@ -170,7 +145,7 @@ class TextGenerator:
         """
         continues = isinstance(prompt, str)
         ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
-        writer = _Writer(self._tokenizer(), stop, continues)
+        writer = Writer(self._tokenizer(), stop, continues)
         stop_ids = self._tokenizer().stop_token_ids
         for chunk in self._run([ids], max_new_tokens, sampler, stop_ids, seed, past, chunk=1):
             piece = writer.push(chunk.new_ids[0])
@@ -202,7 +177,7 @@ class TextGenerator:
         rows = [list(row) for row in prompts]
         results: list[list[int]] = [[] for _ in rows]
         for chunk in self._run(rows, max_new_tokens, sampler, stop_token_ids, seed):
-            for result, ids in zip(results, chunk.new_ids):
+            for result, ids in zip(results, chunk.new_ids, strict=True):
                 result.extend(ids)
         return results
 
@@ -225,18 +200,18 @@ class TextGenerator:
         stop_ids: Any,
         seed: Any,
         past: Past | None = None,
-        chunk: int = _CHUNK,
+        chunk: int = CHUNK,
     ) -> Iterator["_Chunk"]:
         """Prefills, then decodes until every row has ended; yields what is new."""
         self._check(rows, max_new_tokens)
-        self.stats = Stats()
+        self._programs.stats = Stats()
         sampler = jax.tree.map(_as_array, samplers.get(sampler))
         stop_ids = sorted(stop_ids)
         stops = np.array(stop_ids + [-1] * (_STOP_IDS - len(stop_ids) % _STOP_IDS), "int32")
-        values = [variable.value for variable in self._variables]
+        values = self._programs.values()
         arguments, num_slots = self._prompt(rows, max_new_tokens, past)
         arguments["keys"] = _make_keys(seed, len(rows))
-        token_B, state = self._prefill(num_slots, values, arguments, sampler)
+        token_B, state = self._programs.prefill(num_slots, values, arguments, sampler)
         new_BC, written = np.asarray(token_B)[:, None], 1
         done_B = np.zeros(len(rows), bool)
         try:
@@ -248,14 +223,14 @@ class TextGenerator:
                 if written >= max_new_tokens or done_B.all():
                     break
                 limit = np.int32(min(chunk, max_new_tokens - written))
-                new_BC, state = self._decode(values, state, sampler, done_B, stops, limit)
+                new_BC, state = self._programs.decode(values, state, sampler, done_B, stops, limit)
                 written += new_BC.shape[1]
         finally:
             if past is not None:
                 past.cache, past.ids = state["cache"], past.ids[:-1]
 
-    def _check(self, rows: list[list[int]], max_new_tokens: int) -> None:
-        if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+    def _check(self, rows: list[list[Any]], max_new_tokens: Any) -> None:
+        if not isinstance(max_new_tokens, Integral) or int(max_new_tokens) < 1:
             raise ValueError(f"Expected max_new_tokens of at least 1, received {max_new_tokens!r}.")
         if not rows:
             raise ValueError("Expected at least one prompt, received an empty list.")
@@ -264,12 +239,14 @@ class TextGenerator:
         for i, row in enumerate(rows):
             if not row:
                 raise ValueError(f"Prompt {i} is empty. Expected at least one token.")
-            wrong = [x for x in row if not isinstance(x, Integral) or not 0 <= x < size]
+            wrong = [x for x in row if not (isinstance(x, Integral) and 0 <= int(x) < size)]
             if wrong:
-                raise ValueError(f"Prompt {i}: expected token ids from 0 to {size - 1}, received {wrong[:5]}.")
+                raise ValueError(
+                    f"Prompt {i}: expected token ids from 0 to {size - 1}, received {wrong[:5]}."
+                )
             if context is not None and len(row) + max_new_tokens > context:
                 raise ValueError(
-                    f"Prompt {i} has {len(row)} tokens and {max_new_tokens} more are asked for; the "
+                    f"Prompt {i} has {len(row)} tokens, {max_new_tokens} more are asked for; the "
                     f"model's context holds {context}. Shorten the prompt or ask for fewer."
                 )
 
@@ -297,118 +274,6 @@ class TextGenerator:
         arguments = {"tokens": tokens_BT, "positions": positions_BT, "last": last_B}
         return arguments | {"cache": cache, "seen": seen_BV}, num_slots
 
-    def _prefill(
-        self, num_slots: int, values: list[Any], arguments: dict[str, Any], sampler: Any
-    ) -> tuple[Any, dict[str, Any]]:
-        """Runs the prompt; returns the first token of each row and the state of the loop."""
-        has_cache = arguments["cache"] is not None
-        key = ("prefill", arguments["tokens"].shape, num_slots, has_cache)
-        program = self._compiled(
-            key, self._prefill_program(num_slots), (), values, arguments, sampler
-        )
-        started = time.perf_counter()
-        result = jax.block_until_ready(program(values, arguments, sampler))
-        self.stats.prefill_seconds += time.perf_counter() - started
-        return result
-
-    def _decode(
-        self, values: list[Any], state: dict[str, Any], sampler: Any, *arguments: Any
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Runs the loop once; returns the new ids (B, C), as many as were written."""
-        done_B, stops, _ = arguments
-        key = ("decode", done_B.shape, state["cache"]["positions"].shape, stops.shape)
-        program = self._compiled(key, self._decode_program, 1, values, state, sampler, *arguments)
-        started = time.perf_counter()
-        new_BC, count, state = program(values, state, sampler, *arguments)
-        new_BC = np.asarray(new_BC)[:, : int(count)]
-        self.stats.decode_seconds += time.perf_counter() - started
-        self.stats.decode_tokens += int((new_BC >= 0).sum())
-        return new_BC, state
-
-    def _compiled(
-        self, key: Any, function: Callable[..., Any], donated: Any, *arguments: Any
-    ) -> Callable[..., Any]:
-        key = (*key, jax.tree.structure(arguments[2]))  # the kind of sampler
-        if key not in self._programs:
-            started = time.perf_counter()
-            lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
-            self._programs[key] = lowered.compile()
-            self.stats.compile_seconds += time.perf_counter() - started
-        return self._programs[key]
-
-    def _forward(self, values: list[Any], inputs: dict[str, Any], last_B: Any) -> tuple[Any, Any]:
-        """Runs the graph; the head only at one position a row."""
-        inputs = self.backbone.complete_inputs(inputs)
-        with keras.StatelessScope(state_mapping=list(zip(self._variables, values))):
-            outputs = self._trunk(inputs, training=False)
-            hidden_B1D = jnp.take_along_axis(outputs["hidden"], last_B[:, None, None], axis=1)
-            logits_B1V = self._head(hidden_B1D, training=False)
-        return logits_B1V[:, 0].astype("float32"), outputs["cache"]
-
-    def _prefill_program(self, num_slots: int) -> Callable[..., Any]:
-        def prefill(values: Any, arguments: dict[str, Any], sampler: samplers.Sampler) -> Any:
-            tokens_BT, positions_BT = arguments["tokens"], arguments["positions"]
-            inputs = {"token_ids": tokens_BT, "positions": positions_BT}
-            if arguments["cache"] is not None:
-                inputs["cache"] = arguments["cache"]
-            logits_BV, cache = self._forward(values, inputs, arguments["last"])
-            if arguments["cache"] is None:  # what the graph returned is the prompt's own tokens
-                empty = make_cache(self.backbone, tokens_BT.shape[0], num_slots)
-                cache = jax.tree.map(lambda n, c: store(n, c, positions_BT), cache, empty)
-            state = {"cache": cache, "keys": arguments["keys"], "step": jnp.int32(0)}
-            state["position"] = jnp.max(positions_BT, axis=1) + 1
-            token_B, seen_BV = _sample(sampler, logits_BV, state, arguments["seen"])
-            return token_B, {**state, "token": token_B, "seen": seen_BV, "step": jnp.int32(1)}
-
-        return prefill
-
-    def _decode_program(
-        self, values: Any, state: Any, sampler: Any, done_B: Any, stop_ids: Any, limit: Any
-    ) -> Any:
-        """Writes up to `limit` tokens; -1 in rows that are done."""
-
-        def go_on(loop: Any) -> Any:
-            i, _, done_B, _ = loop
-            return (i < limit) & ~jnp.all(done_B)
-
-        def write(loop: Any) -> Any:
-            i, new_BC, done_B, state = loop
-            position_B = jnp.where(done_B, jnp.int32(-1), state["position"])
-            inputs = {
-                "token_ids": state["token"][:, None],
-                "positions": position_B[:, None],
-                "cache": state["cache"],
-            }
-            first = jnp.zeros_like(state["token"])
-            logits_BV, cache = self._forward(values, inputs, first)
-            token_B, seen_BV = _sample(sampler, logits_BV, state, state["seen"])
-            new_BC = new_BC.at[:, i].set(jnp.where(done_B, jnp.int32(-1), token_B))
-            state = {
-                **state,
-                "cache": cache,
-                "token": token_B,
-                "seen": seen_BV,
-                "step": state["step"] + 1,
-                "position": state["position"] + 1,
-            }
-            done_B = done_B | jnp.any(token_B[:, None] == stop_ids, axis=1)
-            return i + 1, new_BC, done_B, state
-
-        new_BC = jnp.full((done_B.shape[0], _CHUNK), -1, "int32")
-        count, new_BC, _, state = jax.lax.while_loop(
-            go_on, write, (jnp.int32(0), new_BC, done_B, state)
-        )
-        return new_BC, count, state
-
-
-def _sample(
-    sampler: samplers.Sampler, logits_BV: Any, state: dict[str, Any], seen_BV: Any
-) -> tuple[Any, Any]:
-    """Draws a token a row, and notes it as seen."""
-    keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state["keys"], state["step"])
-    token_B = sampler(logits_BV, keys_B, seen_BV)
-    return token_B, seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
-
 
 class _Chunk:
     """New ids a row, since the last look."""
@@ -420,45 +285,6 @@ class _Chunk:
     def finish_row(self, row: int) -> None:
         """Ends a row from outside: a stop string was found in it."""
         self._done_B[row] = True
-
-
-class _Writer:
-    """One row's text: ids in, text out, up to a stop string that may span tokens."""
-
-    def __init__(
-        self, tokenizer: TextTokenizer, stop: str | Sequence[str], continues: bool
-    ) -> None:
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        if not all(isinstance(text, str) and text for text in stops):
-            raise ValueError(f"Expected non-empty stop strings, received {stop!r}.")
-        self.stopped = False
-        self._stops = stops
-        self._decoder = tokenizer.stream_decoder(continues=continues)
-        self._held = ""
-
-    def push(self, ids: list[int]) -> str:
-        """Returns the text that is certain: no stop string can begin in it."""
-        return "" if self.stopped else self._take(self._decoder.push(ids), final=False)
-
-    def finish(self) -> str:
-        """Returns what was held back."""
-        return "" if self.stopped else self._take(self._decoder.finish(), final=True)
-
-    def _take(self, text: str, final: bool) -> str:
-        text = self._held + text
-        found = [i for i in (text.find(stop) for stop in self._stops) if i >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        keep = 0 if final else max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of the text could be the beginning of the stop string."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _power_of_two(number: int, smallest: int) -> int:
@@ -480,5 +306,5 @@ def _as_array(number: Any) -> Any:
 
 def _use_compilation_cache() -> None:
     """Keeps compiled programs across processes, unless the user has set a place already."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))

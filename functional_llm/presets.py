@@ -57,7 +57,13 @@ class Backbone(keras.Model):
     """
 
     def __init__(
-        self, inputs: Any, outputs: Any, name: str | None = None, *, config: Any = None, **kwargs: Any
+        self,
+        inputs: Any,
+        outputs: Any,
+        name: str | None = None,
+        *,
+        config: Any = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(inputs=inputs, outputs=outputs, name=name, **kwargs)
         self.config = config

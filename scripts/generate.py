@@ -1,14 +1,13 @@
 """Writes text with a language model, streamed to the terminal."""
 
-import time
-
-STARTED = time.perf_counter()
-
 import argparse
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+STARTED = time.perf_counter()
 
 
 def main() -> int:

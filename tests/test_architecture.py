@@ -28,6 +28,8 @@ RANKS = {
     "peft": 2,
     "handles": 3,
     "generate": 3,
+    "decoding": 3,
+    "writing": 3,
     "export": 3,
     "presets": 4,
     "": 9,  # functional_llm/__init__.py

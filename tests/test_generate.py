@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tiny import save_tiny
 
 import functional_llm as flm
 from functional_llm.generate import TextGenerator
+from tiny import save_tiny
 
 PROMPT = "The quick brown fox"
 
@@ -22,6 +22,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def generator(folder: str) -> TextGenerator:
     return TextGenerator(flm.Backbone.from_preset(folder), flm.Tokenizer.from_preset(folder))
+
+
+def _tokenizer(generator: TextGenerator) -> Any:
+    return generator.tokenizer
 
 
 def _full_forward_greedy(backbone: Any, ids: Sequence[int], count: int) -> list[int]:
@@ -65,14 +69,15 @@ def test_numbers_do_not_recompile(folder: str) -> None:
 
 def test_jax_compiles_nothing_behind_the_counter(generator: TextGenerator) -> None:
     generator.generate_ids([[4, 5]], max_new_tokens=4)
-    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         compiled: list[Any] = []
         original = jax._src.compiler.backend_compile_and_load
-        patch.setattr(
-            jax._src.compiler,
-            "backend_compile_and_load",
-            lambda *args, **kwargs: compiled.append(args) or original(*args, **kwargs),
-        )
+
+        def compile_and_note(*args: Any, **kwargs: Any) -> Any:
+            compiled.append(args)
+            return original(*args, **kwargs)
+
+        patch.setattr(jax._src.compiler, "backend_compile_and_load", compile_and_note)
         generator.generate_ids([[6, 7, 8]], max_new_tokens=4)
     assert compiled == []
 
@@ -133,7 +138,11 @@ def test_stop_strings_span_tokens(generator: TextGenerator) -> None:
         tried += 1
         stop = whole[5:11]  # tokens of this model are one or two characters
         expected = whole[: whole.index(stop)]
-        options = {"sampler": "random", "seed": seed, "stop": ["never in there", stop]}
+        options: dict[str, Any] = {
+            "sampler": "random",
+            "seed": seed,
+            "stop": ["never in there", stop],
+        }
         assert generator.generate(PROMPT, 60, **options) == expected
         assert "".join(generator.stream(PROMPT, 60, **options)) == expected
         both = generator.generate([PROMPT, PROMPT], 60, **{**options, "seed": [seed, seed]})
@@ -154,8 +163,10 @@ def test_weights_that_changed_are_used(folder: str) -> None:
 
 
 def test_a_conversation_reuses_its_cache(generator: TextGenerator) -> None:
-    tokenizer, past, messages = generator.tokenizer, flm.Past(), []
-    for turn in ("One", "Two?", "Three " * 60):  # the last outgrows the cache
+    past = flm.Past()
+    messages: list[dict[str, str]] = []
+    tokenizer = _tokenizer(generator)
+    for turn in ("One", "Two?", "Three " * 40):  # the last outgrows the cache
         messages.append({"role": "user", "content": turn})
         ids = tokenizer.apply_chat_template(messages, tokenize=True)
         fresh = "".join(generator.stream(ids, 20))
@@ -209,7 +220,8 @@ def test_bad_input(generator: TextGenerator, arguments: dict[str, Any], message:
 
 
 def test_bad_text(generator: TextGenerator) -> None:
-    for prompt in ("", ["a", ""], [3]):
+    prompts: list[Any] = ["", ["a", ""], [3]]
+    for prompt in prompts:
         with pytest.raises(ValueError, match="at least one character"):
             generator.generate(prompt)
     with pytest.raises(ValueError, match="non-empty stop strings"):

@@ -19,6 +19,8 @@ from functional_llm.blocks.rope import RopeScaling, rotary, rotation
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    """The numbers of a Llama."""
+
     vocabulary_size: int
     num_layers: int
     hidden_dim: int
@@ -63,6 +65,7 @@ def build(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def build_decoder(config: Config, name: str) -> keras.layers.Layer:
+    """Returns one decoder layer."""
     epsilon, bias, size = config.layer_norm_epsilon, config.attention_bias, config.head_dim
     queries, keys = config.num_query_heads, config.num_key_value_heads
     self_attention = attention(
@@ -74,7 +77,10 @@ def build_decoder(config: Config, name: str) -> keras.layers.Layer:
     mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation, config.mlp_bias)
     return decoder(
         name,
-        [[rms_norm(epsilon, "attention_norm"), self_attention], [rms_norm(epsilon, "mlp_norm"), mlp]],
+        [
+            [rms_norm(epsilon, "attention_norm"), self_attention],
+            [rms_norm(epsilon, "mlp_norm"), mlp],
+        ],
     )
 
 

@@ -6,14 +6,14 @@ A *part* is a layer, or a function `(x, inputs) -> x` that may use the block's o
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 
 from functional_llm.composite import CompositeLayer
 from functional_llm.layers import AttentionDotProduct, KVCacheLookup
 
-Part = keras.layers.Layer | Callable[[Any, dict[str, Any]], Any]
+Part: TypeAlias = keras.layers.Layer | Callable[[Any, dict[str, Any]], Any]
 
 
 def apply_parts(parts: Sequence[Part], x: Any, inputs: dict[str, Any]) -> Any:

@@ -29,11 +29,10 @@ def decoder(name: str, branches: Sequence[Sequence[Part]]) -> CompositeLayer:
 
     def body(inputs: dict[str, Any]) -> dict[str, Any]:
         x, caches = inputs["x"], {}
-
         for branch in branches:
             y = x
             for part in branch:
-                if getattr(part, "name", None) in inputs["cache"]:
+                if isinstance(part, CompositeLayer) and part.name in inputs["cache"]:
                     result = part({**inputs, "x": y, "cache": inputs["cache"][part.name]})
                     y, caches[part.name] = result["x"], result["cache"]
                 else:
@@ -55,6 +54,7 @@ def token_inputs(caches: dict[str, Any]) -> dict[str, Any]:
         optional: `positions` (B, S) int32, the position of the token in each slot, and what each
         layer keeps, (B, S, ...).
     """
+
     def make(name: str, shape: tuple[int, ...], dtype: str | None = None, **kwargs: Any) -> Any:
         return keras.Input((None, *shape), dtype=dtype, name=name, **kwargs)
 

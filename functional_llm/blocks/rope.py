@@ -135,7 +135,9 @@ def rotation(
         [RoFormer](https://arxiv.org/abs/2104.09864), with channels i and i + H/2 as a pair.
     """
     if head_dim % 2:
-        raise ValueError(f"RoPE turns pairs of channels: expected an even head_dim, got {head_dim}.")
+        raise ValueError(
+            f"RoPE turns pairs of channels: expected an even head_dim, got {head_dim}."
+        )
     # Rounded where torch rounds: an ulp more or less moves far positions by 1e-4.
     exponents = np.arange(0, head_dim, 2, dtype="float32") / np.float32(head_dim)
     wavelengths = (np.float64(max_wavelength) ** exponents.astype("float64")).astype("float32")

@@ -23,7 +23,9 @@ Row = tuple[str, str, str]
 class TensorSource(Protocol):
     """Named tensors that can be read one at a time."""
 
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor, by name."""
 
     def read(self, name: str, dtype: str) -> np.ndarray:
         """Returns one tensor in a dtype."""
@@ -111,8 +113,8 @@ def check_source(
         shown = "\n  ".join(problems[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(
-            f"The checkpoint does not fit the config, {len(problems)} differences:\n  {shown}{more}\n"
-            "Check that config and weights belong together."
+            f"The checkpoint does not fit the config, {len(problems)} differences:\n"
+            f"  {shown}{more}\nCheck that config and weights belong together."
         )
 
 
