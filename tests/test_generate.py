@@ -208,7 +208,7 @@ def test_exactly_as_many_as_asked_for(generator: TextGenerator) -> None:
         ({"max_new_tokens": 0}, "max_new_tokens of at least 1, received 0"),
         ({"max_new_tokens": -3}, "max_new_tokens"),
         ({"max_new_tokens": 1.5}, "max_new_tokens"),
-        ({"prompts": [[1] * 600]}, "600 tokens .* context holds 512"),
+        ({"prompts": [[1] * 600]}, "600 tokens.* context holds 512"),
         ({"max_new_tokens": 512}, "context holds 512"),
         ({"sampler": "gredy"}, "greedy"),
         ({"seed": [1, 2]}, "one for each of 1 rows"),
