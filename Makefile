@@ -5,7 +5,6 @@ BIN := $(VENV)/bin
 PROMPT ?= The capital of France is
 PYTEST_ARGS ?=
 
-export KERAS_BACKEND := jax
 export PROMPT
 
 .DELETE_ON_ERROR:

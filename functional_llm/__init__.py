@@ -1,5 +1,11 @@
 """A reference zoo of language models for Keras 3 on JAX: every model is one editable graph."""
 
+import os
+
+# Keras chooses its backend when it is imported, TensorFlow unless told. Whoever imports Keras first
+# or sets the variable keeps their choice.
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
 from functional_llm import samplers
 from functional_llm.cache import make_cache
 from functional_llm.composite import CompositeLayer
