@@ -32,9 +32,9 @@ $(VENV)/installed-dev: $(VENV)/installed-core
 generate: $(VENV)/installed-core
 	$(BIN)/python scripts/generate.py --prompt "$$PROMPT"
 
-# One run: tests/conftest.py puts the tests marked `real` last.
+# One run, in two processes: tests/conftest.py puts the tests marked `real` last.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/python -m ruff check .

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from functional_llm.cache import make_cache
+from functional_llm.cache import make_cache, num_slots
 from functional_llm.layers import store
 from functional_llm.samplers import Sampler
 
@@ -65,14 +65,12 @@ class Programs:
         return [variable.value for variable in self._variables]
 
     def prefill(
-        self, num_slots: int, values: list[Any], arguments: dict[str, Any], sampler: Any
+        self, slots: int, values: list[Any], arguments: dict[str, Any], sampler: Any
     ) -> tuple[Any, dict[str, Any]]:
         """Runs the prompt; returns the first token of each row and the state of the loop."""
         has_cache = arguments["cache"] is not None
-        key = ("prefill", arguments["tokens"].shape, num_slots, has_cache)
-        program = self._compiled(
-            key, self._prefill_program(num_slots), (), values, arguments, sampler
-        )
+        key = ("prefill", arguments["tokens"].shape, slots, has_cache)
+        program = self._compiled(key, self._prefill_program(slots), (), values, arguments, sampler)
         started = time.perf_counter()
         result = jax.block_until_ready(program(values, arguments, sampler))
         self.stats.prefill_seconds += time.perf_counter() - started
@@ -83,7 +81,7 @@ class Programs:
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Runs the loop once; returns the new ids (B, C), as many as were written."""
         done_B, stops, _ = arguments
-        key = ("decode", done_B.shape, state["cache"]["positions"].shape, stops.shape)
+        key = ("decode", done_B.shape, num_slots(state["cache"]), stops.shape)
         program = self._compiled(key, self._decode_program, 1, values, state, sampler, *arguments)
         started = time.perf_counter()
         new_BC, count, state = program(values, state, sampler, *arguments)
@@ -112,7 +110,7 @@ class Programs:
             logits_B1V = self._head(hidden_B1D, training=False)
         return logits_B1V[:, 0].astype("float32"), outputs["cache"]
 
-    def _prefill_program(self, num_slots: int) -> Callable[..., Any]:
+    def _prefill_program(self, slots: int) -> Callable[..., Any]:
         def prefill(values: Any, arguments: dict[str, Any], sampler: Sampler) -> Any:
             tokens_BT, positions_BT = arguments["tokens"], arguments["positions"]
             inputs = {"token_ids": tokens_BT, "positions": positions_BT}
@@ -120,7 +118,7 @@ class Programs:
                 inputs["cache"] = arguments["cache"]
             logits_BV, cache = self._forward(values, inputs, arguments["last"])
             if arguments["cache"] is None:  # what the graph returned is the prompt's own tokens
-                empty = make_cache(self._backbone, tokens_BT.shape[0], num_slots)
+                empty = make_cache(self._backbone, tokens_BT.shape[0], slots)
                 cache = jax.tree.map(lambda n, c: store(n, c, positions_BT), cache, empty)
             state = {"cache": cache, "keys": arguments["keys"], "step": jnp.int32(0)}
             state["position"] = jnp.max(positions_BT, axis=1) + 1

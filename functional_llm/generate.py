@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 from functional_llm import samplers
-from functional_llm.cache import grow_cache, truncate_cache
+from functional_llm.cache import grow_cache, holds, num_slots, truncate_cache
 from functional_llm.convert.download import cache_directory
 from functional_llm.decoding import CHUNK, Programs, Stats
 from functional_llm.tokenizers import TextTokenizer
@@ -34,12 +34,11 @@ class Past:
     ids: list[int] = field(default_factory=list)
     cache: Any = None
 
-    def reuse(self, row: list[int], num_slots: int) -> tuple[int, Any]:
+    def reuse(self, row: list[int]) -> tuple[int, Any]:
         """Takes what agrees with a new row.
 
         Args:
             row: The ids of the new turn, history included.
-            num_slots: How many slots the cache needs at least.
 
         Returns:
             How many of the row's tokens are in the cache, fewer than all (one must be fed, to
@@ -48,9 +47,9 @@ class Past:
         pairs = zip(self.ids, row[:-1], strict=False)
         known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         cache, self.ids, self.cache = self.cache, list(row), None
-        if cache is None or known == 0:
+        if cache is None or known == 0 or not holds(cache, known):
             return 0, None
-        return known, grow_cache(truncate_cache(cache, known), num_slots)
+        return known, truncate_cache(cache, known)
 
 
 class TextGenerator:
@@ -209,9 +208,9 @@ class TextGenerator:
         stop_ids = sorted(stop_ids)
         stops = np.array(stop_ids + [-1] * (_STOP_IDS - len(stop_ids) % _STOP_IDS), "int32")
         values = self._programs.values()
-        arguments, num_slots = self._prompt(rows, max_new_tokens, past)
+        arguments, slots = self._prompt(rows, max_new_tokens, past)
         arguments["keys"] = _make_keys(seed, len(rows))
-        token_B, state = self._programs.prefill(num_slots, values, arguments, sampler)
+        token_B, state = self._programs.prefill(slots, values, arguments, sampler)
         new_BC, written = np.asarray(token_B)[:, None], 1
         done_B = np.zeros(len(rows), bool)
         try:
@@ -254,11 +253,13 @@ class TextGenerator:
         self, rows: list[list[int]], max_new_tokens: int, past: Past | None
     ) -> tuple[dict[str, Any], int]:
         """Returns the arguments of the prefill, padded to few shapes, and the number of slots."""
-        num_slots = _power_of_two(max(map(len, rows)) + max_new_tokens, _SMALLEST_CACHE)
+        slots = _power_of_two(max(map(len, rows)) + max_new_tokens, _SMALLEST_CACHE)
         known, cache = 0, None
         if past is not None:
-            known, cache = past.reuse(rows[0], num_slots)
-            num_slots = num_slots if cache is None else cache["positions"].shape[1]
+            known, cache = past.reuse(rows[0])
+        if cache is not None:
+            slots = max(slots, num_slots(cache))
+            cache = grow_cache(self.backbone, cache, slots)
         lengths = [len(row) - known for row in rows]
         length = _power_of_two(max(lengths), _SMALLEST_PROMPT)
         tokens_BT = np.zeros((len(rows), length), "int32")
@@ -272,7 +273,7 @@ class TextGenerator:
             seen_BV[i, row] = True
         self.stats.prefill_tokens = sum(lengths)
         arguments = {"tokens": tokens_BT, "positions": positions_BT, "last": last_B}
-        return arguments | {"cache": cache, "seen": seen_BV}, num_slots
+        return arguments | {"cache": cache, "seen": seen_BV}, slots
 
 
 class _Chunk:

@@ -4,35 +4,39 @@ Shapes: B batch, T tokens, S slots, V vocabulary.
 """
 
 import json
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Self
 
 import keras
 from keras import ops, tree
 from tqdm import tqdm
 
-from functional_llm.backbones import llama
+from functional_llm.backbones import gemma, gemma2, gemma3, gpt2, llama, mistral, qwen2, qwen3
+from functional_llm.cache import latest_position
 from functional_llm.convert.gguf import GGUFFile, open_gguf
 from functional_llm.convert.gguf_checkpoint import GGUFCheckpoint, read_raw_config
-from functional_llm.convert.huggingface import read_config
+from functional_llm.convert.huggingface import decode_config, read_config, write_config
 from functional_llm.convert.safetensors import open_safetensors
+from functional_llm.convert.saving import replaced, write_json, write_safetensors
 from functional_llm.convert.table import (
     TensorSource,
     check_source,
     expand_table,
+    export_weights,
     load_weights,
     uninitialized,
+    with_prefix,
 )
+from functional_llm.family import Family
 from functional_llm.handles import is_preset, locate, read_preset
-from functional_llm.tokenizers import TextTokenizer
+from functional_llm.tokenizers import TextTokenizer, save_tokenizer
 
-FAMILIES: dict[str, ModuleType] = {
-    "llama": llama,
-}
+_MODULES = (llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3, gpt2)
+FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 
 
 @keras.saving.register_keras_serializable("functional_llm")
@@ -67,6 +71,7 @@ class Backbone(keras.Model):
     ) -> None:
         super().__init__(inputs=inputs, outputs=outputs, name=name, **kwargs)
         self.config = config
+        self.preset: str | None = None  # the handle that the weights came from
 
     @property
     def input_spec(self) -> None:
@@ -154,18 +159,52 @@ class Backbone(keras.Model):
         """
         if not load_weights and is_preset(str(handle)):
             preset = read_preset(str(handle))
-            family = _family(preset["family"], preset["family"])
-            return cls._build(family, family.Config(**preset["config"]), dtype)
+            family = _known_family(FAMILIES, preset["family"], "The preset's family")
+            return cls._build(family, decode_config(preset["config"], family), dtype)
         checkpoint = _open_checkpoint(locate(handle))
         if not load_weights:
             return cls._build(checkpoint.family, checkpoint.config, dtype)
         with uninitialized():
             backbone = cls._build(checkpoint.family, checkpoint.config, dtype)
         checkpoint.load(backbone.variables)
+        backbone.preset = str(handle)
         return backbone
 
+    def save_preset(
+        self,
+        directory: str | Path,
+        tokenizer: TextTokenizer | None = None,
+        max_shard_bytes: int = 5_000_000_000,
+    ) -> None:
+        """Writes a directory in Hugging Face layout, which Transformers and `from_preset` load.
+
+        Args:
+            directory: Where to write; files of the same names are replaced, all or none.
+            tokenizer: The tokenizer to write beside. Defaults to that of the preset that the
+                backbone was loaded from, if there is one.
+            max_shard_bytes: Largest size of a file of weights.
+
+        Raises:
+            ValueError: If the graph has variables that the family's table does not know, as with
+                adapters that are not merged.
+            OSError: If the directory cannot be written to.
+        """
+        family = next(f for f in FAMILIES.values() if isinstance(self.config, f.config_class))
+        paths = [variable.path for variable in self.variables]
+        tensors = expand_table(family.weights, paths, self.config.num_layers)
+        dtype = self.variables[0].dtype
+        with replaced(Path(directory)) as folder:
+            write_safetensors(folder, export_weights(self.variables, tensors), max_shard_bytes)
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, folder)
+            elif self.preset is not None:
+                _copy_tokenizer(locate(self.preset), folder)
+            ids = _read_json(folder / "generation_config.json", {})
+            ids = {key: ids[key] for key in _TOKEN_IDS if key in ids}
+            write_json(folder / "config.json", write_config(self.config, family, dtype) | ids)
+
     @classmethod
-    def _build(cls, family: ModuleType, config: Any, dtype: str) -> Self:
+    def _build(cls, family: Family, config: Any, dtype: str) -> Self:
         with _dtype_policy(dtype):
             inputs, outputs = family.build(config)
             return cls(inputs, outputs, config=config)
@@ -186,7 +225,7 @@ def _default_positions(token_ids: Any, cache: Any) -> Any:
     positions_1T = ops.expand_dims(ops.arange(length, dtype="int32"), 0)
     if cache is None:
         return ops.broadcast_to(positions_1T, (batch, length))
-    return ops.max(cache["positions"], axis=1, keepdims=True) + 1 + positions_1T
+    return ops.expand_dims(latest_position(cache), 1) + 1 + positions_1T
 
 
 class Tokenizer(TextTokenizer):
@@ -213,50 +252,74 @@ class Tokenizer(TextTokenizer):
 class _Checkpoint:
     """A checkpoint whose config is read, and whose tensors are not."""
 
-    family: ModuleType
+    family: Family
     config: Any
     open_tensors: Callable[[list[str]], TensorSource]
 
     def load(self, variables: list[keras.Variable]) -> None:
-        rows = expand_table(
-            self.family.WEIGHTS, [variable.path for variable in variables], self.config.num_layers
-        )
-        source = self.open_tensors([name for name, _, _ in rows.values()])
-        ignored = list(self.family.IGNORED)
-        if self.config.tie_word_embeddings:
-            ignored += self.family.IGNORED_IF_TIED
-        check_source(rows, {v.path: v.shape for v in variables}, source, ignored)
-        load_weights(variables, rows, source, _progress_bar)
+        family, config = self.family, self.config
+        tensors = expand_table(family.weights, [v.path for v in variables], config.num_layers)
+        source = self.open_tensors([tensor.name for tensor in tensors])
+        ignored = list(family.ignored)
+        if config.tie_word_embeddings:  # the file may hold the head all the same
+            ignored += ["lm_head.weight"]
+        check_source(tensors, {v.path: tuple(v.shape) for v in variables}, source, ignored)
+        load_weights(variables, tensors, source, _progress_bar)
 
 
 def _open_checkpoint(path: Path) -> _Checkpoint:
     if path.is_file():
         return _open_gguf_checkpoint(open_gguf(path))
     raw = _read_json(path / "config.json")
-    family = _family(raw.get("model_type"), f"{path / 'config.json'}: model_type")
-    config = read_config(raw, family.Config, family.CONFIG_KEYS, family.config_defaults)
-    return _Checkpoint(family, config, lambda names: open_safetensors(path))
+    family = _known_family(FAMILIES, raw.get("model_type"), f"{path / 'config.json'}: model_type")
+
+    def open_tensors(names: list[str]) -> TensorSource:
+        return with_prefix(open_safetensors(path), family.base_prefix, names)
+
+    return _Checkpoint(family, read_config(raw, family), open_tensors)
 
 
 def _open_gguf_checkpoint(file: GGUFFile) -> _Checkpoint:
-    # llama.cpp's names of architectures are Hugging Face's model types, as far as the zoo goes.
+    families = {f.gguf_architecture: f for f in FAMILIES.values() if f.gguf_architecture}
     architecture = file.metadata.get("general.architecture")
-    family = _family(architecture, f"{file.path}: general.architecture")
-    raw = read_raw_config(file)
-    config = read_config(raw, family.Config, family.CONFIG_KEYS, family.config_defaults)
-    permuted = {name: getattr(config, field) for name, field in family.GGUF_PERMUTED.items()}
-    return _Checkpoint(
-        family, config, lambda names: GGUFCheckpoint(file, names, config.num_layers, permuted)
-    )
+    family = _known_family(families, architecture, f"{file.path}: general.architecture")
+    config = read_config(read_raw_config(file, family), family)
+    return _Checkpoint(family, config, lambda names: GGUFCheckpoint(file, names, family, config))
 
 
-def _family(name: Any, where: str) -> ModuleType:
-    if name not in FAMILIES:
-        raise ValueError(f"{where} is {name!r}. Known families: {', '.join(sorted(FAMILIES))}.")
-    return FAMILIES[name]
+def _known_family(families: Mapping[str, Family], name: Any, where: str) -> Family:
+    if name not in families:
+        raise ValueError(f"{where} is {name!r}. Known families: {', '.join(sorted(families))}.")
+    return families[name]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def _copy_tokenizer(path: Path, folder: Path) -> None:
+    """Copies the tokenizer's files of a directory, or writes that of a GGUF file."""
+    if path.is_file():
+        save_tokenizer(Tokenizer.from_preset(path), folder)
+        return
+    for name in _TOKENIZER_FILES:
+        if (path / name).is_file():
+            shutil.copyfile(path / name, folder / name)
+
+
+def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    if not path.is_file() and default is not None:
+        return default
     if not path.is_file():
         raise FileNotFoundError(f"Expected {path.name} in {path.parent}: it is not there.")
     try:

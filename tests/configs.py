@@ -18,6 +18,43 @@ _LLAMA = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
 
+_MISTRAL = {**_LLAMA, "model_type": "mistral", "sliding_window": 8}
+_QWEN2 = {**_LLAMA, "model_type": "qwen2"}
+_QWEN3 = {**_LLAMA, "model_type": "qwen3", "head_dim": 20}
+_GEMMA = {**_LLAMA, "model_type": "gemma", "head_dim": 16}
+_GEMMA2 = {
+    **_GEMMA,
+    "model_type": "gemma2",
+    "num_hidden_layers": 3,
+    "sliding_window": 8,
+    "query_pre_attn_scalar": 24,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+}
+_GEMMA3 = {
+    **_GEMMA,
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 3,
+    "sliding_window": 8,
+    "query_pre_attn_scalar": 24,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+    },
+}
+_GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 128,
+    "n_embd": 48,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 512,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+
 
 def _llama(**changes: Any) -> dict[str, Any]:
     return {**_LLAMA, **changes}
@@ -55,4 +92,71 @@ CONFIGS: dict[str, dict[str, Any]] = {
             **_STRETCHED,
         }
     ),
+    "mistral_window": _MISTRAL,
+    "mistral_no_window_head_size": {
+        **_MISTRAL,
+        "sliding_window": None,
+        "head_dim": 10,
+        "num_key_value_heads": 4,
+    },
+    "mistral_window_of_one": {**_MISTRAL, "sliding_window": 1, "num_hidden_layers": 1},
+    "qwen2_tied": {**_QWEN2, "tie_word_embeddings": True},
+    "qwen2_some_layers_slide": {
+        **_QWEN2,
+        "num_hidden_layers": 3,
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "max_window_layers": 1,
+    },
+    "qwen2_yarn_multi_query": {
+        **_QWEN2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "yarn", **_STRETCHED},
+    },
+    "qwen3_head_size": _QWEN3,
+    "qwen3_tied_multi_head": {**_QWEN3, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "qwen3_biases_slide_multi_query": {
+        **_QWEN3,
+        "num_key_value_heads": 1,
+        "attention_bias": True,
+        "num_hidden_layers": 1,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 0,
+    },
+    "gemma_grouped": _GEMMA,
+    "gemma_untied_multi_head": {**_GEMMA, "num_key_value_heads": 4, "tie_word_embeddings": False},
+    "gemma_one_layer_multi_query": {**_GEMMA, "num_key_value_heads": 1, "num_hidden_layers": 1},
+    "gemma2_soft_caps": _GEMMA2,
+    "gemma2_no_caps_untied": {
+        **_GEMMA2,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": False,
+    },
+    "gemma2_one_sliding_layer": {**_GEMMA2, "num_hidden_layers": 1, "num_key_value_heads": 4},
+    "gemma3_two_ropes": _GEMMA3,
+    "gemma3_default_pattern": {
+        **_GEMMA3,
+        "num_hidden_layers": 7,
+        "layer_types": None,
+        "num_key_value_heads": 1,
+    },
+    "gemma3_one_layer_capped": {
+        **_GEMMA3,
+        "num_hidden_layers": 1,
+        "layer_types": ["full_attention"],
+        "num_key_value_heads": 4,
+        "final_logit_softcapping": 4.0,
+        "attn_logit_softcapping": 3.0,
+    },
+    "gpt2_tied": _GPT2,
+    "gpt2_untied_inner": {**_GPT2, "n_inner": 100, "tie_word_embeddings": False},
+    "gpt2_one_layer_one_head": {
+        **_GPT2,
+        "n_layer": 1,
+        "n_head": 1,
+        "activation_function": "relu",
+    },
 }

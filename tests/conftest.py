@@ -16,8 +16,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the tests that need downloaded material last: what is quick fails first."""
+    """Puts the tests that need downloaded material last: what is quick fails first.
+
+    Tests of one tiny model stay in one process of several (`-n 2 --dist loadgroup`), as do those of
+    one file else: they share what it took long to make.
+    """
     items.sort(key=lambda item: item.get_closest_marker("real") is not None)
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        item.add_marker(pytest.mark.xdist_group(parameters.get("pair", item.path.stem)))
 
 
 @pytest.fixture(scope="session")

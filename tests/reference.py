@@ -49,6 +49,7 @@ def reference_greedy(model: Any, ids: list[int], count: int) -> list[int]:
         max_new_tokens=count,
         eos_token_id=-1,
         do_sample=False,
+        use_cache=False,  # its ring for a window of one keeps everything
         pad_token_id=0,
     )
     return output[0, len(ids) :].tolist()

@@ -14,6 +14,7 @@ SOURCE = Path(__file__).resolve().parents[1] / PACKAGE
 
 # A module imports only lower ranks. A folder's rank holds for every module in it.
 RANKS = {
+    "family": 0,
     "structure": 0,
     "composite": 0,
     "layers": 0,

@@ -5,16 +5,20 @@ the embedding. References: [Llama 2](https://arxiv.org/abs/2307.09288),
 [Llama 3](https://arxiv.org/abs/2407.21783), [SmolLM2](https://arxiv.org/abs/2502.02737).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 
-from functional_llm.blocks.attention import attention, heads
-from functional_llm.blocks.decoder import attention_mask, decoder, token_inputs
+from functional_llm.blocks.attention import attention, heads, key_value_shapes
+from functional_llm.blocks.decoder import pre_norm
+from functional_llm.blocks.language_model import LayerType, causal_lm
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.blocks.norm import rms_norm
-from functional_llm.blocks.rope import RopeScaling, rotary, rotation
+from functional_llm.blocks.rope import Rope, RopeScaling, rotary
+from functional_llm.composite import CompositeLayer
+from functional_llm.family import COMMON_KEYS, Family, Graph, complete_common_keys, dense_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,36 +42,16 @@ class Config:
     tie_word_embeddings: bool
 
 
-def build(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    kept = (config.num_key_value_heads, config.head_dim)
-    names = [f"decoder_{i}" for i in range(config.num_layers)]
-    inputs = token_inputs({name: {"attention": {"key": kept, "value": kept}} for name in names})
-    embedding = keras.layers.ReversibleEmbedding(
-        config.vocabulary_size, config.hidden_dim, name="token_embedding"
-    )
-    x = embedding(inputs["token_ids"])
-    mask, slot_positions = attention_mask(inputs)
-    turn = rotation(
-        inputs["positions"], config.head_dim, config.rope_max_wavelength, config.rope_scaling
-    )
-    shared = {"positions": inputs["positions"], "mask": mask, "rotation": turn}
-    cache = {"positions": slot_positions}
-    for name in names:
-        result = build_decoder(config, name)({"x": x, "cache": inputs["cache"][name], **shared})
-        x, cache[name] = result["x"], result["cache"]
-    x = rms_norm(config.layer_norm_epsilon, "final_norm")(x)
-    if config.tie_word_embeddings:
-        logits = embedding(x, reverse=True)
-    else:
-        logits = keras.layers.Dense(config.vocabulary_size, use_bias=False, name="head")(x)
-    return inputs, {"logits": logits, "hidden": x, "cache": cache}
+    layers = [build_decoder(config, f"decoder_{i}") for i in range(config.num_layers)]
+    return build_stack(config, [("full_attention", layer) for layer in layers])
 
 
-def build_decoder(config: Config, name: str) -> keras.layers.Layer:
+def build_decoder(config: Config, name: str) -> CompositeLayer:
     """Returns one decoder layer."""
-    epsilon, bias, size = config.layer_norm_epsilon, config.attention_bias, config.head_dim
-    queries, keys = config.num_query_heads, config.num_key_value_heads
+    queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
+    epsilon, bias = config.layer_norm_epsilon, config.attention_bias
     self_attention = attention(
         query=[heads(queries, size, "query", bias), rotary()],
         key=[heads(keys, size, "key", bias), rotary()],
@@ -75,74 +59,65 @@ def build_decoder(config: Config, name: str) -> keras.layers.Layer:
         output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),
     )
     mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation, config.mlp_bias)
-    return decoder(
-        name,
-        [
-            [rms_norm(epsilon, "attention_norm"), self_attention],
-            [rms_norm(epsilon, "mlp_norm"), mlp],
-        ],
+    return pre_norm(name, lambda part: rms_norm(epsilon, part), self_attention, mlp)
+
+
+def build_stack(
+    config: Any, layers: Sequence[tuple[str, CompositeLayer]], window: int | None = None
+) -> Graph:
+    """Returns the graph around decoder layers that share one RoPE, for this family and its kin.
+
+    Args:
+        config: With the fields of a Llama's config that are used here.
+        layers: "full_attention" or "sliding_attention", and the decoder layer.
+        window: How many positions a token sees in the latter.
+    """
+    rope = Rope(config.head_dim, config.rope_max_wavelength, config.rope_scaling)
+    return causal_lm(
+        vocabulary_size=config.vocabulary_size,
+        hidden_dim=config.hidden_dim,
+        layer_types={
+            "full_attention": LayerType(rope),
+            "sliding_attention": LayerType(rope, window),
+        },
+        layers=layers,
+        keeps=key_value_shapes(config.num_key_value_heads, config.head_dim),
+        final_norm=rms_norm(config.layer_norm_epsilon, "final_norm"),
+        tie_word_embeddings=config.tie_word_embeddings,
     )
 
 
-# Hugging Face's name of each config key -> ours. RoPE and the activation need more than a name.
-CONFIG_KEYS = {
-    "vocab_size": "vocabulary_size",
-    "num_hidden_layers": "num_layers",
-    "hidden_size": "hidden_dim",
-    "intermediate_size": "intermediate_dim",
-    "num_attention_heads": "num_query_heads",
-    "num_key_value_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "rms_norm_eps": "layer_norm_epsilon",
-    "max_position_embeddings": "max_sequence_length",
-    "attention_bias": "attention_bias",
-    "mlp_bias": "mlp_bias",
-    "tie_word_embeddings": "tie_word_embeddings",
-}
+def complete_keys(keys: dict[str, Any]) -> dict[str, Any]:
+    """Adds what Transformers takes where a `config.json` is silent."""
+    return complete_common_keys({"attention_bias": False, "mlp_bias": False} | keys)
 
 
-def config_defaults(keys: dict[str, Any]) -> dict[str, Any]:
-    """What Transformers takes where a `config.json` is silent."""
-    heads_ = keys["num_attention_heads"]
-    return {
-        "num_key_value_heads": heads_,
-        "head_dim": keys["hidden_size"] // heads_,
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 2048,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "hidden_act": "silu",
-        "rope_theta": 10000.0,
-    }
-
-
+_LAYER = "model.layers.{}"
 # Tensor of a checkpoint -> variable, with the transform between them.
 WEIGHTS = [
     ("model.embed_tokens.weight", "token_embedding/embeddings", "same"),
-    ("model.layers.{}.input_layernorm.weight", "decoder_{}/attention_norm/scale", "same"),
-    ("model.layers.{}.self_attn.q_proj.weight", "decoder_{}/attention/query/kernel", "transpose"),
-    ("model.layers.{}.self_attn.q_proj.bias", "decoder_{}/attention/query/bias", "same"),
-    ("model.layers.{}.self_attn.k_proj.weight", "decoder_{}/attention/key/kernel", "transpose"),
-    ("model.layers.{}.self_attn.k_proj.bias", "decoder_{}/attention/key/bias", "same"),
-    ("model.layers.{}.self_attn.v_proj.weight", "decoder_{}/attention/value/kernel", "transpose"),
-    ("model.layers.{}.self_attn.v_proj.bias", "decoder_{}/attention/value/bias", "same"),
-    ("model.layers.{}.self_attn.o_proj.weight", "decoder_{}/attention/output/kernel", "transpose"),
-    ("model.layers.{}.self_attn.o_proj.bias", "decoder_{}/attention/output/bias", "same"),
-    ("model.layers.{}.post_attention_layernorm.weight", "decoder_{}/mlp_norm/scale", "same"),
-    ("model.layers.{}.mlp.gate_proj.weight", "decoder_{}/mlp/gate/kernel", "transpose"),
-    ("model.layers.{}.mlp.gate_proj.bias", "decoder_{}/mlp/gate/bias", "same"),
-    ("model.layers.{}.mlp.up_proj.weight", "decoder_{}/mlp/up/kernel", "transpose"),
-    ("model.layers.{}.mlp.up_proj.bias", "decoder_{}/mlp/up/bias", "same"),
-    ("model.layers.{}.mlp.down_proj.weight", "decoder_{}/mlp/down/kernel", "transpose"),
-    ("model.layers.{}.mlp.down_proj.bias", "decoder_{}/mlp/down/bias", "same"),
+    (f"{_LAYER}.input_layernorm.weight", "decoder_{}/attention_norm/scale", "same"),
+    *dense_rows(f"{_LAYER}.self_attn.q_proj", "decoder_{}/attention/query"),
+    *dense_rows(f"{_LAYER}.self_attn.k_proj", "decoder_{}/attention/key"),
+    *dense_rows(f"{_LAYER}.self_attn.v_proj", "decoder_{}/attention/value"),
+    *dense_rows(f"{_LAYER}.self_attn.o_proj", "decoder_{}/attention/output"),
+    (f"{_LAYER}.post_attention_layernorm.weight", "decoder_{}/mlp_norm/scale", "same"),
+    *dense_rows(f"{_LAYER}.mlp.gate_proj", "decoder_{}/mlp/gate"),
+    *dense_rows(f"{_LAYER}.mlp.up_proj", "decoder_{}/mlp/up"),
+    *dense_rows(f"{_LAYER}.mlp.down_proj", "decoder_{}/mlp/down"),
     ("model.norm.weight", "final_norm/scale", "same"),
     ("lm_head.weight", "head/kernel", "transpose"),
 ]
 
-# Buffers that old checkpoints carry, and a tied head that is in the file all the same.
-IGNORED = ["*.rotary_emb.inv_freq"]
-IGNORED_IF_TIED = ["lm_head.weight"]
-
-# Projections whose rows llama.cpp reorders, and the field with their number of heads.
-GGUF_PERMUTED = {"q_proj": "num_query_heads", "k_proj": "num_key_value_heads"}
+FAMILY = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    config_class=Config,
+    build=build,
+    config_keys={**COMMON_KEYS, "attention_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+    complete_keys=complete_keys,
+    weights=WEIGHTS,
+    ignored=["*.rotary_emb.inv_freq"],  # buffers of old checkpoints
+    gguf_architecture="llama",
+    gguf_permuted={"q_proj": "num_query_heads", "k_proj": "num_key_value_heads"},
+)

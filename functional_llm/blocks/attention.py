@@ -30,6 +30,12 @@ def heads(num_heads: int, head_dim: int, name: str, use_bias: bool = False) -> P
     return lambda x, inputs: split(project(x))
 
 
+def key_value_shapes(num_heads: int, head_dim: int) -> dict[str, Any]:
+    """What a decoder layer with one `attention` keeps of a token: a key and a value a head."""
+    shape = (num_heads, head_dim)
+    return {"attention": {"key": shape, "value": shape}}
+
+
 def attention(
     query: Sequence[Part],
     key: Sequence[Part],

@@ -1,16 +1,10 @@
-"""The decoder layer, and what stands around a stack of them.
+"""The decoder layer: residual branches in order."""
 
-Shapes: B batch, T tokens, S slots, D model, K key/value heads, H head size.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-
-import keras
 
 from functional_llm.blocks.attention import Part, apply_parts
 from functional_llm.composite import CompositeLayer
-from functional_llm.layers import AttentionMask, KVCacheLookup
 
 
 def decoder(name: str, branches: Sequence[Sequence[Part]]) -> CompositeLayer:
@@ -43,49 +37,33 @@ def decoder(name: str, branches: Sequence[Sequence[Part]]) -> CompositeLayer:
     return CompositeLayer(body, name=name)
 
 
-def token_inputs(caches: dict[str, Any]) -> dict[str, Any]:
-    """Returns the symbolic inputs of a language model.
+def pre_norm(
+    name: str, norm: Callable[[str], Part], attention: CompositeLayer, mlp: CompositeLayer
+) -> CompositeLayer:
+    """A decoder layer with a norm before its attention, and one before its MLP.
 
     Args:
-        caches: Layer name -> nested structure of the shapes a layer keeps per batch and slot.
+        name: Name of the layer.
+        norm: Name -> a norm.
+        attention: Named "attention".
+        mlp: Named "mlp".
+    """
+    return decoder(name, [[norm(f"{part.name}_norm"), part] for part in (attention, mlp)])
 
-    Returns:
-        `token_ids` and `positions` (B, T) int32; `segment_ids` (B, T) int32, optional; `cache`,
-        optional: `positions` (B, S) int32, the position of the token in each slot, and what each
-        layer keeps, (B, S, ...).
+
+def sandwich(
+    name: str, norm: Callable[[str], Part], attention: CompositeLayer, mlp: CompositeLayer
+) -> CompositeLayer:
+    """A decoder layer with norms on both sides of its attention and of its MLP.
+
+    Args:
+        name: Name of the layer.
+        norm: Name -> a norm.
+        attention: Named "attention".
+        mlp: Named "mlp".
     """
 
-    def make(name: str, shape: tuple[int, ...], dtype: str | None = None, **kwargs: Any) -> Any:
-        return keras.Input((None, *shape), dtype=dtype, name=name, **kwargs)
+    def branch(part: CompositeLayer) -> list[Part]:
+        return [norm(f"{part.name}_norm"), part, norm(f"{part.name}_post_norm")]
 
-    def leaves(shapes: Any, name: str) -> Any:
-        if isinstance(shapes, dict):
-            return {key: leaves(value, f"{name}_{key}") for key, value in shapes.items()}
-        return make(name, shapes, dtype=keras.config.dtype_policy().compute_dtype, optional=True)
-
-    cache = {"positions": make("cache_positions", (), "int32", optional=True)}
-    return {
-        "token_ids": make("token_ids", (), "int32"),
-        "positions": make("positions", (), "int32"),
-        "segment_ids": make("segment_ids", (), "int32", optional=True),
-        "cache": {**cache, **leaves(caches, "cache")},
-    }
-
-
-def attention_mask(inputs: dict[str, Any], window: int | None = None) -> tuple[Any, Any]:
-    """Returns the mask (B, T, S) of the inputs, and the cache's positions after them (B, S)."""
-    slot_positions, kept = KVCacheLookup(name="position_lookup")(
-        {
-            "new": inputs["positions"],
-            "cache": inputs["cache"]["positions"],
-            "positions": inputs["positions"],
-        }
-    )
-    mask = AttentionMask(window, name="attention_mask")(
-        {
-            "query_positions": inputs["positions"],
-            "slot_positions": slot_positions,
-            "segment_ids": inputs["segment_ids"],
-        }
-    )
-    return mask, kept
+    return decoder(name, [branch(attention), branch(mlp)])

@@ -37,3 +37,16 @@ def gated_mlp(
         return down(ACTIVATIONS[activation](gate(x)) * up(x))
 
     return CompositeLayer(body, name="mlp")
+
+
+def mlp(intermediate_dim: int, hidden_dim: int, activation: str) -> CompositeLayer:
+    """down(activation(up(x))), each a Dense with a bias.
+
+    Args:
+        intermediate_dim: Width in the middle.
+        hidden_dim: Width of the result.
+        activation: A key of `ACTIVATIONS`.
+    """
+    up = keras.layers.Dense(intermediate_dim, name="up")
+    down = keras.layers.Dense(hidden_dim, name="down")
+    return CompositeLayer(lambda x: down(ACTIVATIONS[activation](up(x))), name="mlp")

@@ -117,37 +117,61 @@ class FrequencyFactors:
         return base / np.asarray(self.factors, dtype="float32")
 
 
-def rotation(
-    positions_BT: Any, head_dim: int, max_wavelength: float, scaling: RopeScaling | None = None
-) -> dict[str, Any]:
-    """Returns cosine and signed sine of every position's angles, for `rotary`.
+@dataclass(frozen=True)
+class Rope:
+    """How fast each pair of channels turns.
 
     Args:
-        positions_BT: (B, T) integers.
         head_dim: H, even.
         max_wavelength: Wavelength of the slowest channel, divided by 2 pi (theta, base).
         scaling: How frequencies are stretched; `None` for not at all.
 
-    Returns:
-        `{"cos": (B, T, 1, H), "sin": (B, T, 1, H)}`, float32. The first half of `sin` is negative.
+    Raises:
+        ValueError: If `head_dim` is odd.
 
     Reference:
         [RoFormer](https://arxiv.org/abs/2104.09864), with channels i and i + H/2 as a pair.
     """
-    if head_dim % 2:
-        raise ValueError(
-            f"RoPE turns pairs of channels: expected an even head_dim, got {head_dim}."
-        )
-    # Rounded where torch rounds: an ulp more or less moves far positions by 1e-4.
-    exponents = np.arange(0, head_dim, 2, dtype="float32") / np.float32(head_dim)
-    wavelengths = (np.float64(max_wavelength) ** exponents.astype("float64")).astype("float32")
-    frequencies = np.float32(1.0) / wavelengths
-    magnitude = 1.0
-    if scaling is not None:
-        frequencies = scaling.frequencies(frequencies, max_wavelength)
-        magnitude = scaling.magnitude
-    angles = ops.cast(ops.expand_dims(positions_BT, (2, 3)), "float32") * frequencies
-    cos, sin = ops.cos(angles) * magnitude, ops.sin(angles) * magnitude
+
+    head_dim: int
+    max_wavelength: float
+    scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        if self.head_dim % 2:
+            raise ValueError(
+                f"RoPE turns pairs of channels: expected an even head_dim, got {self.head_dim}."
+            )
+
+    @property
+    def magnitude(self) -> float:
+        """Factor on cosine and sine."""
+        return 1.0 if self.scaling is None else self.scaling.magnitude
+
+    @property
+    def frequencies(self) -> np.ndarray:
+        """Angles per position, (H/2), float32."""
+        # Rounded where torch rounds: an ulp more or less moves far positions by 1e-4.
+        exponents = np.arange(0, self.head_dim, 2, dtype="float32") / np.float32(self.head_dim)
+        wavelengths = np.float64(self.max_wavelength) ** exponents.astype("float64")
+        frequencies = np.float32(1.0) / wavelengths.astype("float32")
+        if self.scaling is None:
+            return frequencies
+        return self.scaling.frequencies(frequencies, self.max_wavelength)
+
+
+def rotation(positions_BT: Any, rope: Rope) -> dict[str, Any]:
+    """Returns cosine and signed sine of every position's angles, for `rotary`.
+
+    Args:
+        positions_BT: (B, T) integers.
+        rope: How fast channels turn.
+
+    Returns:
+        `{"cos": (B, T, 1, H), "sin": (B, T, 1, H)}`, float32. The first half of `sin` is negative.
+    """
+    angles = ops.cast(ops.expand_dims(positions_BT, (2, 3)), "float32") * rope.frequencies
+    cos, sin = ops.cos(angles) * rope.magnitude, ops.sin(angles) * rope.magnitude
     return {
         "cos": ops.concatenate([cos, cos], axis=-1),
         "sin": ops.concatenate([-sin, sin], axis=-1),

@@ -1,15 +1,18 @@
-"""A GGUF file seen as a Hugging Face checkpoint: config keys, tensor names, layout of q and k.
+"""A GGUF file seen as a Hugging Face checkpoint: config keys, tensor names, layout of tensors.
 
 The names come from the `gguf` package's own map. No family is named here.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from typing import Any
 
 import gguf
 import numpy as np
 
 from functional_llm.convert.gguf import GGUFFile
+from functional_llm.convert.streaming import float_dtype
+from functional_llm.family import Family
 
 _KEYS = {
     "block_count": "num_hidden_layers",
@@ -20,6 +23,9 @@ _KEYS = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
     "rope.freq_base": "rope_theta",
     "vocab_size": "vocab_size",
 }
@@ -33,24 +39,30 @@ _ROPE_KEYS = {
 _FREQUENCIES = "rope_freqs.weight"
 
 
-def read_raw_config(file: GGUFFile) -> dict[str, Any]:
+def read_raw_config(file: GGUFFile, family: Family) -> dict[str, Any]:
     """Returns the metadata as the keys of a `config.json`.
+
+    Args:
+        file: The open file.
+        family: The family it belongs to.
 
     Raises:
         ValueError: At keys of the architecture that have no counterpart, all named.
     """
-    prefix = f"{file.metadata['general.architecture']}."
+    prefix = f"{family.gguf_architecture}."
+    keys = family.gguf_keys or _KEYS
     given = {
         key.removeprefix(prefix): value
         for key, value in file.metadata.items()
         if key.startswith(prefix)
     }
-    config = {_KEYS[key]: given.pop(key) for key in list(given) if key in _KEYS}
+    config = {keys[key]: given.pop(key) for key in list(given) if key in keys}
     config.setdefault("vocab_size", file.shapes.get("token_embd.weight", (0,))[0])
     config["tie_word_embeddings"] = "output.weight" not in file.shapes
     head_dim = config.get("head_dim")
     if head_dim is None and {"hidden_size", "num_attention_heads"} <= set(config):
         head_dim = config["hidden_size"] // config["num_attention_heads"]
+        config["head_dim"] = head_dim
     for key in ("rope.dimension_count", "attention.value_length"):
         if given.pop(key, head_dim) != head_dim:
             raise ValueError(f"{file.path}: {prefix}{key} unlike the head size {head_dim}.")
@@ -61,7 +73,7 @@ def read_raw_config(file: GGUFFile) -> dict[str, Any]:
         raise ValueError(
             f"{file.path} has keys that nobody handles: {sorted(prefix + key for key in given)}."
         )
-    return config
+    return family.gguf_defaults(config) | config
 
 
 def _rope_scaling(file: GGUFFile, given: dict[str, Any]) -> dict[str, Any]:
@@ -82,19 +94,19 @@ class GGUFCheckpoint:
     Args:
         file: The open file.
         names: Hugging Face's names that the model needs.
-        num_layers: Number of layers, for the map of names.
-        permuted: Name of a projection -> its number of heads, where llama.cpp has reordered the
-            rows of every head from two halves to pairs.
+        family: The family it belongs to.
+        config: Its config.
     """
 
-    def __init__(
-        self, file: GGUFFile, names: Iterable[str], num_layers: int, permuted: Mapping[str, int]
-    ) -> None:
+    def __init__(self, file: GGUFFile, names: Sequence[str], family: Family, config: Any) -> None:
         self._file = file
-        self._permuted = permuted
+        self._family = family
+        self._heads = {
+            projection: getattr(config, field) for projection, field in family.gguf_permuted.items()
+        }
         architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
         name_map = gguf.get_tensor_name_map(
-            architectures[file.metadata["general.architecture"]], num_layers
+            architectures[str(family.gguf_architecture)], config.num_layers
         )
         self._names: dict[str, str] = {}
         for name in names:
@@ -103,12 +115,23 @@ class GGUFCheckpoint:
                 self._names[name] = theirs
         left = set(file.shapes) - set(self._names.values()) - {_FREQUENCIES}
         self._names.update({name: name for name in left})
-        self.shapes = {name: file.shapes[theirs] for name, theirs in self._names.items()}
+        self.shapes = {
+            name: file.shapes[theirs][:: -1 if self._is_transposed(name) else 1]
+            for name, theirs in self._names.items()
+        }
+
+    def _is_transposed(self, name: str) -> bool:
+        return any(fnmatch(name, pattern) for pattern in self._family.gguf_transposed)
 
     def read(self, name: str, dtype: str) -> np.ndarray:
         """Returns one tensor in a dtype."""
+        if any(fnmatch(name, pattern) for pattern in self._family.gguf_offset):
+            # In float32: what was added would cost a narrow type most of its digits.
+            return (self._file.read(self._names[name], "float32") - 1).astype(float_dtype(dtype))
         array = self._file.read(self._names[name], dtype)
-        for projection, num_heads in self._permuted.items():
+        if self._is_transposed(name):
+            return array.T
+        for projection, num_heads in self._heads.items():
             if f".{projection}." in name:
                 pairs = array.reshape(num_heads, -1, 2, *array.shape[1:])
                 return pairs.swapaxes(1, 2).reshape(array.shape)

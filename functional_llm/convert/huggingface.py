@@ -1,8 +1,8 @@
 """Hugging Face configs <-> our frozen ones. No family is named here."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any, get_args, get_type_hints
 
 from functional_llm.blocks.rope import (
     FrequencyFactors,
@@ -11,6 +11,7 @@ from functional_llm.blocks.rope import (
     RopeScaling,
     YarnScaling,
 )
+from functional_llm.family import Family
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -23,13 +24,15 @@ ACTIVATIONS = {
 
 # Keys that say nothing about the numbers of inference: bookkeeping, training, serving.
 IRRELEVANT = frozenset(
-    """architectures attention_dropout auto_map
-    bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward dtype
-    embd_pdrop eos_token_id finetuning_task hidden_dropout id2label initializer_range is_decoder
-    is_llama_config keys_to_ignore_at_inference label2id model_type output_attentions
+    """architectures attention_dropout attn_pdrop auto_map bad_words_ids begin_suppress_tokens
+    bos_token_id cache_implementation chunk_size_feed_forward dtype embd_pdrop eos_token_id
+    finetuning_task hidden_dropout id2label initializer_range is_decoder is_llama_config
+    keys_to_ignore_at_inference label2id model_type n_ctx output_attentions
     output_hidden_states pad_token_id prefix pretraining_tp problem_type resid_pdrop
-    return_dict rope_interleaved sep_token_id task_specific_params tokenizer_class torch_dtype
-    transformers.js_config transformers_version unk_token_id use_cache""".split()
+    return_dict rope_interleaved sep_token_id summary_activation summary_first_dropout
+    summary_proj_to_labels summary_type summary_use_proj task_specific_params
+    tokenizer_class torch_dtype transformers.js_config transformers_version unk_token_id
+    use_cache""".split()
 )
 
 _LENGTH = {"original_max_position_embeddings": "original_max_sequence_length"}
@@ -54,56 +57,177 @@ _SCALINGS: dict[str, tuple[type | None, dict[str, str]]] = {
 }
 
 
-def read_config(
-    raw: Mapping[str, Any],
-    config_class: type,
-    keys: Mapping[str, str],
-    defaults: Callable[[dict[str, Any]], dict[str, Any]],
-) -> Any:
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def read_config(raw: Mapping[str, Any], family: Family) -> Any:
     """Returns our config for a `config.json`.
 
     Args:
         raw: The parsed file.
-        config_class: A frozen dataclass.
-        keys: Hugging Face's key -> our field.
-        defaults: Given keys -> what absent or null keys mean.
+        family: The family it belongs to.
 
     Raises:
         ValueError: Naming every key that is missing, unknown, or has a value no part exists for.
     """
-    given = {key: value for key, value in raw.items() if value is not None}
-    special = {"hidden_act", "rope_theta", "rope_scaling", "rope_parameters"}
-    private = {key for key in given if key.startswith("_")}  # of Transformers itself
-    unknown = sorted(set(given) - set(keys) - special - private - IRRELEVANT)
-    if unknown:
-        shown = ", ".join(f"{key}={given[key]!r}" for key in unknown)
-        raise ValueError(
-            f"config.json has keys that {config_class.__name__} does not handle: {shown}. Loading "
-            "would ignore them and give wrong numbers; remove them only if they mean nothing."
-        )
-    required = [key for key in ("hidden_size", "num_attention_heads") if key not in given]
-    full = given if required else {**defaults(given), **given}
-    missing = sorted(set(keys) - set(full)) or required
+    nullable = _nullable_keys(family)
+    given = {key: value for key, value in raw.items() if value is not None or key in nullable}
+    _check_known(given, family)
+    needed = {key for key, field in family.config_keys.items() if field in _NO_DEFAULT}
+    missing = sorted(needed - set(given))
     if missing:
         raise ValueError(
-            f"config.json lacks the keys {missing}, needed by {config_class.__name__}."
+            f"config.json lacks the keys {missing}, needed by the family {family.model_type!r}."
         )
-    values = {field: full[key] for key, field in keys.items()}
-    names = {field.name for field in fields(config_class)}
-    if "activation" in names:
-        values["activation"] = _known(ACTIVATIONS, full["hidden_act"], "hidden_act")
+    full = family.complete_keys(given)
+    values = {field: full[key] for key, field in family.config_keys.items() if field}
+    names = {field.name for field in fields(family.config_class)}
+    values["activation"] = _known(ACTIVATIONS, values["activation"], "the activation")
     if "rope_max_wavelength" in names:
-        values["rope_max_wavelength"], values["rope_scaling"] = read_rope(full)
+        values |= read_rope(full, "local_rope_max_wavelength" in names)
+    if "layer_types" in names:
+        values["layer_types"] = _layer_types(values)
     _check_types(values)
-    return config_class(**values)
+    return family.config_class(**values)
+
+
+# Sizes that no family has a default for.
+_NO_DEFAULT = {"vocabulary_size", "num_layers", "hidden_dim", "num_heads", "num_query_heads"}
+_ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters"}
+
+
+def _nullable_keys(family: Family) -> set[str]:
+    """Keys whose null says something other than their absence: no window, no soft cap."""
+    hints = get_type_hints(family.config_class)
+    nullable = {name for name, hint in hints.items() if type(None) in get_args(hint)}
+    return {key for key, field in family.config_keys.items() if field in nullable}
+
+
+def _check_known(given: Mapping[str, Any], family: Family) -> None:
+    private = {key for key in given if key.startswith("_")}  # of Transformers itself
+    known = {*family.config_keys, *family.config_constants, *private, *IRRELEVANT}
+    if _has_rope(family):
+        known |= _ROPE_KEYS
+    unknown = [f"{key}={given[key]!r}" for key in sorted(set(given) - known)]
+    unknown += [
+        f"{key}={given[key]!r} (expected {value!r})"
+        for key, value in family.config_constants.items()
+        if key in given and given[key] != value
+    ]
+    if unknown:
+        raise ValueError(
+            f"config.json has keys or values that the family {family.model_type!r} does not "
+            f"handle: {', '.join(unknown)}. Loading would ignore them and give wrong numbers; "
+            "remove them only if they mean nothing."
+        )
+
+
+def _has_rope(family: Family) -> bool:
+    return any(field.name == "rope_max_wavelength" for field in fields(family.config_class))
+
+
+def _layer_types(values: Mapping[str, Any]) -> tuple[str, ...]:
+    kinds = values["layer_types"]
+    unknown = sorted(set(kinds) - set(LAYER_TYPES))
+    if unknown or len(kinds) != values["num_layers"]:
+        raise ValueError(
+            f"config.json: expected layer_types of {values['num_layers']} words out of "
+            f"{LAYER_TYPES}, received {len(kinds)}, unknown ones: {unknown}."
+        )
+    return tuple(kinds)
 
 
 def _check_types(values: Mapping[str, Any]) -> None:
     """Sizes are positive whole numbers, whatever their names."""
     for name, value in values.items():
-        counts = name.startswith("num_") or name.endswith(("_dim", "_size", "_length"))
-        if counts and not (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        counts = name.startswith("num_") or name.endswith(("_dim", "_size", "_length", "_window"))
+        optional = value is None and name == "sliding_window"
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if counts and not is_count and not optional:
             raise ValueError(f"config.json: expected a positive integer for {name}, got {value!r}.")
+
+
+def write_config(config: Any, family: Family, dtype: str) -> dict[str, Any]:
+    """Returns the `config.json` that `read_config` and Transformers read as this config.
+
+    Args:
+        config: A config of the family.
+        family: The family.
+        dtype: Of the weights.
+    """
+    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+    names["gelu_approximate"] = "gelu_pytorch_tanh"  # which all families of Transformers know
+    keys: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "dtype": dtype,
+    }
+    for key, field in family.config_keys.items():
+        if field is not None:
+            value = getattr(config, field)
+            keys[key] = names[value] if field == "activation" else value
+    if _has_rope(family):
+        # The older spelling: all versions of Transformers read it, and so does KerasHub.
+        keys["rope_theta"] = config.rope_max_wavelength
+        keys["rope_scaling"] = write_rope_scaling(config)
+    return keys | family.written_keys(config)
+
+
+def decode_config(values: Mapping[str, Any], family: Family) -> Any:
+    """Returns a config from its fields as JSON, as presets hold them.
+
+    Args:
+        values: Field -> value; `rope_scaling` is a dict with the fields of a scaling, and its name
+            as `rope_type`.
+        family: The family it belongs to.
+
+    Raises:
+        ValueError: If a field is missing or unknown.
+    """
+    values = dict(values)
+    if values.get("rope_scaling"):
+        parameters = dict(values["rope_scaling"])
+        scaling_class, _ = _known(_SCALINGS, parameters.pop("rope_type", None), "rope_type")
+        values["rope_scaling"] = scaling_class and scaling_class(**parameters)
+    if "layer_types" in values:
+        values["layer_types"] = tuple(values["layer_types"])
+    expected = {field.name for field in fields(family.config_class)}
+    if set(values) != expected:
+        raise ValueError(
+            f"Expected the fields of a config of the family {family.model_type!r}. Missing: "
+            f"{sorted(expected - set(values))}. Unknown: {sorted(set(values) - expected)}."
+        )
+    return family.config_class(**values)
+
+
+def encode_config(config: Any) -> dict[str, Any]:
+    """Returns the fields of a config as JSON: what `decode_config` reads."""
+    values = asdict(config)
+    if values.get("rope_scaling"):
+        names = {kind: name for name, (kind, _) in _SCALINGS.items()}
+        values["rope_scaling"]["rope_type"] = names[type(config.rope_scaling)]
+    return values
+
+
+def write_rope_scaling(config: Any) -> dict[str, Any] | None:
+    """Returns the scaling of a config as Hugging Face's `rope_scaling`."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return None
+    if isinstance(scaling, FrequencyFactors):
+        factors = list(scaling.factors)
+        return {
+            "rope_type": "longrope",
+            "short_factor": factors,
+            "long_factor": factors,
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": config.max_sequence_length,
+        }
+    for rope_type, (scaling_class, names) in _SCALINGS.items():
+        if scaling_class is type(scaling):
+            given = {key: getattr(scaling, field) for key, field in names.items()}
+            return {"rope_type": rope_type, **{k: v for k, v in given.items() if v is not None}}
+    raise ValueError(f"Expected a known RoPE scaling to write, received {scaling!r}.")
 
 
 def _known(table: Mapping[str, Any], value: Any, key: str) -> Any:
@@ -112,18 +236,46 @@ def _known(table: Mapping[str, Any], value: Any, key: str) -> Any:
     return table[value]
 
 
-def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def read_rope(config: Mapping[str, Any], has_local: bool = False) -> dict[str, Any]:
     """Returns theta and scaling, in the spelling of Transformers 5 or of the versions before.
 
     Args:
         config: With `rope_parameters`, or `rope_theta` and `rope_scaling`.
+        has_local: Whether layers with a window turn by a theta of their own,
+            `rope_local_base_freq` or the parameters of "sliding_attention".
+
+    Returns:
+        The fields `rope_max_wavelength`, `rope_scaling` and, if asked for,
+        `local_rope_max_wavelength`.
 
     Raises:
         ValueError: At an unknown `rope_type` or parameter.
     """
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = parameters.pop("rope_theta", config["rope_theta"])
+    local: dict[str, Any] = {}
+    if has_local and parameters.keys() & set(LAYER_TYPES):
+        local = dict(parameters.pop("sliding_attention", None) or {})
+        full = dict(parameters.pop("full_attention", None) or {})
+        parameters |= full
+    theta, scaling = _read_rope_parameters(parameters, config["rope_theta"])
+    fields_ = {"rope_max_wavelength": theta, "rope_scaling": scaling}
+    if not has_local:
+        return fields_
+    theta, scaling = _read_rope_parameters(local, config["rope_local_base_freq"])
+    if scaling is not None:
+        raise ValueError(
+            f"config.json: RoPE of the sliding layers is stretched ({scaling}). Known: default."
+        )
+    return {**fields_, "local_rope_max_wavelength": theta}
+
+
+def _read_rope_parameters(
+    parameters: dict[str, Any], default_theta: float
+) -> tuple[float, RopeScaling | None]:
+    theta = parameters.pop("rope_theta", default_theta)
     types = {parameters.pop(key) for key in ("rope_type", "type") if key in parameters}
+    if types == {"longrope"}:
+        return float(theta), _read_long_rope(parameters)
     scaling_class, names = _known(_SCALINGS, (types or {"default"}).pop(), "rope_type")
     if scaling_class is None:
         names = {}
@@ -137,3 +289,14 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         return float(theta), scaling_class(**{names[key]: value for key, value in given.items()})
     except TypeError as error:
         raise ValueError(f"config.json: incomplete RoPE parameters {given}: {error}.") from None
+
+
+def _read_long_rope(parameters: dict[str, Any]) -> FrequencyFactors:
+    """Only where short and long texts turn alike: others would need the text's length."""
+    short, long = parameters.get("short_factor"), parameters.get("long_factor")
+    if not short or short != long or parameters.get("attention_factor") != 1.0:
+        raise ValueError(
+            "config.json: expected the RoPE type longrope with the same short_factor and "
+            f"long_factor, and an attention_factor of 1, received {parameters}."
+        )
+    return FrequencyFactors(factors=tuple(short))

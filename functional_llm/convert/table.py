@@ -2,10 +2,11 @@
 
 A row is (tensor name, variable path, transform name); `{}` in both names stands for the layer. A
 table may hold rows for parts that a config leaves out (a bias, an untied head): rows whose
-variable the model lacks do not count, so a tensor they name is then one too many.
+variable the model lacks do not count, so a tensor they name is then one too many. Rows that name
+the same tensor are its parts, in order, along an axis that their transform names.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import keras
 import numpy as np
 from keras.src.backend.common import global_state
 
-Row = tuple[str, str, str]
+from functional_llm.family import Row
 
 
 class TensorSource(Protocol):
@@ -33,16 +34,72 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True)
 class Transform:
-    """A change of layout and its inverse, on arrays."""
+    """A change of layout and its inverse, on arrays.
+
+    Args:
+        forward: Tensor of a checkpoint -> value of a variable.
+        inverse: The way back.
+        axis: Axis of the tensor along which the parts of a fused one lie; `None` if it has none.
+    """
 
     forward: Callable[[np.ndarray], np.ndarray]
     inverse: Callable[[np.ndarray], np.ndarray]
+    axis: int | None = None
+
+
+def _same(array: np.ndarray) -> np.ndarray:
+    return array
 
 
 TRANSFORMS = {
-    "same": Transform(lambda a: a, lambda a: a),
+    "same": Transform(_same, _same),
     "transpose": Transform(np.transpose, np.transpose),
+    "last_axis": Transform(_same, _same, axis=-1),
 }
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a checkpoint, and the variables that it holds the values of.
+
+    Args:
+        name: Its name in the checkpoint.
+        paths: Of the variables: one, or the parts of a fused tensor in order.
+        transform: Of each part.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    transform: Transform
+
+    def split(self, array: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
+        """Returns the values of the variables; `sizes` are those of the parts on the axis."""
+        axis = self.transform.axis
+        ends = np.cumsum(sizes)[:-1]
+        parts = [array] if axis is None else np.split(array, ends, axis=axis)
+        return [np.ascontiguousarray(self.transform.forward(part)) for part in parts]
+
+    def join(self, arrays: Iterable[np.ndarray]) -> np.ndarray:
+        """Returns the tensor of the variables' values."""
+        parts = [self.transform.inverse(array) for array in arrays]
+        axis = self.transform.axis
+        return np.ascontiguousarray(parts[0] if axis is None else np.concatenate(parts, axis))
+
+    def sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
+        """Returns how long each part is on the axis, from the shapes of the variables."""
+        axis = self.transform.axis
+        return [0 if axis is None else self._part(shapes[path])[axis] for path in self.paths]
+
+    def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """Returns the shape of the tensor, from the shapes of the variables."""
+        shape = list(self._part(shapes[self.paths[0]]))
+        if self.transform.axis is not None:
+            shape[self.transform.axis] = sum(self.sizes(shapes))
+        return tuple(shape)
+
+    def _part(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        # A view of a single number has the shape without the memory.
+        return self.transform.inverse(np.broadcast_to(np.float32(0), shape)).shape
 
 
 @contextmanager
@@ -57,27 +114,29 @@ def uninitialized() -> Iterator[None]:
     global_state.set_global_attribute("uninitialized_variables", [])
 
 
-def expand_table(table: Sequence[Row], paths: Sequence[str], num_layers: int) -> dict[str, Row]:
-    """Returns variable path -> row, with layers filled in, for the variables that exist.
+def expand_table(table: Sequence[Row], paths: Sequence[str], num_layers: int) -> list[Tensor]:
+    """Returns the tensors of a checkpoint, with layers filled in, for the variables that exist.
 
     Raises:
         ValueError: If a variable has no row.
     """
     present = set(paths)
-    rows: dict[str, Row] = {}
+    targets: dict[str, list[str]] = {}
+    transforms: dict[str, Transform] = {}
     for source, target, transform in table:
         for index in range(num_layers if "{}" in target else 1):
-            path = target.format(index)
+            path, name = target.format(index), source.format(index)
             if path in present:
-                rows[path] = (source.format(index), path, transform)
-    missing = sorted(present - set(rows))
+                targets.setdefault(name, []).append(path)
+                transforms[name] = TRANSFORMS[transform]
+    missing = sorted(present - {path for paths in targets.values() for path in paths})
     if missing:
         raise ValueError(f"The checkpoint table has no row for the variables {missing}.")
-    return rows
+    return [Tensor(name, tuple(paths), transforms[name]) for name, paths in targets.items()]
 
 
 def check_source(
-    rows: Mapping[str, Row],
+    tensors: Sequence[Tensor],
     shapes: Mapping[str, tuple[int, ...]],
     source: TensorSource,
     ignored: Sequence[str] = (),
@@ -85,7 +144,7 @@ def check_source(
     """Compares a checkpoint with a model before anything is read.
 
     Args:
-        rows: From `expand_table`.
+        tensors: From `expand_table`.
         shapes: Variable path -> shape.
         source: The checkpoint.
         ignored: Patterns of tensor names that may be there and are not used.
@@ -94,33 +153,57 @@ def check_source(
         ValueError: Naming every missing tensor, every unknown one and every wrong shape.
     """
     problems = []
-    for path, (name, _, transform) in rows.items():
+    for tensor in tensors:
+        expected, name = tensor.shape(shapes), tensor.name
         if name not in source.shapes:
-            problems.append(f"missing tensor {name!r} (for {path}, shape {shapes[path]})")
-            continue
-        # A view of a single number has the shape without the memory.
-        received = np.broadcast_to(np.float32(0), source.shapes[name])
-        expected = TRANSFORMS[transform].inverse(np.broadcast_to(np.float32(0), shapes[path])).shape
-        if received.shape != expected:
             problems.append(
-                f"tensor {name!r}: expected shape {expected}, received {received.shape}"
+                f"missing tensor {name!r} of shape {expected} (for {', '.join(tensor.paths)})"
             )
-    used = {name for name, _, _ in rows.values()}
-    for name in sorted(set(source.shapes) - used):
+        elif tuple(source.shapes[name]) != expected:
+            received = tuple(source.shapes[name])
+            problems.append(f"tensor {name!r}: expected shape {expected}, received {received}")
+    for name in sorted(set(source.shapes) - {tensor.name for tensor in tensors}):
         if not any(fnmatch(name, pattern) for pattern in ignored):
             problems.append(f"unknown tensor {name!r} of shape {tuple(source.shapes[name])}")
     if problems:
-        shown = "\n  ".join(problems[:20])
-        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(
-            f"The checkpoint does not fit the config, {len(problems)} differences:\n"
-            f"  {shown}{more}\nCheck that config and weights belong together."
+            f"The checkpoint does not fit the config, {len(problems)} differences:\n  "
+            + "\n  ".join(problems)
+            + "\nCheck that config and weights belong together."
         )
+
+
+@dataclass(frozen=True)
+class _Renamed:
+    """A checkpoint under other names."""
+
+    source: TensorSource
+    names: Mapping[str, str]  # name here -> name there
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: self.source.shapes[theirs] for name, theirs in self.names.items()}
+
+    def read(self, name: str, dtype: str) -> np.ndarray:
+        return self.source.read(self.names[name], dtype)
+
+
+def with_prefix(source: TensorSource, prefix: str, names: Iterable[str]) -> TensorSource:
+    """Returns the checkpoint with a prefix on all its names, if without it none of them is known.
+
+    Checkpoints of a bare model, without its head, lack the prefix.
+    """
+    if any(name.startswith(prefix) for name in source.shapes):
+        return source
+    known = {name.removeprefix(prefix) for name in names}
+    if not known & set(source.shapes):
+        return source
+    return _Renamed(source, {f"{prefix}{name}": name for name in source.shapes})
 
 
 def load_weights(
     variables: Sequence[keras.Variable],
-    rows: Mapping[str, Row],
+    tensors: Sequence[Tensor],
     source: TensorSource,
     progress: Callable[[Iterator[Any], int], Iterator[Any]] = lambda items, total: items,
 ) -> None:
@@ -128,19 +211,21 @@ def load_weights(
 
     Args:
         variables: All variables of the model.
-        rows: From `expand_table`, checked by `check_source`.
+        tensors: From `expand_table`, checked by `check_source`.
         source: The checkpoint.
         progress: Wraps the iterator over the tensors, given their number, to show progress.
     """
+    by_path = {variable.path: variable for variable in variables}
+    shapes = {path: tuple(variable.shape) for path, variable in by_path.items()}
 
-    def read(variable: keras.Variable) -> tuple[keras.Variable, np.ndarray]:
-        name, _, transform = rows[variable.path]
-        array = TRANSFORMS[transform].forward(source.read(name, variable.dtype))
-        return variable, np.ascontiguousarray(array)
+    def read(tensor: Tensor) -> tuple[Tensor, list[np.ndarray]]:
+        array = source.read(tensor.name, by_path[tensor.paths[0]].dtype)
+        return tensor, tensor.split(array, tensor.sizes(shapes))
 
     with ThreadPoolExecutor(max_workers=1) as reader:  # reads one ahead of the assignment
-        for variable, array in progress(_one_ahead(reader, read, variables), len(variables)):
-            variable.assign(array)
+        for tensor, arrays in progress(_one_ahead(reader, read, tensors), len(tensors)):
+            for path, array in zip(tensor.paths, arrays, strict=True):
+                by_path[path].assign(array)
 
 
 def _one_ahead(
@@ -157,10 +242,10 @@ def _one_ahead(
 
 
 def export_weights(
-    variables: Sequence[keras.Variable], rows: Mapping[str, Row]
+    variables: Sequence[keras.Variable], tensors: Sequence[Tensor]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (tensor name, array in the checkpoint's layout): the table the other way round."""
-    for variable in variables:
-        name, _, transform = rows[variable.path]
-        array = keras.ops.convert_to_numpy(variable.value)
-        yield name, np.ascontiguousarray(TRANSFORMS[transform].inverse(array))
+    by_path = {variable.path: variable for variable in variables}
+    for tensor in tensors:
+        values = [keras.ops.convert_to_numpy(by_path[path].value) for path in tensor.paths]
+        yield tensor.name, tensor.join(values)

@@ -7,7 +7,15 @@ GGUF file). An engine encodes, and says which bytes a token stands for; decoding
 """
 
 from functional_llm.tokenizers.engines import Engine, SentencePieceEngine, TokenizersEngine
+from functional_llm.tokenizers.saving import save_tokenizer
 from functional_llm.tokenizers.stream import StreamDecoder
 from functional_llm.tokenizers.text import TextTokenizer
 
-__all__ = ["Engine", "SentencePieceEngine", "StreamDecoder", "TextTokenizer", "TokenizersEngine"]
+__all__ = [
+    "Engine",
+    "SentencePieceEngine",
+    "StreamDecoder",
+    "TextTokenizer",
+    "TokenizersEngine",
+    "save_tokenizer",
+]

@@ -155,9 +155,9 @@ class SentencePieceEngine:
         special = control | dict(special)
         self.processor = processor
         self._size = size
-        self._added = dict(always) | special
-        self._texts = {token_id: text for text, token_id in self._added.items()}
-        self._splitters = {False: _make_splitter(always), True: _make_splitter(self._added)}
+        self.added = dict(always) | special
+        self._texts = {token_id: text for text, token_id in self.added.items()}
+        self._splitters = {False: _make_splitter(always), True: _make_splitter(self.added)}
         self.vocabulary_size = max([size, *(i + 1 for i in self._texts)])
         self.special_ids = frozenset(special.values())
         self.adds_space = processor.normalize("a").startswith(SPACE)
@@ -166,7 +166,7 @@ class SentencePieceEngine:
         ids: list[int] = []
         for place, part in enumerate(self._splitters[parse_special].split(text)):
             # The parts at odd places are the tokens that the text was split at.
-            ids += [self._added[part]] if place % 2 else self.processor.encode(part)
+            ids += [self.added[part]] if place % 2 else self.processor.encode(part)
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -178,8 +178,8 @@ class SentencePieceEngine:
         return piece.replace(SPACE, " ").encode()
 
     def token_id(self, token: str) -> int | None:
-        if token in self._added:
-            return self._added[token]
+        if token in self.added:
+            return self.added[token]
         token_id = self.processor.piece_to_id(token)
         return None if token_id == self.processor.unk_id() else token_id
 

@@ -1,0 +1,114 @@
+"""Gemma 3, text: a Gemma 2 that normalises queries and keys instead of capping their scores.
+
+Of six layers, five see a window and turn by a RoPE of their own. Reference:
+[Gemma 3](https://arxiv.org/abs/2503.19786).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from functional_llm.backbones import gemma, gemma2, qwen3
+from functional_llm.blocks.attention import attention, heads
+from functional_llm.blocks.decoder import sandwich
+from functional_llm.blocks.language_model import LayerType, soft_cap
+from functional_llm.blocks.mlp import gated_mlp
+from functional_llm.blocks.norm import offset_rms_norm
+from functional_llm.blocks.rope import Rope, RopeScaling, rotary
+from functional_llm.composite import CompositeLayer
+from functional_llm.family import Family, Graph
+from functional_llm.layers import AttentionDotProduct
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The numbers of a Gemma 3."""
+
+    vocabulary_size: int
+    num_layers: int
+    hidden_dim: int
+    intermediate_dim: int
+    num_query_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_max_wavelength: float
+    rope_scaling: RopeScaling | None
+    local_rope_max_wavelength: float
+    layer_norm_epsilon: float
+    max_sequence_length: int
+    activation: str
+    query_pre_attention_scalar: float
+    attention_logit_soft_cap: float | None
+    final_logit_soft_cap: float | None
+    layer_types: tuple[str, ...]
+    sliding_window: int | None
+    tie_word_embeddings: bool
+
+
+def build(config: Config) -> Graph:
+    """Returns the inputs and outputs of the graph."""
+    full = Rope(config.head_dim, config.rope_max_wavelength, config.rope_scaling)
+    sliding = Rope(config.head_dim, config.local_rope_max_wavelength)
+    layer_types = {
+        "full_attention": LayerType(full),
+        "sliding_attention": LayerType(sliding, config.sliding_window),
+    }
+    layers = [build_decoder(config, f"decoder_{i}") for i in range(config.num_layers)]
+    caps = [soft_cap(bound) for bound in [config.final_logit_soft_cap] if bound is not None]
+    return gemma.build_stack(config, config.layer_types, layers, layer_types, caps)
+
+
+def build_decoder(config: Config, name: str) -> CompositeLayer:
+    """Returns one decoder layer."""
+    epsilon, size = config.layer_norm_epsilon, config.head_dim
+    queries, keys = config.num_query_heads, config.num_key_value_heads
+    self_attention = attention(
+        query=[heads(queries, size, "query"), offset_rms_norm(epsilon, "query_norm"), rotary()],
+        key=[heads(keys, size, "key"), offset_rms_norm(epsilon, "key_norm"), rotary()],
+        value=[heads(keys, size, "value")],
+        output=keras.layers.Dense(config.hidden_dim, use_bias=False, name="output"),
+        product=AttentionDotProduct(
+            scale=config.query_pre_attention_scalar**-0.5,
+            soft_cap=config.attention_logit_soft_cap,
+            name="dot_product",
+        ),
+    )
+    mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation)
+    return sandwich(name, lambda part: offset_rms_norm(epsilon, part), self_attention, mlp)
+
+
+def complete_keys(keys: dict[str, Any]) -> dict[str, Any]:
+    """Adds what Transformers takes where a `config.json` is silent."""
+    pattern, num_layers = keys.get("sliding_window_pattern", 6), keys["num_hidden_layers"]
+    own = {
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "layer_types": [
+            "sliding_attention" if (i + 1) % pattern else "full_attention"
+            for i in range(num_layers)
+        ],
+    }
+    return gemma2.complete_keys(own | keys)
+
+
+FAMILY = Family(
+    model_type="gemma3_text",
+    architecture="Gemma3ForCausalLM",
+    config_class=Config,
+    build=build,
+    config_keys={
+        **gemma2.CONFIG_KEYS,
+        "rope_local_base_freq": "local_rope_max_wavelength",
+        "sliding_window_pattern": None,
+    },
+    config_constants=gemma2.FAMILY.config_constants,
+    complete_keys=complete_keys,
+    weights=[*gemma2.WEIGHTS, *qwen3.QK_NORMS],
+    gguf_architecture="gemma3",
+    gguf_defaults=gemma2.gguf_defaults,
+    gguf_offset=gemma2.FAMILY.gguf_offset,
+)

@@ -1,0 +1,124 @@
+"""GPT-2: learned positions, LayerNorm with a bias, biases on every Dense, a plain GELU MLP.
+
+Checkpoints hold queries, keys and values as one tensor, and kernels as (in, out). Reference:
+[Language Models are Unsupervised Multitask Learners](https://openai.com/research/better-language-models).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from functional_llm.blocks.attention import attention, heads, key_value_shapes
+from functional_llm.blocks.decoder import pre_norm
+from functional_llm.blocks.language_model import LayerType, causal_lm, learned_positions
+from functional_llm.blocks.mlp import mlp
+from functional_llm.blocks.norm import layer_norm
+from functional_llm.composite import CompositeLayer
+from functional_llm.family import Family, Graph, dense_rows, layer_norm_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The numbers of a GPT-2."""
+
+    vocabulary_size: int
+    num_layers: int
+    hidden_dim: int
+    intermediate_dim: int
+    num_heads: int
+    layer_norm_epsilon: float
+    max_sequence_length: int
+    activation: str
+    tie_word_embeddings: bool
+
+
+def build(config: Config) -> Graph:
+    """Returns the inputs and outputs of the graph."""
+    names = [f"decoder_{i}" for i in range(config.num_layers)]
+    return causal_lm(
+        vocabulary_size=config.vocabulary_size,
+        hidden_dim=config.hidden_dim,
+        embedding_parts=[learned_positions(config.max_sequence_length, config.hidden_dim)],
+        layer_types={"full_attention": LayerType()},
+        layers=[("full_attention", build_decoder(config, name)) for name in names],
+        keeps=key_value_shapes(config.num_heads, config.hidden_dim // config.num_heads),
+        final_norm=layer_norm(config.layer_norm_epsilon, "final_norm"),
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
+
+
+def build_decoder(config: Config, name: str) -> CompositeLayer:
+    """Returns one decoder layer."""
+    epsilon, size = config.layer_norm_epsilon, config.hidden_dim // config.num_heads
+    self_attention = attention(
+        query=[heads(config.num_heads, size, "query", use_bias=True)],
+        key=[heads(config.num_heads, size, "key", use_bias=True)],
+        value=[heads(config.num_heads, size, "value", use_bias=True)],
+        output=keras.layers.Dense(config.hidden_dim, name="output"),
+    )
+    plain = mlp(config.intermediate_dim, config.hidden_dim, config.activation)
+    return pre_norm(name, lambda part: layer_norm(epsilon, part), self_attention, plain)
+
+
+def complete_keys(keys: dict[str, Any]) -> dict[str, Any]:
+    """Adds what Transformers takes where a `config.json` is silent."""
+    own = {"n_positions": 1024, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}
+    inner = keys.get("n_inner") or 4 * keys["n_embd"]
+    return own | {"tie_word_embeddings": True} | keys | {"n_inner": inner}
+
+
+_LAYER = "transformer.h.{}"
+WEIGHTS = [
+    ("transformer.wte.weight", "token_embedding/embeddings", "same"),
+    ("transformer.wpe.weight", "position_embedding/embeddings", "same"),
+    *layer_norm_rows(f"{_LAYER}.ln_1", "decoder_{}/attention_norm"),
+    *dense_rows(f"{_LAYER}.attn.c_attn", "decoder_{}/attention/query", "last_axis", "last_axis"),
+    *dense_rows(f"{_LAYER}.attn.c_attn", "decoder_{}/attention/key", "last_axis", "last_axis"),
+    *dense_rows(f"{_LAYER}.attn.c_attn", "decoder_{}/attention/value", "last_axis", "last_axis"),
+    *dense_rows(f"{_LAYER}.attn.c_proj", "decoder_{}/attention/output", "same"),
+    *layer_norm_rows(f"{_LAYER}.ln_2", "decoder_{}/mlp_norm"),
+    *dense_rows(f"{_LAYER}.mlp.c_fc", "decoder_{}/mlp/up", "same"),
+    *dense_rows(f"{_LAYER}.mlp.c_proj", "decoder_{}/mlp/down", "same"),
+    *layer_norm_rows("transformer.ln_f", "final_norm"),
+    ("lm_head.weight", "head/kernel", "transpose"),
+]
+
+FAMILY = Family(
+    model_type="gpt2",
+    architecture="GPT2LMHeadModel",
+    config_class=Config,
+    build=build,
+    config_keys={
+        "vocab_size": "vocabulary_size",
+        "n_layer": "num_layers",
+        "n_embd": "hidden_dim",
+        "n_inner": "intermediate_dim",
+        "n_head": "num_heads",
+        "layer_norm_epsilon": "layer_norm_epsilon",
+        "n_positions": "max_sequence_length",
+        "activation_function": "activation",
+        "tie_word_embeddings": "tie_word_embeddings",
+    },
+    config_constants={
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False,  # changes no number in float32
+        "add_cross_attention": False,
+    },
+    complete_keys=complete_keys,
+    weights=WEIGHTS,
+    ignored=["*.attn.bias", "*.attn.masked_bias"],  # buffers with the causal mask
+    base_prefix="transformer.",
+    gguf_architecture="gpt2",
+    gguf_keys={
+        "block_count": "n_layer",
+        "context_length": "n_positions",
+        "embedding_length": "n_embd",
+        "feed_forward_length": "n_inner",
+        "attention.head_count": "n_head",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+        "vocab_size": "vocab_size",
+    },
+    gguf_transposed=["*.c_attn.weight", "*.c_proj.weight", "*.c_fc.weight"],
+)

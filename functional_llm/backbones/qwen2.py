@@ -1,0 +1,98 @@
+"""Qwen 2, 2.5: a Llama with biases on queries, keys and values, and windows in some layers.
+
+References: [Qwen2](https://arxiv.org/abs/2407.10671), [Qwen2.5](https://arxiv.org/abs/2412.15115).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from functional_llm.backbones import llama
+from functional_llm.blocks.attention import attention, heads
+from functional_llm.blocks.decoder import pre_norm
+from functional_llm.blocks.mlp import gated_mlp
+from functional_llm.blocks.norm import rms_norm
+from functional_llm.blocks.rope import RopeScaling, rotary
+from functional_llm.composite import CompositeLayer
+from functional_llm.family import COMMON_KEYS, Family, Graph, complete_common_keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The numbers of a Qwen 2."""
+
+    vocabulary_size: int
+    num_layers: int
+    hidden_dim: int
+    intermediate_dim: int
+    num_query_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_max_wavelength: float
+    rope_scaling: RopeScaling | None
+    layer_norm_epsilon: float
+    max_sequence_length: int
+    activation: str
+    layer_types: tuple[str, ...]
+    sliding_window: int | None
+    tie_word_embeddings: bool
+
+
+def build(config: Config) -> Graph:
+    """Returns the inputs and outputs of the graph."""
+    layers = [
+        (kind, build_decoder(config, f"decoder_{i}")) for i, kind in enumerate(config.layer_types)
+    ]
+    return llama.build_stack(config, layers, config.sliding_window)
+
+
+def build_decoder(config: Config, name: str) -> CompositeLayer:
+    """Returns one decoder layer."""
+    epsilon, size = config.layer_norm_epsilon, config.head_dim
+    self_attention = attention(
+        query=[heads(config.num_query_heads, size, "query", use_bias=True), rotary()],
+        key=[heads(config.num_key_value_heads, size, "key", use_bias=True), rotary()],
+        value=[heads(config.num_key_value_heads, size, "value", use_bias=True)],
+        output=keras.layers.Dense(config.hidden_dim, use_bias=False, name="output"),
+    )
+    mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation)
+    return pre_norm(name, lambda part: rms_norm(epsilon, part), self_attention, mlp)
+
+
+CONFIG_KEYS: dict[str, str | None] = {
+    **COMMON_KEYS,
+    "layer_types": "layer_types",
+    "sliding_window": "sliding_window",
+    "use_sliding_window": None,
+    "max_window_layers": None,
+}
+
+
+def complete_keys(keys: dict[str, Any]) -> dict[str, Any]:
+    """Adds what Transformers takes where a `config.json` is silent."""
+    num_layers = keys["num_hidden_layers"]
+    window = keys.get("sliding_window", 4096) if keys.get("use_sliding_window") else None
+    full = num_layers if window is None else keys.get("max_window_layers", 28)
+    kinds = ["full_attention" if i < full else "sliding_attention" for i in range(num_layers)]
+    own = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "layer_types": kinds}
+    return complete_common_keys(own | keys | {"sliding_window": window})
+
+
+def written_keys(config: Any) -> dict[str, Any]:
+    """What Transformers wants to be told beside the window."""
+    return {"use_sliding_window": config.sliding_window is not None}
+
+
+FAMILY = Family(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    config_class=Config,
+    build=build,
+    config_keys=CONFIG_KEYS,
+    complete_keys=complete_keys,
+    written_keys=written_keys,
+    weights=llama.WEIGHTS,
+    ignored=llama.FAMILY.ignored,
+    gguf_architecture="qwen2",
+)

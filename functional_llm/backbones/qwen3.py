@@ -1,0 +1,86 @@
+"""Qwen 3: a Qwen 2 that normalises each head's queries and keys before RoPE, without biases.
+
+The head size is a number of its own. Reference: [Qwen3](https://arxiv.org/abs/2505.09388).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from functional_llm.backbones import llama, qwen2
+from functional_llm.blocks.attention import attention, heads
+from functional_llm.blocks.decoder import pre_norm
+from functional_llm.blocks.mlp import gated_mlp
+from functional_llm.blocks.norm import rms_norm
+from functional_llm.blocks.rope import RopeScaling, rotary
+from functional_llm.composite import CompositeLayer
+from functional_llm.family import Family, Graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The numbers of a Qwen 3."""
+
+    vocabulary_size: int
+    num_layers: int
+    hidden_dim: int
+    intermediate_dim: int
+    num_query_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_max_wavelength: float
+    rope_scaling: RopeScaling | None
+    layer_norm_epsilon: float
+    max_sequence_length: int
+    activation: str
+    attention_bias: bool
+    layer_types: tuple[str, ...]
+    sliding_window: int | None
+    tie_word_embeddings: bool
+
+
+def build(config: Config) -> Graph:
+    """Returns the inputs and outputs of the graph."""
+    layers = [
+        (kind, build_decoder(config, f"decoder_{i}")) for i, kind in enumerate(config.layer_types)
+    ]
+    return llama.build_stack(config, layers, config.sliding_window)
+
+
+def build_decoder(config: Config, name: str) -> CompositeLayer:
+    """Returns one decoder layer."""
+    epsilon, size, bias = config.layer_norm_epsilon, config.head_dim, config.attention_bias
+    queries, keys = config.num_query_heads, config.num_key_value_heads
+    self_attention = attention(
+        query=[heads(queries, size, "query", bias), rms_norm(epsilon, "query_norm"), rotary()],
+        key=[heads(keys, size, "key", bias), rms_norm(epsilon, "key_norm"), rotary()],
+        value=[heads(keys, size, "value", bias)],
+        output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),
+    )
+    mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation)
+    return pre_norm(name, lambda part: rms_norm(epsilon, part), self_attention, mlp)
+
+
+def complete_keys(keys: dict[str, Any]) -> dict[str, Any]:
+    """Adds what Transformers takes where a `config.json` is silent."""
+    return qwen2.complete_keys({"head_dim": 128} | keys)
+
+
+QK_NORMS = [
+    ("model.layers.{}.self_attn.q_norm.weight", "decoder_{}/attention/query_norm/scale", "same"),
+    ("model.layers.{}.self_attn.k_norm.weight", "decoder_{}/attention/key_norm/scale", "same"),
+]
+
+FAMILY = Family(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    config_class=Config,
+    build=build,
+    config_keys={**qwen2.CONFIG_KEYS, "attention_bias": "attention_bias"},
+    complete_keys=complete_keys,
+    written_keys=qwen2.written_keys,
+    weights=[*llama.WEIGHTS, *QK_NORMS],
+    ignored=llama.FAMILY.ignored,
+    gguf_architecture="qwen3",
+)

@@ -1,0 +1,159 @@
+"""A stack of decoder layers between an embedding and a head.
+
+Shapes: B batch, T tokens, S slots, W positions of a window, D model, V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import keras
+from keras import ops
+
+from functional_llm.blocks.attention import Part, apply_parts
+from functional_llm.blocks.rope import Rope, rotation
+from functional_llm.composite import CompositeLayer
+from functional_llm.family import Graph
+from functional_llm.layers import AttentionMask, KVCacheLookup
+
+Shapes: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerType:
+    """What the layers of one type share.
+
+    Args:
+        rope: How their queries and keys turn; `None` for not at all.
+        window: How many positions a token sees, itself included; `None` for all before it. Layers
+            with a window keep a ring of that many slots.
+    """
+
+    rope: Rope | None = None
+    window: int | None = None
+
+
+def causal_lm(
+    *,
+    vocabulary_size: int,
+    hidden_dim: int,
+    layer_types: Mapping[str, LayerType],
+    layers: Sequence[tuple[str, CompositeLayer]],
+    keeps: Shapes,
+    final_norm: Part,
+    tie_word_embeddings: bool,
+    embedding_parts: Sequence[Part] = (),
+    logit_parts: Sequence[Part] = (),
+) -> Graph:
+    """Builds the graph of a language model.
+
+    Args:
+        vocabulary_size: V.
+        hidden_dim: D.
+        layer_types: What the layers of each type share, by the type's name.
+        layers: Type and decoder layer, in order.
+        keeps: What each layer keeps of a token in the cache: nested dict of shapes.
+        final_norm: Part before the head.
+        tie_word_embeddings: Whether the head is the embedding, transposed.
+        embedding_parts: Parts after the embedding; they may use the inputs "positions".
+        logit_parts: Parts after the head.
+
+    Returns:
+        Inputs `token_ids`, `positions`, `segment_ids`, `cache`; outputs `logits` (B, T, V),
+        `hidden` (B, T, D), which the head turns into logits, and `cache`. A cache holds, for each
+        type of layers, the positions in its slots and what each layer keeps.
+    """
+    used = {kind: layer_types[kind] for kind in dict.fromkeys(kind for kind, _ in layers)}
+    names = {kind: [layer.name for other, layer in layers if other == kind] for kind in used}
+    inputs = make_inputs(
+        {kind: (used[kind].window, dict.fromkeys(names[kind], keeps)) for kind in used}
+    )
+    embedding = keras.layers.ReversibleEmbedding(
+        vocabulary_size, hidden_dim, name="token_embedding"
+    )
+    x = apply_parts(embedding_parts, embedding(inputs["token_ids"]), inputs)
+    shared, cache = {}, {}
+    for kind, layer_type in used.items():
+        shared[kind], slot_positions = share(kind, layer_type, inputs)
+        cache[kind] = {"positions": slot_positions}
+    for kind, layer in layers:
+        result = layer({"x": x, "cache": inputs["cache"][kind][layer.name], **shared[kind]})
+        x, cache[kind][layer.name] = result["x"], result["cache"]
+    hidden = apply_parts([final_norm], x, inputs)
+    if tie_word_embeddings:
+        logits = embedding(hidden, reverse=True)
+    else:
+        logits = keras.layers.Dense(vocabulary_size, use_bias=False, name="head")(hidden)
+    logits = apply_parts(logit_parts, logits, inputs)
+    return inputs, {"logits": logits, "hidden": hidden, "cache": cache}
+
+
+def make_inputs(groups: Mapping[str, tuple[int | None, Shapes]]) -> dict[str, Any]:
+    """Returns the symbolic inputs of a language model.
+
+    Args:
+        groups: Type of layers -> number of slots (`None` for any), and what its layers keep.
+
+    Returns:
+        `token_ids` and `positions` (B, T) int32; `segment_ids` (B, T) int32, optional; `cache`,
+        optional, for each type: `positions` (B, S) int32, the position of the token in each slot,
+        and what each layer keeps, (B, S, ...).
+    """
+    dtype = keras.config.dtype_policy().compute_dtype
+
+    def make(name: str, slots: int | None, shape: Any) -> Any:
+        if isinstance(shape, Mapping):
+            return {key: make(f"{name}_{key}", slots, inner) for key, inner in shape.items()}
+        return keras.Input((slots, *shape), dtype=dtype, name=name, optional=True)
+
+    cache = {}
+    for kind, (slots, shapes) in groups.items():
+        name = f"cache_{kind}_positions"
+        positions = keras.Input((slots,), dtype="int32", name=name, optional=True)
+        cache[kind] = {"positions": positions, **make("cache", slots, shapes)}
+    return {
+        "token_ids": keras.Input((None,), dtype="int32", name="token_ids"),
+        "positions": keras.Input((None,), dtype="int32", name="positions"),
+        "segment_ids": keras.Input((None,), dtype="int32", name="segment_ids", optional=True),
+        "cache": cache,
+    }
+
+
+def share(kind: str, layer_type: LayerType, inputs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Returns what layers of a type receive beside `x`, and their cache's positions afterwards."""
+    positions = inputs["positions"]
+    slot_positions, kept = KVCacheLookup(name=f"{kind}_positions")(
+        {"new": positions, "cache": inputs["cache"][kind]["positions"], "positions": positions}
+    )
+    mask = AttentionMask(layer_type.window, name=f"{kind}_mask")(
+        {
+            "query_positions": positions,
+            "slot_positions": slot_positions,
+            "segment_ids": inputs["segment_ids"],
+        }
+    )
+    shared = {"positions": positions, "mask": mask}
+    if layer_type.rope is not None:
+        shared["rotation"] = rotation(positions, layer_type.rope)
+    return shared, kept
+
+
+def scale(factor: float) -> Part:
+    """Part that multiplies by a number."""
+    return lambda x, inputs: x * factor
+
+
+def soft_cap(bound: float) -> Part:
+    """Part that bounds numbers to (-bound, bound) by tanh.
+
+    Reference:
+        [Gemma 2](https://arxiv.org/abs/2408.00118), section 2.
+    """
+    return lambda x, inputs: ops.tanh(x / bound) * bound
+
+
+def learned_positions(max_sequence_length: int, hidden_dim: int) -> Part:
+    """Part that adds a learned vector for each position."""
+    embedding = keras.layers.Embedding(max_sequence_length, hidden_dim, name="position_embedding")
+    # Padding has position -1; whatever it gets, nobody sees it.
+    return lambda x, inputs: x + embedding(ops.maximum(inputs["positions"], 0))
