@@ -23,9 +23,8 @@ CONFORMING = (
 def test_conforms_to_llama_cpp(llama_cpp_models: Path, name: str):
     path = llama_cpp_models / f"ggml-vocab-{name}.gguf"
     tokenizer = TextTokenizer.from_gguf_metadata(open_gguf(path).metadata)
-    texts = path.with_suffix(".gguf.inp").read_bytes().decode()
     lines = path.with_suffix(".gguf.out").read_text().rstrip("\n").split("\n")
-    texts = texts.split("\n__ggml_vocab_test__\n")
+    texts = path.with_suffix(".gguf.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     assert len(texts) >= 40
     if len(lines) < len(texts):
         # The last text is empty where the file ends with a separator.
