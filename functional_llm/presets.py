@@ -22,6 +22,7 @@ from functional_llm.convert.huggingface import read_config
 from functional_llm.convert.safetensors import open_safetensors
 from functional_llm.convert.table import (
     TensorSource,
+    check_copies,
     check_source,
     expand_table,
     load_weights,
@@ -29,6 +30,8 @@ from functional_llm.convert.table import (
 )
 from functional_llm.handles import is_preset, locate, read_preset
 from functional_llm.tokenizers import TextTokenizer
+
+_DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 
 FAMILIES: dict[str, ModuleType] = {
     "llama": llama,
@@ -141,7 +144,8 @@ class Backbone(keras.Model):
         Args:
             handle: A preset's name, a directory in Hugging Face layout, a `.gguf` file, or
                 `"hf://org/name"`.
-            dtype: `"float32"`, `"bfloat16"`, `"float16"`, or another Keras dtype policy.
+            dtype: `"float32"`, `"bfloat16"` or `"float16"`, or weights in float32 and sums in
+                another with `"mixed_bfloat16"` or `"mixed_float16"`.
             load_weights: `False` for random weights; a preset's files are not fetched then.
 
         Returns:
@@ -222,11 +226,11 @@ class _Checkpoint:
             self.family.WEIGHTS, [variable.path for variable in variables], self.config.num_layers
         )
         source = self.open_tensors([name for name, _, _ in rows.values()])
-        ignored = list(self.family.IGNORED)
-        if self.config.tie_word_embeddings:
-            ignored += self.family.IGNORED_IF_TIED
+        copies = self.family.COPIES_IF_TIED if self.config.tie_word_embeddings else {}
+        ignored = [*self.family.IGNORED, *copies]
         check_source(rows, {v.path: v.shape for v in variables}, source, ignored)
         load_weights(variables, rows, source, _progress_bar)
+        check_copies(copies, variables, rows, source)
 
 
 def _open_checkpoint(path: Path) -> _Checkpoint:
@@ -251,7 +255,7 @@ def _open_gguf_checkpoint(file: GGUFFile) -> _Checkpoint:
 
 
 def _family(name: Any, where: str) -> ModuleType:
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"{where} is {name!r}. Known families: {', '.join(sorted(FAMILIES))}.")
     return FAMILIES[name]
 
@@ -271,6 +275,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 @contextmanager
 def _dtype_policy(dtype: str) -> Iterator[None]:
     """Builds layers in a dtype; the configs of parts need not carry it."""
+    if dtype not in _DTYPES and not isinstance(dtype, keras.DTypePolicy):
+        raise ValueError(f"Expected dtype to be one of {', '.join(_DTYPES)}, received {dtype!r}.")
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(dtype)
     try:

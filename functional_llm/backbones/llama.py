@@ -142,7 +142,7 @@ WEIGHTS = [
 
 # Buffers that old checkpoints carry, and a tied head that is in the file all the same.
 IGNORED = ["*.rotary_emb.inv_freq"]
-IGNORED_IF_TIED = ["lm_head.weight"]
+COPIES_IF_TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 
 # Projections whose rows llama.cpp reorders, and the field with their number of heads.
 GGUF_PERMUTED = {"q_proj": "num_query_heads", "k_proj": "num_key_value_heads"}

@@ -144,7 +144,12 @@ def rotation(
     frequencies = np.float32(1.0) / wavelengths
     magnitude = 1.0
     if scaling is not None:
-        frequencies = scaling.frequencies(frequencies, max_wavelength)
+        with np.errstate(all="ignore"):  # what they spoil is found here
+            frequencies = scaling.frequencies(frequencies, max_wavelength)
+        if not np.isfinite(frequencies).all():
+            raise ValueError(
+                f"Expected RoPE scaling that gives finite frequencies. Received: {scaling}."
+            )
         magnitude = scaling.magnitude
     angles = ops.cast(ops.expand_dims(positions_BT, (2, 3)), "float32") * frequencies
     cos, sin = ops.cos(angles) * magnitude, ops.sin(angles) * magnitude

@@ -1,5 +1,6 @@
 """Hugging Face configs <-> our frozen ones. No family is named here."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -81,6 +82,10 @@ def read_config(
             f"config.json has keys that {config_class.__name__} does not handle: {shown}. Loading "
             "would ignore them and give wrong numbers; remove them only if they mean nothing."
         )
+    types = {field.name: field.type for field in fields(config_class)}
+    for key, field in keys.items():
+        if key in given:
+            _check_value(key, given[key], types[field], counts=_is_count(field))
     required = [key for key in ("hidden_size", "num_attention_heads") if key not in given]
     full = given if required else {**defaults(given), **given}
     missing = sorted(set(keys) - set(full)) or required
@@ -89,25 +94,34 @@ def read_config(
             f"config.json lacks the keys {missing}, needed by {config_class.__name__}."
         )
     values = {field: full[key] for key, field in keys.items()}
-    names = {field.name for field in fields(config_class)}
-    if "activation" in names:
+    if "activation" in types:
         values["activation"] = _known(ACTIVATIONS, full["hidden_act"], "hidden_act")
-    if "rope_max_wavelength" in names:
+    if "rope_max_wavelength" in types:
         values["rope_max_wavelength"], values["rope_scaling"] = read_rope(full)
-    _check_types(values)
     return config_class(**values)
 
 
-def _check_types(values: Mapping[str, Any]) -> None:
+def _is_count(field: str) -> bool:
     """Sizes are positive whole numbers, whatever their names."""
-    for name, value in values.items():
-        counts = name.startswith("num_") or name.endswith(("_dim", "_size", "_length"))
-        if counts and not (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-            raise ValueError(f"config.json: expected a positive integer for {name}, got {value!r}.")
+    return field.startswith("num_") or field.endswith(("_dim", "_size", "_length"))
+
+
+def _check_value(key: str, value: Any, kind: Any, counts: bool = False) -> None:
+    """Compares a value with the type of its field, where that is plain."""
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if counts or kind is int:
+        right, expected = is_whole and value > 0, "a positive integer"
+    elif kind is float:
+        is_number = is_whole or isinstance(value, float)
+        right, expected = is_number and 0 < value < math.inf, "a finite number above 0"
+    else:
+        right, expected = kind is not bool or isinstance(value, bool), "true or false"
+    if not right:
+        raise ValueError(f"config.json: expected {expected} for {key}, received {value!r}.")
 
 
 def _known(table: Mapping[str, Any], value: Any, key: str) -> Any:
-    if value not in table:
+    if not isinstance(value, str) or value not in table:
         raise ValueError(f"config.json: unknown {key}={value!r}. Known: {', '.join(table)}.")
     return table[value]
 
@@ -121,10 +135,16 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     Raises:
         ValueError: At an unknown `rope_type` or parameter.
     """
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(parameters, Mapping):
+        raise ValueError(f"config.json: expected a dict of RoPE parameters, got {parameters!r}.")
+    parameters = dict(parameters)
     theta = parameters.pop("rope_theta", config["rope_theta"])
-    types = {parameters.pop(key) for key in ("rope_type", "type") if key in parameters}
-    scaling_class, names = _known(_SCALINGS, (types or {"default"}).pop(), "rope_type")
+    _check_value("rope_theta", theta, float)
+    types = [parameters.pop(key) for key in ("rope_type", "type") if key in parameters]
+    if len(types) == 2 and types[0] != types[1]:
+        raise ValueError(f"config.json: expected one type of RoPE scaling, received {types}.")
+    scaling_class, names = _known(_SCALINGS, (types or ["default"])[0], "rope_type")
     if scaling_class is None:
         names = {}
     given = {key: value for key, value in parameters.items() if value is not None}
@@ -133,6 +153,9 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         raise ValueError(f"config.json: unknown RoPE parameters {unknown}. Known: {sorted(names)}.")
     if scaling_class is None:
         return float(theta), None
+    kinds = {field.name: field.type for field in fields(scaling_class)}
+    for key, value in given.items():
+        _check_value(key, value, kinds[names[key]])
     try:
         return float(theta), scaling_class(**{names[key]: value for key, value in given.items()})
     except TypeError as error:

@@ -118,6 +118,38 @@ def check_source(
         )
 
 
+def check_copies(
+    copies: Mapping[str, str],
+    variables: Sequence[keras.Variable],
+    rows: Mapping[str, Row],
+    source: TensorSource,
+) -> None:
+    """Compares tensors that are not loaded with the variables they ought to be copies of.
+
+    Args:
+        copies: Name of a tensor that may be there -> name of the loaded one it must equal.
+        variables: All variables of the model, loaded.
+        rows: From `expand_table`.
+        source: The checkpoint.
+
+    Raises:
+        ValueError: If a tensor is no copy.
+    """
+    by_name = {rows[variable.path][0]: variable for variable in variables}
+    for name, original in copies.items():
+        if name not in source.shapes:
+            continue
+        variable = by_name[original]
+        expected = keras.ops.convert_to_numpy(variable.value)
+        received = TRANSFORMS[rows[variable.path][2]].forward(source.read(name, variable.dtype))
+        if not np.array_equal(expected, received):
+            raise ValueError(
+                f"The config ties {name!r} to {original!r}: expected equal tensors, received "
+                "different ones. If both belong to the model, set tie_word_embeddings to false in "
+                "config.json."
+            )
+
+
 def load_weights(
     variables: Sequence[keras.Variable],
     rows: Mapping[str, Row],
