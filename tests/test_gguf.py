@@ -312,17 +312,10 @@ def test_reading_holds_one_tensor_in_its_final_type(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-def stories() -> Path:
-    default = Path(__file__).parents[2] / "shared" / "material"
-    folder = Path(os.environ.get("FLM_MATERIAL", default)) / "stories260K"
-    if not folder.is_dir():
-        pytest.skip("stories260K is not there: set FLM_MATERIAL")
-    return folder
-
-
-def test_stories260k_has_the_weights_of_its_safetensors() -> None:
-    file = open_gguf(stories() / "stories260K-f32.gguf")
-    reference = open_safetensors(stories())
+def test_stories260k_has_the_weights_of_its_safetensors(material: Path) -> None:
+    folder = material / "stories260K"
+    file = open_gguf(folder / "stories260K-f32.gguf")
+    reference = open_safetensors(folder)
     pairs = {
         "token_embd.weight": "model.embed_tokens.weight",
         "output_norm.weight": "model.norm.weight",
@@ -340,14 +333,9 @@ def test_stories260k_has_the_weights_of_its_safetensors() -> None:
 
 
 @pytest.mark.real
-def test_real_file_equals_the_package() -> None:
-    name = os.environ.get("FLM_SMOLLM2_GGUF")
-    if not name:
-        pytest.skip("set FLM_SMOLLM2_GGUF to the path of SmolLM2-135M-Instruct.Q4_1.gguf")
-    start = time.monotonic()
-    file = open_gguf(name)
-    assert time.monotonic() - start < 1.0
-    reader = gguf.GGUFReader(name)
+def test_real_file_equals_the_package(smollm2_gguf: Path) -> None:
+    file = open_gguf(smollm2_gguf)
+    reader = gguf.GGUFReader(smollm2_gguf)
     fields = {key: f.contents() for key, f in reader.fields.items() if not key.startswith("GGUF.")}
     assert file.metadata == fields
     assert list(file.shapes) == [t.name for t in reader.tensors]

@@ -300,11 +300,8 @@ def test_reading_holds_one_tensor_in_its_final_type(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-def test_stories260k_equals_the_library() -> None:
-    default = Path(__file__).parents[2] / "shared" / "material"
-    path = Path(os.environ.get("FLM_MATERIAL", default)) / "stories260K"
-    if not path.is_dir():
-        pytest.skip("stories260K is not there: set FLM_MATERIAL")
+def test_stories260k_equals_the_library(material: Path) -> None:
+    path = material / "stories260K"
     folder = open_safetensors(path)
     expected = load_file(path / "model.safetensors")
     assert folder.shapes == {name: value.shape for name, value in expected.items()}

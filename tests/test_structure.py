@@ -288,6 +288,37 @@ def test_wrong_structures_are_named(value: Any, message: str):
         layer(value)
 
 
+class First(keras.layers.Layer):
+    def call(self, x: Any, y: Any = None) -> Any:
+        return x if y is None else x + y
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_a_list_of_none_is_no_shape(declared: bool):
+    layer = CompositeLayer(lambda i: First()(i["x"], i["cache"][1]))
+    if declared:
+        optional = keras.InputSpec(shape=(None, 4), optional=True)
+        layer.input_spec = {"x": keras.InputSpec(shape=(None, 4)), "cache": [optional, optional]}
+    x = keras.Input((4,))
+    model = keras.Model(x, layer({"x": x, "cache": [None, None]}))
+    np.testing.assert_array_equal(model(X), X)
+    np.testing.assert_array_equal(layer({"x": X, "cache": (None, None)}), X)
+    if declared:
+        np.testing.assert_array_equal(layer({"x": X, "cache": [None, X]}), 2 * X)
+    config = layer.get_build_config()
+    assert config is not None
+    again = CompositeLayer(lambda i: First()(i["x"], i["cache"][1]))
+    again.build_from_config(config)
+    np.testing.assert_array_equal(again({"x": X, "cache": None}), X)
+
+
+def test_none_for_every_required_input():
+    layer = CompositeLayer(lambda i: i[0] + i[1])
+    layer.input_spec = [keras.InputSpec(shape=(None, 4)), keras.InputSpec(shape=(None, 4))]
+    with pytest.raises(ValueError, match="Input '0' of .* is required"):
+        layer([None, None])
+
+
 def test_more_than_one_positional_input():
     with pytest.raises(TypeError, match="positional argument"):
         CompositeLayer(lambda i: i)(X, X)  # type: ignore[call-arg]

@@ -1,7 +1,6 @@
 """Tokenizers against llama.cpp's conformance files, and on the vocabularies of real models."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -13,30 +12,19 @@ from functional_llm.tokenizers import TextTokenizer
 from functional_llm.tokenizers.chat_template import ChatTemplate
 from test_tokenizers import CHAT, stream
 
-CACHE = Path(os.environ.get("FUNCTIONAL_LLM_CACHE", "~/.cache/functional_llm")).expanduser()
-LLAMA_CPP = Path(os.environ.get("FLM_LLAMA_CPP_MODELS", CACHE / "llama.cpp-models"))
-MATERIAL = Path(os.environ.get("FLM_MATERIAL", Path(__file__).parents[2] / "shared" / "material"))
 CONFORMING = (
     "command-r deepseek-coder deepseek-llm falcon gemma-4 gpt-2 llama-bpe llama-spm mpt phi-3 "
     "qwen2 qwen35 refact starcoder"
 ).split()
 
 
-def llama_cpp_file(name):
-    path = LLAMA_CPP / name
-    if not path.exists():
-        pytest.skip(f"set FLM_LLAMA_CPP_MODELS to llama.cpp's folder models/ (no {path})")
-    return path
-
-
 @pytest.mark.real
 @pytest.mark.parametrize("name", CONFORMING)
-def test_conforms_to_llama_cpp(name):
-    path = llama_cpp_file(f"ggml-vocab-{name}.gguf")
+def test_conforms_to_llama_cpp(llama_cpp_models: Path, name: str):
+    path = llama_cpp_models / f"ggml-vocab-{name}.gguf"
     tokenizer = TextTokenizer.from_gguf_metadata(open_gguf(path).metadata)
-    texts = path.with_suffix(".gguf.inp").read_bytes().decode()
     lines = path.with_suffix(".gguf.out").read_text().rstrip("\n").split("\n")
-    texts = texts.split("\n__ggml_vocab_test__\n")
+    texts = path.with_suffix(".gguf.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     assert len(texts) >= 40
     if len(lines) < len(texts):
         # The last text is empty where the file ends with a separator.
@@ -49,11 +37,10 @@ def test_conforms_to_llama_cpp(name):
 
 
 @pytest.mark.real
-def test_templates_render_as_in_transformers():
+def test_templates_render_as_in_transformers(llama_cpp_models: Path):
     utilities = pytest.importorskip("transformers.utils.chat_template_utils")
-    llama_cpp_file("templates")
     compared = 0
-    for path in sorted((LLAMA_CPP / "templates").glob("*.jinja")):
+    for path in sorted((llama_cpp_models / "templates").glob("*.jinja")):
         source = path.read_text("utf-8")
         variables = {"add_generation_prompt": True, "bos_token": "<s>", "eos_token": "</s>"}
         try:
@@ -69,11 +56,8 @@ def test_templates_render_as_in_transformers():
 
 
 @pytest.mark.real
-def test_smollm2_cuts_numbers_into_digits():
-    path = Path(os.environ.get("FLM_SMOLLM2_GGUF", ""))
-    if not path.is_file():
-        pytest.skip("set FLM_SMOLLM2_GGUF")
-    tokenizer = TextTokenizer.from_gguf_metadata(open_gguf(path).metadata)
+def test_smollm2_cuts_numbers_into_digits(smollm2_gguf: Path):
+    tokenizer = TextTokenizer.from_gguf_metadata(open_gguf(smollm2_gguf).metadata)
     for number in ("0", "2024", " 31415926535", "1,234.5678"):
         ids = tokenizer.encode(number)
         assert [tokenizer.decode([i]) for i in ids if tokenizer.decode([i]) != " "] == list(
@@ -87,10 +71,8 @@ def test_smollm2_cuts_numbers_into_digits():
 
 
 @pytest.fixture(scope="session")
-def stories():
-    path = MATERIAL / "stories260K"
-    if not path.is_dir():
-        pytest.skip(f"set FLM_MATERIAL (no {path})")
+def stories(material: Path):
+    path = material / "stories260K"
     gguf = open_gguf(path / "stories260K-f32.gguf")
     return TextTokenizer.from_directory(path), TextTokenizer.from_gguf_metadata(gguf.metadata), path
 

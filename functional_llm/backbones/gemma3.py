@@ -39,7 +39,6 @@ class Config:
     max_sequence_length: int
     activation: str
     query_pre_attention_scalar: float
-    attention_logit_soft_cap: float | None
     final_logit_soft_cap: float | None
     layer_types: tuple[str, ...]
     sliding_window: int | None
@@ -68,11 +67,7 @@ def build_decoder(config: Config, name: str) -> CompositeLayer:
         key=[heads(keys, size, "key"), offset_rms_norm(epsilon, "key_norm"), rotary()],
         value=[heads(keys, size, "value")],
         output=keras.layers.Dense(config.hidden_dim, use_bias=False, name="output"),
-        product=AttentionDotProduct(
-            scale=config.query_pre_attention_scalar**-0.5,
-            soft_cap=config.attention_logit_soft_cap,
-            name="dot_product",
-        ),
+        product=AttentionDotProduct(config.query_pre_attention_scalar**-0.5, name="dot_product"),
     )
     mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation)
     return sandwich(name, lambda part: offset_rms_norm(epsilon, part), self_attention, mlp)
@@ -82,7 +77,6 @@ def complete_keys(keys: dict[str, Any]) -> dict[str, Any]:
     """Adds what Transformers takes where a `config.json` is silent."""
     pattern, num_layers = keys.get("sliding_window_pattern", 6), keys["num_hidden_layers"]
     own = {
-        "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
         "max_position_embeddings": 131072,
         "rope_theta": 1_000_000.0,
@@ -95,17 +89,21 @@ def complete_keys(keys: dict[str, Any]) -> dict[str, Any]:
     return gemma2.complete_keys(own | keys)
 
 
+SCORES_CAP = "attn_logit_softcapping"
 FAMILY = Family(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
     config_class=Config,
     build=build,
     config_keys={
-        **gemma2.CONFIG_KEYS,
+        **{key: field for key, field in gemma2.CONFIG_KEYS.items() if key != SCORES_CAP},
         "rope_local_base_freq": "local_rope_max_wavelength",
         "sliding_window_pattern": None,
     },
-    config_constants=gemma2.FAMILY.config_constants,
+    config_constants={
+        **gemma2.FAMILY.config_constants,
+        SCORES_CAP: None,
+    },  # Transformers ignores it
     complete_keys=complete_keys,
     weights=[*gemma2.WEIGHTS, *qwen3.QK_NORMS],
     gguf_architecture="gemma3",

@@ -157,7 +157,13 @@ class Rope:
         frequencies = np.float32(1.0) / wavelengths.astype("float32")
         if self.scaling is None:
             return frequencies
-        return self.scaling.frequencies(frequencies, self.max_wavelength)
+        with np.errstate(all="ignore"):  # what they spoil is found here
+            frequencies = self.scaling.frequencies(frequencies, self.max_wavelength)
+        if not np.isfinite(frequencies).all():
+            raise ValueError(
+                f"Expected RoPE scaling that gives finite frequencies. Received: {self.scaling}."
+            )
+        return frequencies
 
 
 def rotation(positions_BT: Any, rope: Rope) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, get_args, get_type_hints
 
-from functional_llm.blocks.rope import (
-    FrequencyFactors,
-    LinearScaling,
-    Llama3Scaling,
-    RopeScaling,
-    YarnScaling,
+from functional_llm.convert.rope_keys import (
+    LAYER_TYPES,
+    SCALINGS,
+    check_value,
+    known,
+    read_rope,
+    write_rope_scaling,
 )
 from functional_llm.family import Family
 
@@ -35,30 +36,6 @@ IRRELEVANT = frozenset(
     use_cache""".split()
 )
 
-_LENGTH = {"original_max_position_embeddings": "original_max_sequence_length"}
-_SCALINGS: dict[str, tuple[type | None, dict[str, str]]] = {
-    "default": (None, {}),
-    "linear": (LinearScaling, {"factor": "factor"}),
-    "frequency_factors": (FrequencyFactors, {"factors": "factors"}),  # only out of GGUF files
-    "llama3": (
-        Llama3Scaling,
-        {k: k for k in ("factor", "low_freq_factor", "high_freq_factor")} | _LENGTH,
-    ),
-    "yarn": (
-        YarnScaling,
-        {
-            name: name
-            for name in (
-                "factor beta_fast beta_slow truncate attention_factor mscale mscale_all_dim".split()
-            )
-        }
-        | _LENGTH,
-    ),
-}
-
-
-LAYER_TYPES = ("full_attention", "sliding_attention")
-
 
 def read_config(raw: Mapping[str, Any], family: Family) -> Any:
     """Returns our config for a `config.json`.
@@ -79,15 +56,18 @@ def read_config(raw: Mapping[str, Any], family: Family) -> Any:
         raise ValueError(
             f"config.json lacks the keys {missing}, needed by the family {family.model_type!r}."
         )
+    hints = get_type_hints(family.config_class)
+    for key, field in family.config_keys.items():
+        if field is not None and given.get(key) is not None:
+            check_value(key, given[key], hints[field], counts=_is_count(field))
     full = family.complete_keys(given)
     values = {field: full[key] for key, field in family.config_keys.items() if field}
     names = {field.name for field in fields(family.config_class)}
-    values["activation"] = _known(ACTIVATIONS, values["activation"], "the activation")
+    values["activation"] = known(ACTIVATIONS, values["activation"], "the activation")
     if "rope_max_wavelength" in names:
         values |= read_rope(full, "local_rope_max_wavelength" in names)
     if "layer_types" in names:
         values["layer_types"] = _layer_types(values)
-    _check_types(values)
     return family.config_class(**values)
 
 
@@ -137,14 +117,9 @@ def _layer_types(values: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(kinds)
 
 
-def _check_types(values: Mapping[str, Any]) -> None:
+def _is_count(field: str) -> bool:
     """Sizes are positive whole numbers, whatever their names."""
-    for name, value in values.items():
-        counts = name.startswith("num_") or name.endswith(("_dim", "_size", "_length", "_window"))
-        optional = value is None and name == "sliding_window"
-        is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        if counts and not is_count and not optional:
-            raise ValueError(f"config.json: expected a positive integer for {name}, got {value!r}.")
+    return field.startswith("num_") or field.endswith(("_dim", "_size", "_length", "_window"))
 
 
 def write_config(config: Any, family: Family, dtype: str) -> dict[str, Any]:
@@ -187,7 +162,7 @@ def decode_config(values: Mapping[str, Any], family: Family) -> Any:
     values = dict(values)
     if values.get("rope_scaling"):
         parameters = dict(values["rope_scaling"])
-        scaling_class, _ = _known(_SCALINGS, parameters.pop("rope_type", None), "rope_type")
+        scaling_class, _ = known(SCALINGS, parameters.pop("rope_type", None), "rope_type")
         values["rope_scaling"] = scaling_class and scaling_class(**parameters)
     if "layer_types" in values:
         values["layer_types"] = tuple(values["layer_types"])
@@ -204,99 +179,6 @@ def encode_config(config: Any) -> dict[str, Any]:
     """Returns the fields of a config as JSON: what `decode_config` reads."""
     values = asdict(config)
     if values.get("rope_scaling"):
-        names = {kind: name for name, (kind, _) in _SCALINGS.items()}
+        names = {kind: name for name, (kind, _) in SCALINGS.items()}
         values["rope_scaling"]["rope_type"] = names[type(config.rope_scaling)]
     return values
-
-
-def write_rope_scaling(config: Any) -> dict[str, Any] | None:
-    """Returns the scaling of a config as Hugging Face's `rope_scaling`."""
-    scaling = config.rope_scaling
-    if scaling is None:
-        return None
-    if isinstance(scaling, FrequencyFactors):
-        factors = list(scaling.factors)
-        return {
-            "rope_type": "longrope",
-            "short_factor": factors,
-            "long_factor": factors,
-            "attention_factor": 1.0,
-            "original_max_position_embeddings": config.max_sequence_length,
-        }
-    for rope_type, (scaling_class, names) in _SCALINGS.items():
-        if scaling_class is type(scaling):
-            given = {key: getattr(scaling, field) for key, field in names.items()}
-            return {"rope_type": rope_type, **{k: v for k, v in given.items() if v is not None}}
-    raise ValueError(f"Expected a known RoPE scaling to write, received {scaling!r}.")
-
-
-def _known(table: Mapping[str, Any], value: Any, key: str) -> Any:
-    if value not in table:
-        raise ValueError(f"config.json: unknown {key}={value!r}. Known: {', '.join(table)}.")
-    return table[value]
-
-
-def read_rope(config: Mapping[str, Any], has_local: bool = False) -> dict[str, Any]:
-    """Returns theta and scaling, in the spelling of Transformers 5 or of the versions before.
-
-    Args:
-        config: With `rope_parameters`, or `rope_theta` and `rope_scaling`.
-        has_local: Whether layers with a window turn by a theta of their own,
-            `rope_local_base_freq` or the parameters of "sliding_attention".
-
-    Returns:
-        The fields `rope_max_wavelength`, `rope_scaling` and, if asked for,
-        `local_rope_max_wavelength`.
-
-    Raises:
-        ValueError: At an unknown `rope_type` or parameter.
-    """
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    local: dict[str, Any] = {}
-    if has_local and parameters.keys() & set(LAYER_TYPES):
-        local = dict(parameters.pop("sliding_attention", None) or {})
-        full = dict(parameters.pop("full_attention", None) or {})
-        parameters |= full
-    theta, scaling = _read_rope_parameters(parameters, config["rope_theta"])
-    fields_ = {"rope_max_wavelength": theta, "rope_scaling": scaling}
-    if not has_local:
-        return fields_
-    theta, scaling = _read_rope_parameters(local, config["rope_local_base_freq"])
-    if scaling is not None:
-        raise ValueError(
-            f"config.json: RoPE of the sliding layers is stretched ({scaling}). Known: default."
-        )
-    return {**fields_, "local_rope_max_wavelength": theta}
-
-
-def _read_rope_parameters(
-    parameters: dict[str, Any], default_theta: float
-) -> tuple[float, RopeScaling | None]:
-    theta = parameters.pop("rope_theta", default_theta)
-    types = {parameters.pop(key) for key in ("rope_type", "type") if key in parameters}
-    if types == {"longrope"}:
-        return float(theta), _read_long_rope(parameters)
-    scaling_class, names = _known(_SCALINGS, (types or {"default"}).pop(), "rope_type")
-    if scaling_class is None:
-        names = {}
-    given = {key: value for key, value in parameters.items() if value is not None}
-    unknown = sorted(set(given) - set(names))
-    if unknown:
-        raise ValueError(f"config.json: unknown RoPE parameters {unknown}. Known: {sorted(names)}.")
-    if scaling_class is None:
-        return float(theta), None
-    try:
-        return float(theta), scaling_class(**{names[key]: value for key, value in given.items()})
-    except TypeError as error:
-        raise ValueError(f"config.json: incomplete RoPE parameters {given}: {error}.") from None
-
-
-def _read_long_rope(parameters: dict[str, Any]) -> FrequencyFactors:
-    """Only where short and long texts turn alike: others would need the text's length."""
-    short, long = parameters.get("short_factor"), parameters.get("long_factor")
-    if not short or short != long or parameters.get("attention_factor") != 1.0:
-        raise ValueError(
-            "config.json: expected the RoPE type longrope with the same short_factor and "
-            f"long_factor, and an attention_factor of 1, received {parameters}."
-        )
-    return FrequencyFactors(factors=tuple(short))

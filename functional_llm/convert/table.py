@@ -173,6 +173,38 @@ def check_source(
         )
 
 
+def check_copies(
+    copies: Mapping[str, str],
+    variables: Sequence[keras.Variable],
+    tensors: Sequence[Tensor],
+    source: TensorSource,
+) -> None:
+    """Compares tensors that are not loaded with the variables they ought to be copies of.
+
+    Args:
+        copies: Name of a tensor that may be there -> name of the loaded one it must equal.
+        variables: All variables of the model, loaded.
+        tensors: From `expand_table`.
+        source: The checkpoint.
+
+    Raises:
+        ValueError: If a tensor is no copy.
+    """
+    by_path = {variable.path: variable for variable in variables}
+    by_name = {tensor.name: by_path[tensor.paths[0]] for tensor in tensors}
+    for name, original in copies.items():
+        if name not in source.shapes:
+            continue
+        variable = by_name[original]
+        expected = keras.ops.convert_to_numpy(variable.value)
+        if not np.array_equal(expected, source.read(name, variable.dtype)):
+            raise ValueError(
+                f"The config ties {name!r} to {original!r}: expected equal tensors, received "
+                "different ones. If both belong to the model, set tie_word_embeddings to false in "
+                "config.json."
+            )
+
+
 @dataclass(frozen=True)
 class _Renamed:
     """A checkpoint under other names."""
