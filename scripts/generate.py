@@ -47,19 +47,21 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]",
         description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add(
         "--preset",
         default="smollm2_135m_instruct",
-        help="preset name, directory in Hugging Face layout, .gguf file, or hf://org/name",
+        help="preset name, directory in Hugging Face layout, .gguf file, or hf://org/name "
+        "(default: %(default)s)",
     )
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", default="The capital of France is", help="text to go on from")
+    prompt.add_argument(
+        "--prompt", default="The capital of France is", help="text to go on from (%(default)s)"
+    )
     prompt.add_argument("--prompt-file", type=Path, help="file with the text; - for standard input")
     add("--chat", action="store_true", help="ask the prompt as a user, by the chat template")
-    add("--max-new-tokens", type=positive, default=128, help="most tokens to write")
+    add("--max-new-tokens", type=positive, default=128, help="most tokens to write (%(default)s)")
     add(
         "--sampler",
         choices=["greedy", "random", "top_k", "top_p", "min_p"],
@@ -72,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--repetition-penalty", type=float, help="above 1 makes tokens seen before less likely")
     add("--stop", action="append", default=[], help="text that ends the answer; may be repeated")
     add("--seed", type=int, help="of the random numbers, to get the same text again")
-    add("--dtype", default="float32", help="float32, bfloat16 or float16")
+    add("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
     add("--stats", action="store_true", help="print load, compile, prefill and decode figures")
     return parser.parse_args()
 
