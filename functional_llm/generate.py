@@ -110,6 +110,8 @@ class TextGenerator:
             ValueError: At an empty prompt, one longer than the context, or a bad number.
         """
         single = isinstance(prompts, str)
+        if not isinstance(prompts, (str, list, tuple)):
+            raise ValueError(f"Expected a text or a list of texts, received {prompts!r:.100}.")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         writers = [Writer(self._tokenizer(), stop, continues=True) for _ in texts]
         rows = [self._encode(text) for text in texts]
@@ -143,7 +145,7 @@ class TextGenerator:
             past: Of an earlier call, to reuse its cache as far as the tokens agree; updated.
         """
         continues = isinstance(prompt, str)
-        ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self._encode(prompt) if isinstance(prompt, str) else _as_ids("The prompt", prompt)
         writer = Writer(self._tokenizer(), stop, continues)
         stop_ids = self._tokenizer().stop_token_ids
         for chunk in self._run([ids], max_new_tokens, sampler, stop_ids, seed, past, chunk=1):
@@ -173,7 +175,8 @@ class TextGenerator:
             stop_token_ids: Ids that end a row.
             seed: As for `generate`.
         """
-        rows = [list(row) for row in prompts]
+        rows = _as_rows(prompts)
+        self._check_ids("stop_token_ids", _as_ids("stop_token_ids", stop_token_ids))
         results: list[list[int]] = [[] for _ in rows]
         for chunk in self._run(rows, max_new_tokens, sampler, stop_token_ids, seed):
             for result, ids in zip(results, chunk.new_ids, strict=True):
@@ -203,6 +206,7 @@ class TextGenerator:
     ) -> Iterator["_Chunk"]:
         """Prefills, then decodes until every row has ended; yields what is new."""
         self._check(rows, max_new_tokens)
+        max_new_tokens = int(max_new_tokens)
         self._programs.stats = Stats()
         sampler = jax.tree.map(_as_array, samplers.get(sampler))
         stop_ids = sorted(stop_ids)
@@ -229,25 +233,28 @@ class TextGenerator:
                 past.cache, past.ids = state["cache"], past.ids[:-1]
 
     def _check(self, rows: list[list[Any]], max_new_tokens: Any) -> None:
-        if not isinstance(max_new_tokens, Integral) or int(max_new_tokens) < 1:
+        if not _is_whole(max_new_tokens) or max_new_tokens < 1:
             raise ValueError(f"Expected max_new_tokens of at least 1, received {max_new_tokens!r}.")
         if not rows:
             raise ValueError("Expected at least one prompt, received an empty list.")
-        size = self.backbone.output["logits"].shape[-1]
         context = getattr(getattr(self.backbone, "config", None), "max_sequence_length", None)
         for i, row in enumerate(rows):
             if not row:
                 raise ValueError(f"Prompt {i} is empty. Expected at least one token.")
-            wrong = [x for x in row if not (isinstance(x, Integral) and 0 <= int(x) < size)]
-            if wrong:
-                raise ValueError(
-                    f"Prompt {i}: expected token ids from 0 to {size - 1}, received {wrong[:5]}."
-                )
+            self._check_ids(f"Prompt {i}", row)
             if context is not None and len(row) + max_new_tokens > context:
                 raise ValueError(
                     f"Prompt {i} has {len(row)} tokens, {max_new_tokens} more are asked for; the "
                     f"model's context holds {context}. Shorten the prompt or ask for fewer."
                 )
+
+    def _check_ids(self, name: str, ids: list[Any]) -> None:
+        size = self.backbone.output["logits"].shape[-1]
+        wrong = [x for x in ids if not (_is_whole(x) and 0 <= x < size)]
+        if wrong:
+            raise ValueError(
+                f"{name}: expected token ids from 0 to {size - 1}, received {wrong[:5]}."
+            )
 
     def _prompt(
         self, rows: list[list[int]], max_new_tokens: int, past: Past | None
@@ -288,6 +295,26 @@ class _Chunk:
         self._done_B[row] = True
 
 
+def _is_whole(x: Any) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def _as_rows(prompts: Any) -> list[list[Any]]:
+    """Rows of ids as lists, of whatever arrays or sequences they were."""
+    rows = prompts if hasattr(prompts, "__iter__") else [prompts]
+    return [_as_ids(f"Prompt {i}", row) for i, row in enumerate(rows)]
+
+
+def _as_ids(name: str, ids: Any) -> list[Any]:
+    ids = list(ids) if isinstance(ids, (set, frozenset)) else ids
+    if isinstance(ids, str) or np.ndim(ids) != 1:
+        raise ValueError(
+            f"{name}: expected a list of token ids, received {ids!r:.100}. Prompts are a list of "
+            "such lists, also where there is only one."
+        )
+    return np.asarray(ids).tolist()
+
+
 def _power_of_two(number: int, smallest: int) -> int:
     return max(smallest, 1 << (number - 1).bit_length())
 
@@ -295,10 +322,12 @@ def _power_of_two(number: int, smallest: int) -> int:
 def _make_keys(seed: Any, num_rows: int) -> Any:
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "little")
-    seeds = [seed + i for i in range(num_rows)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != num_rows:
-        raise ValueError(f"Expected a seed, or one for each of {num_rows} rows, received {seed!r}.")
-    return jax.vmap(jax.random.key)(np.array([s % 2**32 for s in seeds], "uint32"))
+    seeds = [int(seed) + i for i in range(num_rows)] if _is_whole(seed) else seed
+    if np.ndim(seeds) != 1 or len(seeds) != num_rows or not all(map(_is_whole, seeds)):
+        raise ValueError(
+            f"Expected an integer seed, or one for each of {num_rows} rows, received {seed!r}."
+        )
+    return jax.vmap(jax.random.key)(np.array([int(s) % 2**32 for s in seeds], "uint32"))
 
 
 def _as_array(number: Any) -> Any:

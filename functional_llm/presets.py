@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import keras
+import numpy as np
 from keras import ops, tree
 from tqdm import tqdm
 
@@ -121,6 +122,7 @@ class Backbone(keras.Model):
                 "segments of its tokens. Pack examples for training, without a cache."
             )
         positions = given.get("positions")
+        self._check_beside(token_ids, positions, cache)
         if positions is None:
             positions = _default_positions(token_ids, cache)
         empty = tree.map_structure(lambda _: None, self.input["cache"])
@@ -132,12 +134,38 @@ class Backbone(keras.Model):
         }
 
     def _check_tokens(self, token_ids: Any) -> Any:
-        if len(token_ids.shape) != 2 or not keras.backend.is_int_dtype(token_ids.dtype):
+        shape, dtype = getattr(token_ids, "shape", ()), getattr(token_ids, "dtype", None)
+        if len(shape) != 2 or not keras.backend.is_int_dtype(dtype):
             raise ValueError(
-                f"Expected token_ids of shape (batch, tokens) and an integer dtype, received shape "
-                f"{tuple(token_ids.shape)} and dtype {token_ids.dtype}."
+                "Expected token_ids, an array of shape (batch, tokens) and an integer dtype, "
+                f"received a {type(token_ids).__name__} of shape {tuple(shape)}, dtype {dtype}."
             )
+        numbers = _numbers(token_ids)
+        if numbers is not None and numbers.size:
+            lowest, highest = int(numbers.min()), int(numbers.max())
+            if lowest < 0 or highest >= self.vocabulary_size:
+                raise ValueError(
+                    f"Expected token ids from 0 to {self.vocabulary_size - 1}, received ids from "
+                    f"{lowest} to {highest}."
+                )
         return ops.cast(token_ids, "int32")
+
+    def _check_beside(self, token_ids: Any, positions: Any, cache: Any) -> None:
+        """Compares what comes along with the token ids."""
+        shape = tuple(token_ids.shape)
+        if positions is not None and tuple(positions.shape) != shape:
+            raise ValueError(
+                f"Expected positions of the shape of token_ids, {shape}, received "
+                f"{tuple(positions.shape)}."
+            )
+        if cache is None:
+            return
+        rows = cache["positions"].shape[0] if set(cache) == set(self.input["cache"]) else None
+        if rows is None or None not in (rows, shape[0]) and rows != shape[0]:
+            raise ValueError(
+                f"Expected a cache of `make_cache` or of an earlier call, for {shape[0]} rows, "
+                f"received one for {rows} with the keys {sorted(cache)}."
+            )
 
     @classmethod
     def from_preset(
@@ -221,6 +249,16 @@ class Backbone(keras.Model):
 def _as_tensor(x: Any) -> Any:
     """Keras refuses a mixture of numpy arrays and tensors."""
     return x if x is None or isinstance(x, keras.KerasTensor) else ops.convert_to_tensor(x)
+
+
+def _numbers(x: Any) -> np.ndarray | None:
+    """The numbers of an array; `None` where only its shape is known."""
+    if isinstance(x, keras.KerasTensor):
+        return None
+    try:
+        return ops.convert_to_numpy(x)
+    except (TypeError, NotImplementedError, RuntimeError):  # traced by a compiler
+        return None
 
 
 def _default_positions(token_ids: Any, cache: Any) -> Any:

@@ -11,11 +11,11 @@ class Writer:
     def __init__(
         self, tokenizer: TextTokenizer, stop: str | Sequence[str], continues: bool
     ) -> None:
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        if not all(isinstance(text, str) and text for text in stops):
+        stops = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stops, (list, tuple)) or not all(isinstance(x, str) and x for x in stops):
             raise ValueError(f"Expected non-empty stop strings, received {stop!r}.")
         self.stopped = False
-        self._stops = stops
+        self._stops = list(stops)
         self._decoder = tokenizer.stream_decoder(continues=continues)
         self._held = ""
 

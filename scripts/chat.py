@@ -11,10 +11,10 @@ def main() -> int:
     import functional_llm as flm  # after --help, which shall not wait for it
 
     try:
+        sampler = make_sampler(arguments, flm.samplers)  # first, for it may be wrong
         backbone = flm.Backbone.from_preset(arguments.preset, dtype=arguments.dtype)
         tokenizer = flm.Tokenizer.from_preset(arguments.preset)
         generator = flm.TextGenerator(backbone, tokenizer)
-        sampler = make_sampler(arguments, flm.samplers)
         talk(generator, tokenizer, sampler, arguments, flm.Past())
     except (ValueError, OSError, RuntimeError) as error:
         print(f"chat.py: {error}", file=sys.stderr)
@@ -27,22 +27,40 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """Returns what the command line says."""
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
         description=__doc__ + " An empty line or the end of input ends the conversation.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add(
         "--preset",
         default="smollm2_135m_instruct",
-        help="preset name, directory in Hugging Face layout, .gguf file, or hf://org/name",
+        help="preset name, directory in Hugging Face layout, .gguf file, or hf://org/name "
+        "(default: %(default)s)",
     )
     add("--system", help="what the model is told before the conversation")
-    add("--max-new-tokens", type=int, default=256, help="most tokens of an answer")
-    add("--temperature", type=float, default=0.0, help="0 always takes the likeliest token")
+    add(
+        "--max-new-tokens",
+        type=positive,
+        default=256,
+        help="most tokens of an answer (%(default)s)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0 (default) always takes the likeliest token",
+    )
     add("--seed", type=int, help="of the random numbers")
-    add("--dtype", default="float32", help="float32, bfloat16 or float16")
+    add("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
     add("--stats", action="store_true", help="after each turn, how much the cache spared")
     return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    """Returns a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, received {text!r}")
+    return int(text)
 
 
 def make_sampler(arguments: argparse.Namespace, samplers: Any) -> Any:
@@ -54,6 +72,8 @@ def make_sampler(arguments: argparse.Namespace, samplers: Any) -> Any:
 
 def talk(generator: Any, tokenizer: Any, sampler: Any, arguments: Any, past: Any) -> None:
     """Reads a line, streams the answer, and again."""
+    if sys.stdin.isatty():
+        print("Write a message; an empty line ends the conversation.", file=sys.stderr)
     messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
     while line := read_line():
         messages.append({"role": "user", "content": line})

@@ -15,16 +15,18 @@ def main() -> int:
     arguments = parse_arguments()
     import functional_llm as flm  # after --help, which shall not wait for it
 
-    try:
+    try:  # first what needs no model: it may be wrong
+        text = read_prompt(arguments)
+        sampler = make_sampler(arguments, flm.samplers)
         loading = time.perf_counter()
         backbone = flm.Backbone.from_preset(arguments.preset, dtype=arguments.dtype)
         tokenizer = flm.Tokenizer.from_preset(arguments.preset)
         loaded = time.perf_counter() - loading
         generator = flm.TextGenerator(backbone, tokenizer)
         pieces = generator.stream(
-            make_prompt(arguments, tokenizer),
+            make_prompt(text, arguments.chat, tokenizer),
             max_new_tokens=arguments.max_new_tokens,
-            sampler=make_sampler(arguments, flm.samplers),
+            sampler=sampler,
             stop=arguments.stop,
             seed=arguments.seed,
         )
@@ -32,6 +34,9 @@ def main() -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"generate.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print()
+        return 130
     if arguments.stats:
         print_stats(generator.stats, loaded, first)
     return 0
@@ -40,19 +45,23 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """Returns what the command line says."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        usage="%(prog)s [options]",
+        description=__doc__,
     )
     add = parser.add_argument
     add(
         "--preset",
         default="smollm2_135m_instruct",
-        help="preset name, directory in Hugging Face layout, .gguf file, or hf://org/name",
+        help="preset name, directory in Hugging Face layout, .gguf file, or hf://org/name "
+        "(default: %(default)s)",
     )
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", default="The capital of France is", help="text to go on from")
+    prompt.add_argument(
+        "--prompt", default="The capital of France is", help="text to go on from (%(default)s)"
+    )
     prompt.add_argument("--prompt-file", type=Path, help="file with the text; - for standard input")
     add("--chat", action="store_true", help="ask the prompt as a user, by the chat template")
-    add("--max-new-tokens", type=int, default=128, help="most tokens to write")
+    add("--max-new-tokens", type=positive, default=128, help="most tokens to write (%(default)s)")
     add(
         "--sampler",
         choices=["greedy", "random", "top_k", "top_p", "min_p"],
@@ -65,22 +74,36 @@ def parse_arguments() -> argparse.Namespace:
     add("--repetition-penalty", type=float, help="above 1 makes tokens seen before less likely")
     add("--stop", action="append", default=[], help="text that ends the answer; may be repeated")
     add("--seed", type=int, help="of the random numbers, to get the same text again")
-    add("--dtype", default="float32", help="float32, bfloat16 or float16")
+    add("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
     add("--stats", action="store_true", help="print load, compile, prefill and decode figures")
     return parser.parse_args()
 
 
-def make_prompt(arguments: argparse.Namespace, tokenizer: Any) -> str | list[int]:
+def positive(text: str) -> int:
+    """Returns a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, received {text!r}")
+    return int(text)
+
+
+def read_prompt(arguments: argparse.Namespace) -> str:
+    """Returns the prompt's text."""
+    path = arguments.prompt_file
+    if path is None:
+        return arguments.prompt
+    try:
+        return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--prompt-file: expected a text file in UTF-8. {error}") from None
+
+
+def make_prompt(text: str, chat: bool, tokenizer: Any) -> str | list[int]:
     """Returns the prompt's text, or its ids with --chat."""
-    text = arguments.prompt
-    if arguments.prompt_file is not None:
-        from_stdin = str(arguments.prompt_file) == "-"
-        text = sys.stdin.read() if from_stdin else arguments.prompt_file.read_text(encoding="utf-8")
-    if not arguments.chat:
-        if sys.stdout.isatty():
-            print(text, end="", flush=True)
-        return text
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=True)
+    if chat:
+        return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=True)
+    if sys.stdout.isatty():
+        print(text, end="", flush=True)
+    return text
 
 
 def make_sampler(arguments: argparse.Namespace, samplers: Any) -> Any:

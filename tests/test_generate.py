@@ -212,6 +212,15 @@ def test_exactly_as_many_as_asked_for(generator: TextGenerator) -> None:
         ({"max_new_tokens": 512}, "context holds 512"),
         ({"sampler": "gredy"}, "greedy"),
         ({"seed": [1, 2]}, "one for each of 1 rows"),
+        ({"seed": 1.5}, "an integer seed"),
+        ({"seed": "x"}, "an integer seed"),
+        ({"prompts": [1, 2]}, "Prompt 0: expected a list of token ids, received 1"),
+        ({"prompts": None}, "Prompt 0: expected a list of token ids, received None"),
+        ({"prompts": ["ab"]}, "Prompt 0: expected a list of token ids, received 'ab'"),
+        ({"prompts": [[True]]}, "expected token ids"),
+        ({"max_new_tokens": True}, "max_new_tokens"),
+        ({"stop_token_ids": 5}, "stop_token_ids: expected a list"),
+        ({"stop_token_ids": [5000]}, "stop_token_ids: expected token ids"),
     ],
 )
 def test_bad_input(generator: TextGenerator, arguments: dict[str, Any], message: str) -> None:
@@ -219,13 +228,27 @@ def test_bad_input(generator: TextGenerator, arguments: dict[str, Any], message:
         generator.generate_ids(**{"prompts": [[1, 2]], "max_new_tokens": 4, **arguments})
 
 
+def test_numbers_of_any_kind(generator: TextGenerator) -> None:
+    expected = generator.generate_ids([[1, 2]], 4, "random", [7], seed=3)
+    sampled: tuple[Any, Any] = ("random", frozenset([7]))
+    count: Any = np.int64(4)
+    seeds: Any = (np.int32(3), np.array([3]))
+    several: list[Any] = [np.array([[1, 2]]), jax.numpy.array([[1, 2]]), ((np.int32(1), 2),)]
+    for ids in several:
+        for seed in seeds:
+            assert generator.generate_ids(ids, count, *sampled, seed=seed) == expected
+
+
 def test_bad_text(generator: TextGenerator) -> None:
     prompts: list[Any] = ["", ["a", ""], [3]]
     for prompt in prompts:
         with pytest.raises(ValueError, match="at least one character"):
             generator.generate(prompt)
-    with pytest.raises(ValueError, match="non-empty stop strings"):
-        generator.generate("a", stop="")
+    for stop in ("", 5, [5]):
+        with pytest.raises(ValueError, match="non-empty stop strings"):
+            generator.generate("a", stop=stop)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a text or a list of texts, received None"):
+        generator.generate(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="finite"):
         flm.samplers.make(temperature=float("nan"))
     with pytest.raises(ValueError, match="no tokenizer"):

@@ -242,6 +242,28 @@ def test_dtypes(folder: Path, dtype: Any) -> None:
         flm.Backbone.from_preset(folder, dtype=dtype)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (np.full((1, 3), 300), "token ids from 0 to 299, received ids from 300 to 300"),
+        (np.array([[4, -100]]), "token ids from 0 to 299, received ids from -100 to 4"),
+        ([[1, 2, 3]], "an array of shape (batch, tokens)"),
+        (np.ones((1, 3)), "an integer dtype"),
+        (np.ones(3, int), "an array of shape (batch, tokens)"),
+        ({"token_ids": np.ones((2, 3), int), "positions": np.ones((2, 2), int)}, "positions of"),
+        ({"token_ids": np.ones((2, 3), int), "tokens": np.ones(1)}, "received ['token_ids', 'to"),
+        ({"token_ids": np.ones((2, 3), int), "cache": {}}, "a cache of `make_cache`"),
+        ({"token_ids": np.ones((2, 3), int), "cache": 1}, "for 2 rows, received one for 1 with"),
+    ],
+)
+def test_calls(tiny: Path, inputs: Any, message: str) -> None:
+    backbone = flm.Backbone.from_preset(tiny)
+    if isinstance(inputs, dict) and inputs.get("cache") == 1:
+        inputs = {**inputs, "cache": flm.make_cache(backbone, 1, 8)}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        backbone(inputs)
+
+
 def test_config_fields_have_plain_types() -> None:
     """`read_config` checks values by these."""
     assert Config.__dataclass_fields__["layer_norm_epsilon"].type is float

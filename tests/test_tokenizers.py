@@ -356,12 +356,45 @@ def test_malformed_directories(tmp_path, bpe_directory):
         TextTokenizer.from_directory(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("tokenizer_config", {"eos_token": 5}),
+        ("tokenizer_config", {"bos_token": {"content": ["<s>"]}}),
+        ("tokenizer_config", {"chat_template": {"default": "x"}}),
+        ("tokenizer_config", {"chat_template": [{"name": "default"}, "x"]}),
+        ("tokenizer_config", {"added_tokens_decoder": [1]}),
+        ("tokenizer_config", {"added_tokens_decoder": {"1": "x"}}),
+        ("special_tokens_map", {"pad_token": [1]}),
+        ("added_tokens", {"x": "1"}),
+        ("generation_config", {"eos_token_id": ["2"]}),
+        ("config", {"eos_token_id": {"a": 1}}),
+    ],
+)
+def test_malformed_facts(tmp_path, bpe_directory, name, facts):
+    (tmp_path / "tokenizer.json").write_bytes((bpe_directory / "tokenizer.json").read_bytes())
+    (tmp_path / f"{name}.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="A file of the tokenizer is malformed. Expected: "):
+        TextTokenizer.from_directory(tmp_path)
+
+
+def test_an_end_token_of_minus_one_is_none(tmp_path, bpe_directory):
+    (tmp_path / "tokenizer.json").write_bytes((bpe_directory / "tokenizer.json").read_bytes())
+    (tmp_path / "config.json").write_text('{"eos_token_id": -1, "pad_token_id": -1}')
+    tokenizer = TextTokenizer.from_directory(tmp_path)
+    assert tokenizer.pad_token_id is None and tokenizer.eos_token_id is None
+    assert -1 not in tokenizer.stop_token_ids
+
+
 def test_malformed_metadata(bpe_metadata, spm_metadata):
     for change, message in (
         ({"tokenizer.ggml.model": "bert"}, "unknown kind of tokenizer.*gpt2"),
         ({"tokenizer.ggml.pre": "nothing"}, "unknown pre-tokeniser.*smollm.*'nothing'"),
         ({"tokenizer.ggml.token_type": [1]}, "vocabulary is malformed"),
         ({"tokenizer.ggml.tokens": ["a", "a"]}, "vocabulary is malformed"),
+        ({"tokenizer.ggml.tokens": 5}, "a list under tokenizer.ggml.tokens. Received: 5"),
+        ({"tokenizer.ggml.pre": ["x"]}, "a str under tokenizer.ggml.pre"),
+        ({"tokenizer.chat_template": 5}, "a str under tokenizer.chat_template"),
         ({"tokenizer.ggml.merges": ["no such"]}, "vocabulary is malformed"),
         ({"tokenizer.ggml.merges": ["nothing"]}, "vocabulary is malformed"),
     ):

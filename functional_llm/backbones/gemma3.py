@@ -102,8 +102,8 @@ FAMILY = Family(
     },
     config_constants={
         **gemma2.FAMILY.config_constants,
-        SCORES_CAP: None,
-    },  # Transformers ignores it
+        SCORES_CAP: None,  # Transformers would ignore it
+    },
     complete_keys=complete_keys,
     weights=[*gemma2.WEIGHTS, *qwen3.QK_NORMS],
     gguf_architecture="gemma3",

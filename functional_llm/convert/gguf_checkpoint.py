@@ -60,9 +60,9 @@ def read_raw_config(file: GGUFFile, family: Family) -> dict[str, Any]:
     config.setdefault("vocab_size", file.shapes.get("token_embd.weight", (0,))[0])
     config["tie_word_embeddings"] = "output.weight" not in file.shapes
     head_dim = config.get("head_dim")
-    if head_dim is None and {"hidden_size", "num_attention_heads"} <= set(config):
-        head_dim = config["hidden_size"] // config["num_attention_heads"]
-        config["head_dim"] = head_dim
+    sizes: list[Any] = [config.get(key) for key in ("hidden_size", "num_attention_heads")]
+    if head_dim is None and all(type(size) is int and size > 0 for size in sizes):
+        head_dim = config["head_dim"] = sizes[0] // sizes[1]
     for key in ("rope.dimension_count", "attention.value_length"):
         if given.pop(key, head_dim) != head_dim:
             raise ValueError(f"{file.path}: {prefix}{key} unlike the head size {head_dim}.")

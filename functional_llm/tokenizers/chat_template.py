@@ -28,6 +28,11 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str) -> None:
+        if not isinstance(source, str):
+            raise ValueError(
+                "The chat template is not a valid Jinja template. Expected: a string. Received: "
+                f"{source!r:.100}."
+            )
         self.source = source
         try:
             self._template = _make_environment().from_string(source)

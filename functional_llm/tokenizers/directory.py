@@ -25,6 +25,7 @@ def facts_from_directory(path: Path) -> dict[str, Any]:
             if name in source:
                 token = source[name]
                 text = token.get("content") if isinstance(token, dict) else token
+                _check(isinstance(text, str | None), name, "the text of a token", token)
                 return None if text is None else engine.token_id(text)
         ids = _as_ids(generation.get(f"{name}_id", model.get(f"{name}_id")))
         return ids[0] if ids else None
@@ -44,9 +45,14 @@ def facts_from_directory(path: Path) -> dict[str, Any]:
 
 def _engine_from_directory(path: Path, config: Mapping[str, Any]) -> Engine:
     beside = _read_json(path / "added_tokens.json")
+    _check(all(type(x) is int for x in beside.values()), "added_tokens.json", "ids", beside)
     added = {text: (token_id, True) for text, token_id in beside.items()}
-    for token_id, token in config.get("added_tokens_decoder", {}).items():
-        added[token["content"]] = (int(token_id), token.get("special", False))
+    decoder = config.get("added_tokens_decoder") or {}
+    _check(isinstance(decoder, dict), "added_tokens_decoder", "a dict of ids to tokens", decoder)
+    for token_id, token in decoder.items():
+        is_token = isinstance(token, dict) and isinstance(token.get("content"), str)
+        _check(is_token and token_id.isdigit(), "added_tokens_decoder", "ids and tokens", decoder)
+        added[token["content"]] = (int(token_id), bool(token.get("special", False)))
     for name, make in (
         ("tokenizer.json", _engine_from_json),
         ("tokenizer.model", _engine_from_sentencepiece),
@@ -126,9 +132,22 @@ def _read_chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
         return (path / "chat_template.jinja").read_text("utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}.get("default")
+        pairs = [(x.get("name"), x.get("template")) for x in template if isinstance(x, dict)]
+        _check(len(pairs) == len(template), "chat_template", "templates with names", template)
+        template = dict(pairs).get("default")
+    _check(isinstance(template, str | None), "chat_template", "a Jinja template", template)
     return template
 
 
-def _as_ids(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else value if isinstance(value, list) else [value]
+def _as_ids(value: Any) -> list[int]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    _check(all(type(x) is int for x in ids), "eos_token_id or the like", "ids of tokens", value)
+    return [x for x in ids if x >= 0]  # -1 stands for none in old configs
+
+
+def _check(right: bool, key: str, expected: str, received: Any) -> None:
+    if not right:
+        raise ValueError(
+            f"A file of the tokenizer is malformed. Expected: {expected} under {key!r}. Received: "
+            f"{received!r:.200}. Fetch the files again."
+        )

@@ -26,6 +26,7 @@ _GGUF = "tokenizer.ggml"
 
 def facts_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `TextTokenizer`, from the metadata of a GGUF file."""
+    _check_kinds(metadata)
     kind = _gguf_value(metadata, "model")
     match kind:
         case "gpt2" | "gemma4":
@@ -46,7 +47,8 @@ def facts_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
         for name in ("bos", "eos", "eot", "eom", "padding")
     }
     # Some files name ids that are not in their vocabulary; llama.cpp takes these as absent.
-    ids = {name: i if i in range(engine.vocabulary_size) else None for name, i in ids.items()}
+    size = engine.vocabulary_size
+    ids = {name: i if type(i) is int and 0 <= i < size else None for name, i in ids.items()}
     return {
         "engine": engine,
         "bos_token_id": ids["bos"],
@@ -56,6 +58,14 @@ def facts_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "stop_token_ids": stop_token_ids(engine, (ids["eos"], ids["eot"], ids["eom"])),
         "chat_template": metadata.get("tokenizer.chat_template"),
     }
+
+
+def _check_kinds(metadata: Mapping[str, Any]) -> None:
+    kinds = {f"{_GGUF}.{name}": list for name in ("tokens", "token_type", "scores", "merges")}
+    texts = ("tokenizer.chat_template", f"{_GGUF}.model", f"{_GGUF}.pre")
+    for key, kind in {**kinds, **dict.fromkeys(texts, str)}.items():
+        if key in metadata and not isinstance(metadata[key], kind):
+            raise _malformed_vocabulary(f"a {kind.__name__} under {key}", f"{metadata[key]!r:.100}")
 
 
 def _gguf_value(metadata: Mapping[str, Any], name: str) -> Any:

@@ -1,0 +1,104 @@
+"""The scripts: what is wrong gets a clear line and exit code 2, never a traceback."""
+
+import importlib.util
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def run(repository: Path, monkeypatch: pytest.MonkeyPatch, name: str, *options: Any) -> Any:
+    """Runs a script's `main` in this process; returns its exit code."""
+    path = repository / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"script_{name}", path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr("sys.argv", [path.name, *map(str, options)])
+    try:
+        return script.main()
+    except SystemExit as stop:  # of argparse
+        return stop.code
+
+
+@pytest.mark.parametrize("name", ["generate", "chat"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-new-tokens", "0"], "expected a whole number above 0, received '0'"),
+        (["--max-new-tokens", "1.5"], "expected a whole number above 0, received '1.5'"),
+        (["--temperature", "hot"], "invalid float value: 'hot'"),
+        (["--temperature", "nan"], "finite number above 0. Received: nan"),
+        (["--bogus"], "unrecognized arguments: --bogus"),
+        ([], "Unknown preset 'no_such_preset'. Known presets: smollm2_135m_instruct"),
+    ],
+)
+def test_bad_options(
+    repository: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    options: list[str],
+    message: str,
+) -> None:
+    # The preset's name is wrong too: what the command line alone shows is found first.
+    code = run(repository, monkeypatch, name, "--preset", "no_such_preset", *options)
+    written = capsys.readouterr()
+    assert (code, written.out) == (2, "")
+    assert message in written.err and len(written.err.splitlines()) <= 2
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "no text", "empty"])
+def test_bad_prompt_files(
+    repository: Path,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+) -> None:
+    path = tmp_path / "prompt.txt"
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_bytes(b"\xff\xfe" if kind == "no text" else b"")
+    code = run(repository, monkeypatch, "generate", "--preset", tiny, "--prompt-file", path)
+    error = capsys.readouterr().err
+    expected = "at least one character" if kind == "empty" else "expected a text file in UTF-8"
+    assert code == 2 and expected in error and len(error.splitlines()) == 1
+
+
+def test_prompt_from_a_file_and_from_standard_input(
+    repository: Path,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_text("The quick")
+    options = ["--preset", tiny, "--max-new-tokens", "4"]
+    texts = []
+    for prompt in (["--prompt", "The quick"], ["--prompt-file", path], ["--prompt-file", "-"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("The quick"))
+        assert run(repository, monkeypatch, "generate", *options, *prompt) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].strip() and texts == [texts[0]] * 3
+
+
+def test_interrupt_is_no_traceback(
+    repository: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("functional_llm.TextGenerator.stream", interrupt)
+    assert run(repository, monkeypatch, "generate", "--preset", tiny) == 130
