@@ -88,7 +88,7 @@ def main() -> int:
         for worker in workers:
             worker.close()
     table = report.make_table(turns, first=arguments.engines[0])
-    print(*agreement, "", table, sep="\n")
+    print(*agreement, report.describe_others(turns), "", table, sep="\n")
     if not arguments.no_log:
         report.append_log(arguments.log, turns, table, agreement, arguments.note)
     if turns.figures:

@@ -18,11 +18,12 @@ CHECK = "check"
 _NEW_TOKENS = 128
 _PROMPT_TOKENS = 32
 _CHECKED_TOKENS = 48
-# SmolLM2's ids of "The capital of France is", "Once upon a time there was a", "def fibonacci(n):".
+# SmolLM2's ids of "The capital of France is", "Once upon a time there", "def fibonacci(": texts that
+# go on with some certainty, unlike noise, and of one length, for which one program will do.
 _CHECKED_PROMPTS = (
     [504, 3575, 282, 4649, 314],
-    [6403, 1980, 253, 655, 665, 436, 253],
-    [1604, 3987, 46477, 24, 94, 727],
+    [6403, 1980, 253, 655, 665],
+    [1604, 3987, 46477, 24, 94],
 )
 
 

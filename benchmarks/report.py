@@ -88,6 +88,12 @@ def describe_versions(engines: Iterable[str]) -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
 
 
+def describe_others(turns: Turns) -> str:
+    """Returns how much of the machine other programs had while the engines took their turns."""
+    told = [f"{name} {median(shares):.0%}" for name, shares in turns.others.items()]
+    return f"other programs had this share of the machine (median of the turns): {', '.join(told)}"
+
+
 def append_log(path: Path, turns: Turns, table: str, agreement: list[str], note: str) -> None:
     """Adds a run to the log, whatever its result."""
     load = ", ".join(f"{x:.2f}" for x in os.getloadavg())
@@ -96,7 +102,7 @@ def append_log(path: Path, turns: Turns, table: str, agreement: list[str], note:
         f"\n## {datetime.now(UTC):%Y-%m-%d %H:%M} UTC{': ' + note if note else ''}\n",
         f"{describe_machine()}; load average at the end {load}.  ",
         f"{describe_versions(engines)}.\n",
-        *[f"- {line}" for line in agreement],
+        *[f"- {line}" for line in [*agreement, describe_others(turns)]],
         f"\n{table}\n",
     ]
     with path.open("a", encoding="utf-8") as file:

@@ -87,6 +87,15 @@ class Worker:
             return {"error": f"the script ended with code {process.returncode}; see {self._log}"}
         return {"figures": seconds}
 
+    def cpu_seconds(self) -> float:
+        """Returns the processor time that the worker has had so far, all threads together."""
+        stat = Path(f"/proc/{self._process.pid}/stat")
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def close(self) -> None:
         """Ends the process."""
         try:
@@ -111,6 +120,7 @@ class Turns:
         self.workers = workers
         self.figures: dict[str, dict[str, list[float]]] = {}
         self.errors: dict[str, dict[str, str]] = {}
+        self.others: dict[str, list[float]] = {}  # measure -> share of the machine, each turn
         self._progress = progress
         self._folder = folder
 
@@ -120,7 +130,13 @@ class Turns:
             for worker in self.workers:
                 if measure in self.errors.get(worker.name, {}):
                     continue
-                self._note(measure, round_number, worker, worker.ask(measure, round_number))
+                began, busy, own = time.perf_counter(), _busy_seconds(), worker.cpu_seconds()
+                answer = worker.ask(measure, round_number)
+                others = _busy_seconds() - busy - (worker.cpu_seconds() - own)
+                share = others / (time.perf_counter() - began) / len(os.sched_getaffinity(0))
+                if round_number:
+                    self.others.setdefault(measure, []).append(max(0.0, share))
+                self._note(measure, round_number, worker, answer)
 
     def run_first_token(self, rounds: int) -> None:
         """Measures process start to first token: cold in round 0, then with compiled programs."""
@@ -142,3 +158,13 @@ class Turns:
         shown = answer.get("error") or f"{answer['figures']:.4g}"
         label = f"round {round_number}" if round_number else "warm-up"
         self._progress(f"{measure:>18}  {label:8}  {worker.name:24}  {shown}")
+
+
+def _busy_seconds() -> float:
+    """Returns the time that all processors together have not been idle; 0 where nobody tells."""
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return 0.0
+    fields = [int(x) for x in stat.read_text().partition("\n")[0].split()[1:9]]
+    idle = fields[3] + fields[4]  # idle, and waiting for a disk
+    return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK")

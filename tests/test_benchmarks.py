@@ -40,6 +40,7 @@ def test_ratio_compares_each_round_with_itself() -> None:
 def test_table_and_log(tmp_path: Path) -> None:
     turns = Turns([], print, tmp_path)
     turns.figures = {"decode_1": {"functional_llm float32": [40.0], "transformers float32": [20.0]}}
+    turns.others = {"decode_1": [0.5, 0.1, 0.3]}
     turns.errors = {"keras_hub float32": {"decode_1": "no memory"}}
     table = report.make_table(turns, first="functional_llm")
     assert "| transformers float32 | 20 | 20 to 20 | 2.00× |" in table
@@ -49,6 +50,7 @@ def test_table_and_log(tmp_path: Path) -> None:
         report.append_log(log, turns, table, ["greedy ids of b: as a"], note)
     text = log.read_text()
     assert text.count(table) == 2 and "UTC: second" in text and "cores" in text
+    assert "(median of the turns): decode_1 30%" in text
 
 
 def test_greedy_ids_that_differ_are_told() -> None:
