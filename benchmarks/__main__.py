@@ -76,14 +76,17 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="flm-bench-"))
     print(f"workers print to {folder}", file=sys.stderr)
     workers = start_workers(arguments, weights, folder)
+    turns = Turns(workers, lambda line: print(line, file=sys.stderr, flush=True), folder)
+    agreement: list[str] = []
     try:
-        turns = Turns(workers, lambda line: print(line, file=sys.stderr, flush=True), folder)
         agreement = check(turns)
         for measure in arguments.measures:
             if measure == FIRST_TOKEN:
                 turns.run_first_token(arguments.rounds)
             else:
                 turns.run(measure, 1 if measure == "peak_memory" else arguments.rounds)
+    except KeyboardInterrupt:
+        print("interrupted: what was measured so far follows", file=sys.stderr)
     finally:
         for worker in workers:
             worker.close()

@@ -18,8 +18,8 @@ CHECK = "check"
 _NEW_TOKENS = 128
 _PROMPT_TOKENS = 32
 _CHECKED_TOKENS = 48
-# SmolLM2's ids of "The capital of France is", "Once upon a time there", "def fibonacci(": texts that
-# go on with some certainty, unlike noise, and of one length, for which one program will do.
+# SmolLM2's ids of "The capital of France is", "Once upon a time there", "def fibonacci(": they
+# go on with some certainty, unlike noise, and have one length, for which one program will do.
 _CHECKED_PROMPTS = (
     [504, 3575, 282, 4649, 314],
     [6403, 1980, 253, 655, 665],
