@@ -2,20 +2,23 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+BENCH_VENV ?= .venv-bench
+BENCH_ARGS ?=
 PROMPT ?= The capital of France is
 PYTEST_ARGS ?=
 
 export PROMPT
 
 .DELETE_ON_ERROR:
-.PHONY: help generate test lint types clean
+.PHONY: help generate test bench lint types clean
 
 help:
 	@echo "make generate   write text with the default preset (PROMPT='...' to choose the prompt)"
 	@echo "make test       run every test (PYTEST_ARGS='-m \"not real\"' for the fast ones)"
+	@echo "make bench      measure against KerasHub and Transformers (BENCH_ARGS='--help' for choices)"
 	@echo "make lint       ruff: rules and format"
 	@echo "make types      mypy"
-	@echo "make clean      remove $(VENV)"
+	@echo "make clean      remove $(VENV) and $(BENCH_VENV)"
 
 # Each stamp is made last, so that an install that was cut off starts again.
 $(VENV)/installed-core: pyproject.toml
@@ -29,12 +32,22 @@ $(VENV)/installed-dev: $(VENV)/installed-core
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+# An environment of its own: KerasHub brings TensorFlow.
+$(BENCH_VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(BENCH_VENV)/bin/python -m pip install --quiet --editable '.[hub,bench]'
+	touch $@
+
 generate: $(VENV)/installed-core
 	$(BIN)/python scripts/generate.py --prompt "$$PROMPT"
 
 # One run, in two processes: tests/conftest.py puts the tests marked `real` last.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+
+bench: $(BENCH_VENV)/installed
+	$(BENCH_VENV)/bin/python -m benchmarks $(BENCH_ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/python -m ruff check .
@@ -44,4 +57,4 @@ types: $(VENV)/installed-dev
 	$(BIN)/python -m mypy
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(BENCH_VENV)

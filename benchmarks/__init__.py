@@ -1,0 +1,1 @@
+"""Measures functional_llm and its peers on the same weights, in turns: `python -m benchmarks`."""

@@ -1,0 +1,170 @@
+"""The processes of the engines, and their turns.
+
+The speed of a machine drifts by a factor of up to two from hour to hour: only what was measured in
+turns, A B C A B C, can be compared. While one works, the others sleep.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engines import ENGINES
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+Answer = dict[str, Any]  # {"figures": ...} or {"error": ...}
+
+
+class Worker:
+    """The process of one engine in one precision.
+
+    Args:
+        engine: Key of `ENGINES`.
+        precision: One of the engine's precisions.
+        weights: Directory in Hugging Face layout.
+        logs: Folder for what the process prints.
+    """
+
+    def __init__(self, engine: str, precision: str, weights: Path, logs: Path) -> None:
+        self.engine, self.precision = engine, precision
+        self.name = f"{engine} {precision}"
+        self._weights = weights
+        self._log = logs / f"{engine}-{precision}.log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.worker", engine, precision, str(weights)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=REPOSITORY,
+            )
+
+    def wait(self) -> Answer:
+        """Returns the next answer; that of loading comes without being asked."""
+        pipe = self._process.stdout
+        line = "" if pipe is None else pipe.readline()
+        if not line:
+            code = self._process.wait()
+            return {"error": f"the process ended (code {code}); it printed to {self._log}"}
+        return json.loads(line)
+
+    def ask(self, measure: str, round_number: int) -> Answer:
+        """Lets the worker measure, and waits for it."""
+        request = {"measure": measure, "round": round_number}
+        try:
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+        except (BrokenPipeError, ValueError):
+            pass  # `wait` finds out why
+        return self.wait()
+
+    def first_token(self, xla_cache: Path) -> Answer:
+        """Starts the engine's script anew; returns the seconds to the first byte it prints."""
+        script = [part.format(precision=self.precision) for part in ENGINES[self.engine].script]
+        if not script:
+            script = ["-m", "benchmarks.first_token"]
+            script += [self.engine, self.precision, str(self._weights)]
+        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(xla_cache)}
+        environment["PYTHONPATH"] = str(REPOSITORY)
+        with self._log.open("ab") as log:
+            started = time.perf_counter()
+            process = subprocess.Popen(
+                [sys.executable, *script],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd=REPOSITORY,
+                env=environment,
+            )
+            with process:
+                first = process.stdout.read(1) if process.stdout is not None else b""
+                seconds = time.perf_counter() - started
+                process.communicate()
+        if not first or process.returncode:
+            return {"error": f"the script ended with code {process.returncode}; see {self._log}"}
+        return {"figures": seconds}
+
+    def cpu_seconds(self) -> float:
+        """Returns the processor time that the worker has had so far, all threads together."""
+        stat = Path(f"/proc/{self._process.pid}/stat")
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def close(self) -> None:
+        """Ends the process."""
+        try:
+            self._process.communicate(timeout=20)  # the end of its input ends the worker
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+
+
+class Turns:
+    """Figures of every worker in every round.
+
+    Args:
+        workers: In the order of their turns.
+        progress: Called with a line for each figure.
+        folder: For compiled programs.
+    """
+
+    def __init__(
+        self, workers: list[Worker], progress: Callable[[str], None], folder: Path
+    ) -> None:
+        self.workers = workers
+        self.figures: dict[str, dict[str, list[float]]] = {}
+        self.errors: dict[str, dict[str, str]] = {}
+        self.others: dict[str, list[float]] = {}  # measure -> share of the machine, each turn
+        self._progress = progress
+        self._folder = folder
+
+    def run(self, measure: str, rounds: int) -> None:
+        """Measures in turns; round 0 warms up and does not count."""
+        for round_number in range(rounds + 1):
+            for worker in self.workers:
+                if measure in self.errors.get(worker.name, {}):
+                    continue
+                began, busy, own = time.perf_counter(), _busy_seconds(), worker.cpu_seconds()
+                answer = worker.ask(measure, round_number)
+                others = _busy_seconds() - busy - (worker.cpu_seconds() - own)
+                share = others / (time.perf_counter() - began) / len(os.sched_getaffinity(0))
+                if round_number:
+                    self.others.setdefault(measure, []).append(max(0.0, share))
+                self._note(measure, round_number, worker, answer)
+
+    def run_first_token(self, rounds: int) -> None:
+        """Measures process start to first token: cold in round 0, then with compiled programs."""
+        for round_number in range(rounds + 1):
+            for worker in self.workers:
+                cache = self._folder / worker.name.replace(" ", "-")
+                answer = worker.first_token(cache)
+                if round_number == 0:
+                    self._note("first_token_cold", 1, worker, answer)
+                else:
+                    self._note("first_token_warm", round_number, worker, answer)
+
+    def _note(self, measure: str, round_number: int, worker: Worker, answer: Answer) -> None:
+        if "error" in answer:
+            self.errors.setdefault(worker.name, {})[measure] = answer["error"]
+        elif round_number > 0:
+            by_worker = self.figures.setdefault(measure, {})
+            by_worker.setdefault(worker.name, []).append(answer["figures"])
+        shown = answer.get("error") or f"{answer['figures']:.4g}"
+        label = f"round {round_number}" if round_number else "warm-up"
+        self._progress(f"{measure:>18}  {label:8}  {worker.name:24}  {shown}")
+
+
+def _busy_seconds() -> float:
+    """Returns the time that all processors together have not been idle; 0 where nobody tells."""
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return 0.0
+    fields = [int(x) for x in stat.read_text().partition("\n")[0].split()[1:9]]
+    idle = fields[3] + fields[4]  # idle, and waiting for a disk
+    return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK")

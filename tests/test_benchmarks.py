@@ -1,0 +1,73 @@
+"""The benchmark harness: a real worker on a small real model, and the arithmetic of its tables."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import report
+from benchmarks.measures import MEASURES, make_prompts
+from benchmarks.turns import Turns, Worker
+
+
+def test_worker_measures_and_survives_an_error(material: Path, tmp_path: Path) -> None:
+    weights = material / "stories260K"
+    worker = Worker("functional_llm", "float32", weights, tmp_path)
+    try:
+        assert worker.wait()["figures"]["load"] > 0
+        assert "KeyError" in worker.ask("no_such_measure", 0)["error"]
+        # Its vocabulary has 512 tokens: an id of the prompts is not among them.
+        assert "expected token ids" in worker.ask("prefill_32", 0)["error"]
+        assert worker.ask("peak_memory", 1)["figures"] > 50
+    finally:
+        worker.close()
+
+
+def test_worker_that_cannot_load_says_why(tmp_path: Path) -> None:
+    worker = Worker("functional_llm", "float32", tmp_path / "nowhere", tmp_path)
+    try:
+        assert "FileNotFoundError" in worker.wait()["error"]
+        assert "the process ended" in worker.ask("decode_1", 1)["error"]
+    finally:
+        worker.close()
+
+
+def test_ratio_compares_each_round_with_itself() -> None:
+    figures = {"a": [10.0, 100.0, 30.0], "b": [5.0, 25.0, 10.0]}  # 2, 4 and 3 times
+    assert report.ratio("decode_1", figures, "a", "b") == 3.0
+    assert report.ratio("first_token_warm", figures, "b", "a") == 3.0
+
+
+def test_table_and_log(tmp_path: Path) -> None:
+    turns = Turns([], print, tmp_path)
+    turns.figures = {"decode_1": {"functional_llm float32": [40.0], "transformers float32": [20.0]}}
+    turns.others = {"decode_1": [0.5, 0.1, 0.3]}
+    turns.errors = {"keras_hub float32": {"decode_1": "no memory"}}
+    table = report.make_table(turns, first="functional_llm")
+    assert "| transformers float32 | 20 | 20 to 20 | 2.00× |" in table
+    assert "| decode_1 | keras_hub float32 | failed: no memory | | |" in table
+    log = tmp_path / "LOG.md"
+    for note in ("first", "second"):
+        report.append_log(log, turns, table, ["greedy ids of b: as a"], note)
+    text = log.read_text()
+    assert text.count(table) == 2 and "UTC: second" in text and "cores" in text
+    assert "(median of the turns): decode_1 30%" in text
+
+
+def test_greedy_ids_that_differ_are_told() -> None:
+    ids = {"a": [[1, 2, 3], [4, 5, 6]], "b": [[1, 2, 3], [4, 0, 6]], "c": [[1, 2, 3], [4, 5, 6]]}
+    assert report.compare_ids(ids, "a") == [
+        "greedy ids of b: 4 of 6 before the first difference, against a",
+        "greedy ids of c: as a",
+    ]
+
+
+def test_prompts_differ_from_round_to_round() -> None:
+    first, second = make_prompts(8, 32, 0), make_prompts(8, 32, 1)
+    assert first != second and first == make_prompts(8, 32, 0)
+    assert [len(row) for row in first] == [32] * 8
+
+
+def test_help_names_every_measure(repository: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=repository, check=True)
+    assert all(name in shown.stdout.replace("\n", " ") for name in MEASURES)
