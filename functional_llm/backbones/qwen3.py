@@ -64,7 +64,7 @@ def build_decoder(config: Config, name: str) -> CompositeLayer:
 
 def complete_keys(keys: dict[str, Any]) -> dict[str, Any]:
     """Adds what Transformers takes where a `config.json` is silent."""
-    return qwen2.complete_keys({"head_dim": 128} | keys)
+    return qwen2.complete_keys({"head_dim": 128, "attention_bias": False} | keys)
 
 
 QK_NORMS = [

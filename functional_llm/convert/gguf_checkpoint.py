@@ -27,6 +27,7 @@ _KEYS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
     "rope.freq_base": "rope_theta",
+    "rope.freq_base_swa": "rope_local_base_freq",
     "vocab_size": "vocab_size",
 }
 _ROPE_KEYS = {
@@ -36,6 +37,7 @@ _ROPE_KEYS = {
     "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
 }
+_BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
 _FREQUENCIES = "rope_freqs.weight"
 
 
@@ -59,6 +61,10 @@ def read_raw_config(file: GGUFFile, family: Family) -> dict[str, Any]:
     config = {keys[key]: given.pop(key) for key in list(given) if key in keys}
     config.setdefault("vocab_size", file.shapes.get("token_embd.weight", (0,))[0])
     config["tie_word_embeddings"] = "output.weight" not in file.shapes
+    # What llama.cpp reads off the tensors, too.
+    for key, tensor in _BIASES.items():
+        if key in family.config_keys:
+            config[key] = tensor in file.shapes
     head_dim = config.get("head_dim")
     sizes: list[Any] = [config.get(key) for key in ("hidden_size", "num_attention_heads")]
     if head_dim is None and all(type(size) is int and size > 0 for size in sizes):
