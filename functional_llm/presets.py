@@ -160,7 +160,8 @@ class Backbone(keras.Model):
             )
         if cache is None:
             return
-        rows = cache["positions"].shape[0] if set(cache) == set(self.input["cache"]) else None
+        same = isinstance(cache, dict) and set(cache) == set(self.input["cache"])
+        rows = next(iter(cache.values()))["positions"].shape[0] if same else None
         if rows is None or None not in (rows, shape[0]) and rows != shape[0]:
             raise ValueError(
                 f"Expected a cache of `make_cache` or of an earlier call, for {shape[0]} rows, "

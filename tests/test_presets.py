@@ -135,7 +135,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 10000.0}
         ({"rms_norm_eps": "1e-5"}, "expected a finite number above 0 for rms_norm_eps"),
         ({"rms_norm_eps": float("nan")}, "expected a finite number above 0 for rms_norm_eps"),
         ({"tie_word_embeddings": 1}, "expected true or false for tie_word_embeddings, received 1"),
-        ({"hidden_act": ["silu"]}, "unknown hidden_act=['silu']"),
+        ({"hidden_act": ["silu"]}, "unknown the activation=['silu']"),
         ({"rope_parameters": 7}, "expected a dict of RoPE parameters"),
         ({"rope_parameters": {"rope_type": "foo"}}, "unknown rope_type='foo'"),
         ({"rope_parameters": {**LINEAR, "factor": 0}}, "above 0 for factor, received 0"),
@@ -217,7 +217,7 @@ def test_gguf_of_another_architecture(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match="general.architecture is 'mamba'. Known families: llama"):
+    with pytest.raises(ValueError, match="general.architecture is 'mamba'. Known families: gemma"):
         flm.Backbone.from_preset(tmp_path / "x.gguf")
 
 
