@@ -14,7 +14,6 @@ import safetensors
 
 from functional_llm.convert.safetensors import INDEX_NAME
 
-_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", INDEX_NAME)
 
 
@@ -104,9 +103,12 @@ def write_safetensors(
 
 
 def _write_shard(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    views: Any = {
-        name: {"dtype": _TYPES[str(x.dtype)], "shape": x.shape, "data": x.tobytes()}
+    # Not `safetensors.numpy.save_file`, which copies every array. The arrays outlive the call.
+    specs = {
+        name: safetensors.TensorSpec(
+            dtype=str(x.dtype), shape=x.shape, data_ptr=x.ctypes.data, data_len=x.nbytes
+        )
         for name, x in arrays.items()
     }
     # Transformers reads only files that say what they were made for.
-    safetensors.serialize_file(views, str(path), metadata={"format": "pt"})
+    safetensors.serialize_file(specs, str(path), metadata={"format": "pt"})
