@@ -177,7 +177,7 @@ def test_transformers_loads_what_save_preset_wrote(pair: Any, tmp_path: Path) ->
     ).eval()
     token_ids = _tokens(2, 100, seed=4)
     expected = reference_logits(pair.reference, token_ids)
-    np.testing.assert_allclose(reference_logits(theirs, token_ids), expected, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(reference_logits(theirs, token_ids), expected, atol=1e-5, rtol=0)
     again = Backbone.from_preset(str(saved))
     assert again.config == pair.ours.config
     for ours, read in zip(pair.ours.variables, again.variables, strict=True):
