@@ -1,4 +1,4 @@
-"""The presets as a table: for reading, in a terminal or a notebook, and for choosing from in code."""
+"""The presets as a table, for reading in a terminal or a notebook and for choosing in code."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -57,7 +57,7 @@ def _count(family: str, config: Any) -> int:
 
 
 def _shortened(config: Any, kinds: Sequence[str | None]) -> Any:
-    types = {"layer_types": tuple(kinds)} if hasattr(config, "layer_types") else {}
+    types: dict[str, Any] = {"layer_types": tuple(kinds)} if hasattr(config, "layer_types") else {}
     # Length and epsilon move no shape but those of learned positions: fewer models to build.
     if hasattr(config, "rope_scaling"):
         types |= {"max_sequence_length": 1, "layer_norm_epsilon": 1e-6}
