@@ -22,10 +22,12 @@ from functional_llm.handles import read_preset
 from functional_llm.preset_table import PresetTable
 from functional_llm.presets import FAMILIES
 
-# The texts of config.json as they lie on the Hub, under the names of their presets.
+# The config.json of published models, under the names of their presets: keys and values as public
+# projects quote them, keys sorted. None was fetched from the Hub itself.
 PUBLISHED = sorted((Path(__file__).parent / "published_configs").glob("*.json"))
 
-# Number of parameters that KerasHub and the pages of the models name.
+# Numbers of parameters that do not come from our builders: most as KerasHub gives them. It counts the
+# tied head of Llama 3.2 twice, and has another number for Qwen 2.5 7B than for Qwen 2.5 Math 7B.
 COUNTS = {
     "gemma_7b": 8_537_680_896,
     "gemma2_27b": 27_227_128_320,
