@@ -26,8 +26,8 @@ from functional_llm.presets import FAMILIES
 # projects quote them, keys sorted. None was fetched from the Hub itself.
 PUBLISHED = sorted((Path(__file__).parent / "published_configs").glob("*.json"))
 
-# Numbers of parameters that do not come from our builders: most as KerasHub gives them. It counts the
-# tied head of Llama 3.2 twice, and has another number for Qwen 2.5 7B than for Qwen 2.5 Math 7B.
+# Numbers of parameters that do not come from our builders: most as KerasHub gives them. It counts
+# the tied head of Llama 3.2 twice, and has another number for Qwen 2.5 7B than for Qwen 2.5 Math 7B.
 COUNTS = {
     "gemma_7b": 8_537_680_896,
     "gemma2_27b": 27_227_128_320,
