@@ -27,7 +27,7 @@ from functional_llm.presets import FAMILIES
 PUBLISHED = sorted((Path(__file__).parent / "published_configs").glob("*.json"))
 
 # Numbers of parameters that do not come from our builders: most as KerasHub gives them. It counts
-# the tied head of Llama 3.2 twice, and has another number for Qwen 2.5 7B than for Qwen 2.5 Math 7B.
+# the tied head of Llama 3.2 twice, and gives Qwen 2.5 7B and Qwen 2.5 Math 7B different numbers.
 COUNTS = {
     "gemma_7b": 8_537_680_896,
     "gemma2_27b": 27_227_128_320,
