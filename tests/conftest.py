@@ -59,11 +59,17 @@ def smollm2_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
-def llama_cpp_models() -> Path:
-    """llama.cpp's folder models/, downloaded once."""
-    from llama_cpp import fetch_models
+def llama_cpp() -> Path:
+    """llama.cpp's folders models/, conversion/ and gguf-py/, downloaded once."""
+    from llama_cpp import fetch_llama_cpp
 
     try:
-        return fetch_models()
+        return fetch_llama_cpp()
     except ConnectionError as error:
-        pytest.skip(f"llama.cpp's vocabularies cannot be downloaded: {error}")
+        pytest.skip(f"llama.cpp cannot be downloaded: {error}")
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_models(llama_cpp: Path) -> Path:
+    """llama.cpp's folder models/."""
+    return llama_cpp / "models"

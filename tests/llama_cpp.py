@@ -1,4 +1,4 @@
-"""llama.cpp's folder models/: vocabularies of known models, conformance files, chat templates."""
+"""Parts of llama.cpp: vocabularies, conformance files and chat templates; its converter to GGUF."""
 
 import hashlib
 import os
@@ -15,18 +15,19 @@ from functional_llm.convert.download import cache_directory
 PACKAGE = "llama-cpp-python"
 VERSION = "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-PREFIX = f"llama_cpp_python-{VERSION}/vendor/llama.cpp/models/"
+ROOT = f"llama_cpp_python-{VERSION}/vendor/llama.cpp/"
+PARTS = ("models/", "conversion/", "gguf-py/")
 
 
-def fetch_models() -> Path:
-    """Returns the folder, in the cache; it gets its name when all of it is there.
+def fetch_llama_cpp() -> Path:
+    """Returns a folder in the cache with these parts; it gets its name when all of it is there.
 
     Raises:
         ConnectionError: If pip cannot download the package.
         ValueError: If it is another file than these tests were made for.
     """
     cache = cache_directory()
-    target = cache / f"llama.cpp-models-{SHA256[:16]}"
+    target = cache / f"llama.cpp-{SHA256[:16]}"
     if target.is_dir():
         return target
     with tempfile.TemporaryDirectory(prefix="llama.cpp-", dir=cache) as name:
@@ -37,10 +38,11 @@ def fetch_models() -> Path:
         if received != SHA256:
             raise ValueError(f"Expected {archive.name} with sha256 {SHA256}. Received: {received}.")
         with tarfile.open(archive) as tar:
-            members = [member for member in tar if member.name.startswith(PREFIX)]
+            parts = tuple(ROOT + part for part in PARTS)
+            members = [member for member in tar if member.name.startswith(parts)]
             tar.extractall(folder, members, filter="data")
         try:
-            os.rename(folder / PREFIX, target)
+            os.rename(folder / ROOT, target)
         except OSError:
             if not target.is_dir():  # else another process was first
                 raise

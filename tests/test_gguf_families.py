@@ -1,0 +1,86 @@
+"""Every family out of a GGUF file that llama.cpp's own converter wrote."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+
+import functional_llm as flm
+from configs import CONFIGS
+from reference import reference_logits, save_reference
+
+# What a GGUF file cannot say is as llama.cpp takes it: the scale of scores, RoPE of local layers,
+# the activation.
+SAID: dict[str, dict[str, Any]] = {
+    "llama_multi_head_tied": {},
+    "llama_biases": {"hidden_act": "silu"},
+    "llama_head_size": {},
+    "llama_llama3": {},
+    "llama_linear": {},
+    "llama_yarn": {},
+    "mistral_no_window_head_size": {},
+    "qwen2_tied": {},
+    "qwen2_yarn_multi_query": {},
+    "qwen3_head_size": {},
+    "qwen3_tied_multi_head": {},
+    "gemma_grouped": {},
+    "gemma2_soft_caps": {"query_pre_attn_scalar": 16},
+    "gemma3_default_pattern": {"query_pre_attn_scalar": 16},
+    "gpt2_tied": {},
+    "gpt2_one_layer_one_head": {"activation_function": "gelu_new"},
+}
+# The vocabulary is not what is tested here: the converter shall not look for one it knows.
+CONVERT = """
+import sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
+import gguf, torch
+from conversion import ModelBase, get_model_class
+for folder in map(Path, sys.argv[2:]):
+    numbers = ModelBase.load_hparams(folder, False)
+    converter = get_model_class(numbers["architectures"][0])
+    def set_vocab(self):
+        self.gguf_writer.add_tokenizer_model("none")
+        self.gguf_writer.add_vocab_size(128)
+    converter.set_vocab = set_vocab
+    with torch.inference_mode():
+        path = folder / "model.gguf"
+        converter(folder, gguf.LlamaFileType.ALL_F32, path, eager=True).write()
+"""
+
+
+@pytest.fixture(scope="module")
+def converted(llama_cpp: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Name -> Transformers' model and the folder with its GGUF file; one process converts all."""
+    models = {}
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE({chr(200 + i): i for i in range(128)}, [])
+    )
+    for name, changes in SAID.items():
+        folder = tmp_path_factory.mktemp(name)
+        models[name] = (save_reference({**CONFIGS[name], **changes}, folder), folder)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        if CONFIGS[name]["model_type"] == "gpt2":  # an old key, which the converter wants
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**config, "n_ctx": 512}))
+    folders = [str(folder) for _, folder in models.values()]
+    command = [sys.executable, "-c", CONVERT, str(llama_cpp), *folders]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return models
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", SAID)
+def test_logits_out_of_a_gguf_file(converted: dict[str, Any], name: str) -> None:
+    reference, folder = converted[name]
+    token_ids = np.random.default_rng(0).integers(0, 128, (2, 40))
+    backbone = flm.Backbone.from_preset(folder / "model.gguf")
+    logits = np.asarray(backbone(token_ids))
+    expected = reference_logits(reference, token_ids)
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
