@@ -23,6 +23,7 @@ class Family:
         build: Config -> inputs and outputs of the graph.
         config_keys: Key of a `config.json` -> field of the config; `None` for a key that only
             `complete_keys` reads. RoPE's keys are known to the reader.
+        config_aliases: Outdated key -> the key that says the same.
         complete_keys: Given keys -> all keys, with what absent and outdated ones mean.
         config_constants: Key -> the one value for which the graph is right.
         written_keys: Config -> what Transformers needs in a `config.json` beside `config_keys`.
@@ -44,6 +45,7 @@ class Family:
     config_class: type
     build: Callable[[Any], Graph]
     config_keys: Mapping[str, str | None]
+    config_aliases: Mapping[str, str] = field(default_factory=dict)
     complete_keys: Callable[[dict[str, Any]], dict[str, Any]]
     config_constants: Mapping[str, Any] = field(default_factory=dict)
     written_keys: Callable[[Any], dict[str, Any]] = _nothing

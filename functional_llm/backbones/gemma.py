@@ -54,15 +54,7 @@ def build_stack(
     layer_types: Mapping[str, LayerType],
     logit_parts: Sequence[Part] = (),
 ) -> Graph:
-    """Returns the graph around decoder layers, for this family and its kin.
-
-    Args:
-        config: With the fields of a Gemma's config that are used here.
-        kinds: Type of each layer.
-        layers: The decoder layers.
-        layer_types: What the layers of each type share.
-        logit_parts: Parts after the head.
-    """
+    """Returns the graph around decoder layers, `kinds` their types, for this family and its kin."""
     return causal_lm(
         vocabulary_size=config.vocabulary_size,
         hidden_dim=config.hidden_dim,

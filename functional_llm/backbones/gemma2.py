@@ -1,9 +1,9 @@
 """Gemma 2: a Gemma with norms on both sides of each branch, soft caps, and windows in turn.
 
-Scores and logits are bounded by tanh; every other layer sees a window; the scale of the scores is a
-number of its own. Reference: [Gemma 2](https://arxiv.org/abs/2408.00118).
+The scale of scores is a number of its own. Reference: [Gemma 2](https://arxiv.org/abs/2408.00118).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,28 +48,28 @@ class Config:
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
     rope = Rope(config.head_dim, config.rope_max_wavelength, config.rope_scaling)
-    layer_types = {
-        "full_attention": LayerType(rope),
-        "sliding_attention": LayerType(rope, config.sliding_window),
-    }
     layers = [build_decoder(config, f"decoder_{i}") for i in range(config.num_layers)]
+    return build_stack(config, layers, full=rope, sliding=rope)
+
+
+def build_stack(config: Any, layers: Sequence[CompositeLayer], full: Rope, sliding: Rope) -> Graph:
+    """Returns the graph around decoder layers of two types, for this family and Gemma 3."""
+    windowed = LayerType(sliding, config.sliding_window)
+    types = {"full_attention": LayerType(full), "sliding_attention": windowed}
     caps = [soft_cap(bound) for bound in [config.final_logit_soft_cap] if bound is not None]
-    return gemma.build_stack(config, config.layer_types, layers, layer_types, caps)
+    return gemma.build_stack(config, config.layer_types, layers, types, caps)
 
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:
     """Returns one decoder layer."""
     epsilon, size = config.layer_norm_epsilon, config.head_dim
+    factor, cap = config.query_pre_attention_scalar**-0.5, config.attention_logit_soft_cap
     self_attention = attention(
         query=[heads(config.num_query_heads, size, "query"), rotary()],
         key=[heads(config.num_key_value_heads, size, "key"), rotary()],
         value=[heads(config.num_key_value_heads, size, "value")],
         output=keras.layers.Dense(config.hidden_dim, use_bias=False, name="output"),
-        product=AttentionDotProduct(
-            scale=config.query_pre_attention_scalar**-0.5,
-            soft_cap=config.attention_logit_soft_cap,
-            name="dot_product",
-        ),
+        product=AttentionDotProduct(factor, cap, name="dot_product"),
     )
     mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation)
     return sandwich(name, lambda part: offset_rms_norm(epsilon, part), self_attention, mlp)
@@ -84,43 +84,29 @@ CONFIG_KEYS: dict[str, str | None] = {
     "final_logit_softcapping": "final_logit_soft_cap",
     "layer_types": "layer_types",
     "sliding_window": "sliding_window",
-    "sliding_window_size": None,  # the first releases say it twice
 }
 
 
 def complete_keys(keys: dict[str, Any]) -> dict[str, Any]:
     """Adds what Transformers takes where a `config.json` is silent."""
     kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(keys[_LAYERS])]
-    window = keys.get("sliding_window_size", keys.get("sliding_window", 4096))
-    if keys.get("sliding_window", window) != window:
-        raise ValueError(
-            "config.json: expected one window in sliding_window and sliding_window_size, received "
-            f"{keys['sliding_window']} and {window}."
-        )
-    own = {
-        "num_key_value_heads": 4,
-        "query_pre_attn_scalar": 256,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-        "layer_types": kinds,
-        "sliding_window": window,
-    }
-    return gemma.complete_keys(own | keys)
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    own = {"num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096}
+    return gemma.complete_keys(own | caps | {"layer_types": kinds} | keys)
 
 
 def gguf_defaults(keys: dict[str, Any]) -> dict[str, Any]:
     """What llama.cpp takes: only the 27B models scale by another number than the head size."""
-    is_large = keys[_LAYERS] in (46, 62)
     share = keys["hidden_size"] // keys["num_attention_heads"]
-    return {"query_pre_attn_scalar": share if is_large else keys["head_dim"]}
+    return {"query_pre_attn_scalar": share if keys[_LAYERS] in (46, 62) else keys["head_dim"]}
 
 
-_LAYERS, _LAYER = "num_hidden_layers", "model.layers.{}"
+_LAYERS, _NORM = "num_hidden_layers", "model.layers.{}.%s_layernorm.weight"
 WEIGHTS = [
     *(row for row in gemma.FAMILY.weights if "post_attention_layernorm" not in row[0]),
-    (f"{_LAYER}.post_attention_layernorm.weight", "decoder_{}/attention_post_norm/scale", "same"),
-    (f"{_LAYER}.pre_feedforward_layernorm.weight", "decoder_{}/mlp_norm/scale", "same"),
-    (f"{_LAYER}.post_feedforward_layernorm.weight", "decoder_{}/mlp_post_norm/scale", "same"),
+    (_NORM % "post_attention", "decoder_{}/attention_post_norm/scale", "same"),
+    (_NORM % "pre_feedforward", "decoder_{}/mlp_norm/scale", "same"),
+    (_NORM % "post_feedforward", "decoder_{}/mlp_post_norm/scale", "same"),
 ]
 
 FAMILY = Family(
@@ -130,6 +116,7 @@ FAMILY = Family(
     build=build,
     config_keys=CONFIG_KEYS,
     config_constants=gemma.CONSTANTS,
+    config_aliases={"sliding_window_size": "sliding_window"},
     complete_keys=complete_keys,
     weights=WEIGHTS,
     gguf_architecture="gemma2",

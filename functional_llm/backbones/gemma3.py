@@ -9,10 +9,9 @@ from typing import Any
 
 import keras
 
-from functional_llm.backbones import gemma, gemma2, qwen3
+from functional_llm.backbones import gemma2, qwen3
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import sandwich
-from functional_llm.blocks.language_model import LayerType, soft_cap
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.blocks.norm import offset_rms_norm
 from functional_llm.blocks.rope import Rope, RopeScaling, rotary
@@ -49,13 +48,8 @@ def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
     full = Rope(config.head_dim, config.rope_max_wavelength, config.rope_scaling)
     sliding = Rope(config.head_dim, config.local_rope_max_wavelength)
-    layer_types = {
-        "full_attention": LayerType(full),
-        "sliding_attention": LayerType(sliding, config.sliding_window),
-    }
     layers = [build_decoder(config, f"decoder_{i}") for i in range(config.num_layers)]
-    caps = [soft_cap(bound) for bound in [config.final_logit_soft_cap] if bound is not None]
-    return gemma.build_stack(config, config.layer_types, layers, layer_types, caps)
+    return gemma2.build_stack(config, layers, full, sliding)
 
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:

@@ -103,7 +103,6 @@ FAMILY = Family(
     config_constants={
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False,  # changes no number in float32
         "add_cross_attention": False,
         "n_special": 0,  # no tokens beyond the vocabulary
         "predict_special_tokens": True,

@@ -67,10 +67,7 @@ def build_stack(
 ) -> Graph:
     """Returns the graph around decoder layers that share one RoPE, for this family and its kin.
 
-    Args:
-        config: With the fields of a Llama's config that are used here.
-        layers: "full_attention" or "sliding_attention", and the decoder layer.
-        window: How many positions a token sees in the latter.
+    A layer comes with its type, "full_attention" or "sliding_attention", which sees the window.
     """
     rope = Rope(config.head_dim, config.rope_max_wavelength, config.rope_scaling)
     return causal_lm(

@@ -25,15 +25,16 @@ ACTIVATIONS = {
 
 # Keys that say nothing about the numbers of inference: bookkeeping, training, serving.
 IRRELEVANT = frozenset(
-    """architectures attention_dropout attn_pdrop auto_map bad_words_ids
-    begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward dtype
-    embd_pdrop eos_token_id finetuning_task gradient_checkpointing hidden_dropout id2label
-    initializer_range is_decoder is_llama_config keys_to_ignore_at_inference label2id
-    model_type n_ctx output_attentions output_hidden_states output_past pad_token_id prefix
-    pretraining_tp problem_type resid_pdrop return_dict rope_interleaved sep_token_id
-    summary_activation summary_first_dropout summary_proj_to_labels summary_type
-    summary_use_proj task_specific_params tokenizer_class torch_dtype transformers.js_config
-    transformers_version unk_token_id unsloth_fixed unsloth_version use_cache""".split()
+    """architectures attention_dropout attn_pdrop auto_map bad_words_ids begin_suppress_tokens
+    bos_token_id cache_implementation chunk_size_feed_forward dtype embd_pdrop eos_token_id
+    finetuning_task gradient_checkpointing hidden_dropout id2label initializer_range
+    is_decoder is_llama_config keys_to_ignore_at_inference label2id model_type n_ctx
+    output_attentions output_hidden_states output_past pad_token_id prefix pretraining_tp
+    problem_type reorder_and_upcast_attn resid_pdrop return_dict rope_interleaved
+    sep_token_id summary_activation summary_first_dropout summary_proj_to_labels
+    summary_type summary_use_proj task_specific_params tokenizer_class torch_dtype
+    transformers.js_config transformers_version unk_token_id unsloth_fixed unsloth_version
+    use_cache""".split()
 )
 
 
@@ -47,6 +48,7 @@ def read_config(raw: Mapping[str, Any], family: Family) -> Any:
     Raises:
         ValueError: Naming every key that is missing, unknown, or has a value no part exists for.
     """
+    raw = _rename_aliases(raw, family)
     nullable = _nullable_keys(family)
     given = {key: value for key, value in raw.items() if value is not None or key in nullable}
     _check_known(given, family)
@@ -74,6 +76,18 @@ def read_config(raw: Mapping[str, Any], family: Family) -> Any:
 # Sizes that no family has a default for.
 _NO_DEFAULT = {"vocabulary_size", "num_layers", "hidden_dim", "num_heads", "num_query_heads"}
 _ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters"}
+
+
+def _rename_aliases(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Keys under their present names, where releases of a family had others."""
+    renamed = {key: value for key, value in raw.items() if key not in family.config_aliases}
+    for alias, key in family.config_aliases.items():
+        if alias in raw and renamed.setdefault(key, raw[alias]) != raw[alias]:
+            raise ValueError(
+                f"config.json: expected one value of {key} and {alias}, received {renamed[key]} "
+                f"and {raw[alias]}."
+            )
+    return renamed
 
 
 def _nullable_keys(family: Family) -> set[str]:
