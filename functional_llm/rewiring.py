@@ -226,11 +226,12 @@ class Rewiring:
 
     def _container(self, layer: Any, path: str) -> Any:
         """Returns a layer or model like this one, around a new graph."""
-        if isinstance(layer, keras.Sequential):
-            if self._call is None and not self._tapped:
-                return self._sequential(layer, path)
-            layer = keras.Model(layer.inputs, layer.outputs, name=layer.name)
+        is_sequential = isinstance(layer, keras.Sequential)
+        if is_sequential and self._call is None and not self._tapped:
+            return self._sequential(layer, path)
         graph = layer.graph if isinstance(layer, CompositeLayer) else layer
+        if is_sequential:  # it has no place for calls of another kind: a stock Functional
+            graph = keras.Model(layer.inputs, layer.outputs, name=layer.name)
         inputs, outputs, taps = self._graph(graph, path)
         self._taps[id(layer)] = taps
         tapped = [x for _, value in taps for x in _tensors(value)]
@@ -245,7 +246,7 @@ class Rewiring:
             outputs = {**named, "captured": _by_path(taps)}
         elif taps:
             outputs = (outputs, tapped)
-        return self._like(layer, inputs, outputs)
+        return self._like(graph, inputs, outputs)
 
     def _sequential(self, layer: Any, path: str) -> Any:
         layers = [self._place(x, f"{path}/{x.name}".lstrip("/")) for x in layer.layers]
