@@ -65,7 +65,10 @@ def _array(variable: Any) -> np.ndarray:
 def _snapshot(model: Any) -> Any:
     layers = dict(flm.walk(model, composites=True))
     return (
-        {path: (id(x), len(x._inbound_nodes), len(x._outbound_nodes)) for path, x in layers.items()},
+        {
+            path: (id(x), len(x._inbound_nodes), len(x._outbound_nodes))
+            for path, x in layers.items()
+        },
         [(id(v), v.trainable) for v in model.variables],
         [id(v) for v in model.trainable_variables],
         len(model.layers),
@@ -114,9 +117,7 @@ def test_replacing_moves_the_new_model_only(backbone: Any) -> None:
     np.testing.assert_array_equal(_logits(backbone), expected)
     assert _snapshot(backbone) == before
     new = [v for v in moved.variables if all(v is not w for w in backbone.variables)]
-    assert [v.path for v in new] == [
-        f"{path}/offset" for path in flm.select(backbone, "query")
-    ]
+    assert [v.path for v in new] == [f"{path}/offset" for path in flm.select(backbone, "query")]
 
 
 def test_a_rewired_model_decodes_with_its_cache(backbone: Any) -> None:
@@ -439,7 +440,10 @@ def test_patterns(backbone: Any) -> None:
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("decoder_*/attention/qery", r"matches 'decoder_\*/attention/qery'. Near .*attention/query"),
+        (
+            "decoder_*/attention/qery",
+            r"matches 'decoder_\*/attention/qery'. Near .*attention/query",
+        ),
         ("querry", "Near it: decoder_0/attention/query"),
         ("*/query", "Near it: .*attention/query"),
         (["query", "nothing_like_it"], "matches 'nothing_like_it'"),
@@ -468,9 +472,12 @@ def test_tree_view_counts_and_marks(backbone: Any) -> None:
     marked = [line.strip().split(" (")[0] for line in lines if line.strip()[0] in "+*"]
     assert marked[:3] == ["* decoder_0", "* attention", "+ query"]
     assert len(marked) == 3 * backbone.config.num_layers
-    assert len(flm.tree_view(model, depth=1).splitlines()) == len(list(model.layers)) - len(
-        [x for x in model.layers if isinstance(x, keras.layers.InputLayer)]
-    ) + 1
+    assert (
+        len(flm.tree_view(model, depth=1).splitlines())
+        == len(list(model.layers))
+        - len([x for x in model.layers if isinstance(x, keras.layers.InputLayer)])
+        + 1
+    )
 
 
 def test_plot_marks_what_changed(backbone: Any, tmp_path: Path) -> None:
