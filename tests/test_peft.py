@@ -101,7 +101,7 @@ def test_all_methods_at_once_train_and_write(backbone: Any) -> None:
     model = backbone
     for name, attach in METHODS.items():
         model = attach(model, adapter_name=name)
-    assert flm.peft.adapter_names(model) == list(METHODS)
+    assert flm.peft.adapter_names(model) == sorted(METHODS)
     np.testing.assert_allclose(_logits(model), _logits(backbone), atol=1e-5)
     last = {id(v) for v in model.trainable_variables}
     adapters = [x for _, x in flm.walk(model) if isinstance(x, flm.peft.Adapter)]
@@ -322,9 +322,11 @@ def test_an_activation_comes_after_the_change() -> None:
     model.trainable = False
     value = np.ones((1, 4), "float32")
     once = flm.peft.bitfit(model, "a", adapter_name="x")
+    once.trainable = False  # a stock model cannot freeze for itself
     twice = flm.peft.bitfit(once, "a", adapter_name="y")
-    for variable in (*once.trainable_variables, *twice.trainable_variables):
-        variable.assign(np.full(3, 0.5, "float32"))
+    for variable in twice.variables:
+        if variable.shape == (3,) and variable is not model.get_layer("a").bias:
+            variable.assign(np.full(3, 0.5, "float32"))
     expected = np.tanh(np.arctanh(np.asarray(model(value))) + 1)
     np.testing.assert_allclose(np.asarray(twice(value)), expected, atol=1e-5)
     np.testing.assert_allclose(np.asarray(flm.peft.merge(twice)(value)), expected, atol=1e-5)
@@ -363,7 +365,8 @@ def test_an_adapter_of_another_model(one: Any, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="does not fit the model") as raised:
             flm.peft.load_adapter(one, tmp_path / name)
         text = str(raised.value)
-        assert "no linear layer 'decoder_2/mlp/up'" in text
+        missing = {"lora": "module 'model.layers.2.mlp.up_proj'", "svf": "'decoder_2/mlp/up'"}
+        assert missing[name] in text
         assert "7 differences" in text
     flm.peft.save_adapter(flm.peft.lora(other, 2, targets=["decoder_[01]/mlp/*"]), tmp_path / "c")
     with pytest.raises(ValueError, match="6 differences") as raised:

@@ -207,7 +207,7 @@ def _edit(folder: Path, **changes: Any) -> None:
         ({"init_lora_weights": "olora"}, "init_lora_weights = 'olora'"),
         ({"peft_type": "VERA"}, "peft_type is 'VERA'"),
         ({"r": 5}, r"decoder_0/attention/query: 'lora_a' expected shape \(48, 5\)"),
-        ({"r": 0}, "rank from 1 to 48"),
+        ({"r": 0}, "rank of at least 1"),
         ({"use_dora": True}, "missing weight 'magnitude'"),
     ],
 )

@@ -194,9 +194,8 @@ def find_adapters(model: Any) -> Iterator[tuple[str, Adapter]]:
 
 
 def adapter_names(model: Any) -> list[str]:
-    """Returns the names of the adapters in a model, in the order in which they were attached."""
-    names = [adapter.adapter_name for _, adapter in find_adapters(model)]
-    return list(dict.fromkeys(reversed(names)))
+    """Returns the names of the adapters in a model, sorted."""
+    return sorted({adapter.adapter_name for _, adapter in find_adapters(model)})
 
 
 def activate(model: Any, names: str | Sequence[str] | None) -> None:
@@ -229,8 +228,9 @@ def value_for(path: str, value: Any, what: str) -> Any:
     raise ValueError(f"No pattern of `{what}` matches '{path}'. It has {list(value)}.")
 
 
-def check_rank(rank: Any, linear: Linear, path: str) -> None:
-    """Raises a ValueError unless 1 <= rank <= the smaller side of the matrix."""
+def check_rank(rank: Any, layer: Any, path: str) -> None:
+    """Raises a ValueError unless 1 <= rank <= the smaller side of the layer's matrix."""
+    linear = Linear(layer.origin if isinstance(layer, Adapter) else layer)
     limit = min(linear.in_size, linear.out_size)
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= limit:
         raise ValueError(

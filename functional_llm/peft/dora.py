@@ -11,6 +11,7 @@ from keras import ops
 from functional_llm.peft.adapter import (
     ATTENTION_QUERY_AND_VALUE,
     attach,
+    check_rank,
     seed_for,
     value_for,
 )
@@ -91,9 +92,11 @@ def dora(
     """
 
     def make(layer: Any, path: str, **kwargs: Any) -> Any:
+        own_rank = value_for(path, rank, "rank")
+        check_rank(own_rank, layer, path)
         return DoRA(
             layer,
-            rank=value_for(path, rank, "rank"),
+            rank=own_rank,
             alpha=value_for(path, alpha, "alpha"),
             dropout=dropout,
             rslora=rslora,

@@ -52,7 +52,8 @@ class LoRA(Adapter):
         **kwargs: Any,
     ) -> None:
         super().__init__(base, **kwargs)
-        check_rank(rank, Linear(self.origin), self.name)
+        if not isinstance(rank, int) or rank < 1:  # a file may have more than `lora` allows
+            raise ValueError(f"Expected a rank of at least 1 for '{self.name}', received {rank!r}.")
         if init not in ("zeros", "pissa"):
             raise ValueError(f"Expected init 'zeros' or 'pissa', received {init!r}.")
         if not 0 <= dropout < 1:
@@ -139,9 +140,11 @@ def lora(
     """
 
     def make(layer: Any, path: str, **kwargs: Any) -> Any:
+        own_rank = value_for(path, rank, "rank")
+        check_rank(own_rank, layer, path)
         return LoRA(
             layer,
-            rank=value_for(path, rank, "rank"),
+            rank=own_rank,
             alpha=value_for(path, alpha, "alpha"),
             dropout=dropout,
             rslora=rslora,

@@ -156,7 +156,8 @@ def from_peft(
             continue
         module = key.removeprefix(PREFIX).removesuffix(f".{suffix}")
         if module not in paths:
-            problems.append(f"tensor '{key}': the model has no module '{module}'")
+            if f"the model has no module '{module}'" not in problems:
+                problems.append(f"the model has no module '{module}'")
             continue
         own_layout = array.T if suffix.endswith("weight") else array.reshape(-1)
         grouped.setdefault(module, {})[_SUFFIXES[suffix]] = own_layout

@@ -12,8 +12,10 @@ from keras import ops
 from safetensors.numpy import save_file
 
 from functional_llm.convert.safetensors import open_safetensors
-from functional_llm.peft.adapter import Adapter, adapter_names, attach, find_adapters, find_targets
+from functional_llm.peft.adapter import Adapter, adapter_names, attach, find_adapters
+from functional_llm.peft.linear import LINEAR_LAYERS
 from functional_llm.peft.peft_format import Stored, from_peft, to_peft
+from functional_llm.selecting import walk
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
@@ -108,7 +110,7 @@ def load_adapter(
     config = _read_config(folder)
     source = open_safetensors(folder / WEIGHTS_NAME)
     tensors = {name: source.read(name, "float32") for name in source.shapes}
-    layers = find_targets(model, "all") | _linear_outputs(model)
+    layers = [path for path, x in walk(model) if isinstance(x, (*LINEAR_LAYERS, Adapter))]
     if "registered_name" in config:
         stored, problems = _from_paths(config, tensors, methods)
     elif config.get("peft_type") in ("LORA", "IA3"):
@@ -149,15 +151,6 @@ class _Unfit(Adapter):
 
     def change(self, x: Any, training: bool | None = None) -> Any:
         return 0.0
-
-
-def _linear_outputs(model: Any) -> dict[str, Any]:
-    """The linear layers that "all" leaves out: an adapter from a file may have them."""
-    names = [x.name for x in model.layers if x.name in getattr(model, "output_names", ())]
-    try:
-        return find_targets(model, lambda _, path: path in names) if names else {}
-    except ValueError:
-        return {}
 
 
 def _check_weights(path: str, adapter: Adapter, weights: Mapping[str, np.ndarray]) -> list[str]:
