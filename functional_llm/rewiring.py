@@ -138,10 +138,12 @@ def twin(layer: Any) -> Any:
     Args:
         layer: A built layer, or any `keras.Operation`.
     """
-    new = type(layer).__new__(type(layer))
+    cls: Any = type(layer)
+    new = cls.__new__(cls)
     for key, value in vars(layer).items():
         if key in _OWN:
-            value = _OWN[key]() if _OWN[key] is not None else vars(new)[key]
+            make = _OWN[key]
+            value = vars(new)[key] if make is None else make()
         elif isinstance(value, MethodType) and value.__self__ is layer:
             value = MethodType(value.__func__, new)
         vars(new)[key] = value  # not setattr: the tracker of variables is shared, and complete
@@ -323,7 +325,8 @@ class Rewiring:
         if type(model) is type(stock):
             new = stock
         else:
-            new = type(model).__new__(type(model))
+            cls: Any = type(model)
+            new = cls.__new__(cls)
             type(stock).__init__(new, inputs, outputs, name=model.name)
 
         def replace(_: str, layer: Any) -> Any:
