@@ -333,6 +333,18 @@ def test_an_activation_comes_after_the_change() -> None:
     assert model.get_layer("a").activation is keras.activations.tanh
 
 
+def test_training_the_merged_model_leaves_the_original(one: Any) -> None:
+    backbone = flm.rewire(one)
+    model = flm.peft.lora(backbone, 2, targets=["query", "value"])
+    flm.peft.activate(model, None)  # nothing to fold: the same numbers in variables of their own
+    merged = flm.peft.merge(model)
+    layers = [flm.select(x, "decoder_0/attention/query") for x in (backbone, merged)]
+    old, new = [x["decoder_0/attention/query"] for x in layers]
+    for variable, other in zip(old.weights, new.weights, strict=True):
+        np.testing.assert_array_equal(_array(variable), _array(other))
+        assert variable.value.unsafe_buffer_pointer() != other.value.unsafe_buffer_pointer()
+
+
 # What is refused
 
 
