@@ -13,7 +13,7 @@ from keras import ops
 
 import functional_llm as flm
 from configs import CONFIGS
-from functional_llm.rewiring import freeze_variables
+from functional_llm.freezing import freeze_variables
 from reference import save_reference
 
 IDS = np.random.default_rng(0).integers(0, 128, (2, 9)).astype("int32")
@@ -122,7 +122,6 @@ def test_all_methods_at_once_train_and_write(backbone: Any) -> None:
     written = flm.TextGenerator(model).generate_ids([ids], max_new_tokens=12)[0]
     logits = np.asarray(model(np.array([ids + written])))[0, len(ids) - 1 : -1]
     assert written == logits.argmax(axis=-1).tolist()
-    assert written == flm.TextGenerator(merged).generate_ids([ids], max_new_tokens=12)[0]
     other = np.asarray(backbone(np.array([ids + written])))[0, len(ids) - 1 : -1]
     assert written != other.argmax(axis=-1).tolist()
 

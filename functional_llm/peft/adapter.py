@@ -15,7 +15,7 @@ from functional_llm.peft.linear import LINEAR_LAYERS, Linear
 from functional_llm.rewiring import rewire, twin
 from functional_llm.selecting import Where, matches, select, walk
 
-ATTENTION_QUERY_AND_VALUE = ("query", "value")
+QUERY_AND_VALUE = ("query", "value")
 
 
 class Adapter(keras.layers.Layer):
@@ -228,8 +228,13 @@ def value_for(path: str, value: Any, what: str) -> Any:
     raise ValueError(f"No pattern of `{what}` matches '{path}'. It has {list(value)}.")
 
 
-def check_rank(rank: Any, layer: Any, path: str) -> None:
-    """Raises a ValueError unless 1 <= rank <= the smaller side of the layer's matrix."""
+def rank_for(path: str, rank: Any, layer: Any) -> int:
+    """Returns the rank for one layer.
+
+    Raises:
+        ValueError: Unless 1 <= rank <= the smaller side of the layer's matrix.
+    """
+    rank = value_for(path, rank, "rank")
     linear = Linear(layer.origin if isinstance(layer, Adapter) else layer)
     limit = min(linear.in_size, linear.out_size)
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= limit:
@@ -237,6 +242,14 @@ def check_rank(rank: Any, layer: Any, path: str) -> None:
             f"Expected a rank from 1 to {limit} for '{path}', a matrix {linear.in_size} x "
             f"{linear.out_size}. Received: {rank!r}."
         )
+    return rank
+
+
+def targets_for(targets: Any, rank: Any) -> Any:
+    """Returns the targets: those given, those that `rank` has patterns for, or the default."""
+    if targets is not None:
+        return targets
+    return list(rank) if isinstance(rank, dict) else QUERY_AND_VALUE
 
 
 def seed_for(path: str, seed: int | None) -> int | None:

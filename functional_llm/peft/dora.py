@@ -8,13 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from functional_llm.peft.adapter import (
-    ATTENTION_QUERY_AND_VALUE,
-    attach,
-    check_rank,
-    seed_for,
-    value_for,
-)
+from functional_llm.peft.adapter import attach, rank_for, seed_for, targets_for, value_for
 from functional_llm.peft.linear import Linear
 from functional_llm.peft.lora import LoRA
 from functional_llm.selecting import Where
@@ -92,11 +86,9 @@ def dora(
     """
 
     def make(layer: Any, path: str, **kwargs: Any) -> Any:
-        own_rank = value_for(path, rank, "rank")
-        check_rank(own_rank, layer, path)
         return DoRA(
             layer,
-            rank=own_rank,
+            rank=rank_for(path, rank, layer),
             alpha=value_for(path, alpha, "alpha"),
             dropout=dropout,
             rslora=rslora,
@@ -105,5 +97,4 @@ def dora(
             **kwargs,
         )
 
-    default = list(rank) if isinstance(rank, dict) else ATTENTION_QUERY_AND_VALUE
-    return attach(model, make, default if targets is None else targets, adapter_name)
+    return attach(model, make, targets_for(targets, rank), adapter_name)

@@ -10,14 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from functional_llm.peft.adapter import (
-    ATTENTION_QUERY_AND_VALUE,
-    Adapter,
-    attach,
-    check_rank,
-    seed_for,
-    value_for,
-)
+from functional_llm.peft.adapter import Adapter, attach, rank_for, seed_for, targets_for, value_for
 from functional_llm.peft.linear import Linear
 from functional_llm.selecting import Where
 
@@ -35,7 +28,6 @@ class LoRA(Adapter):
         init: `"zeros"`, or `"pissa"`: A and B are the R largest singular directions, and what they
             were at first is subtracted.
         seed: Of the random A.
-        **kwargs: As for `Adapter`.
     """
 
     peft_type = "LORA"
@@ -140,11 +132,9 @@ def lora(
     """
 
     def make(layer: Any, path: str, **kwargs: Any) -> Any:
-        own_rank = value_for(path, rank, "rank")
-        check_rank(own_rank, layer, path)
         return LoRA(
             layer,
-            rank=own_rank,
+            rank=rank_for(path, rank, layer),
             alpha=value_for(path, alpha, "alpha"),
             dropout=dropout,
             rslora=rslora,
@@ -154,5 +144,4 @@ def lora(
             **kwargs,
         )
 
-    default = list(rank) if isinstance(rank, dict) else ATTENTION_QUERY_AND_VALUE
-    return attach(model, make, default if targets is None else targets, adapter_name)
+    return attach(model, make, targets_for(targets, rank), adapter_name)
