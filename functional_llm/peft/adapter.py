@@ -171,8 +171,7 @@ def attach(
 def find_targets(model: Any, targets: Where) -> dict[str, Any]:
     """Returns the layers, by path, that `targets` (as for `attach`) stands for."""
     if isinstance(targets, str) and targets == "all":
-        outputs = set(getattr(model, "output_names", ()))
-        found = {path: layer for path, layer in walk(model) if path not in outputs}
+        found = {path: x for path, x in walk(model) if not _is_head(model, path, x)}
     else:
         found = select(model, targets)
     fitting = {p: x for p, x in found.items() if isinstance(x, (*LINEAR_LAYERS, Adapter))}
@@ -183,6 +182,16 @@ def find_targets(model: Any, targets: Where) -> dict[str, Any]:
             f"{', '.join(received)}."
         )
     return fitting
+
+
+def _is_head(model: Any, path: str, layer: Any) -> bool:
+    """Whether a layer makes the model's output; a soft cap may follow it in a language model."""
+    outputs = getattr(model, "output", None)
+    if isinstance(outputs, dict) and "logits" in outputs:
+        base = layer.origin if isinstance(layer, Adapter) else layer
+        size = outputs["logits"].shape[-1]
+        return "/" not in path and getattr(base, "units", None) == size
+    return path in getattr(model, "output_names", ())
 
 
 def find_adapters(model: Any) -> Iterator[tuple[str, Adapter]]:

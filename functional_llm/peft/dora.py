@@ -30,12 +30,12 @@ class DoRA(LoRA):
             raise ValueError(f"DoRA begins with init 'zeros'. Received: {self.init!r}.")
         super().make_weights(linear)
         self.magnitude = self.add_weight((linear.out_size,), "ones", name="magnitude")
-        self.magnitude.assign(_lengths(linear.kernel()))
+        self.magnitude.assign(column_lengths(linear.kernel()))
 
     def _ratio(self) -> Any:
         """M / |V|, for each output."""
         sum_ = self.linear.kernel() + super().kernel_change()
-        return self.magnitude / ops.stop_gradient(_lengths(sum_))
+        return self.magnitude / ops.stop_gradient(column_lengths(sum_))
 
     def kernel_change(self) -> Any:
         kernel = self.linear.kernel()
@@ -53,7 +53,8 @@ class DoRA(LoRA):
         return {key: x for key, x in super().get_options().items() if key != "init"}
 
 
-def _lengths(matrix: Any) -> Any:
+def column_lengths(matrix: Any) -> Any:
+    """Returns the length of each column of a matrix (in, out)."""
     return ops.sqrt(ops.sum(ops.square(matrix), axis=0))
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from functional_llm.convert.safetensors import open_safetensors
 from functional_llm.peft.adapter import Adapter, adapter_names, attach, find_adapters
-from functional_llm.peft.linear import LINEAR_LAYERS
+from functional_llm.peft.linear import LINEAR_LAYERS, Linear
 from functional_llm.peft.peft_format import Stored, from_peft, to_peft
 from functional_llm.selecting import walk
 
@@ -46,7 +46,7 @@ def save_adapter(model: Any, folder: str | Path, adapter_name: str | None = None
     if next(iter(adapters.values())).peft_type is None:
         config, tensors = _by_path(adapters)
     else:
-        config, tensors = to_peft(adapters, _module_names(model, adapters))
+        config, tensors = to_peft(adapters, _module_names(model, adapters), _linears(model))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2) + "\n"
@@ -68,6 +68,16 @@ def _module_names(model: Any, layers: Any) -> dict[str, str]:
     """Path -> name of the module; a model that belongs to no family has only paths."""
     names = dict(getattr(model, "module_names", {}))
     return {**{path: path.replace("/", ".") for path in layers if path not in names}, **names}
+
+
+def _linears(model: Any) -> Callable[[str], Linear]:
+    layers = dict(walk(model))
+
+    def linear(path: str) -> Linear:
+        layer = layers[path]
+        return Linear(layer.origin if isinstance(layer, Adapter) else layer)
+
+    return linear
 
 
 def _by_path(adapters: Mapping[str, Adapter]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -114,7 +124,7 @@ def load_adapter(
     if "registered_name" in config:
         stored, problems = _from_paths(config, tensors, methods)
     elif config.get("peft_type") in ("LORA", "IA3"):
-        stored, problems = from_peft(config, tensors, _module_names(model, layers))
+        stored, problems = from_peft(config, tensors, _module_names(model, layers), _linears(model))
     else:
         raise ValueError(
             f"{folder / CONFIG_NAME}: peft_type is {config.get('peft_type')!r}. Expected LORA or "
