@@ -181,10 +181,8 @@ class Backbone(Freezable, keras.Model):
     @property
     def module_names(self) -> dict[str, str]:
         """Path of each Dense -> name of the module in the family's checkpoints."""
-        for family in FAMILIES.values():
-            if isinstance(self.config, family.Config):
-                return module_names(family.WEIGHTS, self.config.num_layers)
-        return {}
+        fitting = [x for x in FAMILIES.values() if isinstance(self.config, x.Config)]
+        return module_names(fitting[0].WEIGHTS, self.config.num_layers) if fitting else {}
 
 
 def _as_tensor(x: Any) -> Any:
