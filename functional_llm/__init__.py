@@ -6,14 +6,19 @@ import os
 # or sets the variable keeps their choice.
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
-from functional_llm import samplers
+from functional_llm import peft, samplers
 from functional_llm.cache import make_cache
+from functional_llm.capturing import capture
 from functional_llm.composite import CompositeLayer
+from functional_llm.drawing import plot, tree_view
+from functional_llm.freezing import Freezable
 from functional_llm.generate import Past, TextGenerator
 from functional_llm.handles import preset_names
 from functional_llm.layers import AttentionDotProduct, AttentionMask, KVCacheLookup
 from functional_llm.preset_table import list_presets
 from functional_llm.presets import Backbone, Tokenizer
+from functional_llm.rewiring import rewire, twin
+from functional_llm.selecting import select, walk
 
 __version__ = "0.1.0"
 
@@ -22,12 +27,21 @@ __all__ = [
     "AttentionMask",
     "Backbone",
     "CompositeLayer",
+    "Freezable",
     "KVCacheLookup",
     "Past",
     "TextGenerator",
     "Tokenizer",
     "list_presets",
+    "capture",
     "make_cache",
+    "peft",
+    "plot",
     "preset_names",
+    "rewire",
     "samplers",
+    "select",
+    "tree_view",
+    "twin",
+    "walk",
 ]

@@ -30,10 +30,12 @@ from functional_llm.convert.table import (
     expand_table,
     export_weights,
     load_weights,
+    module_names,
     uninitialized,
     with_prefix,
 )
 from functional_llm.family import Family
+from functional_llm.freezing import Freezable
 from functional_llm.handles import is_preset, locate, read_preset
 from functional_llm.tokenizers import TextTokenizer, save_tokenizer
 
@@ -43,7 +45,7 @@ FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for modul
 
 
 @keras.saving.register_keras_serializable("functional_llm")
-class Backbone(keras.Model):
+class Backbone(Freezable, keras.Model):
     """A language model as one functional graph, called with as much or as little as there is.
 
     ```python
@@ -91,9 +93,10 @@ class Backbone(keras.Model):
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         full = self.complete_inputs(inputs)
         outputs = super().call(full, training=training)
-        if isinstance(inputs, dict) and inputs.get("cache") is not None:
-            return {"logits": outputs["logits"], "cache": outputs["cache"]}
-        return outputs["logits"]
+        has_cache = isinstance(inputs, dict) and inputs.get("cache") is not None
+        names = ["logits", *(["cache"] if has_cache else [])]
+        names += [name for name in outputs if name not in ("logits", "hidden", "cache")]
+        return {name: outputs[name] for name in names} if len(names) > 1 else outputs["logits"]
 
     def compute_output_spec(self, inputs: Any, **kwargs: Any) -> Any:
         # Functional's own crashes at optional inputs that are None.
@@ -221,7 +224,12 @@ class Backbone(keras.Model):
                 adapters that are not merged.
             OSError: If the directory cannot be written to.
         """
-        family = next(f for f in FAMILIES.values() if isinstance(self.config, f.config_class))
+        family = self._family()
+        if family is None:
+            raise ValueError(
+                f"Expected a backbone with the config of a known family ({', '.join(FAMILIES)}). "
+                f"Received: config={self.config!r}."
+            )
         paths = [variable.path for variable in self.variables]
         tensors = expand_table(family.weights, paths, self.config.num_layers)
         dtype = self.variables[0].dtype
@@ -245,6 +253,16 @@ class Backbone(keras.Model):
     def vocabulary_size(self) -> int:
         """Number of tokens."""
         return self.output["logits"].shape[-1]
+
+    @property
+    def module_names(self) -> dict[str, str]:
+        """Path of each Dense -> name of the module in the family's checkpoints."""
+        family = self._family()
+        return {} if family is None else module_names(family.weights, self.config.num_layers)
+
+    def _family(self) -> Family | None:
+        fitting = (f for f in FAMILIES.values() if isinstance(self.config, f.config_class))
+        return next(fitting, None)
 
 
 def _as_tensor(x: Any) -> Any:

@@ -21,12 +21,16 @@ RANKS = {
     "sampling_math": 0,
     "samplers": 0,
     "tokenizers": 0,
+    "selecting": 1,
+    "freezing": 1,
     "rewiring": 1,
+    "capturing": 1,
+    "drawing": 1,
     "cache": 1,
     "blocks": 1,
     "backbones": 2,
     "convert": 2,
-    "peft": 2,
+    "peft": 3,
     "handles": 3,
     "generate": 3,
     "decoding": 3,
@@ -43,6 +47,10 @@ FAMILIES = {
     "sampling_math": "samplers",
     "decoding": "generate",
     "writing": "generate",
+    "selecting": "rewiring",
+    "freezing": "rewiring",
+    "capturing": "rewiring",
+    "drawing": "rewiring",
 }
 
 
