@@ -6,7 +6,7 @@ import os
 # or sets the variable keeps their choice.
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
-from functional_llm import samplers
+from functional_llm import samplers, training
 from functional_llm.cache import make_cache
 from functional_llm.composite import CompositeLayer
 from functional_llm.generate import Past, TextGenerator
@@ -28,4 +28,5 @@ __all__ = [
     "make_cache",
     "preset_names",
     "samplers",
+    "training",
 ]

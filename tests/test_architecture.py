@@ -30,6 +30,7 @@ RANKS = {
     "generate": 3,
     "decoding": 3,
     "writing": 3,
+    "training": 3,
     "export": 3,
     "presets": 4,
     "": 9,  # functional_llm/__init__.py
