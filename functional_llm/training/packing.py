@@ -49,7 +49,8 @@ def pack(examples: Sequence[Example], length: int, join: bool = True) -> Rows:
     Args:
         examples: Of at most `length + 1` tokens: the last one is only a label.
         length: T.
-        join: `False` gives each example a row of its own.
+        join: `False` gives each example a row of its own, and makes rows no longer than the longest
+            example needs, rounded up to a multiple of 32.
 
     Returns:
         Rows, as few as that order needs.
@@ -65,6 +66,8 @@ def pack(examples: Sequence[Example], length: int, join: bool = True) -> Rows:
             f"Expected examples of at most {length + 1} tokens, received one of {longest + 1}. "
             "Truncate them: `make_examples(records, tokenizer, length)`."
         )
+    if not join:
+        length = min(length, -(-longest // 32) * 32)
     rows = _fill_rows(examples, length) if join else [[example] for example in examples]
     arrays = {name: np.full((len(rows), length), -1, "int32") for name in Rows.__annotations__}
     arrays["token_ids"][:] = 0
