@@ -211,7 +211,7 @@ class CompositeLayer(keras.layers.Layer):
         graph, _ = self._built()
         return keras.utils.plot_model(expand(graph), to_file, expand_nested=True, **kwargs)
 
-    def with_graph(self, graph: keras.Model) -> Self:
+    def with_graph(self, graph: keras.Model, outputs: Any = None) -> Self:
         """Returns a layer of the same class with the same attributes, and another graph.
 
         Neither the constructor nor `functional_build` of the class runs. An attribute that is a
@@ -220,9 +220,13 @@ class CompositeLayer(keras.layers.Layer):
 
         Args:
             graph: Functional model with as many inputs and outputs as the present graph.
+            outputs: The structure of the outputs, if it is another (the leaves can be anything).
         """
         present, structure = self._built()
-        sizes, expected = [(len(g.inputs), len(g.outputs)) for g in (graph, present)]
+        if outputs is not None:
+            structure = Structure(structure.inputs, tree.map_structure(lambda _: 0, outputs))
+        sizes = (len(graph.inputs), len(graph.outputs))
+        expected = (len(present.inputs), len(tree.flatten(structure.outputs)))
         if sizes != expected:
             raise ValueError(
                 f"The graph of '{self.name}' has {expected[0]} inputs and {expected[1]} outputs. "
@@ -237,8 +241,12 @@ class CompositeLayer(keras.layers.Layer):
             kept = id(layer) in new or id(layer) not in old
             return layer if kept else layer_at(graph.layers, old[id(layer)])
 
-        attributes = _map_layers(replace, self._attributes())
+        attributes = map_layers(replace, self._attributes())
         return self._copy(lambda: (graph, structure, attributes))
+
+    def pack_outputs(self, outputs: Any) -> Any:
+        """Returns the flat outputs of the graph in the structure that the layer returns."""
+        return self._built()[1].pack(outputs)
 
     def _attributes(self) -> dict[str, Any]:
         """What a subclass or a user has set on this object."""
@@ -286,9 +294,9 @@ class CompositeLayer(keras.layers.Layer):
 
     def _copy_attributes(self, memo: dict[int, Any]) -> dict[str, Any]:
         attributes = self._attributes()
-        _map_layers(lambda _, layer: _copy_layer(layer, memo), attributes)
+        map_layers(lambda _, layer: _copy_layer(layer, memo), attributes)
         # Plain containers: Keras's tracking ones would take their layer along.
-        return copy.deepcopy(_map_layers(lambda _, layer: layer, attributes), memo)
+        return copy.deepcopy(map_layers(lambda _, layer: layer, attributes), memo)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments, and the graph where no constructor can make it."""
@@ -322,7 +330,7 @@ class CompositeLayer(keras.layers.Layer):
             )
         paths = layer_paths(self.layers)
         attributes: dict[str, tuple[str, ...] | None] = {}
-        _map_layers(lambda at, x: attributes.update({at: paths.get(id(x))}), self._attributes())
+        map_layers(lambda at, x: attributes.update({at: paths.get(id(x))}), self._attributes())
         return {
             "graph": keras.saving.serialize_keras_object(self.graph),
             "structure": self._built()[1].get_config(),
@@ -366,7 +374,7 @@ class CompositeLayer(keras.layers.Layer):
             return layer_at(graph.layers, path)
 
         structure = Structure.from_config(config["structure"])
-        return graph, structure, _map_layers(replace, self._attributes())
+        return graph, structure, map_layers(replace, self._attributes())
 
     def get_build_config(self) -> dict[str, Any] | None:
         return None if self._structure is None else self._structure.get_config()
@@ -443,14 +451,14 @@ def _names_of_every_layer() -> frozenset[str]:
     return frozenset([*vars(CompositeLayer(name="any")), "_torch_params"])
 
 
-def _map_layers(fn: Callable[[str, Any], Any], value: Any, at: str = "") -> Any:
+def map_layers(fn: Callable[[str, Any], Any], value: Any, at: str = "") -> Any:
     """Replaces the layers in (plain, nested) attributes by `fn("name.index", layer)`."""
     if isinstance(value, keras.layers.Layer):
         return fn(at[1:], value)
     if isinstance(value, dict):
-        return {key: _map_layers(fn, x, f"{at}.{key}") for key, x in value.items()}
+        return {key: map_layers(fn, x, f"{at}.{key}") for key, x in value.items()}
     if isinstance(value, list) or type(value) is tuple:
-        values = [_map_layers(fn, x, f"{at}.{i}") for i, x in enumerate(value)]
+        values = [map_layers(fn, x, f"{at}.{i}") for i, x in enumerate(value)]
         return tuple(values) if isinstance(value, tuple) else values
     return value
 

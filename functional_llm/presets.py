@@ -28,6 +28,7 @@ from functional_llm.convert.table import (
     uninitialized,
 )
 from functional_llm.handles import is_preset, locate, read_preset
+from functional_llm.rewiring import Freezable
 from functional_llm.tokenizers import TextTokenizer
 
 FAMILIES: dict[str, ModuleType] = {
@@ -36,7 +37,7 @@ FAMILIES: dict[str, ModuleType] = {
 
 
 @keras.saving.register_keras_serializable("functional_llm")
-class Backbone(keras.Model):
+class Backbone(Freezable, keras.Model):
     """A language model as one functional graph, called with as much or as little as there is.
 
     ```python
@@ -83,9 +84,10 @@ class Backbone(keras.Model):
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         full = self.complete_inputs(inputs)
         outputs = super().call(full, training=training)
-        if isinstance(inputs, dict) and inputs.get("cache") is not None:
-            return {"logits": outputs["logits"], "cache": outputs["cache"]}
-        return outputs["logits"]
+        has_cache = isinstance(inputs, dict) and inputs.get("cache") is not None
+        names = ["logits", *(["cache"] if has_cache else [])]
+        names += [name for name in outputs if name not in ("logits", "hidden", "cache")]
+        return {name: outputs[name] for name in names} if len(names) > 1 else outputs["logits"]
 
     def compute_output_spec(self, inputs: Any, **kwargs: Any) -> Any:
         # Functional's own crashes at optional inputs that are None.

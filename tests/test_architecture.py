@@ -20,7 +20,10 @@ RANKS = {
     "sampling_math": 0,
     "samplers": 0,
     "tokenizers": 0,
+    "selecting": 1,
     "rewiring": 1,
+    "capturing": 1,
+    "drawing": 1,
     "cache": 1,
     "blocks": 1,
     "backbones": 2,
@@ -42,6 +45,9 @@ FAMILIES = {
     "sampling_math": "samplers",
     "decoding": "generate",
     "writing": "generate",
+    "selecting": "rewiring",
+    "capturing": "rewiring",
+    "drawing": "rewiring",
 }
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import keras
 
-from functional_llm.composite import CompositeLayer, clone_graph
+from functional_llm.composite import CompositeLayer
+from functional_llm.rewiring import rewire
 
 
 def rematerialize(graph: keras.Model) -> keras.Model:
@@ -16,10 +17,11 @@ def rematerialize(graph: keras.Model) -> keras.Model:
     Args:
         graph: Functional model. Only its outermost CompositeLayers, the decoder layers, change.
     """
-    return clone_graph(
-        graph,
-        lambda layer: Rematerialized(layer) if isinstance(layer, CompositeLayer) else layer,
-    )
+
+    def is_outermost(layer: keras.layers.Layer, path: str) -> bool:
+        return isinstance(layer, CompositeLayer) and "/" not in path
+
+    return rewire(graph, lambda layer, path: Rematerialized(layer), where=is_outermost)
 
 
 @keras.saving.register_keras_serializable("functional_llm")
