@@ -6,7 +6,7 @@ import os
 # or sets the variable keeps their choice.
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
-from functional_llm import samplers, training
+from functional_llm import peft, samplers, training
 from functional_llm.cache import make_cache
 from functional_llm.capturing import capture
 from functional_llm.composite import CompositeLayer
@@ -32,6 +32,7 @@ __all__ = [
     "Tokenizer",
     "capture",
     "make_cache",
+    "peft",
     "plot",
     "preset_names",
     "rewire",

@@ -25,6 +25,7 @@ from functional_llm.convert.table import (
     check_source,
     expand_table,
     load_weights,
+    module_names,
     uninitialized,
 )
 from functional_llm.handles import is_preset, locate, read_preset
@@ -176,6 +177,14 @@ class Backbone(Freezable, keras.Model):
     def vocabulary_size(self) -> int:
         """Number of tokens."""
         return self.output["logits"].shape[-1]
+
+    @property
+    def module_names(self) -> dict[str, str]:
+        """Path of each Dense -> name of the module in the family's checkpoints."""
+        for family in FAMILIES.values():
+            if isinstance(self.config, family.Config):
+                return module_names(family.WEIGHTS, self.config.num_layers)
+        return {}
 
 
 def _as_tensor(x: Any) -> Any:

@@ -108,13 +108,21 @@ class Freezable:
 
 def keep_frozen(model: Any, new_model: Any, freeze: bool | None) -> None:
     """Freezes in a new model what `freeze` says, as for `rewire`."""
-    frozen = {} if freeze is False else dict(getattr(model, "_frozen", {}))
-    if freeze:
-        frozen |= {id(v): v for v in model.variables}
-    present = set(map(id, new_model.variables))
-    frozen = {key: v for key, v in frozen.items() if key in present}
-    if isinstance(new_model, Freezable):
-        new_model._frozen = MappingProxyType(frozen)
+    before = () if freeze is False else getattr(model, "_frozen", {}).values()
+    freeze_variables(new_model, [*before, *(model.variables if freeze else ())])
+
+
+def freeze_variables(model: Any, variables: Iterable[Any]) -> None:
+    """Freezes variables in this model and in no other, and thaws what was frozen so before.
+
+    Args:
+        model: A model with the mixin `Freezable`, or one whose variables do not train anyway.
+        variables: Those that the model does not have do not count.
+    """
+    present = set(map(id, model.variables))
+    frozen = {id(v): v for v in variables if id(v) in present}
+    if isinstance(model, Freezable):
+        model._frozen = MappingProxyType(frozen)
     elif any(v.trainable for v in frozen.values()):
         raise ValueError(
             f"{type(model).__name__} '{model.name}' cannot freeze in one model what trains in "
@@ -226,11 +234,12 @@ class Rewiring:
 
     def _container(self, layer: Any, path: str) -> Any:
         """Returns a layer or model like this one, around a new graph."""
-        if isinstance(layer, keras.Sequential):
-            if self._call is None and not self._tapped:
-                return self._sequential(layer, path)
-            layer = keras.Model(layer.inputs, layer.outputs, name=layer.name)
+        is_sequential = isinstance(layer, keras.Sequential)
+        if is_sequential and self._call is None and not self._tapped:
+            return self._sequential(layer, path)
         graph = layer.graph if isinstance(layer, CompositeLayer) else layer
+        if is_sequential:  # it has no place for calls of another kind: a stock Functional
+            graph = keras.Model(layer.inputs, layer.outputs, name=layer.name)
         inputs, outputs, taps = self._graph(graph, path)
         self._taps[id(layer)] = taps
         tapped = [x for _, value in taps for x in _tensors(value)]
@@ -245,7 +254,7 @@ class Rewiring:
             outputs = {**named, "captured": _by_path(taps)}
         elif taps:
             outputs = (outputs, tapped)
-        return self._like(layer, inputs, outputs)
+        return self._like(graph, inputs, outputs)
 
     def _sequential(self, layer: Any, path: str) -> Any:
         layers = [self._place(x, f"{path}/{x.name}".lstrip("/")) for x in layer.layers]

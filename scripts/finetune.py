@@ -43,6 +43,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--method", choices=METHODS, default="lora", help="what is trained")
     add("--rank", type=int, default=8, help="of LoRA and DoRA")
     add("--alpha", type=float, default=16.0, help="of LoRA and DoRA")
+    add("--dropout", type=float, default=0.0, help="of LoRA and DoRA")
+    add("--targets", nargs="+", help="layers by name or path: query decoder_*/mlp/*; or all")
     add("--dtype", default="float32", help="float32, bfloat16, mixed_bfloat16 or float16")
     add("--length", type=int, default=512, help="tokens of a row; longer examples are cut")
     add("--no-packing", dest="packing", action="store_false", help="an example a row")
@@ -93,7 +95,7 @@ def run(arguments: argparse.Namespace, flm: Any, keras: Any) -> None:
         f"{len(kept)} examples in {len(rows)} rows of {arguments.length} tokens, {len(held)} held "
         f"out; {settings.steps} steps on {trainable:,} of {total:,} weights"
     )
-    names = ("preset", "method", "rank", "alpha", "dtype", "length", "packing", "held_out")
+    names = ("preset", "method", "rank", "alpha", "dropout", "targets", "dtype")
     history = training.train(
         model,
         rows,
@@ -122,8 +124,10 @@ def adapt(backbone: Any, arguments: argparse.Namespace, flm: Any) -> Any:
     """Returns the model to train."""
     if arguments.method == "full":
         return backbone
-    ranked = arguments.method in ("lora", "dora")
-    numbers = {"rank": arguments.rank, "alpha": arguments.alpha} if ranked else {}
+    names = ("rank", "alpha", "dropout") if arguments.method in ("lora", "dora") else ()
+    numbers = {name: getattr(arguments, name) for name in names}
+    if arguments.targets:
+        numbers["targets"] = "all" if arguments.targets == ["all"] else arguments.targets
     return getattr(flm.peft, arguments.method)(backbone, **numbers)
 
 

@@ -28,7 +28,7 @@ RANKS = {
     "blocks": 1,
     "backbones": 2,
     "convert": 2,
-    "peft": 2,
+    "peft": 3,
     "handles": 3,
     "generate": 3,
     "decoding": 3,

@@ -76,6 +76,19 @@ def expand_table(table: Sequence[Row], paths: Sequence[str], num_layers: int) ->
     return rows
 
 
+def module_names(table: Sequence[Row], num_layers: int) -> dict[str, str]:
+    """Returns layer path -> name of the module of the checkpoint, for the matrix products.
+
+    Both are what is left of a row's names without `.weight` and `/kernel`.
+    """
+    return {
+        target.removesuffix("/kernel").format(index): source.removesuffix(".weight").format(index)
+        for source, target, *_ in table
+        if target.endswith("/kernel") and source.endswith(".weight")
+        for index in range(num_layers if "{}" in target else 1)
+    }
+
+
 def check_source(
     rows: Mapping[str, Row],
     shapes: Mapping[str, tuple[int, ...]],

@@ -1,0 +1,33 @@
+"""Parameter-efficient fine-tuning: graph in, graph out."""
+
+from functional_llm.peft.adapter import Adapter, activate, adapter_names, attach
+from functional_llm.peft.bitfit import BitFit, bitfit
+from functional_llm.peft.dora import DoRA, dora
+from functional_llm.peft.ia3 import IA3, ia3
+from functional_llm.peft.linear import Linear
+from functional_llm.peft.lora import LoRA, lora
+from functional_llm.peft.merging import merge, unmerge
+from functional_llm.peft.saving import load_adapter, save_adapter
+from functional_llm.peft.svf import SVF, svf
+
+__all__ = [
+    "IA3",
+    "SVF",
+    "Adapter",
+    "BitFit",
+    "DoRA",
+    "Linear",
+    "LoRA",
+    "activate",
+    "adapter_names",
+    "attach",
+    "bitfit",
+    "dora",
+    "ia3",
+    "load_adapter",
+    "lora",
+    "merge",
+    "save_adapter",
+    "svf",
+    "unmerge",
+]

@@ -1,0 +1,123 @@
+"""Dense and EinsumDense seen as one thing: a matrix (in, out) and a bias (out)."""
+
+import math
+from typing import Any
+
+import keras
+from keras import ops
+
+LINEAR_LAYERS = (keras.layers.Dense, keras.layers.EinsumDense)
+
+
+class Linear:
+    """A view of a built Dense or EinsumDense.
+
+    Args:
+        layer: The layer.
+
+    Raises:
+        TypeError: If it is another layer.
+        ValueError: If the kernel of an EinsumDense is no matrix product.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        if not isinstance(layer, LINEAR_LAYERS):
+            raise TypeError(
+                f"Expected a Dense or EinsumDense, received {type(layer).__name__} '{layer.name}'."
+            )
+        self.layer = layer
+        self._axes = _kernel_axes(layer)
+        num_inputs, order = self._axes
+        shape = [layer.kernel.shape[axis] for axis in order]
+        self._shape = shape
+        self.in_size, self.out_size = math.prod(shape[:num_inputs]), math.prod(shape[num_inputs:])
+        self._out_shape = tuple(shape[num_inputs:])
+
+    def kernel(self) -> Any:
+        """Returns the matrix (in, out), float32."""
+        kernel = ops.cast(self.layer.kernel, "float32")
+        return ops.reshape(ops.transpose(kernel, self._axes[1]), (self.in_size, self.out_size))
+
+    def bias(self) -> Any:
+        """Returns the bias (out), float32; `None` if there is none."""
+        bias = self.layer.bias
+        if bias is None:
+            return None
+        full = ops.broadcast_to(ops.cast(bias, "float32"), self._out_shape)
+        return ops.reshape(full, (self.out_size,))
+
+    def apply(self, x: Any, matrix: Any) -> Any:
+        """Returns what the layer would return with another matrix (in, out), and no bias."""
+        if isinstance(self.layer, keras.layers.Dense):
+            return ops.matmul(x, matrix)
+        return ops.einsum(self.layer.equation, x, self.as_kernel(matrix))
+
+    def as_kernel(self, matrix: Any) -> Any:
+        """Returns a matrix (in, out) in the shape of the layer's kernel."""
+        order = self._axes[1]
+        return ops.transpose(ops.reshape(matrix, self._shape), _inverse(order))
+
+    def as_output(self, vector: Any) -> Any:
+        """Returns a vector (out) in the shape of the last axes of the layer's output."""
+        return ops.reshape(vector, self._out_shape)
+
+    def as_input(self, vector: Any) -> Any:
+        """Returns a vector (in) in the shape of the last axes of the layer's input."""
+        return ops.reshape(vector, tuple(self._shape[: self._axes[0]]))
+
+    def make_layer(self, kernel: Any, bias: Any, activation: Any) -> Any:
+        """Returns a layer of the same class and config with other weights.
+
+        Args:
+            kernel: (in, out), float32.
+            bias: (out), float32, or `None`.
+            activation: The layer's activation.
+        """
+        config = self.layer.get_config()
+        if bias is not None and isinstance(self.layer, keras.layers.Dense):
+            config["use_bias"] = True
+        elif bias is not None and self.layer.bias is None:
+            config["bias_axes"] = _output_letters(self.layer)
+        config["activation"] = keras.activations.serialize(activation)
+        new = type(self.layer).from_config(config)
+        new.build_from_config(self.layer.get_build_config())
+        new.kernel.assign(self.as_kernel(kernel))
+        if bias is not None:
+            if math.prod(new.bias.shape) != self.out_size:
+                raise ValueError(
+                    f"The bias of '{self.layer.name}' has shape {tuple(new.bias.shape)}, and the "
+                    f"change to it {self.out_size} numbers. Expected a bias over all output axes."
+                )
+            new.bias.assign(ops.reshape(bias, new.bias.shape))
+        return new
+
+
+def _kernel_axes(layer: Any) -> tuple[int, list[int]]:
+    """The number of input axes of a kernel, and the order that puts them first."""
+    if isinstance(layer, keras.layers.Dense):
+        return 1, [0, 1]
+    inputs, kernel, outputs = _letters(layer)
+    contracted = [x for x in inputs if x in kernel and x not in outputs]
+    free = [x for x in outputs if x in kernel and x not in inputs]
+    is_trailing = inputs.endswith("".join(contracted)) and outputs.endswith("".join(free))
+    if len(contracted) + len(free) != len(kernel) or not is_trailing:
+        raise ValueError(
+            f"EinsumDense '{layer.name}' with the equation '{layer.equation}' is no product with "
+            "one matrix: expected the last axes of the input to become the last of the output."
+        )
+    return len(contracted), [kernel.index(x) for x in contracted + free]
+
+
+def _letters(layer: Any) -> tuple[str, str, str]:
+    left, outputs = layer.equation.replace(" ", "").replace("...", "").split("->")
+    inputs, kernel = left.split(",")
+    return inputs, kernel, outputs
+
+
+def _output_letters(layer: Any) -> str:
+    inputs, _, outputs = _letters(layer)
+    return "".join(x for x in outputs if x not in inputs)
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return [order.index(i) for i in range(len(order))]

@@ -1,0 +1,74 @@
+"""Folding adapters into the weights they change, and back."""
+
+from typing import Any
+
+from keras import ops
+
+from functional_llm.peft.adapter import Adapter, find_adapters
+from functional_llm.rewiring import freeze_variables, rewire, twin
+from functional_llm.selecting import walk
+
+
+class _Before:
+    """What stood in the place of a merged layer. Not a layer: nobody shall track or save it."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+
+def merge(model: Any, keep: bool = True) -> Any:
+    """Returns a model without adapters that computes the same: stock layers, as before.
+
+    The active adapters are folded into copies of the weights that they change, in float32; all
+    other weights are shared with `model`. Everything trains in it.
+
+    Args:
+        model: A model with adapters.
+        keep: Whether the new model remembers the adapters and the weights under them, for
+            `unmerge`. `False` lets go of that memory.
+
+    Raises:
+        ValueError: If there are no adapters.
+    """
+    if not list(find_adapters(model)):
+        raise ValueError(f"'{model.name}' has no adapters. Expected a model with some.")
+
+    def fold(adapter: Any, path: str) -> Any:
+        linear, kernel, bias = adapter.linear, adapter.linear.kernel(), adapter.linear.bias()
+        for one in reversed(list(adapter.chain())):
+            if float(ops.convert_to_numpy(one.gate.value)) == 0:
+                continue
+            kernel_change, bias_change = one.kernel_change(), one.bias_change()
+            kernel = kernel if kernel_change is None else kernel + kernel_change
+            if bias_change is not None:
+                bias = bias_change if bias is None else bias + bias_change
+        layer = linear.make_layer(kernel, bias, adapter.activation)
+        if keep:
+            layer.before_merging = _Before(adapter)
+        return layer
+
+    return rewire(model, fold, where=Adapter, freeze=False)
+
+
+def unmerge(model: Any) -> Any:
+    """Returns the model with its adapters again, exactly as they were merged.
+
+    Args:
+        model: From `merge`, with `keep`.
+
+    Raises:
+        ValueError: If nothing in it remembers an adapter.
+    """
+    merged = {p: x for p, x in walk(model) if hasattr(x, "before_merging")}
+    if not merged:
+        raise ValueError(
+            f"'{model.name}' has nothing to unmerge. Expected a model from `merge(..., keep=True)`."
+        )
+    new_model = rewire(
+        model,
+        lambda layer, path: twin(layer.before_merging.adapter),
+        where=lambda _, path: path in merged,
+    )
+    own = [v for _, x in find_adapters(new_model) for v in x.adapter_weights.values()]
+    freeze_variables(new_model, [v for v in new_model.variables if all(v is not w for w in own)])
+    return new_model

@@ -1,0 +1,220 @@
+"""Adapters through PEFT's own files, both ways, with equal logits."""
+
+import json
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import functional_llm as flm
+from configs import CONFIGS
+from reference import make_reference, reference_logits
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    theirs = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+IDS = np.random.default_rng(0).integers(0, 128, (2, 7)).astype("int32")
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module", params=["llama_biases"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp(request.param)
+    make_reference(CONFIGS[request.param]).save_pretrained(folder)
+    return SimpleNamespace(
+        make=lambda: make_reference(CONFIGS[request.param]),
+        backbone=flm.Backbone.from_preset(str(folder)),
+        base=np.asarray(flm.Backbone.from_preset(str(folder))(IDS)),
+    )
+
+
+def _noise(model: Any) -> None:
+    """Moves every adapter weight, so that a wrong one shows."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "ia3_" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def _peft_configs() -> dict[str, Any]:
+    lora: dict[str, Any] = {"r": 3, "lora_alpha": 5}
+    return {
+        "lora": theirs.LoraConfig(**lora, target_modules=["q_proj", "v_proj"]),
+        "all_linear": theirs.LoraConfig(**lora, target_modules="all-linear", lora_dropout=0.1),
+        "head": theirs.LoraConfig(**lora, target_modules=["up_proj", "lm_head"]),
+        "patterns": theirs.LoraConfig(
+            **lora,
+            target_modules=ALL,
+            rank_pattern={"v_proj": 2, "layers.1.mlp.up_proj": 4},
+            alpha_pattern={"q_proj": 1, "^model.layers.0.mlp.down_proj": 9},
+        ),
+        "some_layers": theirs.LoraConfig(
+            **lora, target_modules=["o_proj"], layers_to_transform=[1]
+        ),
+        "rslora": theirs.LoraConfig(**lora, target_modules=ALL, use_rslora=True),
+        "dora": theirs.LoraConfig(**lora, target_modules=ALL, use_dora=True),
+        "rsdora": theirs.LoraConfig(
+            **lora, target_modules=["q_proj"], use_dora=True, use_rslora=True
+        ),
+        "ia3": theirs.IA3Config(
+            target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+        ),
+        "ia3_no_feedforward": theirs.IA3Config(
+            target_modules=["o_proj", "up_proj"], feedforward_modules=[]
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", list(_peft_configs()))
+def test_we_load_what_peft_saved(pair: Any, name: str, tmp_path: Path) -> None:
+    config = _peft_configs()[name]
+    model = theirs.get_peft_model(pair.make(), config).eval()
+    _noise(model)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)  # True adds the head itself
+    expected = reference_logits(model, IDS)
+    assert np.abs(expected - pair.base).max() > 1e-2
+    ours = flm.peft.load_adapter(pair.backbone, tmp_path)
+    np.testing.assert_allclose(np.asarray(ours(IDS)), expected, atol=1e-4)
+    np.testing.assert_array_equal(np.asarray(pair.backbone(IDS)), pair.base)
+    merged = np.asarray(flm.peft.merge(ours)(IDS))
+    np.testing.assert_allclose(merged, reference_logits(model.merge_and_unload(), IDS), atol=1e-4)
+
+
+def _our_models(backbone: Any) -> dict[str, Any]:
+    linear = ["decoder_*/attention/*", "decoder_*/mlp/*"]
+    peft = flm.peft
+    return {
+        "lora": lambda: peft.lora(backbone, rank=3, alpha=5),
+        "all": lambda: peft.lora(backbone, rank=3, alpha=5, targets="all", dropout=0.2),
+        "patterns": lambda: peft.lora(
+            backbone,
+            rank={"decoder_0/attention/query": 2, "query": 4, "mlp/**": 3, "**/down": 1},
+            alpha={"down": 2, "**": 7},
+        ),
+        "some": lambda: peft.lora(backbone, 2, 3, targets=["decoder_1/mlp/up", "key"]),
+        "rslora": lambda: peft.lora(backbone, 4, 3, targets=linear, rslora=True),
+        "pissa": lambda: peft.lora(backbone, 4, 3, targets=["query", "down"], init="pissa"),
+        "rspissa": lambda: peft.lora(backbone, 4, 3, ["up"], rslora=True, init="pissa"),
+        "dora": lambda: peft.dora(backbone, 3, 5, targets="all"),
+        "ia3": lambda: peft.ia3(backbone),
+        "ia3_some": lambda: peft.ia3(backbone, ["query", "decoder_1/mlp/*"], "decoder_1/mlp/down"),
+    }
+
+
+@pytest.mark.parametrize("name", list(_our_models(None)))
+def test_peft_loads_what_we_saved(pair: Any, name: str, tmp_path: Path) -> None:
+    ours = _our_models(pair.backbone)[name]
+    if name == "patterns":
+        with pytest.raises(ValueError, match=r"matches 'mlp/\*\*'"):
+            ours()
+        options: dict[str, Any] = {"rank": {"decoder_0/**": 2, "query": 4, "down": 1}}
+        model = flm.peft.lora(
+            pair.backbone, **options, alpha={"down": 2, "**": 7}, targets=["query", "down"]
+        )
+    else:
+        model = ours()
+    np.testing.assert_allclose(np.asarray(model(IDS)), pair.base, atol=1e-5)
+    rng = np.random.default_rng(2)
+    for variable in model.trainable_variables:
+        variable.assign_add(rng.normal(size=variable.shape).astype("float32") * 0.1)
+    expected = np.asarray(model(IDS))
+    assert np.abs(expected - pair.base).max() > 1e-2
+    flm.peft.save_adapter(model, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    # PEFT warns, which is an error here, about missing and unexpected tensors.
+    reference = theirs.PeftModel.from_pretrained(pair.make(), str(tmp_path)).eval()
+    np.testing.assert_allclose(reference_logits(reference, IDS), expected, atol=1e-4)
+    again = flm.peft.load_adapter(pair.backbone, tmp_path)
+    np.testing.assert_allclose(np.asarray(again(IDS)), expected, atol=1e-5)
+
+
+def test_pissa_that_peft_saved_beside_its_residual(pair: Any, tmp_path: Path) -> None:
+    config = theirs.LoraConfig(
+        r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights="pissa"
+    )
+    model = theirs.get_peft_model(pair.make(), config).eval()
+    _noise(model)
+    model.save_pretrained(tmp_path)
+    ours = flm.peft.load_adapter(pair.backbone, tmp_path)
+    np.testing.assert_allclose(np.asarray(ours(IDS)), reference_logits(model, IDS), atol=1e-4)
+
+
+def test_gradients_equal_pefts(pair: Any, tmp_path: Path) -> None:
+    import jax
+
+    for name in ("all_linear", "dora", "ia3"):
+        config = _peft_configs()[name]
+        if name == "all_linear":
+            config.lora_dropout = 0.0
+        model = theirs.get_peft_model(pair.make(), config).eval()
+        _noise(model)
+        model.save_pretrained(tmp_path / name)
+        logits = model(torch.tensor(IDS)).logits
+        (logits.log_softmax(-1)[..., 0].mean()).backward()
+        ours = flm.peft.load_adapter(pair.backbone, tmp_path / name)
+        fixed = [v.value for v in ours.non_trainable_variables]
+
+        def loss(values: Any, ours: Any = ours, fixed: Any = fixed) -> Any:
+            logits, _ = ours.stateless_call(values, fixed, IDS)
+            return jax.nn.log_softmax(logits)[..., 0].mean()
+
+        values = [v.value for v in ours.trainable_variables]
+        gradients = jax.grad(loss)(values)
+        expected = {
+            key.replace(".default", ""): p.grad.numpy()
+            for key, p in model.named_parameters()
+            if p.grad is not None
+        }
+        assert len(expected) == len(gradients)
+        names = pair.backbone.module_names
+        ends = {
+            "lora_a": "lora_A.weight",
+            "lora_b": "lora_B.weight",
+            "magnitude": "lora_magnitude_vector.weight",
+            "scale": "ia3_l",
+        }
+        for variable, gradient in zip(ours.trainable_variables, gradients, strict=True):
+            path, _, own = variable.path.rpartition("/")
+            other = expected[f"base_model.model.{names[path]}.{ends[own]}"]
+            gradient = np.asarray(gradient)
+            other = other.T if gradient.ndim == 2 else other.reshape(-1)
+            np.testing.assert_allclose(gradient, other, atol=1e-5, err_msg=variable.path)
+
+
+def _edit(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "'modules_to_save' = .* is not supported"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"bias": "all"}, "'bias' = 'all'"),
+        ({"something_new": 3}, "'something_new' = 3"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights = 'olora'"),
+        ({"peft_type": "VERA"}, "peft_type is 'VERA'"),
+        ({"r": 5}, r"decoder_0/attention/query: 'lora_a' expected shape \(48, 5\)"),
+        ({"r": 0}, "rank from 1 to 48"),
+        ({"use_dora": True}, "missing weight 'magnitude'"),
+    ],
+)
+def test_what_we_do_not_read_is_an_error(
+    pair: Any, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    flm.peft.save_adapter(flm.peft.lora(pair.backbone, 3), tmp_path)
+    _edit(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        flm.peft.load_adapter(pair.backbone, tmp_path)
