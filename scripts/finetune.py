@@ -1,6 +1,7 @@
 """Fine-tunes a language model on a dataset: adapters or all weights, with Keras's own `fit`."""
 
 import argparse
+import math
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -90,10 +91,10 @@ def run(arguments: argparse.Namespace, flm: Any, keras: Any) -> None:
     )
     settings = make_settings(arguments, len(rows), training.Settings)
     model = adapt(backbone, arguments, flm)
-    trainable, total = (sum(v.size for v in x) for x in (model.trainable_variables, model.weights))
+    trainable = sum(math.prod(variable.shape) for variable in model.trainable_variables)
     print(
-        f"{len(kept)} examples in {len(rows)} rows of {arguments.length} tokens, {len(held)} held "
-        f"out; {settings.steps} steps on {trainable:,} of {total:,} weights"
+        f"{len(kept)} examples in {len(rows)} rows of {rows.token_ids.shape[1]} tokens, {len(held)} held "
+        f"out; {settings.steps} steps on {trainable:,} of {model.count_params():,} weights"
     )
     names = ("preset", "method", "rank", "alpha", "dropout", "targets", "dtype")
     history = training.train(

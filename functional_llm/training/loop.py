@@ -1,6 +1,6 @@
 """The training run: rounds of Keras's `fit`, evaluation between them, and going on after a kill."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ def train(
     resume: bool = False,
     arguments: dict[str, Any] | None = None,
     tensorboard: bool = False,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
     say: Callable[[str], None] = print,
 ) -> History:
     """Trains the trainable weights of a backbone.
@@ -91,6 +92,7 @@ def train(
         resume: Go on from the checkpoint in `folder`; from the beginning if there is none.
         arguments: What else a resumed run must have in common with the first one, as plain data.
         tensorboard: Write logs for TensorBoard.
+        callbacks: Of your own, after those of the run.
         say: Receives a line about each evaluation.
 
     Returns:
@@ -112,10 +114,10 @@ def train(
     batches = Batches(rows, settings.batch_size, settings.seed)
     validation = None if held_out is None else Batches(held_out, settings.batch_size)
     progress = Progress(settings.steps, batches, history)
-    callbacks: list[keras.callbacks.Callback] = [history, progress]
     saver = Checkpoints(path, settings.checkpoint_every or settings.steps, history, arguments)
-    callbacks += [saver] if settings.checkpoint_every else []
-    callbacks += [TensorBoard(Path(folder) / "tensorboard", history)] if tensorboard else []
+    all_callbacks = [history, progress, *([saver] if settings.checkpoint_every else [])]
+    all_callbacks += [TensorBoard(Path(folder) / "tensorboard", history)] if tensorboard else []
+    all_callbacks += callbacks
     try:
         if validation is not None and not history.held_out:
             history.add_held_out(
@@ -125,7 +127,7 @@ def train(
         for start, stop in settings.rounds(history.step):
             part = batches.between(start * settings.accumulate, stop * settings.accumulate)
             model.fit(
-                part, validation_data=validation, shuffle=False, verbose=0, callbacks=callbacks
+                part, validation_data=validation, shuffle=False, verbose=0, callbacks=all_callbacks
             )
             say(_sentence(history, progress))
         if settings.checkpoint_every:
