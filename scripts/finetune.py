@@ -93,8 +93,9 @@ def run(arguments: argparse.Namespace, flm: Any, keras: Any) -> None:
     model = adapt(backbone, arguments, flm)
     trainable = sum(math.prod(variable.shape) for variable in model.trainable_variables)
     print(
-        f"{len(kept)} examples in {len(rows)} rows of {rows.token_ids.shape[1]} tokens, {len(held)} held "
-        f"out; {settings.steps} steps on {trainable:,} of {model.count_params():,} weights"
+        f"{len(kept)} examples in {len(rows)} rows of {rows.token_ids.shape[1]} tokens, "
+        f"{len(held)} held out; {settings.steps} steps on {trainable:,} of "
+        f"{model.count_params():,} weights"
     )
     names = ("preset", "method", "rank", "alpha", "dropout", "targets", "dtype")
     history = training.train(

@@ -140,15 +140,17 @@ def train(
 def compile_model(backbone: keras.Model, settings: Settings) -> LossModel:
     """Returns the backbone with its loss, compiled."""
     model = LossModel(backbone, settings.chunk_size, settings.remat)
-    batches = settings.accumulate  # a schedule's steps are batches
     schedule = make_schedule(
         settings.schedule,
         settings.learning_rate,
-        settings.steps * batches,
-        settings.warmup_steps * batches,
+        settings.steps,
+        settings.warmup_steps,
+        settings.accumulate,
     )
     model.compile(
-        make_optimizer(schedule, batches, settings.clip_norm or None, settings.weight_decay)
+        make_optimizer(
+            schedule, settings.accumulate, settings.clip_norm or None, settings.weight_decay
+        )
     )
     return model
 

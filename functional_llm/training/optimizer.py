@@ -15,28 +15,32 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
     Args:
         schedule: The schedule after the warm-up, from its step 0.
         warmup_steps: Steps before it. The first is no zero, which would be a step for nothing.
+        accumulate: Batches that make one step: it is those that Keras counts here.
     """
 
-    def __init__(self, schedule: Any, warmup_steps: int) -> None:
-        self.schedule, self.warmup_steps = schedule, warmup_steps
+    def __init__(self, schedule: Any, warmup_steps: int, accumulate: int = 1) -> None:
+        self.schedule, self.warmup_steps, self.accumulate = schedule, warmup_steps, accumulate
 
     def __call__(self, step: Any) -> Any:
-        step = ops.cast(step, "float32")
+        step = ops.cast(ops.cast(step, "int32") // self.accumulate, "float32")
         rising = self.schedule(0.0) * (step + 1.0) / float(self.warmup_steps + 1)
         after = self.schedule(ops.maximum(step - float(self.warmup_steps), 0.0))
         return ops.where(step < float(self.warmup_steps), rising, after)
 
     def get_config(self) -> dict[str, Any]:
         schedule = keras.saving.serialize_keras_object(self.schedule)
-        return {"schedule": schedule, "warmup_steps": self.warmup_steps}
+        numbers = {"warmup_steps": self.warmup_steps, "accumulate": self.accumulate}
+        return {"schedule": schedule, **numbers}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "WarmUp":
         schedule = keras.saving.deserialize_keras_object(config["schedule"])
-        return cls(schedule, config["warmup_steps"])
+        return cls(**{**config, "schedule": schedule})
 
 
-def make_schedule(kind: str, learning_rate: float, steps: int, warmup_steps: int = 0) -> Any:
+def make_schedule(
+    kind: str, learning_rate: float, steps: int, warmup_steps: int = 0, accumulate: int = 1
+) -> WarmUp:
     """Returns a schedule that ends at 0 after `steps`, or never falls.
 
     Args:
@@ -44,6 +48,7 @@ def make_schedule(kind: str, learning_rate: float, steps: int, warmup_steps: int
         learning_rate: The highest, reached after the warm-up.
         steps: All steps, those of the warm-up included.
         warmup_steps: Steps in which the rate rises in a straight line.
+        accumulate: Batches that make one step.
 
     Raises:
         ValueError: At an unknown kind, or no step left after the warm-up.
@@ -60,7 +65,7 @@ def make_schedule(kind: str, learning_rate: float, steps: int, warmup_steps: int
     else:
         end = 0.0 if kind == "linear" else learning_rate
         schedule = schedules.PolynomialDecay(learning_rate, steps - warmup_steps, end)
-    return WarmUp(schedule, warmup_steps) if warmup_steps else schedule
+    return WarmUp(schedule, warmup_steps, accumulate)
 
 
 def make_optimizer(
@@ -72,8 +77,7 @@ def make_optimizer(
     """Returns AdamW as language models are usually tuned with it.
 
     Args:
-        learning_rate: A number or a schedule. With `accumulate`, Keras counts the schedule's steps
-            in batches.
+        learning_rate: A number or a schedule, which Keras asks for the rate of each batch.
         accumulate: Batches whose mean gradient makes one step.
         clip_norm: Longest the gradient may be, all variables together; `None` for no limit.
         weight_decay: Not applied to biases and norms.
