@@ -11,11 +11,12 @@ from functional_llm.cache import make_cache
 from functional_llm.capturing import capture
 from functional_llm.composite import CompositeLayer
 from functional_llm.drawing import plot, tree_view
+from functional_llm.freezing import Freezable
 from functional_llm.generate import Past, TextGenerator
 from functional_llm.handles import preset_names
 from functional_llm.layers import AttentionDotProduct, AttentionMask, KVCacheLookup
 from functional_llm.presets import Backbone, Tokenizer
-from functional_llm.rewiring import Freezable, rewire, twin
+from functional_llm.rewiring import rewire, twin
 from functional_llm.selecting import select, walk
 
 __version__ = "0.1.0"

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from functional_llm.rewiring import Rewiring, keep_frozen
+from functional_llm.freezing import keep_frozen
+from functional_llm.rewiring import Rewiring
 from functional_llm.selecting import Where, select
 
 

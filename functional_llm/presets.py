@@ -28,8 +28,8 @@ from functional_llm.convert.table import (
     module_names,
     uninitialized,
 )
+from functional_llm.freezing import Freezable
 from functional_llm.handles import is_preset, locate, read_preset
-from functional_llm.rewiring import Freezable
 from functional_llm.tokenizers import TextTokenizer
 
 FAMILIES: dict[str, ModuleType] = {

@@ -16,6 +16,7 @@ import keras
 from keras import tree
 
 from functional_llm.composite import CompositeLayer, map_layers
+from functional_llm.freezing import keep_frozen
 from functional_llm.selecting import Where, inner_layers, select, walk
 from functional_llm.structure import describe, make_inputs
 
@@ -74,74 +75,18 @@ def rewire(
     return new_model
 
 
-class Freezable:
-    """A mixin for models: a weight may be frozen in one model and train in another.
-
-    Keras keeps "trainable" on the variable, which all models that use it share. Put this class
-    before `keras.Model` to keep it on the model as well:
-    `class MyModel(Freezable, keras.Model)`.
-    """
-
-    # Variables by id. A proxy, because Keras would track those in a dict as the model's own.
-    _frozen: Mapping[int, Any] = MappingProxyType({})
-
-    @property
-    def trainable_variables(self) -> list[Any]:
-        variables = super().trainable_variables  # type: ignore[misc]
-        return [v for v in variables if id(v) not in self._frozen]
-
-    @property
-    def non_trainable_variables(self) -> list[Any]:
-        trainable = set(map(id, self.trainable_variables))
-        return [v for v in self.variables if id(v) not in trainable]  # type: ignore[attr-defined]
-
-    @property
-    def trainable_weights(self) -> list[Any]:
-        weights = super().trainable_weights  # type: ignore[misc]
-        return [v for v in weights if id(v) not in self._frozen]
-
-    @property
-    def non_trainable_weights(self) -> list[Any]:
-        trainable = set(map(id, self.trainable_weights))
-        return [v for v in self.weights if id(v) not in trainable]  # type: ignore[attr-defined]
-
-
-def keep_frozen(model: Any, new_model: Any, freeze: bool | None) -> None:
-    """Freezes in a new model what `freeze` says, as for `rewire`."""
-    before = () if freeze is False else getattr(model, "_frozen", {}).values()
-    freeze_variables(new_model, [*before, *(model.variables if freeze else ())])
-
-
-def freeze_variables(model: Any, variables: Iterable[Any]) -> None:
-    """Freezes variables in this model and in no other, and thaws what was frozen so before.
-
-    Args:
-        model: A model with the mixin `Freezable`, or one whose variables do not train anyway.
-        variables: Those that the model does not have do not count.
-    """
-    present = set(map(id, model.variables))
-    frozen = {id(v): v for v in variables if id(v) in present}
-    if isinstance(model, Freezable):
-        model._frozen = MappingProxyType(frozen)
-    elif any(v.trainable for v in frozen.values()):
-        raise ValueError(
-            f"{type(model).__name__} '{model.name}' cannot freeze in one model what trains in "
-            "another: Keras keeps that on the variables, which both share. Set "
-            "`model.trainable = False` first, which freezes the original as well, or give the "
-            "model a class with the mixin `Freezable`."
-        )
-
-
 def twin(layer: Any) -> Any:
     """Returns a layer with the same class, attributes and variables, and no calls noted on it.
 
     Args:
         layer: A built layer, or any `keras.Operation`.
     """
-    new = type(layer).__new__(type(layer))
+    cls: Any = type(layer)
+    new = cls.__new__(cls)
     for key, value in vars(layer).items():
         if key in _OWN:
-            value = _OWN[key]() if _OWN[key] is not None else vars(new)[key]
+            make = _OWN[key]
+            value = vars(new)[key] if make is None else make()
         elif isinstance(value, MethodType) and value.__self__ is layer:
             value = MethodType(value.__func__, new)
         vars(new)[key] = value  # not setattr: the tracker of variables is shared, and complete
@@ -323,7 +268,8 @@ class Rewiring:
         if type(model) is type(stock):
             new = stock
         else:
-            new = type(model).__new__(type(model))
+            cls: Any = type(model)
+            new = cls.__new__(cls)
             type(stock).__init__(new, inputs, outputs, name=model.name)
 
         def replace(_: str, layer: Any) -> Any:

@@ -10,7 +10,7 @@ import keras
 from functional_llm.composite import CompositeLayer
 
 Where: TypeAlias = (
-    str | type | Callable[[keras.layers.Layer, str], bool] | Iterable["str | type | Callable"]
+    str | type | Callable[[Any, str], bool] | Iterable[str | type | Callable[[Any, str], bool]]
 )
 
 

@@ -21,6 +21,7 @@ RANKS = {
     "samplers": 0,
     "tokenizers": 0,
     "selecting": 1,
+    "freezing": 1,
     "rewiring": 1,
     "capturing": 1,
     "drawing": 1,
@@ -46,6 +47,7 @@ FAMILIES = {
     "decoding": "generate",
     "writing": "generate",
     "selecting": "rewiring",
+    "freezing": "rewiring",
     "capturing": "rewiring",
     "drawing": "rewiring",
 }

@@ -15,7 +15,7 @@ from functional_llm.peft.linear import LINEAR_LAYERS, Linear
 from functional_llm.rewiring import rewire, twin
 from functional_llm.selecting import Where, matches, select, walk
 
-ATTENTION_QUERY_AND_VALUE = ("query", "value")
+QUERY_AND_VALUE = ("query", "value")
 
 
 class Adapter(keras.layers.Layer):
@@ -171,8 +171,7 @@ def attach(
 def find_targets(model: Any, targets: Where) -> dict[str, Any]:
     """Returns the layers, by path, that `targets` (as for `attach`) stands for."""
     if isinstance(targets, str) and targets == "all":
-        outputs = set(getattr(model, "output_names", ()))
-        found = {path: layer for path, layer in walk(model) if path not in outputs}
+        found = {path: x for path, x in walk(model) if not _is_head(model, path, x)}
     else:
         found = select(model, targets)
     fitting = {p: x for p, x in found.items() if isinstance(x, (*LINEAR_LAYERS, Adapter))}
@@ -185,6 +184,16 @@ def find_targets(model: Any, targets: Where) -> dict[str, Any]:
     return fitting
 
 
+def _is_head(model: Any, path: str, layer: Any) -> bool:
+    """Whether a layer makes the model's output; a soft cap may follow it in a language model."""
+    outputs = getattr(model, "output", None)
+    if isinstance(outputs, dict) and "logits" in outputs:
+        base = layer.origin if isinstance(layer, Adapter) else layer
+        size = outputs["logits"].shape[-1]
+        return "/" not in path and getattr(base, "units", None) == size
+    return path in getattr(model, "output_names", ())
+
+
 def find_adapters(model: Any) -> Iterator[tuple[str, Adapter]]:
     """Yields (path, adapter) for every adapter in a model."""
     for path, layer in walk(model):
@@ -194,9 +203,8 @@ def find_adapters(model: Any) -> Iterator[tuple[str, Adapter]]:
 
 
 def adapter_names(model: Any) -> list[str]:
-    """Returns the names of the adapters in a model, in the order in which they were attached."""
-    names = [adapter.adapter_name for _, adapter in find_adapters(model)]
-    return list(dict.fromkeys(reversed(names)))
+    """Returns the names of the adapters in a model, sorted."""
+    return sorted({adapter.adapter_name for _, adapter in find_adapters(model)})
 
 
 def activate(model: Any, names: str | Sequence[str] | None) -> None:
@@ -229,14 +237,28 @@ def value_for(path: str, value: Any, what: str) -> Any:
     raise ValueError(f"No pattern of `{what}` matches '{path}'. It has {list(value)}.")
 
 
-def check_rank(rank: Any, linear: Linear, path: str) -> None:
-    """Raises a ValueError unless 1 <= rank <= the smaller side of the matrix."""
+def rank_for(path: str, rank: Any, layer: Any) -> int:
+    """Returns the rank for one layer.
+
+    Raises:
+        ValueError: Unless 1 <= rank <= the smaller side of the layer's matrix.
+    """
+    rank = value_for(path, rank, "rank")
+    linear = Linear(layer.origin if isinstance(layer, Adapter) else layer)
     limit = min(linear.in_size, linear.out_size)
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= limit:
         raise ValueError(
             f"Expected a rank from 1 to {limit} for '{path}', a matrix {linear.in_size} x "
             f"{linear.out_size}. Received: {rank!r}."
         )
+    return rank
+
+
+def targets_for(targets: Any, rank: Any) -> Any:
+    """Returns the targets: those given, those that `rank` has patterns for, or the default."""
+    if targets is not None:
+        return targets
+    return list(rank) if isinstance(rank, dict) else QUERY_AND_VALUE
 
 
 def seed_for(path: str, seed: int | None) -> int | None:

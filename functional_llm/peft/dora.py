@@ -8,12 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from functional_llm.peft.adapter import (
-    ATTENTION_QUERY_AND_VALUE,
-    attach,
-    seed_for,
-    value_for,
-)
+from functional_llm.peft.adapter import attach, rank_for, seed_for, targets_for, value_for
 from functional_llm.peft.linear import Linear
 from functional_llm.peft.lora import LoRA
 from functional_llm.selecting import Where
@@ -35,12 +30,12 @@ class DoRA(LoRA):
             raise ValueError(f"DoRA begins with init 'zeros'. Received: {self.init!r}.")
         super().make_weights(linear)
         self.magnitude = self.add_weight((linear.out_size,), "ones", name="magnitude")
-        self.magnitude.assign(_lengths(linear.kernel()))
+        self.magnitude.assign(column_lengths(linear.kernel()))
 
     def _ratio(self) -> Any:
         """M / |V|, for each output."""
         sum_ = self.linear.kernel() + super().kernel_change()
-        return self.magnitude / ops.stop_gradient(_lengths(sum_))
+        return self.magnitude / ops.stop_gradient(column_lengths(sum_))
 
     def kernel_change(self) -> Any:
         kernel = self.linear.kernel()
@@ -58,7 +53,8 @@ class DoRA(LoRA):
         return {key: x for key, x in super().get_options().items() if key != "init"}
 
 
-def _lengths(matrix: Any) -> Any:
+def column_lengths(matrix: Any) -> Any:
+    """Returns the length of each column of a matrix (in, out)."""
     return ops.sqrt(ops.sum(ops.square(matrix), axis=0))
 
 
@@ -93,7 +89,7 @@ def dora(
     def make(layer: Any, path: str, **kwargs: Any) -> Any:
         return DoRA(
             layer,
-            rank=value_for(path, rank, "rank"),
+            rank=rank_for(path, rank, layer),
             alpha=value_for(path, alpha, "alpha"),
             dropout=dropout,
             rslora=rslora,
@@ -102,5 +98,4 @@ def dora(
             **kwargs,
         )
 
-    default = list(rank) if isinstance(rank, dict) else ATTENTION_QUERY_AND_VALUE
-    return attach(model, make, default if targets is None else targets, adapter_name)
+    return attach(model, make, targets_for(targets, rank), adapter_name)

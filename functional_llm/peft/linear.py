@@ -81,14 +81,15 @@ class Linear:
         config["activation"] = keras.activations.serialize(activation)
         new = type(self.layer).from_config(config)
         new.build_from_config(self.layer.get_build_config())
-        new.kernel.assign(self.as_kernel(kernel))
+        # Copies: an array in two variables would be lost to one when the other trains.
+        new.kernel.assign(ops.copy(self.as_kernel(kernel)))
         if bias is not None:
             if math.prod(new.bias.shape) != self.out_size:
                 raise ValueError(
                     f"The bias of '{self.layer.name}' has shape {tuple(new.bias.shape)}, and the "
                     f"change to it {self.out_size} numbers. Expected a bias over all output axes."
                 )
-            new.bias.assign(ops.reshape(bias, new.bias.shape))
+            new.bias.assign(ops.copy(ops.reshape(bias, new.bias.shape)))
         return new
 
 

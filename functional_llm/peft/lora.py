@@ -10,14 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from functional_llm.peft.adapter import (
-    ATTENTION_QUERY_AND_VALUE,
-    Adapter,
-    attach,
-    check_rank,
-    seed_for,
-    value_for,
-)
+from functional_llm.peft.adapter import Adapter, attach, rank_for, seed_for, targets_for, value_for
 from functional_llm.peft.linear import Linear
 from functional_llm.selecting import Where
 
@@ -35,7 +28,6 @@ class LoRA(Adapter):
         init: `"zeros"`, or `"pissa"`: A and B are the R largest singular directions, and what they
             were at first is subtracted.
         seed: Of the random A.
-        **kwargs: As for `Adapter`.
     """
 
     peft_type = "LORA"
@@ -52,7 +44,8 @@ class LoRA(Adapter):
         **kwargs: Any,
     ) -> None:
         super().__init__(base, **kwargs)
-        check_rank(rank, Linear(self.origin), self.name)
+        if not isinstance(rank, int) or rank < 1:  # a file may have more than `lora` allows
+            raise ValueError(f"Expected a rank of at least 1 for '{self.name}', received {rank!r}.")
         if init not in ("zeros", "pissa"):
             raise ValueError(f"Expected init 'zeros' or 'pissa', received {init!r}.")
         if not 0 <= dropout < 1:
@@ -141,7 +134,7 @@ def lora(
     def make(layer: Any, path: str, **kwargs: Any) -> Any:
         return LoRA(
             layer,
-            rank=value_for(path, rank, "rank"),
+            rank=rank_for(path, rank, layer),
             alpha=value_for(path, alpha, "alpha"),
             dropout=dropout,
             rslora=rslora,
@@ -151,5 +144,4 @@ def lora(
             **kwargs,
         )
 
-    default = list(rank) if isinstance(rank, dict) else ATTENTION_QUERY_AND_VALUE
-    return attach(model, make, default if targets is None else targets, adapter_name)
+    return attach(model, make, targets_for(targets, rank), adapter_name)

@@ -4,8 +4,9 @@ from typing import Any
 
 from keras import ops
 
+from functional_llm.freezing import freeze_variables
 from functional_llm.peft.adapter import Adapter, find_adapters
-from functional_llm.rewiring import freeze_variables, rewire, twin
+from functional_llm.rewiring import rewire, twin
 from functional_llm.selecting import walk
 
 

@@ -3,17 +3,20 @@
 Shapes: R rank. PEFT keeps matrices as torch does, (out, in).
 """
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from keras import ops
 
 from functional_llm.peft.adapter import Adapter
-from functional_llm.peft.dora import DoRA
+from functional_llm.peft.dora import DoRA, column_lengths
 from functional_llm.peft.ia3 import IA3
+from functional_llm.peft.linear import Linear
 from functional_llm.peft.lora import LoRA
 
 PREFIX = "base_model.model."
@@ -22,6 +25,7 @@ PREFIX = "base_model.model."
 _IRRELEVANT = {
     *("task_type", "peft_type", "base_model_name_or_path", "revision", "inference_mode"),
     *("auto_mapping", "peft_version", "target_modules", "exclude_modules", "layers_to_transform"),
+    *("fan_in_fan_out",),  # how the base keeps its matrices; the tensors are the same
     *("layers_pattern", "runtime_config", "megatron_core", "qalora_group_size"),
 }
 _LORA_KEYS = {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern"}
@@ -39,15 +43,20 @@ class Stored:
 
 
 def to_peft(
-    adapters: Mapping[str, Adapter], names: Mapping[str, str]
+    adapters: Mapping[str, Adapter], names: Mapping[str, str], linears: Callable[[str], Linear]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Returns the config and the tensors of an adapter in PEFT's format.
 
     Args:
         adapters: Path -> adapter, all of one class that PEFT knows.
-        names: Path -> name of the module.
+        names: Path -> name of the module; a fused one has several paths, in order.
+        linears: Path -> the layer of the model.
     """
-    modules = {names[path]: adapter for path, adapter in adapters.items()}
+    modules = {
+        module: _joined([adapters.get(path) for path in paths], paths, linears)
+        for module, paths in _parts(names).items()
+        if any(path in adapters for path in paths)
+    }
     first = next(iter(adapters.values()))
     config = {
         "peft_type": first.peft_type,
@@ -56,32 +65,95 @@ def to_peft(
         "inference_mode": True,
         "fan_in_fan_out": False,
         "modules_to_save": None,
-        "target_modules": _target_modules(modules, names.values()),
+        "target_modules": _target_modules(set(modules), names.values()),
     }
     if isinstance(first, IA3):
-        scaled = {m: x for m, x in modules.items() if isinstance(x, IA3) and x.scales_inputs}
+        scaled = {m for m, x in modules.items() if x.tensors["ia3_l"].shape[0] == 1}
         config |= {"feedforward_modules": _target_modules(scaled, names.values())}
     else:
-        config |= _lora_config(modules)
+        config |= _lora_config(modules, first)
     tensors = {
         f"{PREFIX}{module}.{name}": np.ascontiguousarray(array)
-        for module, adapter in modules.items()
-        for name, array in _tensors(adapter).items()
+        for module, joined in modules.items()
+        for name, array in joined.tensors.items()
     }
     return config, tensors
 
 
-def _lora_config(modules: Mapping[str, Any]) -> dict[str, Any]:
-    factors = {m: _array(x.factors()[0]).shape[1] for m, x in modules.items()}
-    # With PiSSA the rank is twice that of training, and the scale stays.
-    alphas = {m: _alpha_for(x, factors[m]) for m, x in modules.items()}
-    rank, alpha = (Counter(v.values()).most_common(1)[0][0] for v in (factors, alphas))
-    first = next(iter(modules.values()))
+@dataclass(frozen=True)
+class _Module:
+    """What is stored for one module: tensors by PEFT's names, and the scale of LoRA's product."""
+
+    tensors: dict[str, np.ndarray]
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return self.tensors["lora_A.weight"].shape[0]
+
+
+def _parts(names: Mapping[str, str]) -> dict[str, list[str]]:
+    parts: dict[str, list[str]] = {}
+    for path, module in names.items():
+        parts.setdefault(module, []).append(path)
+    return parts
+
+
+def _joined(adapters: list[Any], paths: list[str], linears: Callable[[str], Linear]) -> _Module:
+    """One adapter for the outputs of several layers side by side (or of one)."""
+    present = [x for x in adapters if x is not None]
+    if isinstance(present[0], IA3):
+        return _Module({"ia3_l": _joined_ia3(adapters, paths, linears)})
+    scale = present[0].scale
+    factors = [None if x is None else [_array(f) for f in x.factors()] for x in adapters]
+    a = np.concatenate([f[0] for f in factors if f is not None], axis=1)
+    sizes = [1] if len(paths) == 1 else [linears(path).out_size for path in paths]
+    blocks, row = [], 0
+    for adapter, pair, size in zip(adapters, factors, sizes, strict=True):
+        if pair is None or adapter is None:
+            blocks.append(np.zeros((a.shape[1], size), "float32"))
+            continue
+        b = pair[1] * (adapter.scale / scale)
+        blocks.append(np.zeros((a.shape[1], b.shape[1]), "float32"))
+        blocks[-1][row : row + b.shape[0]] = b
+        row += b.shape[0]
+    tensors = {"lora_A.weight": a.T, "lora_B.weight": np.concatenate(blocks, axis=1).T}
+    if isinstance(present[0], DoRA):
+        lengths = [
+            column_lengths(linears(path).kernel()) if x is None else x.magnitude
+            for path, x in zip(paths, adapters, strict=True)
+        ]
+        tensors["lora_magnitude_vector"] = np.concatenate([_array(x) for x in lengths])
+    return _Module(tensors, scale)
+
+
+def _joined_ia3(
+    adapters: list[Any], paths: list[str], linears: Callable[[str], Linear]
+) -> np.ndarray:
+    if not any(x is not None and x.scales_inputs for x in adapters):
+        scales = [
+            np.ones(linears(path).out_size, "float32") if x is None else _array(x.scale)
+            for path, x in zip(paths, adapters, strict=True)
+        ]
+        return np.concatenate(scales)[:, None]
+    if len(paths) > 1:
+        raise ValueError(
+            f"PEFT's files keep {paths} as one module, whose inputs cannot be scaled one by one. "
+            "Leave them out of `feedforward`."
+        )
+    return _array(adapters[0].scale)[None, :]
+
+
+def _lora_config(modules: Mapping[str, _Module], first: Any) -> dict[str, Any]:
+    ranks = {m: x.rank for m, x in modules.items()}
+    # PiSSA and fused modules raise the rank, and the scale stays.
+    alphas = {m: x.scale * (x.rank**0.5 if first.rslora else x.rank) for m, x in modules.items()}
+    rank, alpha = (Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
     return {
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": first.dropout_rate,
-        "rank_pattern": {m: r for m, r in factors.items() if r != rank},
+        "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
         "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
         "use_rslora": first.rslora,
         "use_dora": isinstance(first, DoRA),
@@ -90,34 +162,13 @@ def _lora_config(modules: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _alpha_for(adapter: Any, rank: int) -> float:
-    if rank == adapter.rank:
-        return adapter.alpha
-    return adapter.scale * (rank**0.5 if adapter.rslora else rank)
-
-
-def _target_modules(modules: Mapping[str, Any], known: Any) -> list[str]:
+def _target_modules(modules: set[str], known: Iterable[str]) -> list[str]:
     """Last names where all modules of that name are meant, else full names."""
-    last = sorted({name.rpartition(".")[2] for name in modules})
-    ends = {x: {name for name in known if name.rpartition(".")[2] == x} for x in last}
-    # `known` may have layers that this model leaves out (a head that is tied): no harm.
-    return [
-        name
-        for x in last
-        for name in ([x] if ends[x] <= set(modules) else sorted(ends[x]))
-        if name == x or name in modules
-    ]
-
-
-def _tensors(adapter: Any) -> dict[str, np.ndarray]:
-    if isinstance(adapter, IA3):
-        scale = _array(adapter.scale)
-        return {"ia3_l": scale[None, :] if adapter.scales_inputs else scale[:, None]}
-    a, b = map(_array, adapter.factors())
-    tensors = {"lora_A.weight": a.T, "lora_B.weight": b.T}
-    if isinstance(adapter, DoRA):
-        tensors["lora_magnitude_vector"] = _array(adapter.magnitude)
-    return tensors
+    known, targets = set(known), []
+    for last in sorted({name.rpartition(".")[2] for name in modules}):
+        same = {name for name in known if name.rpartition(".")[2] == last}
+        targets += [last] if same <= modules else sorted(same & modules)
+    return targets
 
 
 def _array(x: Any) -> np.ndarray:
@@ -133,21 +184,25 @@ _SUFFIXES = {
 
 
 def from_peft(
-    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], names: Mapping[str, str]
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    names: Mapping[str, str],
+    linears: Callable[[str], Linear],
 ) -> tuple[dict[str, Stored], list[str]]:
     """Reads an adapter in PEFT's format.
 
     Args:
         config: The `adapter_config.json`.
         tensors: The file's tensors.
-        names: Path -> name of the module.
+        names: Path -> name of the module; a fused one has several paths, in order.
+        linears: Path -> the layer of the model.
 
     Returns:
         Path -> what is stored for it, and what does not fit.
     """
     kind = config.get("peft_type")
     problems = _check_keys(config, _LORA_KEYS if kind == "LORA" else _IA3_KEYS)
-    paths = {name: path for path, name in names.items()}
+    parts = _parts(names)
     grouped: dict[str, dict[str, np.ndarray]] = {}
     for key, array in tensors.items():
         suffix = next((x for x in _SUFFIXES if key.endswith(f".{x}")), None)
@@ -155,23 +210,45 @@ def from_peft(
             problems.append(f"unknown tensor '{key}' of shape {array.shape}")
             continue
         module = key.removeprefix(PREFIX).removesuffix(f".{suffix}")
-        if module not in paths:
-            problems.append(f"tensor '{key}': the model has no module '{module}'")
+        if module not in parts:
+            if f"the model has no module '{module}'" not in problems:
+                problems.append(f"the model has no module '{module}'")
             continue
         own_layout = array.T if suffix.endswith("weight") else array.reshape(-1)
         grouped.setdefault(module, {})[_SUFFIXES[suffix]] = own_layout
         if suffix == "ia3_l":  # its shape tells which side it scales
             grouped[module]["is_row"] = np.array(array.ndim == 2 and array.shape[0] == 1)
-    stored = {}
+    stored: dict[str, Stored] = {}
+    make = _stored_ia3 if kind == "IA3" else partial(_stored_lora, config)
     for module, weights in grouped.items():
-        if kind == "IA3":
-            stored[paths[module]] = _stored_ia3(weights)
-        else:
-            stored[paths[module]] = _stored_lora(config, module, weights)
+        whole = make(module, weights)
+        sizes = [] if len(parts[module]) == 1 else [linears(x).out_size for x in parts[module]]
+        try:
+            pieces = _split(whole, sizes)
+        except ValueError as error:
+            problems.append(f"module '{module}': {error}")
+            continue
+        stored |= dict(zip(parts[module], pieces, strict=True))
     return stored, problems
 
 
-def _stored_ia3(weights: dict[str, np.ndarray]) -> Stored:
+def _split(whole: Stored, sizes: list[int]) -> list[Stored]:
+    """The adapters of the layers that one fused module stands for."""
+    if not sizes:
+        return [whole]
+    shared = "scale" if whole.options.get("scales_inputs") else "lora_a"
+    pieces: list[dict[str, np.ndarray]] = [{} for _ in sizes]
+    for name, array in whole.weights.items():
+        if name != shared and array.shape[-1] != sum(sizes):
+            raise ValueError(f"'{name}' expected {sum(sizes)} outputs, received {array.shape[-1]}")
+        ends = np.cumsum(sizes)[:-1]
+        arrays = [array] * len(sizes) if name == shared else np.split(array, ends, axis=-1)
+        for piece, part in zip(pieces, arrays, strict=True):
+            piece[name] = np.ascontiguousarray(part)
+    return [Stored(whole.cls, whole.options, piece) for piece in pieces]
+
+
+def _stored_ia3(module: str, weights: dict[str, np.ndarray]) -> Stored:
     is_row = bool(weights.pop("is_row", False))
     return Stored(IA3, {"scales_inputs": is_row}, weights)
 
@@ -190,8 +267,6 @@ def _stored_lora(config: Mapping[str, Any], module: str, weights: dict[str, np.n
 
 
 def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
-    import re
-
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from keras import ops
 from safetensors.numpy import save_file
 
 from functional_llm.convert.safetensors import open_safetensors
-from functional_llm.peft.adapter import Adapter, adapter_names, attach, find_adapters, find_targets
+from functional_llm.peft.adapter import Adapter, adapter_names, attach, find_adapters
+from functional_llm.peft.linear import LINEAR_LAYERS, Linear
 from functional_llm.peft.peft_format import Stored, from_peft, to_peft
+from functional_llm.selecting import walk
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
@@ -44,7 +46,7 @@ def save_adapter(model: Any, folder: str | Path, adapter_name: str | None = None
     if next(iter(adapters.values())).peft_type is None:
         config, tensors = _by_path(adapters)
     else:
-        config, tensors = to_peft(adapters, _module_names(model, adapters))
+        config, tensors = to_peft(adapters, _module_names(model, adapters), _linears(model))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2) + "\n"
@@ -66,6 +68,16 @@ def _module_names(model: Any, layers: Any) -> dict[str, str]:
     """Path -> name of the module; a model that belongs to no family has only paths."""
     names = dict(getattr(model, "module_names", {}))
     return {**{path: path.replace("/", ".") for path in layers if path not in names}, **names}
+
+
+def _linears(model: Any) -> Callable[[str], Linear]:
+    layers = dict(walk(model))
+
+    def linear(path: str) -> Linear:
+        layer = layers[path]
+        return Linear(layer.origin if isinstance(layer, Adapter) else layer)
+
+    return linear
 
 
 def _by_path(adapters: Mapping[str, Adapter]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -108,11 +120,11 @@ def load_adapter(
     config = _read_config(folder)
     source = open_safetensors(folder / WEIGHTS_NAME)
     tensors = {name: source.read(name, "float32") for name in source.shapes}
-    layers = find_targets(model, "all") | _linear_outputs(model)
+    layers = [path for path, x in walk(model) if isinstance(x, (*LINEAR_LAYERS, Adapter))]
     if "registered_name" in config:
         stored, problems = _from_paths(config, tensors, methods)
     elif config.get("peft_type") in ("LORA", "IA3"):
-        stored, problems = from_peft(config, tensors, _module_names(model, layers))
+        stored, problems = from_peft(config, tensors, _module_names(model, layers), _linears(model))
     else:
         raise ValueError(
             f"{folder / CONFIG_NAME}: peft_type is {config.get('peft_type')!r}. Expected LORA or "
@@ -149,15 +161,6 @@ class _Unfit(Adapter):
 
     def change(self, x: Any, training: bool | None = None) -> Any:
         return 0.0
-
-
-def _linear_outputs(model: Any) -> dict[str, Any]:
-    """The linear layers that "all" leaves out: an adapter from a file may have them."""
-    names = [x.name for x in model.layers if x.name in getattr(model, "output_names", ())]
-    try:
-        return find_targets(model, lambda _, path: path in names) if names else {}
-    except ValueError:
-        return {}
 
 
 def _check_weights(path: str, adapter: Adapter, weights: Mapping[str, np.ndarray]) -> list[str]:

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from functional_llm.peft.adapter import ATTENTION_QUERY_AND_VALUE, Adapter, attach
+from functional_llm.peft.adapter import QUERY_AND_VALUE, Adapter, attach
 from functional_llm.peft.linear import Linear
 from functional_llm.selecting import Where
 
@@ -35,7 +35,7 @@ class SVF(Adapter):
 
 def svf(
     model: Any,
-    targets: Where = ATTENTION_QUERY_AND_VALUE,
+    targets: Where = QUERY_AND_VALUE,
     adapter_name: str = "default",
     dtype: str = "float32",
 ) -> Any:

@@ -1,0 +1,115 @@
+"""The pages under docs/ run as they stand; only the model they load is a tiny one."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import functional_llm as flm
+from tiny import save_tiny
+
+IDS = np.random.default_rng(0).integers(3, 250, (2, 7)).astype("int32")
+SMOLLM2 = "smollm2_135m_instruct"
+
+
+def blocks(page: Path) -> list[str]:
+    """Returns the Python code of a page."""
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def run(code: list[str], folder: Path, names: dict[str, Any]) -> dict[str, Any]:
+    for block in code:
+        exec(compile(block.replace(SMOLLM2, str(folder)), "docs", "exec"), names)
+    return names
+
+
+def lines_of(block: str) -> int:
+    return len([line for line in block.splitlines() if line.strip()])
+
+
+def logits_of(model: Any) -> np.ndarray:
+    return np.asarray(model(IDS))
+
+
+def move(model: Any) -> None:
+    rng = np.random.default_rng(1)
+    for variable in model.trainable_variables:
+        variable.assign_add(rng.normal(size=variable.shape).astype("float32") * 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "limits"), [("LoRADense", (18, 7, 10)), ("SVFDense", (17, 7, 12))]
+)
+def test_recipes(repository: Path, folder: Path, name: str, limits: tuple[int, ...]) -> None:
+    code = blocks(repository / "docs" / "rewiring.md")
+    begin = next(i for i, block in enumerate(code) if f"class {name}" in block)
+    layer, patch, fold = code[begin : begin + 3]
+    for block, limit in zip((layer, patch, fold), limits, strict=True):
+        assert lines_of(block) <= limit
+    names = run([*code[:1], layer, patch], folder, {})
+    backbone = names["backbone"]
+    model = names["lora_backbone" if name == "LoRADense" else "svf_backbone"]
+    base = logits_of(backbone)
+    np.testing.assert_allclose(logits_of(model), base, atol=1e-5)
+    parts = {v.path.rpartition("/")[2] for v in model.trainable_variables}
+    assert parts == ({"a", "b"} if name == "LoRADense" else {"z"})
+    move(model)
+    moved = logits_of(model)
+    assert np.abs(moved - base).max() > 1e-2
+    merged = run([fold], folder, names)["merged"]
+    np.testing.assert_allclose(logits_of(merged), moved, atol=1e-4)
+    np.testing.assert_array_equal(logits_of(backbone), base)
+    assert {type(x) for _, x in flm.walk(merged)} == {type(x) for _, x in flm.walk(backbone)}
+    ids = [IDS[0].tolist()]
+    written = flm.TextGenerator(model).generate_ids(ids, 8)
+    assert written == flm.TextGenerator(merged).generate_ids(ids, 8)
+
+
+def test_rewiring_page(repository: Path, folder: Path) -> None:
+    names = run(blocks(repository / "docs" / "rewiring.md"), folder, {})
+    assert list(names["queries"]) == ["decoder_0/attention/query", "decoder_1/attention/query"]
+    assert set(names["queries"]) < set(names["dense"])
+
+
+def test_peft_page(
+    repository: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run(blocks(repository / "docs" / "peft.md"), folder, {})
+    base = logits_of(names["backbone"])
+    models = [names[x] for x in ("lora_backbone", "wide", "mixed", "pissa", "biases", "adapted")]
+    for model in (*models, *names["others"], names["mine"], names["merged_mine"], names["merged"]):
+        np.testing.assert_allclose(logits_of(model), base, atol=1e-5)
+    move(names["mine"])
+    flm.peft.save_adapter(names["mine"], "row_scale")
+    loaded = flm.peft.load_adapter(names["backbone"], "row_scale")
+    np.testing.assert_allclose(logits_of(loaded), logits_of(names["mine"]), atol=1e-5)
+    assert np.abs(logits_of(loaded) - base).max() > 1e-2
+
+
+def test_activations_page(repository: Path, folder: Path) -> None:
+    code = blocks(repository / "docs" / "activations.md")
+    names = run(code, folder, {})
+    lens = next(block for block in code if "def logit_lens" in block)
+    assert lines_of(lens) <= 15
+    assert list(names["lens"]) == ["decoder_0", "decoder_1"]
+    ids = np.array([names["tokenizer"].encode("The capital of France is")])
+    last = int(np.asarray(names["backbone"](ids))[0, -1].argmax())
+    assert names["lens"]["decoder_1"] == names["tokenizer"].decode([last])
+    assert names["before"] != names["after"]
+
+
+@pytest.mark.real
+def test_activations_page_with_smollm2(repository: Path, smollm2_gguf: Path) -> None:
+    names = run(blocks(repository / "docs" / "activations.md"), smollm2_gguf, {})
+    assert names["lens"][names["last"]] == " Paris"
+    sea = ("sea", "ocean", "Ocean")
+    assert not any(word in names["before"] for word in sea)
+    assert any(word in names["after"] for word in sea)
