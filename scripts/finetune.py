@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -76,6 +77,8 @@ def parse_arguments() -> argparse.Namespace:
 def run(arguments: argparse.Namespace, flm: Any, keras: Any) -> None:
     """Loads, trains, saves."""
     training = flm.training
+    if arguments.remat:  # before XLA starts; its default order of work on CPUs undoes the saving
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {training.SAVING_FLAG}"
     keras.utils.set_random_seed(arguments.seed)
     tokenizer = flm.Tokenizer.from_preset(arguments.preset)
     records = training.read_records(arguments.dataset, arguments.split)
@@ -136,13 +139,11 @@ def adapt(backbone: Any, arguments: argparse.Namespace, flm: Any) -> Any:
 def save(model: Any, tokenizer: Any, arguments: argparse.Namespace, flm: Any) -> None:
     """Saves the adapter, or the model with it merged in."""
     if arguments.save == "adapter":
-        flm.peft.save_adapter(model, arguments.output)
-        return
+        return flm.peft.save_adapter(model, arguments.output)
     merged = model if arguments.method == "full" else flm.peft.merge(model)
     if arguments.save == "keras":
-        merged.save(arguments.output / "model.keras")
-    else:
-        merged.save_preset(arguments.output)
+        return merged.save(arguments.output / "model.keras")
+    return merged.save_preset(arguments.output, tokenizer)
 
 
 if __name__ == "__main__":

@@ -224,7 +224,13 @@ def test_tensorboard_logs(tiny: Path, rows: Rows, tmp_path: Path) -> None:
 
     settings = Settings(steps=3, batch_size=2)
     history = train(
-        Backbone.from_preset(tiny), rows, rows, settings, tmp_path, tensorboard=True, say=str.strip
+        Backbone.from_preset(tiny),
+        rows,
+        rows,
+        settings,
+        tmp_path,
+        tensorboard=True,
+        say=lambda _: None,
     )
     (file,) = (tmp_path / "tensorboard").iterdir()
     raw, scalars = file.read_bytes(), []
@@ -233,6 +239,7 @@ def test_tensorboard_logs(tiny: Path, rows: Rows, tmp_path: Path) -> None:
         event = event_pb2.Event.FromString(raw[12 : 12 + size])
         scalars += [(x.tag, event.step, x.simple_value) for x in event.summary.value]
         raw = raw[16 + size :]
+    expected: list[tuple[str, float, float]]
     expected = [("loss/train", i, loss) for i, loss in enumerate(history.losses, 1)]
     step, loss = history.held_out[-1]
     expected += [("loss/held_out", step, loss), ("perplexity/held_out", step, math.exp(loss))]

@@ -15,8 +15,10 @@ from functional_llm.training.loss import LossModel
 from functional_llm.training.optimizer import make_optimizer, make_schedule
 from functional_llm.training.packing import Batches, Rows, pack
 from functional_llm.training.records import Record, read_records
+from functional_llm.training.rematerialize import SAVING_FLAG
 
 __all__ = [
+    "SAVING_FLAG",
     "Batches",
     "Checkpoints",
     "Example",

@@ -50,7 +50,7 @@ def save_checkpoint(path: Path, model: keras.Model, facts: dict[str, Any]) -> No
     write_atomically(path, lambda beside: save_file(tensors, beside, metadata=metadata))
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Has a file written beside `path` and puts it there when it is safely on the disk.
 
     Args:

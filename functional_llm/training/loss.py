@@ -33,7 +33,7 @@ class LossModel(keras.Model):
         backbone: A model with the inputs and outputs of a Backbone.
         chunk_size: C.
         remat: Compute each decoder layer again in the backward pass instead of keeping what is
-            inside it: less memory, about a third more time.
+            inside it: less memory, about a third more time. On CPUs, see `SAVING_FLAG`.
     """
 
     def __init__(self, backbone: keras.Model, chunk_size: int = 512, remat: bool = False) -> None:

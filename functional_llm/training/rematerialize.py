@@ -8,11 +8,16 @@ import keras
 from functional_llm.composite import CompositeLayer
 from functional_llm.rewiring import rewire
 
+# On CPUs, XLA's default order of work starts all of it as early as it can: what is computed again
+# would be kept all the same. A flag of XLA's, for the environment variable XLA_FLAGS.
+SAVING_FLAG = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+
 
 def rematerialize(graph: keras.Model) -> keras.Model:
     """Returns the same graph, whose CompositeLayers keep only their inputs for the backward pass.
 
-    `keras.RematScope` does this for layers as they are made; here they are made already.
+    `keras.RematScope` does this for layers as they are made; here they are made already. On CPUs
+    it saves memory only with `SAVING_FLAG`.
 
     Args:
         graph: Functional model. Only its outermost CompositeLayers, the decoder layers, change.
