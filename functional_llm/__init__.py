@@ -6,7 +6,7 @@ import os
 # or sets the variable keeps their choice.
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
-from functional_llm import peft, samplers
+from functional_llm import peft, samplers, training
 from functional_llm.cache import make_cache
 from functional_llm.capturing import capture
 from functional_llm.composite import CompositeLayer
@@ -41,6 +41,7 @@ __all__ = [
     "rewire",
     "samplers",
     "select",
+    "training",
     "tree_view",
     "twin",
     "walk",

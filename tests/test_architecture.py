@@ -35,6 +35,7 @@ RANKS = {
     "generate": 3,
     "decoding": 3,
     "writing": 3,
+    "training": 3,
     "export": 3,
     "preset_table": 4,
     "presets": 4,

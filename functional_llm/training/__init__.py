@@ -1,0 +1,45 @@
+"""Fine-tuning with Keras's own `fit`: data, loss, schedules, checkpoints."""
+
+from functional_llm.training.callbacks import Checkpoints, History, Progress, TensorBoard
+from functional_llm.training.checkpoints import load_checkpoint, save_checkpoint
+from functional_llm.training.curve import plot_losses
+from functional_llm.training.examples import (
+    Example,
+    Examples,
+    check_length,
+    make_examples,
+    split_examples,
+)
+from functional_llm.training.loop import Settings, compile_model, train
+from functional_llm.training.loss import LossModel
+from functional_llm.training.optimizer import make_optimizer, make_schedule
+from functional_llm.training.packing import Batches, Rows, pack
+from functional_llm.training.records import Record, read_records
+from functional_llm.training.rematerialize import SAVING_FLAG
+
+__all__ = [
+    "SAVING_FLAG",
+    "Batches",
+    "Checkpoints",
+    "Example",
+    "Examples",
+    "History",
+    "LossModel",
+    "Progress",
+    "Record",
+    "Rows",
+    "Settings",
+    "TensorBoard",
+    "check_length",
+    "compile_model",
+    "load_checkpoint",
+    "make_examples",
+    "make_optimizer",
+    "make_schedule",
+    "pack",
+    "plot_losses",
+    "read_records",
+    "save_checkpoint",
+    "split_examples",
+    "train",
+]

@@ -1,0 +1,147 @@
+"""Datasets -> records: what a file or a hub dataset holds, each with the place it came from."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMATS = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One entry of a dataset.
+
+    Args:
+        where: The place it came from, for messages: `"data.jsonl, line 3"`.
+        fields: Column -> value.
+    """
+
+    where: str
+    fields: dict[str, Any]
+
+
+def read_records(source: str | Path, split: str = "train") -> list[Record]:
+    """Reads a dataset.
+
+    Args:
+        source: A local `.jsonl`, `.json` (a list of objects), `.csv`, `.parquet` or `.txt` file
+            (one running text), or what `datasets.load_dataset` takes: a hub name, a folder.
+        split: Which split of a dataset that is no single file.
+
+    Returns:
+        A list with at least one record.
+
+    Raises:
+        ValueError: If the file is empty, malformed (the line is named) or of another kind.
+        FileNotFoundError: If the source looks like a file and is not there.
+        ImportError: If the `datasets` library is needed and missing.
+    """
+    path = Path(source)
+    if not path.is_file():
+        if path.suffix in FORMATS:
+            raise FileNotFoundError(f"Expected a dataset at {path}: there is no such file.")
+        records = _load(str(source), lambda library: library.load_dataset(str(source), split=split))
+    else:
+        if path.suffix not in FORMATS:
+            raise ValueError(
+                f"{path}: expected a dataset file ending in {', '.join(FORMATS)}, received "
+                f"{path.suffix or 'no ending'!r}. Rename or convert it."
+            )
+        if path.stat().st_size == 0:
+            raise ValueError(f"{path} is an empty file. Expected at least one example.")
+        records = _READERS[path.suffix](path)
+    if not records:
+        raise ValueError(f"{source} holds no example. Expected at least one.")
+    return records
+
+
+def _read_lines(path: Path) -> list[Record]:
+    records = []
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            where, line = f"{path}, line {number}", _decode(raw, f"{path}, line {number}")
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{where} is no valid JSON: {error}. Received: {line.strip():.80} Expected "
+                    "one JSON object a line."
+                ) from None
+            records.append(Record(where, _check_object(fields, where)))
+    return records
+
+
+def _read_json(path: Path) -> list[Record]:
+    text = _decode(path.read_bytes(), str(path))
+    if text.lstrip()[:1] != "[":
+        return _read_lines(path)  # many datasets call JSON lines `.json`
+    try:
+        items = json.loads(text)
+    except ValueError as error:  # says line and column
+        raise ValueError(f"{path} is no valid JSON: {error}.") from None
+    places = ((f"{path}, example {i}", fields) for i, fields in enumerate(items, 1))
+    return [Record(where, _check_object(fields, where)) for where, fields in places]
+
+
+def _read_text(path: Path) -> list[Record]:
+    text = _decode(path.read_bytes(), str(path))
+    return [Record(str(path), {"running_text": text})] if text.strip() else []
+
+
+def _read_table(path: Path) -> list[Record]:
+    kind, files = path.suffix[1:], [str(path)]
+    return _load(
+        str(path), lambda library: library.load_dataset(kind, data_files=files, split="train")
+    )
+
+
+def _load(source: str, load: Callable[[Any], Any]) -> list[Record]:
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError(
+            f"Reading {source} needs the `datasets` library, which is not installed. "
+            "Install it: pip install 'functional-llm[data]'. JSON and text files need no library."
+        ) from None
+    try:
+        dataset = load(datasets)
+    # A dataset library has its own kinds of errors for each format and network.
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise ValueError(
+            f"The `datasets` library could not load {source}. It raised "
+            f"{type(cause).__name__}: {cause} Expected a local file ({', '.join(FORMATS)}), or the "
+            "name of a dataset on the hub that this machine can reach."
+        ) from error
+    return [
+        Record(f"{source}, example {i}", {k: v for k, v in row.items() if v is not None})
+        for i, row in enumerate(dataset, 1)
+    ]
+
+
+def _decode(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where} is no valid UTF-8 (byte {error.start}). Convert the file to UTF-8."
+        ) from None
+
+
+def _check_object(fields: Any, where: str) -> dict[str, Any]:
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: expected a JSON object, received {type(fields).__name__}.")
+    return fields
+
+
+_READERS: dict[str, Callable[[Path], list[Record]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_lines,
+    ".txt": _read_text,
+    ".csv": _read_table,
+    ".parquet": _read_table,
+}

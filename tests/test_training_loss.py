@@ -1,0 +1,303 @@
+"""The loss of a model: equal to the plain one, without the logits of all tokens."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+import pytest
+
+from configs import CONFIGS
+from functional_llm.presets import Backbone
+from functional_llm.rewiring import rewire
+from functional_llm.training import (
+    SAVING_FLAG,
+    Batches,
+    Example,
+    LossModel,
+    Rows,
+    make_schedule,
+    pack,
+)
+from reference import save_reference
+
+FAMILY = "llama_multi_head_tied"  # the head's weights are the embedding's: two gradients add up
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    save_reference(CONFIGS[FAMILY], path)
+    return path
+
+
+@pytest.fixture
+def backbone(folder: Path) -> Backbone:
+    return Backbone.from_preset(folder)
+
+
+def _examples(count: int = 9, seed: int = 0) -> list[Example]:
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(5, 20, count)
+    ids = [rng.integers(0, 128, n).astype("int32") for n in sizes]
+    return [Example(x, np.arange(len(x)) >= len(x) // 2) for x in ids]
+
+
+def _gradients(model: LossModel, batch: Any, training: bool = False) -> tuple[Any, list[Any]]:
+    """Returns the loss of a batch and its gradients, compiled as `fit` does."""
+    trainable = [v.value for v in model.trainable_variables]
+    return jax.jit(jax.value_and_grad(_loss_function(model, batch, training)))(trainable)
+
+
+def _loss_function(model: LossModel, batch: Any, training: bool = False) -> Any:
+    x, y, weights = batch
+
+    def loss(values: list[Any]) -> Any:
+        pairs = list(zip(model.trainable_variables, values, strict=True))
+        with keras.StatelessScope(state_mapping=pairs):
+            y_pred = model(x, training=training)
+            return model.compute_loss(x, y, y_pred, weights, training=training)
+
+    return loss
+
+
+def _plain_loss(backbone: Backbone, batch: Any) -> float:
+    x, y, weights = batch
+    logits = np.asarray(backbone(x))
+    negative = -np.asarray(jax.nn.log_softmax(logits))
+    picked = np.take_along_axis(negative, np.maximum(y, 0)[..., None], 2)[..., 0]
+    return float((picked * weights).sum() / weights.sum())
+
+
+@pytest.mark.parametrize("chunk_size", [7, 32, 10_000])
+def test_the_loss_is_the_plain_one(backbone: Backbone, chunk_size: int) -> None:
+    batch = Batches(pack(_examples(), 32), 3)[0]
+    model = LossModel(backbone, chunk_size)
+    model.compile("sgd")
+    x, y, weights = batch
+    logs = model.evaluate(x, y, sample_weight=weights, verbose=0, return_dict=True)
+    expected = _plain_loss(backbone, batch)
+    assert logs["token_loss"] == pytest.approx(expected, rel=1e-5)
+    assert logs["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_weights_weigh(backbone: Backbone) -> None:
+    x, y, weights = Batches(pack(_examples(), 32), 3)[0]
+    weights = weights * np.random.default_rng(1).uniform(0, 2, weights.shape).astype("float32")
+    loss, _ = _gradients(LossModel(backbone), (x, y, weights))
+    assert float(loss) == pytest.approx(_plain_loss(backbone, (x, y, weights)), rel=1e-5)
+
+
+def test_held_out_loss_is_a_mean_over_tokens_not_batches(backbone: Backbone) -> None:
+    batches = Batches(pack(_examples(7), 32, join=False), 3)
+    model = LossModel(backbone)
+    model.compile("sgd")
+    total, count = 0.0, 0.0
+    for i in range(len(batches)):
+        tokens = float(batches[i][2].sum())
+        total, count = total + tokens * _plain_loss(backbone, batches[i]), count + tokens
+    logs = model.evaluate(batches, verbose=0, return_dict=True)
+    assert logs["token_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_gradients_equal_torch(folder: Path, backbone: Backbone, remat: bool) -> None:
+    import torch
+    import transformers
+
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    x, y, weights = batch = Batches(pack(_examples(), 32, join=False), 9)[0]
+    logits = reference(
+        torch.tensor(x["token_ids"]), attention_mask=torch.tensor((x["positions"] >= 0).astype(int))
+    ).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), torch.tensor(y).long(), ignore_index=-1
+    )
+    expected.backward()
+    model = LossModel(backbone, 13, remat)
+    loss, gradients = _gradients(model, batch)
+    assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
+    named = dict(reference.named_parameters())
+    assert len(named) == len(gradients)
+    for variable, gradient in zip(model.trainable_variables, gradients, strict=True):
+        theirs = named[_torch_name(variable.path)].grad.numpy()
+        theirs = theirs.T if variable.path.endswith("kernel") else theirs
+        np.testing.assert_allclose(gradient, theirs, atol=1e-4, err_msg=variable.path)
+
+
+def _torch_name(path: str) -> str:
+    for pattern, name in TORCH_NAMES.items():
+        path = re.sub(pattern, name, path)
+    return f"model.{path}.weight"
+
+
+TORCH_NAMES = {
+    r"/(kernel|scale|embeddings)$": "",
+    "token_embedding": "embed_tokens",
+    r"decoder_(\d+)/": r"layers.\1.",
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "final_norm": "norm",
+    r"attention/(\w)\w+": r"self_attn.\1_proj",
+    r"mlp/(\w+)": r"mlp.\1_proj",
+}
+
+
+def test_packed_examples_do_not_see_each_other(backbone: Backbone) -> None:
+    """Change one example of a row: the losses of the others stay as they were, to the last bit."""
+    examples = _examples(6)
+    rows = pack(examples, 128)
+    assert len(rows) == 1
+    model = LossModel(backbone)
+    losses = _token_losses(model, rows)
+    alone = _token_losses(model, pack(examples, 128, join=False))
+    changed_ids = np.where(rows.segment_ids == 2, (rows.token_ids + 1) % 128, rows.token_ids)
+    changed = Rows(changed_ids, rows.positions, rows.segment_ids, rows.labels)
+    moved = _token_losses(model, changed) != losses
+    learnt = rows.labels >= 0
+    assert moved[learnt & (rows.segment_ids == 2)].all()
+    assert not moved[rows.segment_ids != 2].any()
+    # And each is what it is in a row of its own.
+    np.testing.assert_allclose(np.sort(losses[losses > 0]), np.sort(alone[alone > 0]), rtol=1e-4)
+
+
+def _token_losses(model: LossModel, rows: Rows) -> np.ndarray:
+    from functional_llm.training.loss import token_losses
+
+    x, y, _ = Batches(rows, len(rows))[0]
+    return np.asarray(token_losses(model.head, model(x), y, 64, False))
+
+
+def test_no_array_holds_all_logits(backbone: Backbone) -> None:
+    batch = Batches(pack(_examples(40), 64), 8)[0]
+    tokens, vocabulary = batch[1].size, backbone.vocabulary_size
+    assert _largest(LossModel(backbone, 10_000), batch) >= tokens * vocabulary  # the test sees them
+    assert _largest(LossModel(backbone, 16), batch) < tokens * vocabulary
+
+
+def _largest(model: LossModel, batch: Any) -> int:
+    """Returns the size of the largest array with a vocabulary's axis, forward and backward."""
+    program = jax.make_jaxpr(jax.value_and_grad(_loss_function(model, batch)))(
+        [v.value for v in model.trainable_variables]
+    )
+    return max(
+        int(np.prod(shape)) for shape in _shapes(program.jaxpr) if 128 in shape and len(shape) > 1
+    )
+
+
+def _shapes(jaxpr: Any) -> Any:
+    for equation in jaxpr.eqns:
+        yield from (v.aval.shape for v in equation.outvars if hasattr(v.aval, "shape"))
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _shapes(inner)
+
+
+def test_rematerialising_takes_less_memory(tmp_path: Path) -> None:
+    save_reference({**CONFIGS[FAMILY], "num_hidden_layers": 6}, tmp_path)
+    backbone = Backbone.from_preset(tmp_path)
+    batch = Batches(pack(_examples(99), 128), 4)[0]
+    name, _, value = SAVING_FLAG.removeprefix("--").partition("=")
+
+    def temporary(remat: bool) -> int:
+        model = LossModel(backbone, 64, remat)
+        loss = jax.jit(jax.grad(_loss_function(model, batch)))
+        lowered = loss.lower([v.value for v in model.trainable_variables])
+        analysis: Any = lowered.compile({name: value == "true"}).memory_analysis()
+        return analysis.temp_size_in_bytes
+
+    assert temporary(True) < 0.5 * temporary(False)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_dropout_goes_on_inside_layers_and_head(backbone: Backbone, remat: bool) -> None:
+    def drop(layer: Any, path: str, *args: Any, **kwargs: Any) -> Any:
+        return keras.layers.Dropout(0.5, seed=1)(layer(*args, **kwargs))
+
+    dropped = rewire(backbone, call=drop, where=["decoder_*/attention/output", "final_norm"])
+    head = keras.layers.Dropout(0.5, seed=2)
+    outputs = dropped.output
+    logits = keras.Model(outputs["hidden"], outputs["logits"])(head(outputs["hidden"]))
+    dropped = Backbone(dropped.input, {**outputs, "logits": logits}, config=backbone.config)
+    model = LossModel(dropped, 16, remat)
+    model.compile(keras.optimizers.SGD(0.0))
+    batches = Batches(pack(_examples(), 32), 3)
+    states = [np.asarray(v) for v in model.non_trainable_variables]
+    assert len(states) == 4
+    losses = [model.train_on_batch(*batches[0])[0] for _ in range(3)]
+    assert len({float(x) for x in losses}) == 3  # each step drops others
+    for before, after in zip(states, model.non_trainable_variables, strict=True):
+        assert (before != np.asarray(after)).any()
+    logs = model.evaluate(batches, verbose=0, return_dict=True)
+    assert logs == model.evaluate(batches, verbose=0, return_dict=True)
+
+
+def test_only_what_is_trainable_trains(backbone: Backbone) -> None:
+    frozen = rewire(backbone, freeze=True)
+    for name in ("attention_norm", "mlp_norm"):
+        assert frozen.get_layer("decoder_1").get_layer(name).trainable
+    frozen._frozen = {  # the norms of one layer train
+        key: v for key, v in frozen._frozen.items() if "decoder_1/mlp_norm" not in v.path
+    }
+    model = LossModel(frozen)
+    model.compile("sgd")
+    before = {v.path: np.asarray(v) for v in model.variables}
+    model.fit(Batches(pack(_examples(), 32), 2), verbose=0, shuffle=False)
+    moved = [v.path for v in model.variables if (before[v.path] != np.asarray(v)).any()]
+    assert moved == ["decoder_1/mlp_norm/scale"]
+    assert len(backbone.trainable_variables) > 10
+
+
+def test_a_backbone_trains_without_this_module(backbone: Backbone) -> None:
+    batches = Batches(pack(_examples(), 32), 3)
+    loss = keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, reduction="mean_with_sample_weight"
+    )
+    expected = _plain_loss(backbone, batches[0])
+    backbone.compile(keras.optimizers.Adam(1e-2), loss)
+    x, y, weights = batches[0]
+    history = backbone.fit(x, y, sample_weight=weights, epochs=5, verbose=0).history["loss"]
+    assert history[0] == pytest.approx(expected, rel=1e-4)
+    assert history[-1] < 0.7 * history[0]
+    backbone.compile("sgd", "sparse_categorical_crossentropy")
+    backbone.fit(x["token_ids"], np.maximum(y, 0), verbose=0)
+
+
+def test_bfloat16_trains(folder: Path) -> None:
+    backbone = Backbone.from_preset(folder, dtype="mixed_bfloat16")
+    model = LossModel(backbone, 32)
+    model.compile(keras.optimizers.Adam(1e-2))
+    batches = Batches(pack(_examples(), 32), 3)
+    assert all(v.dtype == "float32" for v in model.trainable_variables)
+    losses = [float(model.train_on_batch(*batches[0])[0]) for _ in range(4)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("cosine", [0.1, 0.2, 0.3, 0.15 * (1 + np.cos(np.pi / 4)), 0.15, 0.0]),
+        ("linear", [0.1, 0.2, 0.3, 0.225, 0.15, 0.0]),
+        ("constant", [0.1, 0.2, 0.3, 0.3, 0.3, 0.3]),
+    ],
+)
+def test_schedules(kind: str, expected: list[float]) -> None:
+    schedule = make_schedule(kind, 0.3, steps=6, warmup_steps=2)
+    rates = [float(schedule(step)) for step in (0, 1, 2, 3, 4, 6)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-8)
+    copy = type(schedule).from_config(schedule.get_config())
+    assert float(copy(3)) == pytest.approx(expected[3])
+    in_batches = make_schedule(kind, 0.3, 6, 2, accumulate=4)
+    assert [float(in_batches(step)) for step in (12, 15)] == [pytest.approx(expected[3])] * 2
+
+
+def test_bad_schedules() -> None:
+    with pytest.raises(ValueError, match="cosine, linear, constant, received 'cosin'"):
+        make_schedule("cosin", 1.0, 10)
+    with pytest.raises(ValueError, match="fewer steps of warm-up than steps, received 10 and 10"):
+        make_schedule("cosine", 1.0, 10, 10)
