@@ -1,6 +1,9 @@
 """The loss of a model: equal to the plain one, without the logits of all tokens."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -198,20 +201,33 @@ def _shapes(jaxpr: Any) -> Any:
                 yield from _shapes(inner)
 
 
-def test_rematerialising_takes_less_memory(tmp_path: Path) -> None:
+MEASURE_REMAT = """
+import sys
+from pathlib import Path
+import jax
+from functional_llm.presets import Backbone
+from test_training_loss import Batches, LossModel, _examples, _loss_function, pack
+backbone = Backbone.from_preset(Path(sys.argv[1]))
+batch = Batches(pack(_examples(99), 128), 4)[0]
+for remat in (True, False):
+    model = LossModel(backbone, 64, remat)
+    program = jax.jit(jax.grad(_loss_function(model, batch)))
+    compiled = program.lower([v.value for v in model.trainable_variables]).compile()
+    print(compiled.memory_analysis().temp_size_in_bytes)
+"""
+
+
+def test_rematerialising_takes_less_memory(tmp_path: Path, repository: Path) -> None:
     save_reference({**CONFIGS[FAMILY], "num_hidden_layers": 6}, tmp_path)
-    backbone = Backbone.from_preset(tmp_path)
-    batch = Batches(pack(_examples(99), 128), 4)[0]
-    name, _, value = SAVING_FLAG.removeprefix("--").partition("=")
-
-    def temporary(remat: bool) -> int:
-        model = LossModel(backbone, 64, remat)
-        loss = jax.jit(jax.grad(_loss_function(model, batch)))
-        lowered = loss.lower([v.value for v in model.trainable_variables])
-        analysis: Any = lowered.compile({name: value == "true"}).memory_analysis()
-        return analysis.temp_size_in_bytes
-
-    assert temporary(True) < 0.5 * temporary(False)
+    # XLA reads the flag when it starts.
+    paths = os.pathsep.join([str(repository), str(repository / "tests")])
+    environment = {**os.environ, "PYTHONPATH": paths, "XLA_FLAGS": SAVING_FLAG}
+    command = [sys.executable, "-c", MEASURE_REMAT, str(tmp_path)]
+    output = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=environment
+    ).stdout
+    with_remat, without = map(int, output.split())
+    assert with_remat < 0.5 * without
 
 
 @pytest.mark.parametrize("remat", [False, True])
