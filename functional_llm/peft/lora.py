@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from functional_llm.peft.adapter import Adapter, attach, rank_for, seed_for, targets_for, value_for
+from functional_llm.peft.initial import uniform, zeros
 from functional_llm.peft.linear import Linear
 from functional_llm.selecting import Where
 
@@ -60,10 +61,9 @@ class LoRA(Adapter):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def make_weights(self, linear: Linear) -> None:
-        # Uniform within 1 / sqrt(in), as PEFT does.
-        uniform = keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform", seed=self.seed)
-        self.a = self.add_weight((linear.in_size, self.rank), uniform, name="lora_a")
-        self.b = self.add_weight((self.rank, linear.out_size), "zeros", name="lora_b")
+        start = uniform(linear.in_size**-0.5, self.seed)  # as in PEFT
+        self.a = self.add_weight((linear.in_size, self.rank), start, name="lora_a")
+        self.b = self.add_weight((self.rank, linear.out_size), zeros, name="lora_b")
         self.a0 = self.b0 = None
         if self.init == "pissa":
             u, s, vt = np.linalg.svd(ops.convert_to_numpy(linear.kernel()), full_matrices=False)
