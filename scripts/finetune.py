@@ -14,9 +14,10 @@ METHODS = ("lora", "dora", "svf", "ia3", "bitfit", "full")
 def main() -> int:
     """Parses, loads, trains, saves."""
     arguments = parse_arguments()
-    import keras  # after --help, which shall not wait for it
+    import functional_llm as flm  # after --help; before Keras, whose backend it chooses
 
-    import functional_llm as flm
+    # isort: split
+    import keras
 
     try:
         run(arguments, flm, keras)

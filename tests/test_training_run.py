@@ -49,6 +49,7 @@ def rows() -> Rows:
 def _run(*command: Any) -> subprocess.CompletedProcess[str]:
     """Runs a program of this checkout."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment.pop("KERAS_BACKEND", None)  # as in a new user's shell
     return subprocess.run(
         [sys.executable, *map(str, command)],
         capture_output=True,
