@@ -6,12 +6,13 @@ import signal
 import sys
 from typing import Any
 
+import functional_llm as flm  # before Keras, which it sets to JAX
+from functional_llm import training
+
+# isort: split
 import jax
 import keras
 import numpy as np
-
-import functional_llm as flm
-from functional_llm import training
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
