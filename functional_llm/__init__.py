@@ -11,6 +11,7 @@ from functional_llm.cache import make_cache
 from functional_llm.capturing import capture
 from functional_llm.composite import CompositeLayer
 from functional_llm.drawing import plot, tree_view
+from functional_llm.export import register_lowering
 from functional_llm.freezing import Freezable
 from functional_llm.generate import Past, TextGenerator
 from functional_llm.handles import preset_names
@@ -38,6 +39,7 @@ __all__ = [
     "peft",
     "plot",
     "preset_names",
+    "register_lowering",
     "rewire",
     "samplers",
     "select",

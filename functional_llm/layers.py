@@ -182,11 +182,10 @@ class AttentionDotProduct(keras.layers.Layer):
         """
         q_BTNH, k_BSKH, v_BSKH = inputs["query"], inputs["key"], inputs["value"]
         kv_heads, head_dim = k_BSKH.shape[2:]
-        q_BTKGH = ops.reshape(
-            q_BTNH, (*ops.shape(q_BTNH)[:2], kv_heads, q_BTNH.shape[2] // kv_heads, head_dim)
-        )
+        groups = q_BTNH.shape[2] // kv_heads
+        q_BTKGH = _reshape(q_BTNH, (kv_heads, groups, head_dim))
         scale = head_dim**-0.5 if self.scale is None else self.scale
-        scores_BKGTS = ops.einsum("BTKGH,BSKH->BKGTS", q_BTKGH * scale, k_BSKH)
+        scores_BKGTS = ops.einsum("btkgh,bskh->bkgts", q_BTKGH * scale, k_BSKH)
         # Softmax in float32 whatever the model's precision, as the reference implementations do.
         scores_BKGTS = ops.cast(scores_BKGTS, "float32")
         if self.soft_cap is not None:
@@ -198,10 +197,8 @@ class AttentionDotProduct(keras.layers.Layer):
         weights_BKGTS = ops.exp(scores_BKGTS - ops.max(scores_BKGTS, axis=-1, keepdims=True))
         weights_BKGTS = weights_BKGTS / ops.sum(weights_BKGTS, axis=-1, keepdims=True)
         weights_BKGTS = ops.cast(weights_BKGTS, v_BSKH.dtype)
-        return ops.reshape(
-            ops.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH),
-            (*ops.shape(q_BTNH)[:3], v_BSKH.shape[3]),
-        )
+        attended_BTKGH = ops.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH)
+        return _reshape(attended_BTKGH, (kv_heads * groups, v_BSKH.shape[3]))
 
     def compute_output_spec(self, inputs: dict[str, Any]) -> keras.KerasTensor:
         shape = (*inputs["query"].shape[:3], inputs["value"].shape[3])
@@ -209,3 +206,10 @@ class AttentionDotProduct(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "scale": self.scale, "soft_cap": self.soft_cap}
+
+
+def _reshape(x: Any, sizes: tuple[int, ...]) -> Any:
+    """Returns (B, T, *sizes). Symbolically `ops.reshape` cannot leave both B and T open."""
+    if isinstance(x, keras.KerasTensor):
+        return keras.layers.Reshape((-1, *sizes))(x)
+    return ops.reshape(x, (*ops.shape(x)[:2], *sizes))

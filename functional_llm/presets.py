@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, S slots, V vocabulary.
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +19,21 @@ from tqdm import tqdm
 
 from functional_llm.backbones import gemma, gemma2, gemma3, gpt2, llama, mistral, qwen2, qwen3
 from functional_llm.cache import latest_position
+from functional_llm.comparing import same_graph
 from functional_llm.convert.gguf import GGUFFile, open_gguf
 from functional_llm.convert.gguf_checkpoint import GGUFCheckpoint, read_raw_config
-from functional_llm.convert.huggingface import decode_config, read_config, write_config
+from functional_llm.convert.huggingface import (
+    decode_config,
+    encode_config,
+    read_config,
+    write_config,
+)
+from functional_llm.convert.keras_file import (
+    read_description,
+    read_tokenizer,
+    unpacked_weights,
+    write_keras_file,
+)
 from functional_llm.convert.safetensors import open_safetensors
 from functional_llm.convert.saving import replaced, write_json, write_safetensors
 from functional_llm.convert.table import (
@@ -34,9 +47,12 @@ from functional_llm.convert.table import (
     uninitialized,
     with_prefix,
 )
+from functional_llm.export import Lowering
 from functional_llm.family import Family
 from functional_llm.freezing import Freezable
 from functional_llm.handles import is_preset, locate, read_preset
+from functional_llm.peft.adapter import Adapter
+from functional_llm.peft.describing import attach_described, describe_adapters
 from functional_llm.tokenizers import TextTokenizer, save_tokenizer
 
 _DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
@@ -178,8 +194,8 @@ class Backbone(Freezable, keras.Model):
         """Loads a model: config, graph, and weights streamed straight into `dtype`.
 
         Args:
-            handle: A preset's name, a directory in Hugging Face layout, a `.gguf` file, or
-                `"hf://org/name"`.
+            handle: A preset's name, a directory in Hugging Face layout, a `.gguf` file, a `.keras`
+                file from `save`, or `"hf://org/name"`.
             dtype: `"float32"`, `"bfloat16"` or `"float16"`, or weights in float32 and sums in
                 another with `"mixed_bfloat16"` or `"mixed_float16"`.
             load_weights: `False` for random weights; a preset's files are not fetched then.
@@ -196,7 +212,12 @@ class Backbone(Freezable, keras.Model):
             preset = read_preset(str(handle))
             family = _known_family(FAMILIES, preset["family"], "The preset's family")
             return cls._build(family, decode_config(preset["config"], family), dtype)
-        checkpoint = _open_checkpoint(locate(handle))
+        path = locate(handle)
+        if path.suffix == ".keras" and path.is_file():
+            backbone = cls._from_keras_file(path, dtype, load_weights)
+            backbone.preset = str(handle)
+            return backbone
+        checkpoint = _open_checkpoint(path)
         if not load_weights:
             return cls._build(checkpoint.family, checkpoint.config, dtype)
         with uninitialized():
@@ -204,6 +225,106 @@ class Backbone(Freezable, keras.Model):
         checkpoint.load(backbone.variables)
         backbone.preset = str(handle)
         return backbone
+
+    @classmethod
+    def _from_keras_file(cls, path: Path, dtype: str, load_weights: bool) -> Self:
+        description = read_description(path)
+        if description["edited"]:
+            raise ValueError(
+                f"The graph in {path} is not that of its family '{description['family']}': it was "
+                "rewired. `keras.saving.load_model` loads it as it is. For a Backbone, rewire one "
+                f"in the same way again and call `backbone.load_weights('{path}')`."
+            )
+        family = _known_family(FAMILIES, description["family"], f"{path}: family")
+        config = decode_config(description["config"], family)
+        if not load_weights:
+            return attach_described(cls._build(family, config, dtype), description["adapters"])
+        with uninitialized():
+            backbone = cls._build(family, config, dtype)
+        adapted = {layer for one in description["adapters"] for layer in one["layers"]}
+        for variable in backbone.variables:
+            if variable.path.rpartition("/")[0] in adapted:  # methods look at what they adapt
+                variable.assign(np.zeros(variable.shape, "float32"))
+        backbone = attach_described(backbone, description["adapters"])
+        backbone.load_weights(path)
+        return backbone
+
+    def load_weights(self, filepath: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Loads weights into this model, one variable after the other.
+
+        Args:
+            filepath: A `.keras` file from `save`, or what stock Keras has saved after loading one;
+                or a `.weights.h5` file from `save_weights`.
+            *args: As for `keras.Model.load_weights`.
+            **kwargs: As for `keras.Model.load_weights`.
+
+        Raises:
+            ValueError: If the weights are those of another graph.
+        """
+        if Path(filepath).suffix != ".keras":
+            super().load_weights(filepath, *args, **kwargs)
+            return
+        with unpacked_weights(Path(filepath)) as weights:
+            lowering = Lowering(self)
+            lowering.model.load_weights(weights)
+            lowering.copy_back()
+
+    def save(
+        self,
+        filepath: str | Path,
+        overwrite: bool = True,
+        zipped: bool | None = None,
+        *,
+        tokenizer: TextTokenizer | None = None,
+    ) -> None:
+        """Writes a `.keras` file of stock layers, which `keras.saving.load_model` loads anywhere.
+
+        Nothing of this library is needed there; see docs/stock_files.md for how to use it.
+        `from_preset` makes a Backbone of it again, adapters included. A model that was rewired
+        otherwise stays as it is in the file, but comes back through `load_weights` only.
+
+        Args:
+            filepath: Where to, with the suffix `.keras`; replaced when the new file is complete.
+            overwrite: `False`: a file that is there already is an error.
+            zipped: Not `False`: the file is a zip.
+            tokenizer: The tokenizer to keep in the file. Defaults to that of the preset that the
+                backbone was loaded from, if there is one.
+
+        Raises:
+            ValueError: At a layer that stock Keras does not have and that has no lowering (see
+                `register_lowering`), or another suffix.
+            FileExistsError: Unless `overwrite`, if the file is there.
+            OSError: If it cannot be written.
+        """
+        path = Path(filepath)
+        if path.suffix != ".keras" or zipped is False:
+            raise ValueError(f"Expected a path that ends in .keras, zipped. Received: {filepath}.")
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"Expected no file at {path}, or overwrite=True.")
+        family = self._family()
+        description: dict[str, Any] = {"family": None, "edited": True}
+        if family is not None:
+            with uninitialized():
+                original = self._build(family, self.config, "float32")
+            description = {
+                "family": family.model_type,
+                "edited": not same_graph(self, original, _without_adapters),
+                "config": encode_config(self.config),
+                "adapters": describe_adapters(self),
+            }
+        stock = Lowering(self).model
+        write_keras_file(stock, path, description, self._tokenizer_files(tokenizer))
+
+    def _tokenizer_files(self, tokenizer: TextTokenizer | None) -> dict[str, bytes]:
+        with tempfile.TemporaryDirectory() as folder:
+            self._write_tokenizer(tokenizer, Path(folder))
+            return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+    def _write_tokenizer(self, tokenizer: TextTokenizer | None, folder: Path) -> None:
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, folder)
+        elif self.preset is not None:
+            _copy_tokenizer(locate(self.preset), folder)
 
     def save_preset(
         self,
@@ -235,10 +356,7 @@ class Backbone(Freezable, keras.Model):
         dtype = self.variables[0].dtype
         with replaced(Path(directory)) as folder:
             write_safetensors(folder, export_weights(self.variables, tensors), max_shard_bytes)
-            if tokenizer is not None:
-                save_tokenizer(tokenizer, folder)
-            elif self.preset is not None:
-                _copy_tokenizer(locate(self.preset), folder)
+            self._write_tokenizer(tokenizer, folder)
             ids = _read_json(folder / "generation_config.json", {})
             ids = {key: ids[key] for key in _TOKEN_IDS if key in ids}
             write_json(folder / "config.json", write_config(self.config, family, dtype) | ids)
@@ -247,7 +365,7 @@ class Backbone(Freezable, keras.Model):
     def _build(cls, family: Family, config: Any, dtype: str) -> Self:
         with _dtype_policy(dtype):
             inputs, outputs = family.build(config)
-            return cls(inputs, outputs, config=config)
+            return cls(inputs, outputs, name=family.model_type, config=config)
 
     @property
     def vocabulary_size(self) -> int:
@@ -263,6 +381,10 @@ class Backbone(Freezable, keras.Model):
     def _family(self) -> Family | None:
         fitting = (f for f in FAMILIES.values() if isinstance(self.config, f.config_class))
         return next(fitting, None)
+
+
+def _without_adapters(layer: Any) -> Any:
+    return layer.origin if isinstance(layer, Adapter) else layer
 
 
 def _as_tensor(x: Any) -> Any:
@@ -303,6 +425,10 @@ class Tokenizer(TextTokenizer):
             FileNotFoundError: If the path has no such files.
         """
         path = locate(handle)
+        if path.suffix == ".keras" and path.is_file():
+            with tempfile.TemporaryDirectory() as folder:
+                _copy_tokenizer(path, Path(folder))
+                return cls.from_directory(Path(folder))
         if path.is_file():
             return cls.from_gguf_metadata(open_gguf(path).metadata)
         return cls.from_directory(path)
@@ -370,7 +496,11 @@ _TOKENIZER_FILES = (
 
 
 def _copy_tokenizer(path: Path, folder: Path) -> None:
-    """Copies the tokenizer's files of a directory, or writes that of a GGUF file."""
+    """Copies the tokenizer's files of a directory or .keras file, or writes that of a GGUF file."""
+    if path.suffix == ".keras" and path.is_file():
+        for name, content in read_tokenizer(path).items():
+            (folder / name).write_bytes(content)
+        return
     if path.is_file():
         save_tokenizer(Tokenizer.from_preset(path), folder)
         return

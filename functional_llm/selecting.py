@@ -29,6 +29,11 @@ def inner_layers(layer: Any) -> list[keras.layers.Layer] | None:
     return [x for x in layers if not isinstance(x, keras.layers.InputLayer)]
 
 
+def inner_graph(layer: Any) -> Any:
+    """Returns the functional model inside a built CompositeLayer; any other layer as it is."""
+    return layer.graph if isinstance(layer, CompositeLayer) else layer
+
+
 def walk(model: Any, composites: bool = False) -> Iterator[tuple[str, keras.layers.Layer]]:
     """Yields (path, layer) for every leaf layer at any depth, each layer once.
 

@@ -26,8 +26,10 @@ RANKS = {
     "rewiring": 1,
     "capturing": 1,
     "drawing": 1,
+    "comparing": 1,
     "cache": 1,
     "blocks": 1,
+    "export": 2,
     "backbones": 2,
     "convert": 2,
     "peft": 3,
@@ -36,7 +38,6 @@ RANKS = {
     "decoding": 3,
     "writing": 3,
     "training": 3,
-    "export": 3,
     "preset_table": 4,
     "presets": 4,
     "": 9,  # functional_llm/__init__.py
@@ -52,6 +53,7 @@ FAMILIES = {
     "freezing": "rewiring",
     "capturing": "rewiring",
     "drawing": "rewiring",
+    "comparing": "rewiring",
 }
 
 

@@ -1,5 +1,6 @@
 """Parameter-efficient fine-tuning: graph in, graph out."""
 
+import functional_llm.peft.lowering  # noqa: F401  (says how adapters are written in stock Keras)
 from functional_llm.peft.adapter import Adapter, activate, adapter_names, attach
 from functional_llm.peft.bitfit import BitFit, bitfit
 from functional_llm.peft.dora import DoRA, dora

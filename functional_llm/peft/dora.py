@@ -47,7 +47,7 @@ class DoRA(LoRA):
         low_rank = self.linear.apply(dropped, ops.matmul(self.a, self.b)) * self.scale
         if isinstance(self.linear.layer, keras.layers.Dense):
             low_rank = ops.matmul(ops.matmul(dropped, self.a), self.b) * self.scale
-        return (ratio - 1) * self.linear.apply(dropped, self.linear.kernel()) + ratio * low_rank
+        return (ratio - 1) * self.linear.product(dropped) + ratio * low_rank
 
     def get_options(self) -> dict[str, Any]:
         return {key: x for key, x in super().get_options().items() if key != "init"}

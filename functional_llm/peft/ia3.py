@@ -38,11 +38,10 @@ class IA3(Adapter):
         return None if bias is None or self.scales_inputs else bias * (self.scale - 1)
 
     def change(self, x: Any, training: bool | None = None) -> Any:
-        kernel = self.linear.kernel()
         if self.scales_inputs:
-            return self.linear.apply(x * self.linear.as_input(self.scale - 1), kernel)
+            return self.linear.product(x * self.linear.as_input(self.scale - 1))
         bias = self.linear.bias()
-        output = self.linear.apply(x, kernel)
+        output = self.linear.product(x)
         output = output if bias is None else output + self.linear.as_output(bias)
         return output * self.linear.as_output(self.scale - 1)
 

@@ -52,6 +52,10 @@ class Linear:
             return ops.matmul(x, matrix)
         return ops.einsum(self.layer.equation, x, self.as_kernel(matrix))
 
+    def product(self, x: Any) -> Any:
+        """Returns what the layer returns, without the bias."""
+        return self.apply(x, self.kernel())
+
     def as_kernel(self, matrix: Any) -> Any:
         """Returns a matrix (in, out) in the shape of the layer's kernel."""
         order = self._axes[1]
