@@ -101,3 +101,23 @@ def test_bad_places(tiny: Path, tmp_path: Path) -> None:
         backbone.save_preset(tmp_path / "file")
     with pytest.raises(OSError, match="can be written to"):
         backbone.save_preset(tmp_path / "file" / "below")
+
+
+def test_what_a_directory_cannot_hold_is_refused(tiny: Path, tmp_path: Path) -> None:
+    backbone = flm.Backbone.from_preset(tiny)
+    biases = flm.peft.bitfit(backbone, "decoder_0/mlp/up")
+    merged = flm.peft.merge(biases)
+    with pytest.raises(
+        ValueError, match=r"(?s)1 differences:\n  'decoder_0/mlp/up/bias': .*save_adapt"
+    ):
+        merged.save_preset(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"'decoder_0/mlp/up/bias': expected no such weight"):
+        biases.save_preset(tmp_path / "saved")
+
+    def without(layer: Any, path: str, inputs: Any) -> Any:
+        return inputs
+
+    shorter = flm.rewire(backbone, call=without, where="decoder_0/mlp")
+    with pytest.raises(ValueError, match=r"'decoder_0/mlp/up/kernel': expected .*received none"):
+        shorter.save_preset(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
