@@ -1,6 +1,7 @@
 """What save_preset writes beside the weights, and that it writes all or nothing."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +122,20 @@ def test_what_a_directory_cannot_hold_is_refused(tiny: Path, tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"'decoder_0/mlp/up/kernel': expected .*received none"):
         shorter.save_preset(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("kind", ["preset", "adapter"])
+def test_a_full_disk_is_an_oserror(tiny: Path, tmp_path: Path, kind: str) -> None:
+    backbone = flm.Backbone.from_preset(tiny)
+    adapted = flm.peft.lora(backbone, 8, targets="all")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # as if the disk ended there
+    try:
+        with pytest.raises(OSError, match="could not be written.*File too large"):
+            if kind == "preset":
+                backbone.save_preset(tmp_path / "saved")
+            else:
+                flm.peft.save_adapter(adapted, tmp_path / "saved")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.part"))
