@@ -341,16 +341,10 @@ class Backbone(Freezable, keras.Model):
             max_shard_bytes: Largest size of a file of weights.
 
         Raises:
-            ValueError: If the graph has variables that the family's table does not know, as with
-                adapters that are not merged.
+            ValueError: As `check_preset`.
             OSError: If the directory cannot be written to.
         """
-        family = self._family()
-        if family is None:
-            raise ValueError(
-                f"Expected a backbone with the config of a known family ({', '.join(FAMILIES)}). "
-                f"Received: config={self.config!r}."
-            )
+        family = self.check_preset()
         paths = [variable.path for variable in self.variables]
         tensors = expand_table(family.weights, paths, self.config.num_layers)
         dtype = self.variables[0].dtype
@@ -360,6 +354,38 @@ class Backbone(Freezable, keras.Model):
             ids = _read_json(folder / "generation_config.json", {})
             ids = {key: ids[key] for key in _TOKEN_IDS if key in ids}
             write_json(folder / "config.json", write_config(self.config, family, dtype) | ids)
+
+    def check_preset(self) -> Family:
+        """Returns the family, if the graph has the weights that its config promises.
+
+        Raises:
+            ValueError: If the config is of no known family, or the graph has other weights, as with
+                adapters that are not merged, or layers that were dropped. All are named.
+        """
+        family = self._family()
+        if family is None:
+            raise ValueError(
+                f"Expected a backbone with the config of a known family ({', '.join(FAMILIES)}). "
+                f"Received: config={self.config!r}."
+            )
+        with uninitialized():
+            plain = self._build(family, self.config, "float32")
+        expected = {v.path: tuple(v.shape) for v in plain.variables}
+        received = {v.path: tuple(v.shape) for v in self.variables}
+        problems = [
+            f"'{path}': expected {expected.get(path, 'no such weight')}, received "
+            f"{received.get(path, 'none')}"
+            for path in sorted(expected.keys() | received.keys())
+            if expected.get(path) != received.get(path)
+        ]
+        if problems:
+            raise ValueError(
+                f"The model does not fit its config, {len(problems)} differences:\n  "
+                + "\n  ".join(problems[:20])
+                + "\nA directory would lose them. Merge adapters; save those that add weights, as "
+                "biases, with `flm.peft.save_adapter`."
+            )
+        return family
 
     @classmethod
     def _build(cls, family: Family, config: Any, dtype: str) -> Self:

@@ -244,7 +244,8 @@ class Rewiring:
             inner = getattr(place, "graph", place)
             rebuilt = isinstance(inner, keras.Model)  # its outputs may be others
             return record(place, args, kwargs, inner.outputs if rebuilt else node.outputs)
-        if "mask" in kwargs and "mask" not in inspect.signature(place.call).parameters:
+        takes_mask = "mask" in inspect.signature(place.call).parameters
+        if "mask" in kwargs and (kwargs["mask"] is None or not takes_mask):
             del kwargs["mask"]  # Keras notes the mask as an argument, though nobody gave it
         with name_scopes(path.rpartition("/")[0]):
             if asked is None or self._call is None:

@@ -95,13 +95,16 @@ def run(arguments: argparse.Namespace, flm: Any, keras: Any) -> None:
     )
     settings = make_settings(arguments, len(rows), training.Settings)
     model = adapt(backbone, arguments, flm)
+    if arguments.method == "bitfit" and arguments.save == "merged":  # known before training
+        flm.peft.merge(model, keep=False).check_preset()
     trainable = sum(math.prod(variable.shape) for variable in model.trainable_variables)
     print(
         f"{len(kept)} examples in {len(rows)} rows of {rows.token_ids.shape[1]} tokens, "
         f"{len(held)} held out; {settings.steps} steps on {trainable:,} of "
         f"{model.count_params():,} weights"
     )
-    names = ("preset", "method", "rank", "alpha", "dropout", "targets", "dtype")
+    names = ["preset", "method", "rank", "alpha", "dropout", "targets", "dtype"]
+    names += ["dataset", "split", "held_out", "length", "packing"]
     history = training.train(
         model,
         rows,

@@ -70,6 +70,17 @@ def llama_cpp() -> Path:
 
 
 @pytest.fixture(scope="session")
+def identity_file() -> Path:
+    """LLaMA-Factory's `identity.json`, answers about a model's name, downloaded once."""
+    from llama_cpp import fetch_identity
+
+    try:
+        return fetch_identity()
+    except ConnectionError as error:
+        pytest.skip(f"LLaMA-Factory cannot be downloaded: {error}")
+
+
+@pytest.fixture(scope="session")
 def llama_cpp_models(llama_cpp: Path) -> Path:
     """llama.cpp's folder models/."""
     return llama_cpp / "models"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 import functional_llm as flm
 from configs import CONFIGS
@@ -238,6 +239,29 @@ def test_gradients_equal_pefts(pair: Any, tmp_path: Path) -> None:
             np.testing.assert_allclose(gradient, other, atol=1e-5, err_msg=variable.path)
 
 
+def test_a_part_of_an_adapter_is_an_error(pair: Any, tmp_path: Path) -> None:
+    targets = {"target_modules": ["q_proj", "v_proj"]}
+    configs = [
+        theirs.LoraConfig(**targets),
+        theirs.LoraConfig(target_modules=r".*layers\.1\..*(q|v)_proj"),
+        theirs.LoraConfig(**targets, exclude_modules=r".*\.0\..*"),
+        theirs.LoraConfig(**targets, layers_to_transform=1, layers_pattern="layers"),
+        theirs.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules="down_proj"),
+    ]
+    for number, config in enumerate(configs):
+        folder = tmp_path / str(number)
+        theirs.get_peft_model(pair.make(), config).save_pretrained(folder)
+        flm.peft.load_adapter(pair.backbone, folder)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        kept = {key: x for key, x in tensors.items() if "layers.1.self_attn.q_proj" not in key}
+        assert len(kept) < len(tensors)
+        save_file(kept, folder / "adapter_model.safetensors")
+        with pytest.raises(
+            ValueError, match="(?s)1 differences.*layers.1.self_attn.q_proj' is one of"
+        ):
+            flm.peft.load_adapter(pair.backbone, folder)
+
+
 def _edit(folder: Path, **changes: Any) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -255,6 +279,10 @@ def _edit(folder: Path, **changes: Any) -> None:
         ({"r": 5}, r"decoder_0/attention/query: 'lora_a' expected shape \(48, 5\)"),
         ({"r": 0}, "rank of at least 1"),
         ({"use_dora": True}, "missing weight 'magnitude'"),
+        (
+            {"target_modules": ["q_proj", "v_proj", "up_proj"]},
+            "(?s)2 differences.*up_proj' is one of",
+        ),
     ],
 )
 def test_what_we_do_not_read_is_an_error(

@@ -401,6 +401,19 @@ def test_a_block_is_dropped(backbone: Any) -> None:
     assert len(flm.TextGenerator(model).generate_ids([[1, 2]], 3)[0]) == 3
 
 
+@pytest.mark.parametrize("where", ["decoder_0/mlp", "decoder_1/mlp/gate", "mlp_norm", "final_norm"])
+def test_a_call_gets_the_arguments_that_were_given(backbone: Any, where: str) -> None:
+    received: list[Any] = []
+
+    def note(layer: Any, path: str, x: Any, **kwargs: Any) -> Any:
+        received.append(kwargs)
+        return layer(x)
+
+    model = flm.rewire(backbone, call=note, where=where)
+    assert received and not any(received)
+    np.testing.assert_array_equal(_logits(model), _logits(backbone))
+
+
 def test_bad_replacements(backbone: Any) -> None:
     with pytest.raises(TypeError, match=r"returned None for 'decoder_0/attention/query'"):
         flm.rewire(backbone, lambda layer, path: None, where="decoder_0/attention/query")

@@ -1,6 +1,7 @@
 """What save_preset writes beside the weights, and that it writes all or nothing."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +102,40 @@ def test_bad_places(tiny: Path, tmp_path: Path) -> None:
         backbone.save_preset(tmp_path / "file")
     with pytest.raises(OSError, match="can be written to"):
         backbone.save_preset(tmp_path / "file" / "below")
+
+
+def test_what_a_directory_cannot_hold_is_refused(tiny: Path, tmp_path: Path) -> None:
+    backbone = flm.Backbone.from_preset(tiny)
+    biases = flm.peft.bitfit(backbone, "decoder_0/mlp/up")
+    merged = flm.peft.merge(biases)
+    with pytest.raises(
+        ValueError, match=r"(?s)1 differences:\n  'decoder_0/mlp/up/bias': .*save_adapt"
+    ):
+        merged.save_preset(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"'decoder_0/mlp/up/bias': expected no such weight"):
+        biases.save_preset(tmp_path / "saved")
+
+    def without(layer: Any, path: str, inputs: Any) -> Any:
+        return inputs
+
+    shorter = flm.rewire(backbone, call=without, where="decoder_0/mlp")
+    with pytest.raises(ValueError, match=r"'decoder_0/mlp/up/kernel': expected .*received none"):
+        shorter.save_preset(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("kind", ["preset", "adapter"])
+def test_a_full_disk_is_an_oserror(tiny: Path, tmp_path: Path, kind: str) -> None:
+    backbone = flm.Backbone.from_preset(tiny)
+    adapted = flm.peft.lora(backbone, 8, targets="all")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # as if the disk ended there
+    try:
+        with pytest.raises(OSError, match="could not be written.*File too large"):
+            if kind == "preset":
+                backbone.save_preset(tmp_path / "saved")
+            else:
+                flm.peft.save_adapter(adapted, tmp_path / "saved")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.part"))

@@ -67,6 +67,16 @@ def test_formats_hold_the_same(tmp_path: Path, ending: str) -> None:
     assert [record.fields for record in read_records(path)] == ROWS
 
 
+def test_cells_of_a_csv_file_are_text(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    rows = [{"prompt": f"{i} + {i}?", "completion": str(2 * i), "system": "NA"} for i in range(3)]
+    path = _write(tmp_path / "numbers.csv", rows)
+    assert [record.fields for record in read_records(path)] == rows
+    rows = [{"prompt": "a", "completion": "None"}, {"prompt": "b", "completion": ""}]
+    path = _write(tmp_path / "words.csv", rows)
+    assert [record.fields for record in read_records(path)] == [rows[0], {"prompt": "b"}]
+
+
 def test_a_folder_goes_through_datasets(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     (tmp_path / "set").mkdir()
@@ -194,6 +204,9 @@ def test_what_is_too_long_is_cut_and_counted(tokenizer: Tokenizer) -> None:
     assert make_examples(records[2:], tokenizer, 64).describe(64) == ""
     with pytest.raises(ValueError, match="None of 1 examples has a token to learn within 64"):
         make_examples(records[1:2], tokenizer, 64)
+    for record in (records[2], Record("a.txt", {"running_text": "b " * 9})):
+        with pytest.raises(ValueError, match="Expected a length from 1 .* received 0"):
+            make_examples([record], tokenizer, 0)
 
 
 @pytest.mark.parametrize(

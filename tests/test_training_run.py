@@ -195,6 +195,17 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny: Path, rows: Rows, tmp_path
         train(Backbone.from_preset(tiny), rows, None, settings, tmp_path)
 
 
+def test_a_folder_that_cannot_be_made_is_known_before_training(
+    tiny: Path, rows: Rows, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    backbone = Backbone.from_preset(tiny)
+    before = np.asarray(backbone.trainable_variables[0])
+    with pytest.raises(OSError, match="file"):
+        train(backbone, rows, rows, Settings(steps=1), tmp_path / "file" / "training")
+    np.testing.assert_array_equal(backbone.trainable_variables[0], before)
+
+
 def test_bad_settings(tiny: Path, rows: Rows, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Expected `steps` of at least 1, received 0"):
         Settings(steps=0)
@@ -300,6 +311,9 @@ def test_the_script_makes_an_adapter_that_answers(tiny: Path, tuned: Any) -> Non
         (["--targets", "quary"], "query"),
         ([], "is the checkpoint of an earlier run"),
         (["--resume", "--rank", 2, "--steps", 30, "--targets", "all"], "rank: 4 in the checkpoint"),
+        (["--resume", "--length", 32, "--no-packing"], "length: 64 in the checkpoint, 32 now"),
+        (["--resume", "--no-packing"], "packing: True in the checkpoint, False now"),
+        (["--method", "bitfit", "--save", "merged"], "does not fit its config, 14 differences"),
     ],
 )
 def test_the_script_says_what_is_wrong(

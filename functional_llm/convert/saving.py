@@ -111,4 +111,7 @@ def _write_shard(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         for name, x in arrays.items()
     }
     # Transformers reads only files that say what they were made for.
-    safetensors.serialize_file(specs, str(path), metadata={"format": "pt"})
+    try:
+        safetensors.serialize_file(specs, str(path), metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise OSError(f"The weights could not be written: {error}.") from error

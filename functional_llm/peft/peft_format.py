@@ -218,6 +218,11 @@ def from_peft(
         grouped.setdefault(module, {})[_SUFFIXES[suffix]] = own_layout
         if suffix == "ia3_l":  # its shape tells which side it scales
             grouped[module]["is_row"] = np.array(array.ndim == 2 and array.shape[0] == 1)
+    problems += [
+        f"module '{module}' is one of the adapter's targets, and has no tensors"
+        for module in parts
+        if module not in grouped and _is_target(config, module)
+    ]
     stored: dict[str, Stored] = {}
     make = _stored_ia3 if kind == "IA3" else partial(_stored_lora, config)
     for module, weights in grouped.items():
@@ -230,6 +235,32 @@ def from_peft(
             continue
         stored |= dict(zip(parts[module], pieces, strict=True))
     return stored, problems
+
+
+def _is_target(config: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT puts an adapter on a module: `check_target_module_exists` in its tuners."""
+    named = _is_named(config.get("target_modules"), module)
+    if not named or _is_named(config.get("exclude_modules"), module):
+        return False
+    numbers, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or r"[^.]*"
+    if numbers in (None, []) or not _is_suffix(config["target_modules"], module):
+        return True
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    found = [re.match(rf"(?:^|.*?\.){x}\.(\d+)\.", module) for x in patterns]
+    numbers = [numbers] if isinstance(numbers, int) else numbers
+    return any(x is not None and int(x[1]) in numbers for x in found)
+
+
+def _is_named(targets: Any, module: str) -> bool:
+    """`targets` is a regular expression, or a list of names or of their ends."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return module in (targets or ()) or _is_suffix(targets, module)
+
+
+def _is_suffix(targets: Any, module: str) -> bool:
+    is_list = isinstance(targets, list)
+    return is_list and any(module.endswith(f".{x}") for x in targets if module not in targets)
 
 
 def _split(whole: Stored, sizes: list[int]) -> list[Stored]:

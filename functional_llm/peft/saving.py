@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from functional_llm.convert.safetensors import open_safetensors
@@ -33,6 +34,7 @@ def save_adapter(model: Any, folder: str | Path, adapter_name: str | None = None
 
     Raises:
         ValueError: If the model has no such adapter, or several and none is named.
+        OSError: If the folder cannot be written to: the disk is full, say.
     """
     names = adapter_names(model)
     if adapter_name is None and len(names) == 1:
@@ -60,6 +62,8 @@ def _write(path: Path, write: Any) -> None:
     try:
         write(part)
         os.replace(part, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}.") from error
     finally:
         part.unlink(missing_ok=True)
 

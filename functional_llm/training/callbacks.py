@@ -172,5 +172,6 @@ class TensorBoard(keras.callbacks.Callback):
             self.writer.add_scalar("perplexity/held_out", math.exp(loss), step)
         self.writer.flush()
 
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        self.writer.flush()
+    def close(self) -> None:
+        """Waits until all is on the disk: the library writes in a thread, and `flush` does not."""
+        self.writer.close()

@@ -118,9 +118,10 @@ def make_examples(records: Iterable[Record], tokenizer: TextTokenizer, length: i
         Examples with at least one item.
 
     Raises:
-        ValueError: If a record lacks columns, a value is of another type, the chat template does
-            not accept it, or no example is left.
+        ValueError: If the length is below 1, a record lacks columns, a value is of another type,
+            the chat template does not accept it, or no example is left.
     """
+    check_length(length, None)
     items, truncated, dropped = [], 0, 0
     for record in records:
         for example in _tokenise(record, tokenizer, length):

@@ -101,13 +101,14 @@ def train(
     Raises:
         ValueError: If there is nothing to train, if `folder` has a checkpoint and `resume` is not
             asked for, or the checkpoint is damaged or made with other arguments.
-        OSError: If a checkpoint cannot be written.
+        OSError: If the folder cannot be made, or a checkpoint cannot be written.
     """
     if not backbone.trainable_variables:
         raise ValueError(
             "Expected trainable weights, received a model whose layers are all frozen."
         )
     path = Path(folder) / CHECKPOINT
+    path.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is known at once
     arguments = _all_arguments(settings, rows, held_out, arguments)
     model = compile_model(backbone, settings)
     history = _begin(path, model, settings, arguments, resume)
@@ -116,8 +117,8 @@ def train(
     progress = Progress(settings.steps, batches, history)
     saver = Checkpoints(path, settings.checkpoint_every or settings.steps, history, arguments)
     all_callbacks = [history, progress, *([saver] if settings.checkpoint_every else [])]
-    all_callbacks += [TensorBoard(Path(folder) / "tensorboard", history)] if tensorboard else []
-    all_callbacks += callbacks
+    boards = [TensorBoard(Path(folder) / "tensorboard", history)] if tensorboard else []
+    all_callbacks += [*boards, *callbacks]
     try:
         if validation is not None and not history.held_out:
             history.add_held_out(
@@ -134,6 +135,8 @@ def train(
             saver.save(model)
     finally:
         progress.close()
+        for board in boards:
+            board.close()
     return history
 
 

@@ -1,5 +1,6 @@
 """Datasets -> records: what a file or a hub dataset holds, each with the place it came from."""
 
+import csv
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,10 +94,16 @@ def _read_text(path: Path) -> list[Record]:
 
 
 def _read_table(path: Path) -> list[Record]:
-    kind, files = path.suffix[1:], [str(path)]
-    return _load(
-        str(path), lambda library: library.load_dataset(kind, data_files=files, split="train")
-    )
+    def load(library: Any) -> Any:
+        options: dict[str, Any] = {"data_files": [str(path)], "split": "train"}
+        if path.suffix == ".csv":  # whose cells are text: "4" is no number, and "None" an answer
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                columns = next(csv.reader(file))
+            options["features"] = library.Features(dict.fromkeys(columns, library.Value("string")))
+            options |= {"keep_default_na": False, "na_values": [""]}
+        return library.load_dataset(path.suffix[1:], **options)
+
+    return _load(str(path), load)
 
 
 def _load(source: str, load: Callable[[Any], Any]) -> list[Record]:
