@@ -172,7 +172,7 @@ def test_families_name_ranked_modules() -> None:
         ("layers", "from functional_llm import composite", "or the same inside one folder"),
         ("blocks.mlp", "from ..generate import x", "functional_llm.generate [3]"),
         ("blocks.mlp", "if TYPE_CHECKING:\n    from .. import cache", "functional_llm.cache [1]"),
-        ("convert.table", "importlib.import_module('functional_llm.export')", "export [3]"),
+        ("convert.table", "importlib.import_module('functional_llm.generate')", "generate [3]"),
         ("convert.table", "from functional_llm.backbones.llama import x", "backbones.llama [2]"),
         ("sampling", "import jax", "functional_llm.sampling has no rank: give 'sampling' one"),
         ("blocks.mlp", "from . import norm\nfrom .norm import x\nfrom ..layers import y", ""),
