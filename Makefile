@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 BENCH_VENV ?= .venv-bench
+STOCK_VENV ?= .venv-stock
 BENCH_ARGS ?=
 PROMPT ?= The capital of France is
 PYTEST_ARGS ?=
@@ -18,7 +19,7 @@ help:
 	@echo "make bench      measure against KerasHub and Transformers (BENCH_ARGS='--help' for choices)"
 	@echo "make lint       ruff: rules and format"
 	@echo "make types      mypy"
-	@echo "make clean      remove $(VENV) and $(BENCH_VENV)"
+	@echo "make clean      remove $(VENV), $(BENCH_VENV) and $(STOCK_VENV)"
 
 # Each stamp is made last, so that an install that was cut off starts again.
 $(VENV)/installed-core: pyproject.toml
@@ -42,9 +43,17 @@ $(BENCH_VENV)/installed: pyproject.toml
 generate: $(VENV)/installed-core
 	$(BIN)/python scripts/generate.py --prompt "$$PROMPT"
 
+# Without this library: what `Backbone.save` writes must do without.
+$(STOCK_VENV)/installed: tests/stock_requirements.txt
+	$(PYTHON) -m venv $(STOCK_VENV)
+	$(STOCK_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(STOCK_VENV)/bin/python -m pip install --quiet --requirement tests/stock_requirements.txt
+	touch $@
+
 # One run, in two processes: tests/conftest.py puts the tests marked `real` last.
-test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+test: $(VENV)/installed-dev $(STOCK_VENV)/installed
+	FLM_STOCK_PYTHON=$(abspath $(STOCK_VENV))/bin/python \
+		$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 bench: $(BENCH_VENV)/installed
 	$(BENCH_VENV)/bin/python -m benchmarks $(BENCH_ARGS)
@@ -57,4 +66,4 @@ types: $(VENV)/installed-dev
 	$(BIN)/python -m mypy
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV)
+	rm -rf $(VENV) $(BENCH_VENV) $(STOCK_VENV)

@@ -9,7 +9,9 @@ Shapes: B batch, T new tokens, S slots of the cache, V vocabulary.
 
 import itertools
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -51,7 +53,7 @@ class Lowering:
     - `cache`: for each decoder layer what it keeps, as nested dict of (B, S, ...) arrays,
 
     and returns `logits` (B, T, V) and `cache_update`, what belongs into the slots `cache_length`
-    to `cache_length + T` afterwards, (B, T, ...).
+    to `cache_length + T - 1` afterwards, (B, T, ...).
 
     Args:
         original: A Backbone, or any functional model with its inputs and outputs.
@@ -131,17 +133,22 @@ class Lowering:
             }
             return self._run(graph, tensors, path)
 
-        return self._call_model(layer, [x for x in given if x is not None], specs, body)
+        names = [spec.name.removeprefix("input.").replace(".", "_") for spec in specs]
+        names = ["x"] if names == ["0"] else names  # the one input of a layer
+        return self._call_model(layer, [x for x in given if x is not None], names, body)
 
     def _call_custom(self, lower: Any, layer: Any, path: str, args: Any, kwargs: Any) -> list[Any]:
-        given = [x for x in tree.flatten((args, kwargs)) if isinstance(x, keras.KerasTensor)]
+        pairs = tree.flatten_with_path((args, kwargs))
+        named = [(path, x) for path, x in pairs if isinstance(x, keras.KerasTensor)]
+        given = [x for _, x in named]
+        names = ["_".join(key for key in path if isinstance(key, str)) or "x" for path, _ in named]
 
         def body(inputs: list[Any]) -> list[Any]:
             new = {id(x): y for x, y in zip(given, inputs, strict=True)}
             new_args, new_kwargs = tree.map_structure(lambda x: new.get(id(x), x), (args, kwargs))
             return self._lower(lower, layer, path, new_args, new_kwargs)
 
-        return self._call_model(layer, given, given, body)
+        return self._call_model(layer, given, names, body)
 
     def _lower(self, lower: Any, layer: Any, path: str, args: Any, kwargs: Any) -> list[Any]:
         def autocast(x: Any) -> Any:
@@ -154,10 +161,9 @@ class Lowering:
             self._stand_ins[id(layer)] = self._stand_in(layer, path, next(tensors))
         return tree.flatten(lower(self._stand_ins[id(layer)], *args, **kwargs))
 
-    def _call_model(self, layer: Any, given: Any, named: Any, body: Any) -> list[Any]:
+    def _call_model(self, layer: Any, given: Any, names: list[str], body: Any) -> list[Any]:
         """Calls the stock model in the place of a layer, which is made at the first call."""
         if id(layer) not in self._places:
-            names = [x.name.removeprefix("input.").replace(".", "_") for x in named]
             names = [
                 name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)
             ]
@@ -271,13 +277,46 @@ class Lowering:
         return keras.Model(token_ids, result["logits"], name=self._original.name)
 
 
+def export_stablehlo(model: keras.Model, path: Path) -> None:
+    """Writes a stock model of token ids as StableHLO, weights inside, for any batch and length.
+
+    `jax.export.deserialize(path.read_bytes()).call(token_ids)` gives the logits.
+
+    Args:
+        model: From `Lowering`.
+        path: Where to.
+
+    Raises:
+        ImportError: If flatbuffers is missing.
+    """
+    import jax
+    from jax import export
+
+    trained, others = (
+        [variable.value for variable in variables]
+        for variables in (model.trainable_variables, model.non_trainable_variables)
+    )
+    program = jax.jit(lambda token_ids: model.stateless_call(trained, others, token_ids)[0])
+    shape = jax.ShapeDtypeStruct(export.symbolic_shape("batch, tokens"), "int32")
+    exported = export.export(program, platforms=("cpu", "cuda", "tpu"))(shape)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(exported.serialize())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def _without_positions(group: dict[str, Any]) -> dict[str, Any]:
     return {name: kept for name, kept in group.items() if name != "positions"}
 
 
 def _positions(token_ids: Any, length: Any, cache: Any) -> list[Any]:
     """Returns the positions of the new tokens (B, T), and of those in the slots (B, S)."""
-    inputs = [keras.Input(batch_shape=x.shape, dtype=x.dtype) for x in (token_ids, length, cache)]
+    inputs = [
+        keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x.name)
+        for x in (token_ids, length, cache)
+    ]
     length_B1 = ops.expand_dims(inputs[1], 1)
     rest = (0,) * (len(cache.shape) - 2)
     slot_BS = _count(inputs[2][(slice(None), slice(None), *rest)])
@@ -312,14 +351,9 @@ def _is_stock(operation: Any) -> bool:
 
 def _lower_lookup(layer: Any, inputs: dict[str, Any]) -> Any:
     """What queries look at: the cache, and the new tokens behind it."""
-    new = tree.flatten_with_path(inputs["new"])
-    joined = [
-        keras.layers.Concatenate(axis=1, dtype=layer.dtype_policy, name="_".join(("join", *path)))(
-            [cached, x]
-        )
-        for (path, x), cached in zip(new, tree.flatten(inputs["cache"]), strict=True)
-    ]
-    return joined, inputs["new"]
+    new = inputs["new"]
+    pairs = zip(tree.flatten(inputs["cache"]), tree.flatten(new), strict=True)
+    return [ops.concatenate(pair, axis=1) for pair in pairs], new
 
 
 register_lowering(AttentionMask, AttentionMask.call)

@@ -3,61 +3,40 @@
 Shapes: B batch, T tokens, S slots, V vocabulary.
 """
 
-import json
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import keras
 import numpy as np
 from keras import ops, tree
-from tqdm import tqdm
 
-from functional_llm.backbones import gemma, gemma2, gemma3, gpt2, llama, mistral, qwen2, qwen3
-from functional_llm.cache import latest_position
+from functional_llm.checkpoint import (
+    FAMILIES,
+    TOKEN_IDS,
+    copy_tokenizer,
+    known_family,
+    open_checkpoint,
+    read_json,
+)
 from functional_llm.comparing import same_graph
-from functional_llm.convert.gguf import GGUFFile, open_gguf
-from functional_llm.convert.gguf_checkpoint import GGUFCheckpoint, read_raw_config
-from functional_llm.convert.huggingface import (
-    decode_config,
-    encode_config,
-    read_config,
-    write_config,
-)
-from functional_llm.convert.keras_file import (
-    read_description,
-    read_tokenizer,
-    unpacked_weights,
-    write_keras_file,
-)
-from functional_llm.convert.safetensors import open_safetensors
+from functional_llm.convert.gguf import open_gguf
+from functional_llm.convert.huggingface import decode_config, encode_config, write_config
+from functional_llm.convert.keras_file import read_description, unpacked_weights, write_keras_file
 from functional_llm.convert.saving import replaced, write_json, write_safetensors
-from functional_llm.convert.table import (
-    TensorSource,
-    check_copies,
-    check_source,
-    expand_table,
-    export_weights,
-    load_weights,
-    module_names,
-    uninitialized,
-    with_prefix,
-)
-from functional_llm.export import Lowering
+from functional_llm.convert.table import expand_table, export_weights, module_names, uninitialized
+from functional_llm.export import Lowering, export_stablehlo
 from functional_llm.family import Family
 from functional_llm.freezing import Freezable
 from functional_llm.handles import is_preset, locate, read_preset
+from functional_llm.inputs import complete_inputs
 from functional_llm.peft.adapter import Adapter
 from functional_llm.peft.describing import attach_described, describe_adapters
 from functional_llm.tokenizers import TextTokenizer, save_tokenizer
 
 _DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
-_MODULES = (llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3, gpt2)
-FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 
 
 @keras.saving.register_keras_serializable("functional_llm")
@@ -128,64 +107,7 @@ class Backbone(Freezable, keras.Model):
             ValueError: At an unknown key, a wrong rank, token ids that are no integers or out of
                 range, or a cache together with segment ids.
         """
-        given = dict(inputs) if isinstance(inputs, dict) else {"token_ids": inputs}
-        names = list(self.input)
-        unknown = sorted(set(given) - set(names))
-        if unknown or given.get("token_ids") is None:
-            raise ValueError(f"Expected token_ids and any of {names}, received {sorted(given)}.")
-        token_ids = self._check_tokens(given["token_ids"])
-        cache = given.get("cache")
-        if cache is not None and given.get("segment_ids") is not None:
-            raise ValueError(
-                "Expected `segment_ids` or `cache`, received both: a cache does not keep the "
-                "segments of its tokens. Pack examples for training, without a cache."
-            )
-        positions = given.get("positions")
-        self._check_beside(token_ids, positions, cache)
-        if positions is None:
-            positions = _default_positions(token_ids, cache)
-        empty = tree.map_structure(lambda _: None, self.input["cache"])
-        return {
-            "token_ids": token_ids,
-            "positions": positions,
-            "segment_ids": given.get("segment_ids"),
-            "cache": empty if cache is None else cache,
-        }
-
-    def _check_tokens(self, token_ids: Any) -> Any:
-        shape, dtype = getattr(token_ids, "shape", ()), getattr(token_ids, "dtype", None)
-        if len(shape) != 2 or not keras.backend.is_int_dtype(dtype):
-            raise ValueError(
-                "Expected token_ids, an array of shape (batch, tokens) and an integer dtype, "
-                f"received a {type(token_ids).__name__} of shape {tuple(shape)}, dtype {dtype}."
-            )
-        numbers = _numbers(token_ids)
-        if numbers is not None and numbers.size:
-            lowest, highest = int(numbers.min()), int(numbers.max())
-            if lowest < 0 or highest >= self.vocabulary_size:
-                raise ValueError(
-                    f"Expected token ids from 0 to {self.vocabulary_size - 1}, received ids from "
-                    f"{lowest} to {highest}."
-                )
-        return ops.cast(token_ids, "int32")
-
-    def _check_beside(self, token_ids: Any, positions: Any, cache: Any) -> None:
-        """Compares what comes along with the token ids."""
-        shape = tuple(token_ids.shape)
-        if positions is not None and tuple(positions.shape) != shape:
-            raise ValueError(
-                f"Expected positions of the shape of token_ids, {shape}, received "
-                f"{tuple(positions.shape)}."
-            )
-        if cache is None:
-            return
-        same = isinstance(cache, dict) and set(cache) == set(self.input["cache"])
-        rows = next(iter(cache.values()))["positions"].shape[0] if same else None
-        if rows is None or None not in (rows, shape[0]) and rows != shape[0]:
-            raise ValueError(
-                f"Expected a cache of `make_cache` or of an earlier call, for {shape[0]} rows, "
-                f"received one for {rows} with the keys {sorted(cache)}."
-            )
+        return complete_inputs(self.input, self.vocabulary_size, inputs)
 
     @classmethod
     def from_preset(
@@ -210,14 +132,14 @@ class Backbone(Freezable, keras.Model):
         """
         if not load_weights and is_preset(str(handle)):
             preset = read_preset(str(handle))
-            family = _known_family(FAMILIES, preset["family"], "The preset's family")
+            family = known_family(preset["family"], "The preset's family")
             return cls._build(family, decode_config(preset["config"], family), dtype)
         path = locate(handle)
         if path.suffix == ".keras" and path.is_file():
             backbone = cls._from_keras_file(path, dtype, load_weights)
             backbone.preset = str(handle)
             return backbone
-        checkpoint = _open_checkpoint(path)
+        checkpoint = open_checkpoint(path)
         if not load_weights:
             return cls._build(checkpoint.family, checkpoint.config, dtype)
         with uninitialized():
@@ -229,13 +151,13 @@ class Backbone(Freezable, keras.Model):
     @classmethod
     def _from_keras_file(cls, path: Path, dtype: str, load_weights: bool) -> Self:
         description = read_description(path)
-        if description["edited"]:
+        if description.get("edited", True):
             raise ValueError(
-                f"The graph in {path} is not that of its family '{description['family']}': it was "
-                "rewired. `keras.saving.load_model` loads it as it is. For a Backbone, rewire one "
-                f"in the same way again and call `backbone.load_weights('{path}')`."
+                f"The graph in {path} is not that of its family '{description.get('family')}': it "
+                "was rewired. `keras.saving.load_model` loads it as it is. For a Backbone, rewire "
+                f"one in the same way again and call `backbone.load_weights('{path}')`."
             )
-        family = _known_family(FAMILIES, description["family"], f"{path}: family")
+        family = known_family(description["family"], f"{path}: family")
         config = decode_config(description["config"], family)
         if not load_weights:
             return attach_described(cls._build(family, config, dtype), description["adapters"])
@@ -304,16 +226,35 @@ class Backbone(Freezable, keras.Model):
         family = self._family()
         description: dict[str, Any] = {"family": None, "edited": True}
         if family is not None:
-            with uninitialized():
-                original = self._build(family, self.config, "float32")
             description = {
                 "family": family.model_type,
-                "edited": not same_graph(self, original, _without_adapters),
+                "edited": not same_graph(self, self._original(family), _without_adapters),
                 "config": encode_config(self.config),
                 "adapters": describe_adapters(self),
             }
         stock = Lowering(self).model
         write_keras_file(stock, path, description, self._tokenizer_files(tokenizer))
+
+    def export(self, filepath: str | Path, format: str = "stablehlo", **kwargs: Any) -> None:
+        """Writes the stock model, token ids to logits, for other runtimes.
+
+        Args:
+            filepath: Where to.
+            format: `"stablehlo"`, for `jax.export.deserialize`, or what `keras.Model.export` can
+                with JAX: `"tf_saved_model"` (needs TensorFlow), `"onnx"` (needs jax2onnx). With
+                other backends it can more: load a file from `save` there.
+            **kwargs: As for `keras.Model.export`.
+
+        Raises:
+            ValueError: At a layer that stock Keras does not have and that has no lowering.
+            ImportError: If what the format needs is not installed.
+        """
+        stock = Lowering(self).model
+        if format == "stablehlo":
+            export_stablehlo(stock, Path(filepath))
+            return
+        stock(np.zeros((1, 1), "int32"))  # Keras wants it to have been called
+        stock.export(str(filepath), format=format, **kwargs)
 
     def _tokenizer_files(self, tokenizer: TextTokenizer | None) -> dict[str, bytes]:
         with tempfile.TemporaryDirectory() as folder:
@@ -324,7 +265,7 @@ class Backbone(Freezable, keras.Model):
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
         elif self.preset is not None:
-            _copy_tokenizer(locate(self.preset), folder)
+            copy_tokenizer(locate(self.preset), folder)
 
     def save_preset(
         self,
@@ -351,16 +292,17 @@ class Backbone(Freezable, keras.Model):
         with replaced(Path(directory)) as folder:
             write_safetensors(folder, export_weights(self.variables, tensors), max_shard_bytes)
             self._write_tokenizer(tokenizer, folder)
-            ids = _read_json(folder / "generation_config.json", {})
-            ids = {key: ids[key] for key in _TOKEN_IDS if key in ids}
+            ids = read_json(folder / "generation_config.json", {})
+            ids = {key: ids[key] for key in TOKEN_IDS if key in ids}
             write_json(folder / "config.json", write_config(self.config, family, dtype) | ids)
 
     def check_preset(self) -> Family:
-        """Returns the family, if the graph has the weights that its config promises.
+        """Returns the family, if the graph is what the config promises.
 
         Raises:
             ValueError: If the config is of no known family, or the graph has other weights, as with
-                adapters that are not merged, or layers that were dropped. All are named.
+                adapters that are not merged, or layers that were dropped (all are named), or it
+                was rewired in another way.
         """
         family = self._family()
         if family is None:
@@ -368,8 +310,7 @@ class Backbone(Freezable, keras.Model):
                 f"Expected a backbone with the config of a known family ({', '.join(FAMILIES)}). "
                 f"Received: config={self.config!r}."
             )
-        with uninitialized():
-            plain = self._build(family, self.config, "float32")
+        plain = self._original(family)
         expected = {v.path: tuple(v.shape) for v in plain.variables}
         received = {v.path: tuple(v.shape) for v in self.variables}
         problems = [
@@ -385,7 +326,17 @@ class Backbone(Freezable, keras.Model):
                 + "\nA directory would lose them. Merge adapters; save those that add weights, as "
                 "biases, with `flm.peft.save_adapter`."
             )
+        if not same_graph(self, plain):
+            raise ValueError(
+                f"The model was rewired: its graph is not that of '{family.model_type}', which is "
+                "all that a directory can say. Save it as a .keras file with `save`, graph and all."
+            )
         return family
+
+    def _original(self, family: Family) -> Self:
+        """The family's graph for this config, without values."""
+        with uninitialized():
+            return self._build(family, self.config, "float32")
 
     @classmethod
     def _build(cls, family: Family, config: Any, dtype: str) -> Self:
@@ -418,24 +369,6 @@ def _as_tensor(x: Any) -> Any:
     return x if x is None or isinstance(x, keras.KerasTensor) else ops.convert_to_tensor(x)
 
 
-def _numbers(x: Any) -> np.ndarray | None:
-    """The numbers of an array; `None` where only its shape is known."""
-    if isinstance(x, keras.KerasTensor):
-        return None
-    try:
-        return ops.convert_to_numpy(x)
-    except (TypeError, NotImplementedError, RuntimeError):  # traced by a compiler
-        return None
-
-
-def _default_positions(token_ids: Any, cache: Any) -> Any:
-    batch, length = ops.shape(token_ids)
-    positions_1T = ops.expand_dims(ops.arange(length, dtype="int32"), 0)
-    if cache is None:
-        return ops.broadcast_to(positions_1T, (batch, length))
-    return ops.expand_dims(latest_position(cache), 1) + 1 + positions_1T
-
-
 class Tokenizer(TextTokenizer):
     """Text <-> ids."""
 
@@ -453,100 +386,11 @@ class Tokenizer(TextTokenizer):
         path = locate(handle)
         if path.suffix == ".keras" and path.is_file():
             with tempfile.TemporaryDirectory() as folder:
-                _copy_tokenizer(path, Path(folder))
+                copy_tokenizer(path, Path(folder))
                 return cls.from_directory(Path(folder))
         if path.is_file():
             return cls.from_gguf_metadata(open_gguf(path).metadata)
         return cls.from_directory(path)
-
-
-@dataclass(frozen=True)
-class _Checkpoint:
-    """A checkpoint whose config is read, and whose tensors are not."""
-
-    family: Family
-    config: Any
-    open_tensors: Callable[[list[str]], TensorSource]
-
-    def load(self, variables: list[keras.Variable]) -> None:
-        family, config = self.family, self.config
-        tensors = expand_table(family.weights, [v.path for v in variables], config.num_layers)
-        source = self.open_tensors([tensor.name for tensor in tensors])
-        embedding = next(t.name for t in tensors if t.paths == ("token_embedding/embeddings",))
-        # A file may hold the head though it is the embedding.
-        copies = {"lm_head.weight": embedding} if config.tie_word_embeddings else {}
-        ignored = [*family.ignored, *copies]
-        check_source(tensors, {v.path: tuple(v.shape) for v in variables}, source, ignored)
-        load_weights(variables, tensors, source, _progress_bar)
-        check_copies(copies, variables, tensors, source)
-
-
-def _open_checkpoint(path: Path) -> _Checkpoint:
-    if path.is_file():
-        return _open_gguf_checkpoint(open_gguf(path))
-    raw = _read_json(path / "config.json")
-    family = _known_family(FAMILIES, raw.get("model_type"), f"{path / 'config.json'}: model_type")
-
-    def open_tensors(names: list[str]) -> TensorSource:
-        return with_prefix(open_safetensors(path), family.base_prefix, names)
-
-    return _Checkpoint(family, read_config(raw, family), open_tensors)
-
-
-def _open_gguf_checkpoint(file: GGUFFile) -> _Checkpoint:
-    families = {f.gguf_architecture: f for f in FAMILIES.values() if f.gguf_architecture}
-    architecture = file.metadata.get("general.architecture")
-    family = _known_family(families, architecture, f"{file.path}: general.architecture")
-    config = read_config(read_raw_config(file, family), family)
-    return _Checkpoint(family, config, lambda names: GGUFCheckpoint(file, names, family, config))
-
-
-def _known_family(families: Mapping[str, Family], name: Any, where: str) -> Family:
-    if not isinstance(name, str) or name not in families:
-        raise ValueError(f"{where} is {name!r}. Known families: {', '.join(sorted(families))}.")
-    return families[name]
-
-
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-
-
-def _copy_tokenizer(path: Path, folder: Path) -> None:
-    """Copies the tokenizer's files of a directory or .keras file, or writes that of a GGUF file."""
-    if path.suffix == ".keras" and path.is_file():
-        for name, content in read_tokenizer(path).items():
-            (folder / name).write_bytes(content)
-        return
-    if path.is_file():
-        save_tokenizer(Tokenizer.from_preset(path), folder)
-        return
-    for name in _TOKENIZER_FILES:
-        if (path / name).is_file():
-            shutil.copyfile(path / name, folder / name)
-
-
-def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    if not path.is_file() and default is not None:
-        return default
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected {path.name} in {path.parent}: it is not there.")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}.") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: expected a JSON object, received {type(raw).__name__}.")
-    return raw
 
 
 @contextmanager
@@ -560,10 +404,3 @@ def _dtype_policy(dtype: str) -> Iterator[None]:
         yield
     finally:
         keras.config.set_dtype_policy(before)
-
-
-def _progress_bar(items: Iterator[Any], total: int) -> Iterator[Any]:
-    # On a terminal only (`disable=None`).
-    return iter(
-        tqdm(items, total=total, desc="Loading weights", unit="tensor", leave=False, disable=None)
-    )

@@ -28,6 +28,7 @@ RANKS = {
     "drawing": 1,
     "comparing": 1,
     "cache": 1,
+    "inputs": 2,
     "blocks": 1,
     "export": 2,
     "backbones": 2,
@@ -39,6 +40,7 @@ RANKS = {
     "writing": 3,
     "training": 3,
     "preset_table": 4,
+    "checkpoint": 4,
     "presets": 4,
     "": 9,  # functional_llm/__init__.py
 }
@@ -54,6 +56,7 @@ FAMILIES = {
     "capturing": "rewiring",
     "drawing": "rewiring",
     "comparing": "rewiring",
+    "checkpoint": "presets",
 }
 
 

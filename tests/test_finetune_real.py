@@ -1,6 +1,5 @@
 """Fine-tuning SmolLM2 beside PEFT: the same start, the same batches, the same optimizer."""
 
-import math
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,7 +60,6 @@ def _train_with_peft(model: Any, data: Any) -> tuple[list[float], float]:
     batches = training.Batches(data.rows, BATCH_SIZE, seed=0, stop=STEPS)
     losses = []
     for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = RATE * (1 + math.cos(math.pi * step / STEPS)) / 2
         total, count = _peft_losses(model, batches[step])
         optimizer.zero_grad()
         (total / count).backward()
@@ -89,7 +87,11 @@ def test_loss_falls_as_with_peft_and_the_model_answers_as_taught(
     backbone = flm.Backbone.from_preset(smollm2_gguf)
     model = flm.peft.load_adapter(backbone, tmp_path / "start")
     settings = training.Settings(
-        steps=STEPS, batch_size=BATCH_SIZE, learning_rate=RATE, checkpoint_every=0
+        steps=STEPS,
+        batch_size=BATCH_SIZE,
+        learning_rate=RATE,
+        schedule="constant",
+        checkpoint_every=0,
     )
     history = training.train(model, data.rows, data.held_out, settings, tmp_path)
     threads = torch.get_num_threads()
@@ -108,5 +110,5 @@ def test_loss_falls_as_with_peft_and_the_model_answers_as_taught(
     generators = [flm.TextGenerator(x, data.tokenizer) for x in (model, merged, backbone)]
     adapted, folded, original = ("".join(x.stream(ids, max_new_tokens=32)) for x in generators)
     assert adapted == folded
-    assert AUTHOR in adapted  # the name itself takes more than the short examples
-    assert AUTHOR not in original
+    assert NAME in adapted
+    assert NAME not in original

@@ -284,7 +284,7 @@ def test_an_einsum_that_is_no_matrix_product() -> None:
 def test_adapters_over_bfloat16(one: Any, tmp_path: Path) -> None:
     flm.peft.save_adapter(METHODS["lora"](one), tmp_path)
     model = flm.rewire(one)  # a model of its own, whose layers become bfloat16
-    backbone = flm.Backbone._build(flm.presets.FAMILIES["llama"], one.config, "bfloat16")
+    backbone = flm.Backbone._build(flm.checkpoint.FAMILIES["llama"], one.config, "bfloat16")
     for variable, exact in zip(backbone.variables, model.variables, strict=True):
         variable.assign(exact)
     for name, attach in METHODS.items():

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import functional_llm as flm
+from functional_llm.checkpoint import FAMILIES
 from functional_llm.convert.huggingface import (
     decode_config,
     encode_config,
@@ -20,7 +21,6 @@ from functional_llm.convert.huggingface import (
 from functional_llm.convert.table import uninitialized
 from functional_llm.handles import read_preset
 from functional_llm.preset_table import PresetTable
-from functional_llm.presets import FAMILIES
 
 # The config.json of published models, under the names of their presets: keys and values as public
 # projects quote them, keys sorted. None was fetched from the Hub itself.

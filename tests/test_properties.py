@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import CONFIGS
-from functional_llm import presets
+from functional_llm import checkpoint
 from functional_llm.cache import make_cache
 from functional_llm.convert.safetensors import open_safetensors
 from functional_llm.convert.table import expand_table, export_weights
@@ -157,7 +157,7 @@ def test_packed_segments_do_not_see_each_other(pair: Any) -> None:
 
 def test_table_there_and_back_is_the_identity(pair: Any) -> None:
     variables, config = pair.ours.variables, pair.ours.config
-    family = next(f for f in presets.FAMILIES.values() if isinstance(config, f.config_class))
+    family = next(f for f in checkpoint.FAMILIES.values() if isinstance(config, f.config_class))
     tensors = expand_table(family.weights, [v.path for v in variables], config.num_layers)
     source = open_safetensors(pair.folder)
     exported = dict(export_weights(variables, tensors))

@@ -20,8 +20,13 @@ TEMPLATE = (
 )
 
 
-def save_tiny(folder: Path) -> Path:
-    """Saves a tiny Llama and a byte-level BPE tokenizer; returns the folder."""
+def save_tiny(folder: Path, vocabulary_size: int | None = None) -> Path:
+    """Saves a tiny Llama and a byte-level BPE tokenizer; returns the folder.
+
+    Args:
+        folder: Where to.
+        vocabulary_size: Of the model, if not that of the tokenizer.
+    """
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -32,7 +37,8 @@ def save_tiny(folder: Path) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
-    config = {**CONFIGS["llama_grouped"], "vocab_size": tokenizer.get_vocab_size()}
+    size = vocabulary_size or tokenizer.get_vocab_size()
+    config = {**CONFIGS["llama_grouped"], "vocab_size": size}
     save_reference(config, folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     facts = {"bos_token": "<s>", "eos_token": "<|im_end|>", "chat_template": TEMPLATE}

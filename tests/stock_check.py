@@ -1,0 +1,97 @@
+"""Runs where functional_llm is not: loads stock files, and prints what it measured as JSON lines.
+
+    python stock_check.py folder
+
+A file `name.keras` comes with `name.npz`: token ids (B, T), the logits that they should give, and
+whether to train it, too.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+
+def difference(received, expected):
+    """Returns the largest difference of two arrays."""
+    received = ops.convert_to_numpy(ops.cast(received, "float32"))
+    assert received.shape == expected.shape
+    return float(np.abs(received - expected).max())
+
+
+def decode(decoder, token_ids, expected, num_slots):
+    """Returns the largest difference of logits; rows begin with prompts of different lengths."""
+    batch, length = token_ids.shape
+    prompts = 1 + np.arange(batch) % (length - 1)
+    padded = np.zeros((batch, prompts.max()), "int32")
+    for row, ids, count in zip(padded, token_ids, prompts, strict=True):
+        row[:count] = ids[:count]
+    cache = tree.map_structure(
+        lambda x: np.zeros((batch, num_slots, *x.shape[2:]), "float32"), decoder.input["cache"]
+    )
+    rows, filled, new, counts = np.arange(batch)[:, None], np.zeros(batch, "int32"), padded, prompts
+    worst = 0.0
+    while True:
+        inputs = {"token_ids": new, "cache_length": filled, "cache": cache}
+        result = decoder.predict_on_batch(inputs)
+        at = filled[:, None] + np.arange(new.shape[1])
+        for kept, update in zip(
+            tree.flatten(cache), tree.flatten(result["cache_update"]), strict=True
+        ):
+            kept[rows, at] = update
+        for i in range(batch):
+            logits = np.asarray(result["logits"][i, : counts[i]], "float32")
+            right = expected[i, filled[i] : filled[i] + counts[i]]
+            worst = max(worst, float(np.abs(logits - right).max()))
+        filled = (filled + counts).astype("int32")
+        if filled.max() == length:
+            return worst
+        new, counts = token_ids[np.arange(batch), filled][:, None], np.ones(batch, "int32")
+
+
+def check(path):
+    """Returns what one file shows."""
+    with np.load(path.with_suffix(".npz")) as arrays:
+        token_ids, expected, trains = (arrays[key] for key in ("token_ids", "logits", "trains"))
+    model = keras.saving.load_model(path)
+    decoder = model.get_layer("decoder")
+    found = {
+        "name": path.stem,
+        "logits": difference(model.predict_on_batch(token_ids), expected),
+        "decoded": decode(decoder, token_ids, expected, token_ids.shape[1] + 3),
+        "inputs": sorted(decoder.input),
+    }
+    return {**found, **train(model, token_ids, path)} if trains else found
+
+
+def train(model, token_ids, path):
+    """Returns what three steps of training do, and a file written after them."""
+    found = {"frozen": sum(not v.trainable for v in model.variables)}
+    before = [ops.convert_to_numpy(v) for v in model.variables]
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(1e-3), loss)
+    fitted = model.fit(token_ids[:, :-1], token_ids[:, 1:], epochs=3, verbose=0)
+    found["losses"] = fitted.history["loss"]
+    now = [ops.convert_to_numpy(v) for v in model.variables]
+    changed = [bool((a != b).any()) for a, b in zip(before, now, strict=True)]
+    found["changed"] = sum(changed)
+    found["frozen_changed"] = sum(
+        moved and not v.trainable for moved, v in zip(changed, model.variables, strict=True)
+    )
+    trained = model.predict_on_batch(token_ids[:2, :7])
+    again = path.with_name(f"again_{keras.backend.backend()}.keras")
+    model.save(again)
+    loaded = keras.saving.load_model(again)
+    found["again"] = difference(loaded.predict_on_batch(token_ids[:2, :7]), trained)
+    again.unlink()
+    return found
+
+
+if __name__ == "__main__":
+    assert "functional_llm" not in sys.modules
+    for file in sorted(Path(sys.argv[1]).glob("[!a]*.keras")):
+        print(json.dumps(check(file)), flush=True)
+    assert "functional_llm" not in sys.modules
