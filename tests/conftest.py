@@ -15,6 +15,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the tests that need downloaded material last: what is quick fails first.
 
