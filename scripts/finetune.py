@@ -146,7 +146,7 @@ def save(model: Any, tokenizer: Any, arguments: argparse.Namespace, flm: Any) ->
         return flm.peft.save_adapter(model, arguments.output)
     merged = model if arguments.method == "full" else flm.peft.merge(model)
     if arguments.save == "keras":
-        return merged.save(arguments.output / "model.keras")
+        return merged.save(arguments.output / "model.keras", tokenizer=tokenizer)
     return merged.save_preset(arguments.output, tokenizer)
 
 

@@ -367,6 +367,7 @@ def test_training_the_merged_model_leaves_the_original(one: Any) -> None:
         ({"targets": "token_embedding"}, "Dense or EinsumDense; .*matches only ReversibleEmb"),
         ({"init": "magic"}, "'zeros' or 'pissa'"),
         ({"dropout": 1.0}, "dropout from 0"),
+        ({"alpha": 0, "init": "pissa"}, "alpha above 0"),
     ],
 )
 def test_bad_options(one: Any, options: dict[str, Any], message: str) -> None:

@@ -63,6 +63,17 @@ def test_a_sentencepiece_tokenizer_out_of_a_gguf_file(material: Path, tmp_path: 
         assert theirs.encode(text) == ours.encode(text, add_bos=ours.add_bos)
 
 
+def test_others_may_read_what_is_written(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "any").write_text("")
+    mode = (tmp_path / "any").stat().st_mode
+    backbone = flm.Backbone.from_preset(tiny)
+    backbone.save_preset(tmp_path / "saved")
+    flm.peft.save_adapter(flm.peft.lora(backbone, rank=1), tmp_path / "adapter")
+    backbone.save(tmp_path / "model.keras")
+    files = [*tmp_path.glob("*/*"), tmp_path / "model.keras"]
+    assert {path.stat().st_mode for path in files} == {mode}
+
+
 def test_saving_over_a_directory_replaces_its_weights(tiny: Path, tmp_path: Path) -> None:
     backbone, folder = flm.Backbone.from_preset(tiny), tmp_path / "saved"
     backbone.save_preset(folder, max_shard_bytes=20_000)

@@ -39,7 +39,7 @@ def replaced(folder: Path) -> Iterator[Path]:
     try:
         yield beside
         if not folder.exists():
-            beside.chmod(0o777 & ~_umask())  # of a temporary folder, it is for this user only
+            beside.chmod(0o777 & ~_umask())  # temporary folders are for this user only
             os.replace(beside, folder)
             return
         old = {path for pattern in _WEIGHTS for path in folder.glob(pattern)}
@@ -50,6 +50,11 @@ def replaced(folder: Path) -> Iterator[Path]:
             path.unlink()
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def share(path: Path) -> None:
+    """Gives a file the permissions of any new file; safetensors keeps all others from reading."""
+    path.chmod(0o666 & ~_umask())
 
 
 def _umask() -> int:
@@ -113,5 +118,6 @@ def _write_shard(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     # Transformers reads only files that say what they were made for.
     try:
         safetensors.serialize_file(specs, str(path), metadata={"format": "pt"})
+        share(path)
     except safetensors.SafetensorError as error:
         raise OSError(f"The weights could not be written: {error}.") from error

@@ -49,6 +49,8 @@ class LoRA(Adapter):
             raise ValueError(f"Expected a rank of at least 1 for '{self.name}', received {rank!r}.")
         if init not in ("zeros", "pissa"):
             raise ValueError(f"Expected init 'zeros' or 'pissa', received {init!r}.")
+        if not alpha > 0:
+            raise ValueError(f"Expected alpha above 0 for '{self.name}', received {alpha!r}.")
         if not 0 <= dropout < 1:
             raise ValueError(f"Expected dropout from 0 to below 1, received {dropout!r}.")
         self.rank, self.alpha, self.rslora, self.init = rank, alpha, rslora, init

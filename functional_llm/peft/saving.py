@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from functional_llm.convert.safetensors import open_safetensors
+from functional_llm.convert.saving import share
 from functional_llm.peft.adapter import Adapter, adapter_names, attach, find_adapters
 from functional_llm.peft.linear import LINEAR_LAYERS, Linear
 from functional_llm.peft.peft_format import Stored, from_peft, to_peft
@@ -61,6 +62,7 @@ def _write(path: Path, write: Any) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         write(part)
+        share(part)
         os.replace(part, path)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}.") from error
