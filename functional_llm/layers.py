@@ -211,5 +211,5 @@ class AttentionDotProduct(keras.layers.Layer):
 def _reshape(x: Any, sizes: tuple[int, ...]) -> Any:
     """Returns (B, T, *sizes). Symbolically `ops.reshape` cannot leave both B and T open."""
     if isinstance(x, keras.KerasTensor):
-        return keras.layers.Reshape((-1, *sizes))(x)
+        return keras.layers.Reshape((-1, *sizes), dtype=x.dtype)(x)
     return ops.reshape(x, (*ops.shape(x)[:2], *sizes))

@@ -1,6 +1,7 @@
 """A model's adapters as JSON, and the same adapters on another model."""
 
 from collections.abc import Mapping, Sequence
+from graphlib import TopologicalSorter
 from typing import Any
 
 import keras
@@ -13,21 +14,23 @@ _PACKAGE = "functional_llm>"
 
 def describe_adapters(model: Any) -> list[dict[str, Any]]:
     """Returns name, class, layers and options of each adapter, in the order of attaching."""
-    found: dict[str, dict[str, Any]] = {}
-    # An adapter yields what is below it after itself.
-    for path, adapter in reversed(list(find_adapters(model))):
-        described = found.setdefault(
-            adapter.adapter_name,
+    described: dict[str, dict[str, Any]] = {}
+    below: dict[str, set[str]] = {}  # names that must be attached before
+    for path, adapter in find_adapters(model):
+        name = adapter.adapter_name
+        one = described.setdefault(
+            name,
             {
-                "adapter_name": adapter.adapter_name,
+                "adapter_name": name,
                 "method": keras.saving.get_registered_name(type(adapter)).removeprefix(_PACKAGE),
                 "dtype": adapter.dtype,
                 "active": bool(ops.convert_to_numpy(adapter.gate.value)),
                 "layers": {},
             },
         )
-        described["layers"][path] = adapter.get_options()
-    return list(found.values())
+        one["layers"][path] = adapter.get_options()
+        below.setdefault(name, set()).update(x.adapter_name for x in list(adapter.chain())[1:])
+    return [described[name] for name in TopologicalSorter(below).static_order()]
 
 
 def attach_described(model: Any, described: Sequence[Mapping[str, Any]]) -> Any:
