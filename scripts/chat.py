@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--preset",
         default="smollm2_135m_instruct",
-        help="preset name, directory in Hugging Face layout, .gguf file, or hf://org/name "
+        help="preset name, directory in Hugging Face layout, .gguf or .keras file, hf://org/name "
         "(default: %(default)s)",
     )
     add("--system", help="what the model is told before the conversation")

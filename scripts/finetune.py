@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--preset", default="smollm2_135m_instruct", help="preset, directory, .gguf, hf://org/name")
+    add("--preset", default="smollm2_135m_instruct", help="preset, folder, .gguf, .keras, hf://...")
     add("--dataset", required=True, help=".jsonl, .json, .csv, .parquet, .txt, or a hub name")
     add("--split", default="train", help="split of a hub dataset")
     add("--held-out", type=float, default=0.1, help="share of the examples to evaluate on")

@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--preset",
         default="smollm2_135m_instruct",
-        help="preset name, directory in Hugging Face layout, .gguf file, or hf://org/name "
+        help="preset name, directory in Hugging Face layout, .gguf or .keras file, hf://org/name "
         "(default: %(default)s)",
     )
     prompt = parser.add_mutually_exclusive_group()
