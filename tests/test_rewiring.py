@@ -14,6 +14,7 @@ from keras import ops, tree
 import functional_llm as flm
 from configs import CONFIGS
 from functional_llm.composite import CompositeLayer
+from functional_llm.rewiring import _names_of_every_model
 from reference import save_reference
 
 IDS = np.random.default_rng(0).integers(0, 128, (2, 9)).astype("int32")
@@ -563,6 +564,17 @@ def test_captured_inputs(backbone: Any) -> None:
 
 
 # Keras's private state, which this stands on
+
+
+def test_what_keras_sets_on_a_model_is_known() -> None:
+    x = keras.Input((2,))
+    model = keras.Model(x, keras.layers.Dense(1)(x))
+    model.compile("adam", "mse", metrics=["mae"])
+    data = np.ones((4, 2)), np.ones((4, 1))
+    model.fit(*data, validation_data=data, verbose=0)
+    model.evaluate(*data, verbose=0)
+    model.predict(data[0], verbose=0)
+    assert set(vars(model)) - _names_of_every_model() == set()
 
 
 def test_private_keras_is_as_expected() -> None:

@@ -11,6 +11,7 @@ from typing import Any, Self
 import keras
 from keras import ops
 
+from functional_llm.peft.initial import ones
 from functional_llm.peft.linear import LINEAR_LAYERS, Linear
 from functional_llm.rewiring import rewire, twin
 from functional_llm.selecting import Where, matches, select, walk
@@ -134,7 +135,7 @@ class Adapter(keras.layers.Layer):
 
 def make_gate() -> keras.Variable:
     """Returns a switch for an adapter, on."""
-    return keras.Variable(1.0, trainable=False, dtype="float32", name="gate")
+    return keras.Variable(ones, shape=(), trainable=False, dtype="float32", name="gate")
 
 
 def attach(

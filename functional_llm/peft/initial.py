@@ -1,18 +1,24 @@
-"""First values of adapters, made by NumPy.
+"""First values of adapters, made by NumPy and put on the device as they are.
 
-JAX would compile a program for each shape, which takes more time and memory than the weights.
+JAX would compile a program for each shape, which takes more time and memory than the weights; even
+`ops.convert_to_tensor` does.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
-from keras import ops
 
 
 def zeros(shape: tuple[int, ...], dtype: Any = None) -> Any:
     """An initializer."""
-    return ops.convert_to_tensor(np.zeros(shape, dtype))
+    return jax.device_put(np.zeros(shape, dtype))
+
+
+def ones(shape: tuple[int, ...], dtype: Any = None) -> Any:
+    """An initializer."""
+    return jax.device_put(np.ones(shape, dtype))
 
 
 def uniform(bound: float, seed: int | None) -> Callable[..., Any]:
@@ -25,6 +31,6 @@ def uniform(bound: float, seed: int | None) -> Callable[..., Any]:
 
     def make(shape: tuple[int, ...], dtype: Any = None) -> Any:
         random = np.random.default_rng(np.random.randint(2**31) if seed is None else seed)
-        return ops.convert_to_tensor(random.uniform(-bound, bound, shape).astype(dtype))
+        return jax.device_put(random.uniform(-bound, bound, shape).astype(dtype))
 
     return make
