@@ -1,6 +1,5 @@
 """Checkpoints: the families there are, and what the files of a model hold."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from functional_llm.convert.gguf_checkpoint import GGUFCheckpoint, read_raw_conf
 from functional_llm.convert.huggingface import read_config
 from functional_llm.convert.keras_file import read_tokenizer
 from functional_llm.convert.safetensors import open_safetensors
+from functional_llm.convert.saving import read_json
 from functional_llm.convert.table import (
     TensorSource,
     check_copies,
@@ -26,7 +26,7 @@ from functional_llm.convert.table import (
     with_prefix,
 )
 from functional_llm.family import Family
-from functional_llm.tokenizers import TextTokenizer, save_tokenizer
+from functional_llm.tokenizers import TOKENIZER_FILES, TextTokenizer, save_tokenizer
 
 _MODULES = (llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3, gpt2)
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
@@ -89,17 +89,6 @@ def known_family(
 
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def copy_tokenizer(path: Path, folder: Path) -> None:
@@ -111,29 +100,9 @@ def copy_tokenizer(path: Path, folder: Path) -> None:
     if path.is_file():
         save_tokenizer(TextTokenizer.from_gguf_metadata(open_gguf(path).metadata), folder)
         return
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (path / name).is_file():
             shutil.copyfile(path / name, folder / name)
-
-
-def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the object in a file; `default` if there is no file.
-
-    Raises:
-        FileNotFoundError: If there is no file and no default.
-        ValueError: If it holds no JSON object.
-    """
-    if not path.is_file() and default is not None:
-        return default
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected {path.name} in {path.parent}: it is not there.")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}.") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: expected a JSON object, received {type(raw).__name__}.")
-    return raw
 
 
 def _progress_bar(items: Iterator[Any], total: int) -> Iterator[Any]:

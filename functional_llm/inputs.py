@@ -12,6 +12,15 @@ from keras import ops, tree
 from functional_llm.cache import latest_position
 
 
+def as_tensors(inputs: Any) -> Any:
+    """Returns nested inputs without NumPy arrays: Keras refuses a mixture of those and tensors."""
+
+    def convert(x: Any) -> Any:
+        return x if x is None or isinstance(x, keras.KerasTensor) else ops.convert_to_tensor(x)
+
+    return tree.map_structure(convert, inputs)
+
+
 def complete_inputs(specs: dict[str, Any], vocabulary_size: int, inputs: Any) -> dict[str, Any]:
     """Returns the full dict of inputs: positions filled in, `None` for what is absent.
 

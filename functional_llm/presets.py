@@ -11,7 +11,6 @@ from typing import Any, Self
 
 import keras
 import numpy as np
-from keras import ops, tree
 
 from functional_llm.checkpoint import (
     FAMILIES,
@@ -19,20 +18,19 @@ from functional_llm.checkpoint import (
     copy_tokenizer,
     known_family,
     open_checkpoint,
-    read_json,
 )
 from functional_llm.comparing import same_graph
 from functional_llm.convert.gguf import open_gguf
 from functional_llm.convert.huggingface import decode_config, encode_config, write_config
 from functional_llm.convert.keras_file import read_description, unpacked_weights, write_keras_file
-from functional_llm.convert.saving import replaced, write_json, write_safetensors
+from functional_llm.convert.saving import read_json, replaced, write_json, write_safetensors
 from functional_llm.convert.table import expand_table, export_weights, module_names, uninitialized
 from functional_llm.export import Lowering, export_stablehlo
 from functional_llm.family import Family
 from functional_llm.freezing import Freezable
 from functional_llm.handles import is_preset, locate, read_preset
-from functional_llm.inputs import complete_inputs
-from functional_llm.peft.adapter import Adapter
+from functional_llm.inputs import as_tensors, complete_inputs
+from functional_llm.peft.adapter import origin_of
 from functional_llm.peft.describing import attach_described, describe_adapters
 from functional_llm.tokenizers import TextTokenizer, save_tokenizer
 
@@ -83,7 +81,7 @@ class Backbone(Freezable, keras.Model):
         """Ignored; Keras sets it to None."""
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(tree.map_structure(_as_tensor, inputs), *args, **kwargs)
+        return super().__call__(as_tensors(inputs), *args, **kwargs)
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         full = self.complete_inputs(inputs)
@@ -228,7 +226,7 @@ class Backbone(Freezable, keras.Model):
         if family is not None:
             description = {
                 "family": family.model_type,
-                "edited": not same_graph(self, self._original(family), _without_adapters),
+                "edited": not same_graph(self, self._original(family), origin_of),
                 "config": encode_config(self.config),
                 "adapters": describe_adapters(self),
             }
@@ -358,15 +356,6 @@ class Backbone(Freezable, keras.Model):
     def _family(self) -> Family | None:
         fitting = (f for f in FAMILIES.values() if isinstance(self.config, f.config_class))
         return next(fitting, None)
-
-
-def _without_adapters(layer: Any) -> Any:
-    return layer.origin if isinstance(layer, Adapter) else layer
-
-
-def _as_tensor(x: Any) -> Any:
-    """Keras refuses a mixture of numpy arrays and tensors."""
-    return x if x is None or isinstance(x, keras.KerasTensor) else ops.convert_to_tensor(x)
 
 
 class Tokenizer(TextTokenizer):

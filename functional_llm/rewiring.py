@@ -348,7 +348,7 @@ def _names_of_every_model() -> frozenset[str]:
     """What Keras sets on a functional model, when it is compiled and fitted too."""
     x = keras.Input((1,))
     model = keras.Model(x, x)
-    # Listed, not found by compiling a model: JAX would compile programs for the optimizer's numbers.
+    # Listed, not found by compiling a model: JAX would compile programs for an optimizer's numbers.
     of_compile = ["_compile_config", "_compiled_trainable_state", "optimizer", "stop_training"]
     of_fit = ["history", "_jax_state", "_eval_epoch_iterator", "_compiled_metrics"]
     of_fit += ["stop_evaluating", "stop_predicting", "_manual_input_spec", "_frozen"]

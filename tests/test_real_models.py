@@ -151,3 +151,58 @@ def test_scripts_write_text(smollm2_gguf: Path, repository: Path) -> None:
     )
     assert result.stdout.startswith("The capital of France is Paris.")
     assert "in the cache" in result.stderr
+
+
+MEMORY = """
+import gc
+import sys
+
+import functional_llm as flm
+
+
+def resident():
+    gc.collect()
+    with open("/proc/self/status") as status:
+        return int(status.read().split("VmRSS:")[1].split()[0]) / 1e3
+
+
+"""
+
+
+def _measure(code: str, *arguments: Any) -> float:
+    """Returns the megabytes that a new process prints."""
+    command = [sys.executable, "-c", MEMORY + code, *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return float(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_attaching_lora_takes_less_than_30_megabytes(smollm2_gguf: Path) -> None:
+    code = """
+backbone = flm.Backbone.from_preset(sys.argv[1])
+before = resident()
+model = flm.peft.lora(backbone, rank=8)
+print(resident() - before)
+"""
+    assert _measure(code, smollm2_gguf) < 30
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_float32_file_loads_as_bfloat16_without_a_float32_copy(
+    smollm2_gguf: Path, tmp_path: Path
+) -> None:
+    code = """
+import ctypes
+
+before = resident()
+backbone = flm.Backbone.from_preset(sys.argv[1], dtype=sys.argv[2])
+ctypes.CDLL(None).malloc_trim(0)  # what was freed counts until then
+print(resident() - before)
+"""
+    path = tmp_path / "model.keras"
+    flm.Backbone.from_preset(smollm2_gguf).save(path)
+    half, full = (_measure(code, path, dtype) for dtype in ("bfloat16", "float32"))
+    assert half < full - 150  # the weights take 269 and 538 megabytes

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from functional_llm.tokenizers import TOKENIZER_FILES
+
 if sys.platform != "win32":
     import fcntl
 
@@ -27,21 +29,7 @@ _COPY_BYTES = 1 << 20
 # Only where there are no locks: by then no download is still running.
 _STALE_SECONDS = 24 * 3600
 
-_HUB_FILES = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-]
+_HUB_FILES = ["config.json", *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"]
 # A star matches slashes too, and some repositories hold the same weights twice, in other layouts.
 _HUB_IGNORED = ["*/*", "consolidated*.safetensors"]
 

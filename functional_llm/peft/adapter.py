@@ -133,6 +133,11 @@ class Adapter(keras.layers.Layer):
             layer = layer.base
 
 
+def origin_of(layer: Any) -> Any:
+    """Returns the layer under all adapters; any other layer as it is."""
+    return layer.origin if isinstance(layer, Adapter) else layer
+
+
 def make_gate() -> keras.Variable:
     """Returns a switch for an adapter, on."""
     return keras.Variable(ones, shape=(), trainable=False, dtype="float32", name="gate")
@@ -189,9 +194,8 @@ def _is_head(model: Any, path: str, layer: Any) -> bool:
     """Whether a layer makes the model's output; a soft cap may follow it in a language model."""
     outputs = getattr(model, "output", None)
     if isinstance(outputs, dict) and "logits" in outputs:
-        base = layer.origin if isinstance(layer, Adapter) else layer
         size = outputs["logits"].shape[-1]
-        return "/" not in path and getattr(base, "units", None) == size
+        return "/" not in path and getattr(origin_of(layer), "units", None) == size
     return path in getattr(model, "output_names", ())
 
 
@@ -245,7 +249,7 @@ def rank_for(path: str, rank: Any, layer: Any) -> int:
         ValueError: Unless 1 <= rank <= the smaller side of the layer's matrix.
     """
     rank = value_for(path, rank, "rank")
-    linear = Linear(layer.origin if isinstance(layer, Adapter) else layer)
+    linear = Linear(origin_of(layer))
     limit = min(linear.in_size, linear.out_size)
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= limit:
         raise ValueError(

@@ -13,8 +13,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from functional_llm.convert.safetensors import open_safetensors
-from functional_llm.convert.saving import share
-from functional_llm.peft.adapter import Adapter, adapter_names, attach, find_adapters
+from functional_llm.convert.saving import read_json, share
+from functional_llm.peft.adapter import (
+    Adapter,
+    adapter_names,
+    attach,
+    find_adapters,
+    origin_of,
+)
 from functional_llm.peft.linear import LINEAR_LAYERS, Linear
 from functional_llm.peft.peft_format import Stored, from_peft, to_peft
 from functional_llm.selecting import walk
@@ -81,7 +87,7 @@ def _linears(model: Any) -> Callable[[str], Linear]:
 
     def linear(path: str) -> Linear:
         layer = layers[path]
-        return Linear(layer.origin if isinstance(layer, Adapter) else layer)
+        return Linear(origin_of(layer))
 
     return linear
 
@@ -216,14 +222,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             if (folder / "adapter_model.bin").is_file():
                 hint = " Save it again with PEFT's `save_pretrained(safe_serialization=True)`."
             raise FileNotFoundError(f"Expected {name} in {folder}: it is not there.{hint}")
-    path = folder / CONFIG_NAME
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}.") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, received {type(config).__name__}.")
-    return config
+    return read_json(folder / CONFIG_NAME)
 
 
 def _raise(folder: Path, problems: Sequence[str]) -> None:

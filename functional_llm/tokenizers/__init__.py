@@ -7,11 +7,12 @@ GGUF file). An engine encodes, and says which bytes a token stands for; decoding
 """
 
 from functional_llm.tokenizers.engines import Engine, SentencePieceEngine, TokenizersEngine
-from functional_llm.tokenizers.saving import save_tokenizer
+from functional_llm.tokenizers.saving import TOKENIZER_FILES, save_tokenizer
 from functional_llm.tokenizers.stream import StreamDecoder
 from functional_llm.tokenizers.text import TextTokenizer
 
 __all__ = [
+    "TOKENIZER_FILES",
     "Engine",
     "SentencePieceEngine",
     "StreamDecoder",

@@ -9,6 +9,20 @@ import tokenizers
 from functional_llm.tokenizers.engines import SentencePieceEngine, TokenizersEngine
 from functional_llm.tokenizers.text import TextTokenizer
 
+# What there may be of a tokenizer in a directory.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
 
 def save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
     """Writes `tokenizer.json` or `tokenizer.model`, the files beside it, and the stop ids.
