@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 
@@ -42,6 +43,24 @@ def move(model: Any) -> None:
     rng = np.random.default_rng(1)
     for variable in model.trainable_variables:
         variable.assign_add(rng.normal(size=variable.shape).astype("float32") * 0.1)
+
+
+@pytest.mark.parametrize("name", ["LoRADense", "SVFDense"])
+def test_recipes_in_stock_files(
+    repository: Path, folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/stock_files.md says: their `call` is their lowering."""
+    code = blocks(repository / "docs" / "rewiring.md")
+    begin = next(i for i, block in enumerate(code) if f"class {name}" in block)
+    names = run([*code[:1], *code[begin : begin + 2]], folder, {})
+    model = names["lora_backbone" if name == "LoRADense" else "svf_backbone"]
+    move(model)
+    monkeypatch.setattr("functional_llm.export._LOWERINGS", dict(flm.export._LOWERINGS))
+    flm.register_lowering(names[name], names[name].call)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(logits_of(loaded), logits_of(model), atol=1e-5)
+    assert len(loaded.trainable_variables) == len(model.trainable_variables)
 
 
 @pytest.mark.parametrize(
