@@ -19,6 +19,7 @@ import numpy as np
 
 from functional_llm.cache import make_cache, num_slots
 from functional_llm.layers import store
+from functional_llm.products import with_fast_products
 from functional_llm.samplers import Sampler
 
 CHUNK = 32  # C: most tokens between two looks of the host
@@ -96,7 +97,8 @@ class Programs:
         key = (*key, jax.tree.structure(arguments[2]))  # the kind of sampler
         if key not in self.compiled:
             started = time.perf_counter()
-            lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+            program = jax.jit(with_fast_products(function), donate_argnums=donated)
+            lowered = program.lower(*arguments)
             self.compiled[key] = lowered.compile()
             self.stats.compile_seconds += time.perf_counter() - started
         return self.compiled[key]

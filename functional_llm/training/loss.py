@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from functional_llm.products import with_fast_products
 from functional_llm.training.rematerialize import rematerialize
 
 
@@ -72,6 +73,14 @@ class LossModel(keras.Model):
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Returns the hidden states (B, T, D)."""
         return self.trunk(self.backbone.complete_inputs(inputs), training=training)
+
+    def train_step(self, state: Any, data: Any) -> Any:
+        """Returns the logs and the state after a step; Keras compiles it."""
+        return with_fast_products(super().train_step)(state, data)
+
+    def test_step(self, state: Any, data: Any) -> Any:
+        """Returns the logs and the state after an evaluation; Keras compiles it."""
+        return with_fast_products(super().test_step)(state, data)
 
     def compute_loss(
         self,

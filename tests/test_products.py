@@ -1,0 +1,123 @@
+"""Programs with products that XLA computes fast on CPUs: the same numbers, and no slow product."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from functional_llm.products import with_fast_products
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="others need no exchange")
+RANDOM = np.random.default_rng(0)
+
+
+def _array(*shape: int, dtype: str = "bfloat16") -> Any:
+    if dtype == "int8":
+        return jnp.asarray(RANDOM.integers(-127, 128, shape).astype("int8"))
+    return jnp.asarray(RANDOM.normal(size=shape), dtype)
+
+
+def _products(program: Any) -> Iterator[tuple[Any, Any]]:
+    """Yields the inputs and the result of every product, those in inner programs too."""
+    for equation in program.eqns:
+        if equation.primitive.name == "dot_general":
+            yield [x.aval for x in equation.invars], equation.outvars[0].aval
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else [value]:
+                if isinstance(inner, (ClosedJaxpr, Jaxpr)):
+                    yield from _products(inner)
+
+
+def _matmul(x: Any, y: Any) -> Any:
+    return x @ y
+
+
+def _head(x: Any, y: Any) -> Any:
+    return x @ y.T
+
+
+def _bytes(x: Any, y: Any) -> Any:
+    return jnp.matmul(x, y, preferred_element_type="int32")
+
+
+def _loop(x: Any, y: Any) -> Any:
+    def body(i: Any, carry: Any) -> Any:
+        return jax.lax.cond(i > 0, lambda c: jnp.tanh(c @ y), lambda c: c @ y, carry)
+
+    return jax.lax.fori_loop(0, 3, body, x)
+
+
+def _scan(x: Any, y: Any) -> Any:
+    step = jax.checkpoint(lambda carry, w: (jax.nn.silu(carry @ w), None))
+    return jax.lax.scan(step, x, jnp.stack([y, y]))[0]
+
+
+def _attention(x: Any, y: Any) -> Any:
+    return jnp.einsum("btkh,bskh->bkts", x, y)
+
+
+def _gradient(x: Any, y: Any) -> Any:
+    def loss(x: Any, y: Any) -> Any:
+        return jnp.sum(_scan(x, y).astype("float32") ** 2)
+
+    return jax.value_and_grad(loss, (0, 1))(x, y)
+
+
+CASES: dict[str, tuple[Callable[..., Any], Any, Any]] = {
+    "one row": (_matmul, _array(1, 24), _array(24, 40)),
+    "one token": (_matmul, _array(1, 1, 24), _array(24, 40)),
+    "rows": (_matmul, _array(2, 3, 24), _array(24, 40)),
+    "half": (_matmul, _array(2, 24, dtype="float16"), _array(24, 40, dtype="float16")),
+    "one row of a head": (_head, _array(1, 1, 24), _array(100, 24)),
+    "rows of a head": (_head, _array(2, 3, 24), _array(100, 24)),
+    "many rows of a head": (_head, _array(2, 70, 24), _array(100, 24)),
+    "one row of bytes": (_bytes, _array(1, 24, dtype="int8"), _array(24, 40, dtype="int8")),
+    "bytes": (_bytes, _array(2, 3, 24, dtype="int8"), _array(24, 40, dtype="int8")),
+    "a loop": (_loop, _array(1, 24), _array(24, 24)),
+    "a scan": (_scan, _array(2, 24), _array(24, 24)),
+    "batches": (_attention, _array(2, 1, 3, 8), _array(2, 5, 3, 8)),
+    "gradients": (_gradient, _array(1, 24), _array(24, 24)),
+    "a vector": (_matmul, _array(24), _array(24, 40)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_numbers_are_the_same_and_no_product_is_slow(case: str) -> None:
+    function, x, y = CASES[case]
+    fast = with_fast_products(function)
+    result, expected = jax.jit(fast)(x, y), jax.jit(function)(x, y)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), result) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), expected
+    )
+    for ours, theirs in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+        ours, theirs = np.asarray(ours, "float32"), np.asarray(theirs, "float32")
+        tolerance = 0 if x.dtype == jnp.int8 else 0.02 * np.abs(theirs).max()
+        np.testing.assert_allclose(ours, theirs, atol=tolerance, rtol=0)
+    products = list(_products(jax.make_jaxpr(fast)(x, y)))
+    assert products
+    for inputs, output in products:
+        assert output.dtype == ("int32" if inputs[0].dtype == jnp.int8 else "float32")
+        rows = [a.size // 24 for a in inputs]
+        assert 1 not in rows or case in ("batches", "gradients", "a vector")
+
+
+def test_an_embedding_gives_its_very_rows() -> None:
+    table, ids = _array(50, 8), np.array([[3, 49], [0, 7], [-1, 50]])
+
+    def look_up(table: Any, ids: Any) -> Any:
+        return jnp.take(table, ids, axis=0)
+
+    result = np.asarray(jax.jit(with_fast_products(look_up))(table, ids), "float32")
+    expected = np.asarray(look_up(table, ids), "float32")
+    np.testing.assert_array_equal(result, expected)
+    assert np.isnan(result[2, 1]).all()  # beyond the table, as ever
+
+
+def test_a_float32_program_stays_as_it_is() -> None:
+    x, y = _array(1, 24, dtype="float32"), _array(24, 24, dtype="float32")
+    before, after = (str(jax.make_jaxpr(f)(x, y)) for f in (_loop, with_fast_products(_loop)))
+    assert before == after
