@@ -18,6 +18,7 @@ from functional_llm.handles import preset_names
 from functional_llm.layers import AttentionDotProduct, AttentionMask, KVCacheLookup
 from functional_llm.preset_table import list_presets
 from functional_llm.presets import Backbone, Tokenizer
+from functional_llm.quantizing import quantize
 from functional_llm.rewiring import rewire, twin
 from functional_llm.selecting import select, walk
 
@@ -39,6 +40,7 @@ __all__ = [
     "peft",
     "plot",
     "preset_names",
+    "quantize",
     "register_lowering",
     "rewire",
     "samplers",

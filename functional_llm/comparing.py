@@ -11,7 +11,15 @@ from functional_llm.rewiring import calls
 from functional_llm.selecting import inner_graph, inner_layers
 
 # What does not change a formula.
-_IGNORED = ("name", "trainable", "dtype", "kernel_initializer", "bias_initializer")
+_IGNORED = (
+    "name",
+    "trainable",
+    "dtype",
+    "kernel_initializer",
+    "bias_initializer",
+    "embeddings_initializer",
+    "quantization_config",
+)
 
 
 def same_graph(model: Any, other: Any, origin: Callable[[Any], Any] = lambda layer: layer) -> bool:
@@ -30,7 +38,7 @@ def same_graph(model: Any, other: Any, origin: Callable[[Any], Any] = lambda lay
     other_tensors = _number(other_graph.inputs, {})
     for node, other_node in zip(nodes, other_nodes, strict=True):
         a, b = origin(node.operation), other_node.operation
-        if type(a) is not type(b) or _arguments(node, tensors) != _arguments(
+        if not isinstance(a, type(b)) or _arguments(node, tensors) != _arguments(
             other_node, other_tensors
         ):
             return False

@@ -31,13 +31,15 @@ def register_lowering(cls: type, lower: Callable[..., Any]) -> None:
     ```python
     register_lowering(MyLayer, MyLayer.call)  # if `call` uses nothing else
     register_lowering(MyLayer, lambda layer, x: keras.ops.tanh(x) * layer.factor)
+    register_lowering(MyDense, keras.layers.Dense)  # a subclass that computes the same otherwise
     ```
 
     Args:
         cls: The class. Its subclasses are written alike, unless they are registered themselves.
         lower: `lower(layer, *args, **kwargs)` returns the outputs for symbolic inputs. `layer` is
             like the one in the model, but its own weights are symbolic tensors, held by stock
-            layers that keep and train them, and the layers it has can be called.
+            layers that keep and train them, and the layers it has can be called. Or the stock class
+            that `cls` is a subclass of, if the layer's own attributes are all that it needs.
     """
     _LOWERINGS[cls] = lower
 
@@ -84,9 +86,9 @@ class Lowering:
         if inner_layers(operation) is not None:
             return self._call_graph(operation, path, args)
         lower = _lowering_for(operation)
-        if lower is not None:
+        if lower is not None and not isinstance(lower, type):
             return self._call_custom(lower, operation, path, args, kwargs)
-        if not _is_stock(operation):
+        if lower is None and not _is_stock(operation):
             name = type(operation).__name__
             raise ValueError(
                 f"'{path}' is a {name}, which stock Keras does not have. Say how it is written "
@@ -105,6 +107,9 @@ class Lowering:
             )
         if id(operation) not in self._places:
             new = self._places[id(operation)] = twin(operation)
+            stock_class = _lowering_for(operation)
+            if stock_class is not None:
+                new.__class__ = stock_class
             variables = getattr(operation, "variables", ())
             if variables:
                 # A loaded weight's path is its layer's name, and torch needs them to be different.
@@ -202,8 +207,9 @@ class Lowering:
         return new
 
     def _callable(self, layer: Any, path: str) -> Any:
-        if _is_stock(layer) and inner_layers(layer) is None:
-            return self.place(layer, path)
+        if _is_stock(layer) or isinstance(_lowering_for(layer), type):
+            if inner_layers(layer) is None:
+                return self.place(layer, path)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             lower = _lowering_for(layer)

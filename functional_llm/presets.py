@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, S slots, V vocabulary.
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,6 +32,7 @@ from functional_llm.handles import is_preset, locate, read_preset
 from functional_llm.inputs import as_tensors, complete_inputs
 from functional_llm.peft.adapter import origin_of
 from functional_llm.peft.describing import attach_described, describe_adapters
+from functional_llm.quantizing import quantized_paths, without_values
 from functional_llm.tokenizers import TextTokenizer, save_tokenizer
 
 _DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
@@ -157,10 +158,11 @@ class Backbone(Freezable, keras.Model):
             )
         family = known_family(description["family"], f"{path}: family")
         config = decode_config(description["config"], family)
-        if not load_weights:
-            return attach_described(cls._build(family, config, dtype), description["adapters"])
-        with uninitialized():
+        with uninitialized() if load_weights else nullcontext():
             backbone = cls._build(family, config, dtype)
+        backbone = without_values(backbone, description.get("quantized", []))
+        if not load_weights:
+            return attach_described(backbone, description["adapters"])
         adapted = {layer for one in description["adapters"] for layer in one["layers"]}
         for variable in backbone.variables:
             if variable.path.rpartition("/")[0] in adapted:  # methods look at what they adapt
@@ -228,6 +230,7 @@ class Backbone(Freezable, keras.Model):
                 "family": family.model_type,
                 "edited": not same_graph(self, self._original(family), origin_of),
                 "config": encode_config(self.config),
+                "quantized": quantized_paths(self, origin_of),
                 "adapters": describe_adapters(self),
             }
         stock = Lowering(self).model

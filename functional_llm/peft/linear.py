@@ -36,6 +36,8 @@ class Linear:
     def kernel(self) -> Any:
         """Returns the matrix (in, out), float32."""
         kernel = ops.cast(self.layer.kernel, "float32")
+        if self.layer.quantization_mode == "int8":
+            kernel = kernel / ops.cast(self.layer.kernel_scale, "float32")
         return ops.reshape(ops.transpose(kernel, self._axes[1]), (self.in_size, self.out_size))
 
     def bias(self) -> Any:
@@ -78,6 +80,8 @@ class Linear:
             activation: The layer's activation.
         """
         config = self.layer.get_config()
+        if self.layer.quantization_mode is not None:  # of which a change would be lost
+            config["dtype"] = self.layer.dtype_policy.name.rpartition("_from_")[2]
         if bias is not None and isinstance(self.layer, keras.layers.Dense):
             config["use_bias"] = True
         elif bias is not None and self.layer.bias is None:

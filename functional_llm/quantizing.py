@@ -1,0 +1,131 @@
+"""Quantising: a model whose matrices are int8, as a rewiring.
+
+Stock Dense layers and embeddings can hold int8: a scale for each output channel, found once; inputs
+are quantised a row at a time, when they come. Products of int8 sum up in int32, all else is in the
+model's own precision. The formulas are Keras's, and so such a model can be saved as a stock file.
+"""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import keras
+from keras import ops
+
+from functional_llm.convert.table import uninitialized
+from functional_llm.export import register_lowering
+from functional_llm.rewiring import rewire
+from functional_llm.selecting import Where, select, walk
+
+_LAYERS = (keras.layers.Dense, keras.layers.Embedding)
+
+
+@keras.saving.register_keras_serializable("functional_llm")
+class QuantizedReversibleEmbedding(keras.layers.ReversibleEmbedding):
+    """Keras's own, with a gradient.
+
+    Rounding has none; Keras passes it by for Dense, and forgets to where an embedding is the head.
+    """
+
+    def quantized_call(self, inputs: Any, reverse: bool = False) -> Any:
+        logits = super().quantized_call(inputs, reverse=reverse)
+        if not reverse or self.logit_soft_cap is not None:
+            return logits
+        if self.tie_weights:
+            kernel, scale = ops.transpose(self._embeddings), self.embeddings_scale
+        else:
+            kernel, scale = self.reverse_embeddings, self.reverse_embeddings_scale
+        return _as_if(logits, inputs, ops.convert_to_tensor(kernel), ops.convert_to_tensor(scale))
+
+
+@ops.custom_gradient
+def _as_if(result: Any, inputs: Any, kernel: Any, scale: Any) -> Any:
+    """Returns the result, with the gradient of `inputs @ (kernel / scale)` for the inputs."""
+
+    def gradient(*args: Any, upstream: Any = None) -> Any:
+        upstream = args[0] if upstream is None else upstream
+        back = ops.matmul(upstream / ops.cast(scale, upstream.dtype), _cast_like(kernel, upstream))
+        return ops.zeros_like(upstream), back, None, None
+
+    return result, gradient
+
+
+def _cast_like(kernel: Any, x: Any) -> Any:
+    return ops.transpose(ops.cast(kernel, x.dtype))
+
+
+def quantize(model: Any, mode: str = "int8", where: Where | None = None) -> Any:
+    """Returns a model with quantised matrices; what is not quantised is shared with the original.
+
+    Quantised weights do not train. Adapters can be attached on top, and merging those gives the
+    layers they are on back in the original precision.
+
+    Args:
+        model: A functional model without adapters. It stays as it is.
+        mode: `"int8"`.
+        where: Which layers, as for `flm.select`. Defaults to all that can be.
+
+    Raises:
+        ValueError: At another mode, or if no layer can be quantised, or one is already.
+    """
+    if mode != "int8":
+        raise ValueError(f"Expected mode 'int8'. Received: {mode!r}.")
+    found = dict(walk(model)) if where is None else select(model, where)
+    layers = {path: layer for path, layer in found.items() if isinstance(layer, _LAYERS)}
+    done = [path for path, layer in layers.items() if layer.quantization_mode is not None]
+    if done or not layers:
+        raise ValueError(
+            "Expected Dense layers and embeddings that are not quantised yet. Received: "
+            f"{', '.join((done or list(found))[:8])}."
+        )
+    return rewire(model, _quantized, where=lambda _, path: path in layers)
+
+
+def quantized_paths(model: Any, origin: Callable[[Any], Any] = lambda layer: layer) -> list[str]:
+    """Returns the paths of the layers that are quantised.
+
+    Args:
+        model: A functional model.
+        origin: What to look at for a layer, if not the layer itself.
+    """
+    return [p for p, x in walk(model) if getattr(origin(x), "quantization_mode", None) == "int8"]
+
+
+def without_values(model: Any, paths: Collection[str]) -> Any:
+    """Returns the model with quantised layers at these paths, whose values are yet to come."""
+    return rewire(model, _empty, where=lambda _, path: path in paths) if paths else model
+
+
+def _quantized(layer: Any, path: str) -> Any:
+    """By hand: `layer.quantize` collects garbage each time, and takes ten times as long."""
+    new = _empty(layer, path)
+    values = {variable.name: variable for variable in layer.weights}
+    for variable in new.weights:
+        original = values.get(variable.name)
+        if original is None:  # a scale, found with its matrix
+            continue
+        if variable.dtype != "int8":
+            variable.assign(ops.copy(original))  # training one would delete the other's array
+            continue
+        axis = -1 if variable.name == "embeddings" else 0
+        value, scale = keras.quantizers.abs_max_quantize(original, axis=axis, to_numpy=True)
+        variable.assign(value)
+        scales = (x for x in new.weights if x.name == f"{variable.name}_scale")
+        next(scales).assign(ops.squeeze(scale, axis))
+    return new
+
+
+def _empty(layer: Any, path: str) -> Any:
+    config = {**layer.get_config(), "dtype": f"int8_from_{layer.dtype_policy.name}"}
+    new = type(layer).from_config(config)
+    with uninitialized():
+        new.build_from_config(layer.get_build_config())
+    return _with_gradient(new)
+
+
+def _with_gradient(layer: Any) -> Any:
+    if type(layer) is keras.layers.ReversibleEmbedding:
+        layer.__class__ = QuantizedReversibleEmbedding
+    return layer
+
+
+register_lowering(QuantizedReversibleEmbedding, keras.layers.ReversibleEmbedding)

@@ -1,0 +1,120 @@
+"""int8 as a rewiring."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+import pytest
+
+import functional_llm as flm
+from configs import CONFIGS
+from reference import save_reference
+
+ONE_OF_EACH_FAMILY = list({x["model_type"]: n for n, x in reversed(CONFIGS.items())}.values())
+
+
+def _tokens(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 100, shape).astype("int32")
+
+
+def _logits(model: Any, token_ids: np.ndarray) -> np.ndarray:
+    trained = [variable.value for variable in model.trainable_variables]
+    others = [variable.value for variable in model.non_trainable_variables]
+    program = jax.jit(lambda inputs: model.stateless_call(trained, others, inputs)[0])
+    return np.asarray(program(token_ids).astype("float32"))
+
+
+@pytest.fixture(scope="module", params=ONE_OF_EACH_FAMILY)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp(request.param)
+    save_reference(CONFIGS[request.param], path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def backbone(folder: Path) -> Any:
+    return flm.Backbone.from_preset(folder)
+
+
+def test_matrices_take_a_byte_a_number_and_logits_stay_near(backbone: Any) -> None:
+    token_ids, before = _tokens(2, 12), [v.path for v in backbone.variables]
+    expected = _logits(backbone, token_ids)
+    quantized = flm.quantize(backbone)
+    assert type(quantized) is type(backbone)
+    matrices = [v for v in quantized.variables if len(v.shape) == 2]
+    assert {v.dtype for v in matrices} == {"int8"}
+    assert not any(v.trainable for v in matrices)
+    received = _logits(quantized, token_ids)
+    error = np.abs(received - expected)
+    assert 0 < error.mean() < 0.05 * expected.std()
+    assert [v.path for v in backbone.variables] == before
+    np.testing.assert_array_equal(_logits(backbone, token_ids), expected)
+
+
+def test_generation_with_the_cache_is_what_the_whole_text_gives(backbone: Any) -> None:
+    quantized = flm.quantize(backbone)
+    prompts = [_tokens(6).tolist(), _tokens(9, seed=1).tolist()]
+    rows = flm.TextGenerator(quantized).generate_ids(prompts, max_new_tokens=5)
+    for prompt, new in zip(prompts, rows, strict=True):
+        logits = _logits(quantized, np.array([prompt + new], "int32"))[0]
+        chosen = logits[len(prompt) - 1 : -1]
+        assert (chosen.max(-1) - chosen[np.arange(5), new] < 1e-3).all()
+
+
+def test_lora_on_top_trains_and_travels_in_a_stock_file(backbone: Any, tmp_path: Path) -> None:
+    quantized = flm.quantize(backbone)
+    model = flm.peft.lora(quantized, rank=2, seed=0)
+    token_ids = _tokens(3, 9)
+    np.testing.assert_allclose(_logits(model, token_ids), _logits(quantized, token_ids), atol=1e-5)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(1e-2), loss)
+    losses = model.fit(token_ids[:, :-1], token_ids[:, 1:], epochs=4, verbose=0).history["loss"]
+    assert losses[-1] < losses[0] - 0.05
+    assert {v.path.rpartition("/")[2] for v in model.trainable_variables} == {"lora_a", "lora_b"}
+    expected = _logits(model, token_ids)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert type(loaded.get_layer("decoder").get_layer("token_embedding")) in (
+        keras.layers.ReversibleEmbedding,
+    )
+    np.testing.assert_allclose(_logits(loaded, token_ids), expected, atol=1e-4)
+    again = flm.Backbone.from_preset(tmp_path / "model.keras")
+    np.testing.assert_allclose(_logits(again, token_ids), expected, atol=1e-5)
+    merged = flm.peft.merge(model)
+    assert np.abs(_logits(merged, token_ids) - expected).mean() < 0.05 * expected.std()
+
+
+def test_gradients_pass_what_is_rounded(backbone: Any) -> None:
+    token_ids = _tokens(1, 7)
+
+    def gradient(model: Any) -> np.ndarray:
+        adapted = flm.peft.lora(model, rank=2, seed=0, targets="query")
+        _, b = (adapted.trainable_variables[i] for i in (0, 1))
+        trained = [v.value for v in adapted.trainable_variables]
+        others = [v.value for v in adapted.non_trainable_variables]
+
+        def loss(values: Any) -> Any:
+            logits = adapted.stateless_call(values, others, token_ids)[0].astype("float32")
+            return jax.nn.logsumexp(logits, axis=-1).mean() - logits[..., 3].mean()
+
+        return np.asarray(jax.grad(loss)(trained)[1]).ravel()
+
+    plain, quantized = gradient(backbone), gradient(flm.quantize(backbone))
+    cosine = plain @ quantized / np.linalg.norm(plain) / np.linalg.norm(quantized)
+    assert cosine > 0.98
+
+
+def test_bad_requests(folder: Path, backbone: Any) -> None:
+    with pytest.raises(ValueError, match="Expected mode 'int8'"):
+        flm.quantize(backbone, "int3")
+    with pytest.raises(ValueError, match="not quantised yet"):
+        flm.quantize(flm.quantize(backbone))
+    with pytest.raises(ValueError, match="not quantised yet"):
+        flm.quantize(backbone, where="decoder_0/attention/dot_product")
+    some = flm.quantize(backbone, where="decoder_*/mlp/*")
+    kinds = {x.quantization_mode for x in flm.select(some, keras.layers.Dense).values()}
+    assert kinds == {None, "int8"}
+    with pytest.raises(ValueError, match="does not fit its config"):
+        some.save_preset(folder / "directory")
