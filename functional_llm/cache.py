@@ -37,6 +37,12 @@ def num_slots(cache: Any) -> int:
     return max(group["positions"].shape[1] for group in cache.values())
 
 
+def fitting_slots(model: keras.Model, num_slots: int) -> int:
+    """Returns S of the largest group of a cache made for `num_slots`: less if all are rings."""
+    groups = model.input["cache"].values()
+    return max(min(num_slots, group["positions"].shape[1] or num_slots) for group in groups)
+
+
 def latest_position(cache: Any) -> Any:
     """Returns the position of each row's last token, (B,); -1 where there is none."""
     # Any group knows: the last token is in every ring.
@@ -72,7 +78,8 @@ def grow_cache(model: keras.Model, cache: Any, num_slots: int) -> Any:
 
     Args:
         model: The model that the cache belongs to.
-        cache: In which no ring is full yet, or is as large as it gets.
+        cache: In which no token has overwritten another, except in rings that are as large as
+            they get: a slot's token stays in its slot.
         num_slots: As for `make_cache`.
     """
 

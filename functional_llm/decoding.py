@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from functional_llm.cache import make_cache, num_slots
+from functional_llm.cache import grow_cache, make_cache, num_slots
 from functional_llm.layers import store
 from functional_llm.products import with_fast_products
 from functional_llm.samplers import Sampler
@@ -91,10 +91,25 @@ class Programs:
         self.stats.decode_tokens += int((new_BC >= 0).sum())
         return new_BC, state
 
+    def grow(self, cache: Any, slots: int) -> Any:
+        """Returns the cache with more slots, copied by one program: the peak is old and new."""
+
+        def copy(cache: Any) -> Any:
+            return grow_cache(self._backbone, cache, slots)
+
+        rows = next(iter(cache.values()))["positions"].shape[0]
+        program = self._compiled(("grow", rows, num_slots(cache), slots), copy, (), cache)
+        started = time.perf_counter()
+        grown = jax.block_until_ready(program(cache))
+        # Only the cache of an earlier turn grows before the prefill.
+        phase = "decode_seconds" if self.stats.prefill_seconds else "prefill_seconds"
+        setattr(self.stats, phase, getattr(self.stats, phase) + time.perf_counter() - started)
+        return grown
+
     def _compiled(
         self, key: Any, function: Callable[..., Any], donated: Any, *arguments: Any
     ) -> Callable[..., Any]:
-        key = (*key, jax.tree.structure(arguments[2]))  # the kind of sampler
+        key = (*key, jax.tree.structure(arguments[2:3]))  # the kind of sampler
         if key not in self.compiled:
             started = time.perf_counter()
             program = jax.jit(with_fast_products(function), donate_argnums=donated)

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 from functional_llm import samplers
-from functional_llm.cache import grow_cache, holds, num_slots, truncate_cache
+from functional_llm.cache import fitting_slots, holds, num_slots, truncate_cache
 from functional_llm.convert.download import cache_directory
 from functional_llm.decoding import CHUNK, Programs, Stats
 from functional_llm.tokenizers import TextTokenizer
@@ -24,6 +24,7 @@ from functional_llm.writing import Writer
 
 _SMALLEST_PROMPT = 32
 _SMALLEST_CACHE = 256
+_ROOM = 256  # new tokens that a cache has slots for from the beginning
 _STOP_IDS = 8  # stop ids are padded to a multiple of this: few programs serve all
 
 
@@ -60,9 +61,16 @@ class TextGenerator:
     generator.generate("The capital of France is", max_new_tokens=32)
     ```
 
-    A program is compiled for a number of rows, a padded prompt length and a cache size, all in
-    powers of two, and for the kind of sampler; not for its numbers, the seed, the stop ids or the
+    A prefill is compiled for a number of rows, a padded prompt length and a cache size, a decode
+    loop for a number of rows and a cache size, both for the kind of sampler; lengths and sizes are
+    powers of two. Nothing is compiled for the sampler's numbers, the seed, the stop ids or the
     number of tokens. New values of the backbone's weights are seen at the next call.
+
+    A cache begins with slots for the prompts and 256 new tokens (fewer if fewer are asked for), and
+    at least 256. It is doubled when what is written comes to its end, not before: each doubling
+    compiles, at first sight, a program that copies the cache and the decode loop of the new size.
+    So up to 256 new tokens never compile more than a prefill and a decode loop. Where all layers
+    see a window, a cache stops growing at the largest of them.
 
     Args:
         backbone: A Backbone, or any functional model with its inputs and outputs.
@@ -215,6 +223,7 @@ class TextGenerator:
         arguments, slots = self._prompt(rows, max_new_tokens, past)
         arguments["keys"] = _make_keys(seed, len(rows))
         token_B, state = self._programs.prefill(slots, values, arguments, sampler)
+        lengths_B = np.array([len(row) for row in rows])
         new_BC, written = np.asarray(token_B)[:, None], 1
         done_B = np.zeros(len(rows), bool)
         try:
@@ -226,6 +235,9 @@ class TextGenerator:
                 if written >= max_new_tokens or done_B.all():
                     break
                 limit = np.int32(min(chunk, max_new_tokens - written))
+                # The last token written is stored by the next step: one slot fewer than tokens.
+                needed = int(lengths_B[~done_B].max()) + written + int(limit) - 1
+                state["cache"] = self._grow(state["cache"], needed)
                 new_BC, state = self._programs.decode(values, state, sampler, done_B, stops, limit)
                 written += new_BC.shape[1]
         finally:
@@ -260,13 +272,13 @@ class TextGenerator:
         self, rows: list[list[int]], max_new_tokens: int, past: Past | None
     ) -> tuple[dict[str, Any], int]:
         """Returns the arguments of the prefill, padded to few shapes, and the number of slots."""
-        slots = _power_of_two(max(map(len, rows)) + max_new_tokens, _SMALLEST_CACHE)
+        slots = self._slots(max(map(len, rows)) + min(max_new_tokens, _ROOM))
         known, cache = 0, None
         if past is not None:
             known, cache = past.reuse(rows[0])
         if cache is not None:
-            slots = max(slots, num_slots(cache))
-            cache = grow_cache(self.backbone, cache, slots)
+            cache = self._grow(cache, slots)
+            slots = num_slots(cache)
         lengths = [len(row) - known for row in rows]
         length = _power_of_two(max(lengths), _SMALLEST_PROMPT)
         tokens_BT = np.zeros((len(rows), length), "int32")
@@ -281,6 +293,14 @@ class TextGenerator:
         self.stats.prefill_tokens = sum(lengths)
         arguments = {"tokens": tokens_BT, "positions": positions_BT, "last": last_B}
         return arguments | {"cache": cache, "seen": seen_BV}, slots
+
+    def _slots(self, needed: int) -> int:
+        return fitting_slots(self.backbone, _power_of_two(needed, _SMALLEST_CACHE))
+
+    def _grow(self, cache: Any, needed: int) -> Any:
+        """Returns a cache in which so many positions fit, before a ring that may grow wraps."""
+        slots = self._slots(needed)
+        return cache if slots <= num_slots(cache) else self._programs.grow(cache, slots)
 
 
 class _Chunk:

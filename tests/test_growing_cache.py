@@ -1,0 +1,179 @@
+"""A cache that grows while text is written: the same text, few slots, few programs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import functional_llm as flm
+from configs import CONFIGS
+from functional_llm import generate
+from functional_llm.cache import num_slots
+from functional_llm.decoding import Programs
+from functional_llm.generate import TextGenerator
+from reference import save_reference
+from tiny import save_tiny
+
+MODELS: dict[str, dict[str, Any]] = {
+    "all_layers": CONFIGS["llama_grouped"],
+    "a_ring": CONFIGS["mistral_window"],
+    "full_and_rings": CONFIGS["gemma2_soft_caps"],
+    "a_ring_that_grows": {**CONFIGS["mistral_window"], "sliding_window": 100},
+    "full_and_rings_that_grow": {**CONFIGS["gemma2_soft_caps"], "sliding_window": 100},
+}
+# 16 slots to begin with, then 32, 64, 128 and 256: past a ring of 100.
+STEPS = {"_SMALLEST_CACHE": 16, "_ROOM": 4}
+ROWS = [[5, 9, 20], [7], list(range(30, 51))]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp(request.param)
+    save_reference(MODELS[request.param], folder)
+    return flm.Backbone.from_preset(str(folder))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The number of slots at every run of the decode loop."""
+    seen: list[int] = []
+    decode = Programs.decode
+
+    def note(self: Programs, values: Any, state: Any, *arguments: Any) -> Any:
+        seen.append(num_slots(state["cache"]))
+        return decode(self, values, state, *arguments)
+
+    monkeypatch.setattr(Programs, "decode", note)
+    yield seen
+
+
+def _in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in STEPS.items():
+        monkeypatch.setattr(generate, name, value)
+
+
+@pytest.mark.parametrize("sampler", ["greedy", "random"])
+def test_a_cache_that_grows_writes_what_a_large_one_does(
+    backbone: Any, sizes: list[int], monkeypatch: pytest.MonkeyPatch, sampler: str
+) -> None:
+    generator = TextGenerator(backbone)
+    expected = generator.generate_ids(ROWS, 180, sampler, seed=3)
+    large = sizes.copy()
+    sizes.clear()
+    _in_steps(monkeypatch)
+    assert generator.generate_ids(ROWS, 180, sampler, seed=3) == expected
+    assert len(set(large)) == 1
+    limit = large[0]  # all that 201 tokens need, or the ring
+    assert sorted(set(sizes)) == sorted({min(x, limit) for x in (64, 128, 256)})
+
+
+def test_a_stream_grows_at_the_last_moment(
+    folder: Path, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = flm.Tokenizer.from_preset(str(folder))
+    generator = TextGenerator(flm.Backbone.from_preset(str(folder)), tokenizer)
+    monkeypatch.setattr(type(tokenizer), "stop_token_ids", frozenset())
+    prompt = list(range(30, 51))
+    expected = list(generator.stream(prompt, 180))
+    sizes.clear()
+    _in_steps(monkeypatch)
+    assert list(generator.stream(prompt, 180)) == expected
+    # The run that stores position p needs p + 1 slots; the first one stores position 21.
+    fits = [next(size for size in (32, 64, 128, 256) if size > 21 + i) for i in range(179)]
+    assert sizes == fits
+
+
+def test_a_conversation_grows_within_and_between_its_turns(
+    backbone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = TextGenerator(backbone)
+    _in_steps(monkeypatch)
+    past, ids = flm.Past(), [5, 9, 20]
+    for count in (10, 60, 3, 90):
+        ids += list(range(30, 40))
+        fresh = generator.generate_ids([ids], count)[0]
+        again: list[int] = []
+        for chunk in generator._run([ids], count, "greedy", [], None, past, chunk=1):
+            again += chunk.new_ids[0]
+        assert again == fresh
+        assert (generator.stats.prefill_tokens < len(ids)) == (len(ids) > 13)
+        assert past.ids == ids + again[:-1]
+        ids += again
+
+
+def test_a_text_that_ends_early_has_a_small_cache(folder: Path, sizes: list[int]) -> None:
+    backbone = flm.Backbone.from_preset(str(folder))
+    generator = TextGenerator(backbone)
+    backbone.config = None  # no limit on the context
+    free = generator.generate_ids([[5, 9]], 60)[0]
+    stop = next(x for i, x in enumerate(free) if i > 3 and x not in free[:i])
+    sizes.clear()
+    ended = generator.generate_ids([[5, 9]], 100_000, stop_token_ids=[stop])[0]
+    assert ended == free[: free.index(stop) + 1]
+    assert set(sizes) == {512}
+    sizes.clear()
+    generator.generate_ids([[5, 9]], 200, stop_token_ids=[stop])
+    assert set(sizes) == {256}
+
+
+def test_a_row_that_has_ended_needs_no_slots(
+    folder: Path, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = TextGenerator(flm.Backbone.from_preset(str(folder)))
+    _in_steps(monkeypatch)
+    long = list(range(30, 51)) * 5
+    stop = generator.generate_ids([long], 1)[0][0]
+    short = next([i] for i in range(9) if stop not in generator.generate_ids([[i]], 40)[0])
+    expected = generator.generate_ids([short], 40)[0]
+    sizes.clear()
+    result = generator.generate_ids([long, short], 40, stop_token_ids=[stop])
+    assert result == [[stop], expected]
+    assert set(sizes) == {128}  # 105 + 40 tokens are more
+
+
+def test_a_doubling_compiles_a_copy_and_a_loop(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = TextGenerator(flm.Backbone.from_preset(str(folder)))
+    generator.generate_ids([[1, 2, 3]], 253)
+    assert generator.num_compilations == 2  # as for a few tokens
+    generator.generate_ids([[1, 2, 3]], 4)
+    assert generator.num_compilations == 2
+    _in_steps(monkeypatch)
+    generator = TextGenerator(generator.backbone)
+    for count, programs in ((8, 2), (13, 2), (14, 2), (15, 4), (60, 6), (60, 6), (14, 6)):
+        generator.generate_ids([[1, 2, 3]], count)
+        assert generator.num_compilations == programs
+    assert generator.stats.decode_tokens == 13
+    assert generator.stats.prefill_tokens == 3
+
+
+def test_a_ring_at_its_size_compiles_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_reference(CONFIGS["mistral_window"], tmp_path)
+    generator = TextGenerator(flm.Backbone.from_preset(str(tmp_path)))
+    _in_steps(monkeypatch)
+    for count in (3, 100, 300):
+        assert len(generator.generate_ids([[1, 2, 3]], count)[0]) == count
+        assert generator.num_compilations == 2
+
+
+def test_time_of_growing_is_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = TextGenerator(flm.Backbone.from_preset(str(folder)))
+    grown = generator._programs.grow(flm.make_cache(generator.backbone, 1, 16), 64)
+    assert num_slots(grown) == 64
+    assert generator.stats.compile_seconds > 0
+    assert generator.stats.prefill_seconds > 0
+    before = generator.stats.prefill_seconds
+    generator._programs.grow(grown, 128)
+    assert generator.stats.decode_seconds > 0
+    assert generator.stats.prefill_seconds == before
+    assert all(np.asarray(group["positions"]).max() == -1 for group in grown.values())
