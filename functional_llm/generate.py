@@ -69,8 +69,9 @@ class TextGenerator:
     A cache begins with slots for the prompts and 256 new tokens (fewer if fewer are asked for), and
     at least 256. It is doubled when what is written comes to its end, not before: each doubling
     compiles, at first sight, a program that copies the cache and the decode loop of the new size.
-    So up to 256 new tokens never compile more than a prefill and a decode loop. Where all layers
-    see a window, a cache stops growing at the largest of them.
+    So up to 256 new tokens compile no more than a prefill and a decode loop (and a copy, if they
+    outgrow the cache of an earlier turn). Where all layers see a window, a cache stops growing at
+    the largest of them.
 
     Args:
         backbone: A Backbone, or any functional model with its inputs and outputs.
@@ -223,6 +224,7 @@ class TextGenerator:
         arguments, slots = self._prompt(rows, max_new_tokens, past)
         arguments["keys"] = _make_keys(seed, len(rows))
         token_B, state = self._programs.prefill(slots, values, arguments, sampler)
+        del arguments  # and with them the cache of an earlier turn
         lengths_B = np.array([len(row) for row in rows])
         new_BC, written = np.asarray(token_B)[:, None], 1
         done_B = np.zeros(len(rows), bool)

@@ -1,9 +1,11 @@
 """A cache that grows while text is written: the same text, few slots, few programs."""
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -106,6 +108,17 @@ def test_a_conversation_grows_within_and_between_its_turns(
         assert (generator.stats.prefill_tokens < len(ids)) == (len(ids) > 13)
         assert past.ids == ids + again[:-1]
         ids += again
+
+
+def test_the_cache_of_an_earlier_turn_is_let_go(folder: Path) -> None:
+    generator = TextGenerator(flm.Backbone.from_preset(str(folder)))
+    past = flm.Past()
+    list(generator._run([[5, 9]], 8, "greedy", [], 0, past))
+    before = [weakref.ref(x) for x in jax.tree.leaves(past.cache)]
+    run = generator._run([[*past.ids, 7]], 8, "greedy", [], 0, past)
+    next(run)
+    assert generator.stats.prefill_tokens == 1
+    assert [ref() for ref in before] == [None] * len(before)
 
 
 def test_a_text_that_ends_early_has_a_small_cache(folder: Path, sizes: list[int]) -> None:
