@@ -16,7 +16,7 @@ export PROMPT
 help:
 	@echo "make generate   write text with the default preset (PROMPT='...' to choose the prompt)"
 	@echo "make test       run every test (PYTEST_ARGS='-m \"not real\"' for the fast ones)"
-	@echo "make bench      measure against KerasHub and Transformers (BENCH_ARGS='--help' for choices)"
+	@echo "make bench      measure against KerasHub, Transformers, ... (BENCH_ARGS='--help' for choices)"
 	@echo "make lint       ruff: rules and format"
 	@echo "make types      mypy"
 	@echo "make clean      remove $(VENV), $(BENCH_VENV) and $(STOCK_VENV)"

@@ -3,6 +3,9 @@
 Prints medians, their spread and ratios, and appends them to the log with date, machine and
 versions. A ratio above 1 means that the first engine is better; it is the median of the rounds,
 each compared with itself.
+
+int8 is whatever an engine means by it: llama.cpp's is Q8_0. In bfloat16, LoRA trains beside weights
+in bfloat16, and full training keeps its weights in float32.
 """
 
 import argparse
@@ -12,7 +15,7 @@ from pathlib import Path
 
 from benchmarks import report
 from benchmarks.engines import ENGINES
-from benchmarks.measures import CHECK, MEASURES
+from benchmarks.measures import APART, CHECK, MEASURES, WORKS
 from benchmarks.turns import Turns, Worker
 
 HERE = Path(__file__).parent
@@ -21,6 +24,7 @@ EXAMPLES = """examples:
   python -m benchmarks --rounds 5
   python -m benchmarks --measures decode_1 decode_8 --precisions float32
   python -m benchmarks --engines functional_llm transformers --measures first_token
+  python -m benchmarks --engines functional_llm keras_hub --measures compile_4 compile_30
 """
 
 
@@ -33,7 +37,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     measures = [*MEASURES, FIRST_TOKEN]
-    default = ["decode_1", "decode_8", "prefill_32", "prefill_512", "peak_memory", FIRST_TOKEN]
     add(
         "--engines",
         nargs="+",
@@ -45,17 +48,17 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--precisions",
         nargs="+",
-        default=["float32", "bfloat16"],
+        default=["float32", "bfloat16", "int8"],
         metavar="PRECISION",
-        help="of the weights; an engine sits out what it does not know (float32 bfloat16)",
+        help="of the weights; an engine sits out what it does not know (float32 bfloat16 int8)",
     )
     add(
         "--measures",
         nargs="+",
         choices=measures,
         metavar="MEASURE",
-        default=default,
-        help=f"what is measured: {', '.join(measures)} ({' '.join(default)})",
+        default=measures,
+        help=f"what is measured: {', '.join(measures)} (all)",
     )
     add("--rounds", type=int, default=3, help="turns of each engine, after one to warm up (3)")
     add("--note", default="", help="a few words for the heading in the log")
@@ -75,22 +78,21 @@ def main() -> int:
     weights = prepare_weights()
     folder = Path(tempfile.mkdtemp(prefix="flm-bench-"))
     print(f"workers print to {folder}", file=sys.stderr)
-    workers = start_workers(arguments, weights, folder)
-    turns = Turns(workers, lambda line: print(line, file=sys.stderr, flush=True), folder)
+    turns = Turns(lambda line: print(line, file=sys.stderr, flush=True), folder)
     agreement: list[str] = []
     try:
-        agreement = check(turns)
-        for measure in arguments.measures:
-            if measure == FIRST_TOKEN:
-                turns.run_first_token(arguments.rounds)
-            else:
-                turns.run(measure, 1 if measure == "peak_memory" else arguments.rounds)
+        works = {
+            MEASURES[name].work if name in MEASURES else "generate" for name in arguments.measures
+        }
+        for work in [work for work in WORKS if work in works]:
+            each = [[x] for x in arguments.precisions]
+            for precisions in each if work in APART else [arguments.precisions]:
+                workers = start_workers(work, precisions, arguments, turns, weights, folder)
+                agreement += run_work(work, workers, arguments, turns)
     except KeyboardInterrupt:
         print("interrupted: what was measured so far follows", file=sys.stderr)
-    finally:
-        for worker in workers:
-            worker.close()
     table = report.make_table(turns, first=arguments.engines[0])
+    table += "\n\n" + report.make_best_table(turns, first=arguments.engines[0])
     print(*agreement, report.describe_others(turns), "", table, sep="\n")
     if not arguments.no_log:
         report.append_log(arguments.log, turns, table, agreement, arguments.note)
@@ -99,29 +101,72 @@ def main() -> int:
     return 0 if turns.figures else 1
 
 
-def start_workers(arguments: argparse.Namespace, weights: Path, folder: Path) -> list[Worker]:
+def run_work(
+    work: str, workers: list[Worker], arguments: argparse.Namespace, turns: Turns
+) -> list[str]:
+    """Runs the measures of one kind of work, in processes that end with it.
+
+    Returns:
+        Lines that compare what the engines computed.
+    """
+    if not workers:
+        return []
+    try:
+        agreement = check(workers, work, turns)
+        for name in MEASURES:
+            if name in arguments.measures and MEASURES[name].work == work:
+                turns.run(workers, name, 1 if MEASURES[name].once else arguments.rounds)
+        if work == "generate" and FIRST_TOKEN in arguments.measures:
+            turns.run_first_token(workers, arguments.rounds)
+    finally:
+        for worker in workers:
+            worker.close()
+    return agreement
+
+
+def start_workers(
+    work: str,
+    precisions: list[str],
+    arguments: argparse.Namespace,
+    turns: Turns,
+    weights: Path,
+    folder: Path,
+) -> list[Worker]:
     """Starts and loads one after the other; says who cannot take part."""
     workers = []
-    for precision in arguments.precisions:
+    for precision in precisions:
         for engine in arguments.engines:
-            if precision not in ENGINES[engine].precisions:
+            if not ENGINES[engine].does(work, precision):
                 continue
-            worker = Worker(engine, precision, weights, folder)
+            worker = Worker(engine, precision, weights, folder, work)
             answer = worker.wait()
-            print(f"{worker.name}: {answer.get('error', 'loaded')}", file=sys.stderr, flush=True)
-            workers.append(worker)
+            told = answer.get("error", "loaded")
+            print(f"{worker.name}, {work}: {told}", file=sys.stderr, flush=True)
+            if "error" in answer:
+                turns.errors.setdefault(worker.name, {})[f"load to {work}"] = told
+                worker.close()
+            else:
+                workers.append(worker)
     return workers
 
 
-def check(turns: Turns) -> list[str]:
-    """Compares greedy ids with Transformers' in float32, or with the first worker's."""
-    answers = {worker.name: worker.ask(CHECK, 0) for worker in turns.workers}
+def check(workers: list[Worker], work: str, turns: Turns) -> list[str]:
+    """Compares what the engines compute before anything is timed.
+
+    Greedy ids with Transformers' in float32, or with the first worker's; or losses.
+    """
+    if work == "compile":
+        return []
+    answers = {worker.name: worker.ask(CHECK, 0) for worker in workers}
     for name, answer in answers.items():
         if "error" in answer:
-            turns.errors.setdefault(name, {})[CHECK] = answer["error"]
-    ids = {name: x["figures"]["ids"] for name, x in answers.items() if "error" not in x}
-    if not ids:
-        return ["no engine gave ids"]
+            turns.errors.setdefault(name, {})[f"{CHECK} of {work}"] = answer["error"]
+    figures = {name: x["figures"] for name, x in answers.items() if "error" not in x}
+    if not figures:
+        return [f"no engine passed the check of {work}"]
+    if work != "generate":
+        return report.compare_losses(work, {name: x["losses"] for name, x in figures.items()})
+    ids = {name: x["ids"] for name, x in figures.items()}
     reference = "transformers float32" if "transformers float32" in ids else next(iter(ids))
     return report.compare_ids(ids, reference)
 

@@ -9,7 +9,7 @@ from benchmarks.measures import make_prompts
 
 def main() -> None:
     engine_name, precision, weights = sys.argv[1:]
-    engine = ENGINES[engine_name].load()(Path(weights), precision)
+    engine = ENGINES[engine_name].load("generate", Path(weights), precision)
     print(engine.generate(make_prompts(1, 5, 0), 1)[0], flush=True)
 
 

@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from benchmarks.engines import ENGINES
-from benchmarks.measures import MEASURES
+from benchmarks.measures import APART, MEASURES
 from benchmarks.turns import Turns
 
 FIRST_TOKEN = {
@@ -18,6 +19,7 @@ FIRST_TOKEN = {
     "first_token_warm": "process start to first token, compilation cache warm",
 }
 Figures = dict[str, list[float]]  # worker -> a figure a round
+_STYLES = {"float32": "-", "bfloat16": "--", "int8": ":"}  # of curves
 
 
 def title(measure: str) -> str:
@@ -68,6 +70,60 @@ def make_table(turns: Turns, first: str) -> str:
     return "\n".join(lines)
 
 
+def make_best_table(turns: Turns, first: str) -> str:
+    """Returns Markdown: each engine in the precision that is best for it, a row for each measure.
+
+    Precisions that did not take turns with one another have no ratio.
+
+    Args:
+        turns: What was measured.
+        first: Name of the engine that is compared with the others.
+    """
+    names = [worker for figures in turns.figures.values() for worker in figures]
+    engines = list(dict.fromkeys([first, *map(_engine, names)]))
+    lines = [
+        "Each engine in its best precision, and by how much "
+        f"{first} is better in the precision that is best for it:\n",
+        "| | " + " | ".join(engines) + " |",
+        "|---|" + "---|" * len(engines),
+    ]
+    for measure, figures in turns.figures.items():
+        best = best_workers(measure, figures)
+        cells = [title(measure)]
+        for engine in engines:
+            cell = ""
+            if engine in best:
+                cell = f"{best[engine].partition(' ')[2]} {median(figures[best[engine]]):.4g}"
+            if engine in best and engine != first and comparable(measure, best, first, engine):
+                cell += f" ({ratio(measure, figures, best[first], best[engine]):.2f}×)"
+            cells.append(cell)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def best_workers(measure: str, figures: Figures) -> dict[str, str]:
+    """Returns engine -> its worker with the best median."""
+    order = sorted(figures, key=lambda worker: median(figures[worker]))
+    if more_is_better(measure):
+        order.reverse()
+    best: dict[str, str] = {}
+    for worker in order:
+        best.setdefault(_engine(worker), worker)
+    return best
+
+
+def comparable(measure: str, best: dict[str, str], ours: str, theirs: str) -> bool:
+    """Returns whether the best workers of two engines took turns with one another."""
+    if ours not in best or theirs not in best:
+        return False
+    same = best[ours].partition(" ")[2] == best[theirs].partition(" ")[2]
+    return same or measure in FIRST_TOKEN or MEASURES[measure].work not in APART
+
+
+def _engine(worker: str) -> str:
+    return worker.partition(" ")[0]
+
+
 def describe_machine() -> str:
     """Returns processor, cores, memory, system."""
     info = Path("/proc/cpuinfo")
@@ -97,7 +153,8 @@ def describe_others(turns: Turns) -> str:
 def append_log(path: Path, turns: Turns, table: str, agreement: list[str], note: str) -> None:
     """Adds a run to the log, whatever its result."""
     load = ", ".join(f"{x:.2f}" for x in os.getloadavg())
-    engines = dict.fromkeys(worker.engine for worker in turns.workers)
+    workers = [worker for figures in turns.figures.values() for worker in figures]
+    engines = dict.fromkeys(map(_engine, workers))
     parts = [
         f"\n## {datetime.now(UTC):%Y-%m-%d %H:%M} UTC{': ' + note if note else ''}\n",
         f"{describe_machine()}; load average at the end {load}.  ",
@@ -110,36 +167,62 @@ def append_log(path: Path, turns: Turns, table: str, agreement: list[str], note:
 
 
 def save_plot(path: Path, turns: Turns) -> None:
-    """Draws a panel for each measure, with a dot for each round."""
+    """Draws a panel for each measure, with a dot for each round; compile times as curves."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    measures = list(turns.figures)
-    columns = min(3, len(measures))
-    rows = -(-len(measures) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3 * rows), squeeze=False)
-    for ax in axes.flat[len(measures) :]:
+    depths = {name: x for name, x in turns.figures.items() if name.startswith("compile_")}
+    measures = [name for name in turns.figures if name not in depths]
+    panels = len(measures) + bool(depths)
+    columns = min(3, panels)
+    rows = -(-panels // columns)
+    tall = 1 + 0.2 * max(len(figures) for figures in turns.figures.values())
+    size = (5 * columns, max(3.0, tall) * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for ax in axes.flat[panels:]:
         ax.axis("off")
     for ax, measure in zip(axes.flat, measures, strict=False):
-        figures = turns.figures[measure]
-        ax.barh(
-            list(figures), [median(values) for values in figures.values()], color=_colors(figures)
-        )
-        for worker, values in figures.items():
-            ax.plot(values, [worker] * len(values), "k.", markersize=3)
-        ax.invert_yaxis()
+        _draw_bars(ax, turns.figures[measure])
         ax.set_title(title(measure), fontsize=9)
+    if depths:
+        _draw_depths(axes.flat[panels - 1], depths)
+    for ax in axes.flat[:panels]:
         ax.tick_params(labelsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
-def _colors(workers: Iterable[str]) -> list[str]:
-    engines = list(ENGINES)
-    return [f"C{engines.index(worker.partition(' ')[0])}" for worker in workers]
+def _draw_bars(ax: Any, figures: Figures) -> None:
+    ax.barh(
+        list(figures),
+        [median(values) for values in figures.values()],
+        color=[_color(worker) for worker in figures],
+    )
+    for worker, values in figures.items():
+        ax.plot(values, [worker] * len(values), "k.", markersize=3)
+    ax.invert_yaxis()
+
+
+def _draw_depths(ax: Any, depths: dict[str, Figures]) -> None:
+    for worker in dict.fromkeys(worker for figures in depths.values() for worker in figures):
+        points = [
+            (int(name.removeprefix("compile_")), median(figures[worker]))
+            for name, figures in depths.items()
+            if worker in figures
+        ]
+        style = _STYLES.get(worker.partition(" ")[2], "-.")
+        ax.plot(*zip(*points, strict=True), style, marker=".", color=_color(worker), label=worker)
+    ax.set_title("compile (s) by number of layers", fontsize=9)
+    ax.set_ylim(bottom=0)
+    ax.legend(fontsize=7)
+
+
+def _color(worker: str) -> str:
+    return f"C{list(ENGINES).index(_engine(worker))}"
 
 
 def compare_ids(ids: dict[str, list[list[int]]], reference: str) -> list[str]:
@@ -159,6 +242,19 @@ def compare_ids(ids: dict[str, list[list[int]]], reference: str) -> list[str]:
         if worker != reference:
             lines.append(f"greedy ids of {worker}: {told} {reference}")
     return lines
+
+
+def compare_losses(work: str, losses: dict[str, list[float]]) -> list[str]:
+    """Returns a line for each worker: its losses on the same rows, before and after one step.
+
+    Args:
+        work: `"lora"`, whose random start differs from engine to engine, or `"train"`.
+        losses: Worker -> two losses.
+    """
+    return [
+        f"{work}: loss of {worker}: {first:.4f}, after one step {second:.4f}"
+        for worker, (first, second) in losses.items()
+    ]
 
 
 def _common(row: list[int], expected: list[int]) -> int:

@@ -20,28 +20,35 @@ Answer = dict[str, Any]  # {"figures": ...} or {"error": ...}
 
 
 class Worker:
-    """The process of one engine in one precision.
+    """The process of one engine in one precision, for one kind of work.
 
     Args:
         engine: Key of `ENGINES`.
         precision: One of the engine's precisions.
         weights: Directory in Hugging Face layout.
         logs: Folder for what the process prints.
+        work: One of `measures.WORKS`.
     """
 
-    def __init__(self, engine: str, precision: str, weights: Path, logs: Path) -> None:
+    def __init__(
+        self, engine: str, precision: str, weights: Path, logs: Path, work: str = "generate"
+    ) -> None:
         self.engine, self.precision = engine, precision
         self.name = f"{engine} {precision}"
         self._weights = weights
-        self._log = logs / f"{engine}-{precision}.log"
+        self._log = logs / f"{engine}-{precision}-{work}.log"
+        # What is to be compiled shall not be found on the disk.
+        cold = {"JAX_ENABLE_COMPILATION_CACHE": "0"} if work == "compile" else {}
+        arguments = [engine, precision, str(weights), work]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.worker", engine, precision, str(weights)],
+                [sys.executable, "-m", "benchmarks.worker", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
                 cwd=REPOSITORY,
+                env={**os.environ, **cold},
             )
 
     def wait(self) -> Answer:
@@ -64,8 +71,9 @@ class Worker:
 
     def first_token(self, xla_cache: Path) -> Answer:
         """Starts the engine's script anew; returns the seconds to the first byte it prints."""
-        script = [part.format(precision=self.precision) for part in ENGINES[self.engine].script]
-        if not script:
+        entry = ENGINES[self.engine]
+        script = [part.format(precision=self.precision) for part in entry.script]
+        if self.precision not in entry.script_precisions:
             script = ["-m", "benchmarks.first_token"]
             script += [self.engine, self.precision, str(self._weights)]
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(xla_cache)}
@@ -109,25 +117,21 @@ class Turns:
     """Figures of every worker in every round.
 
     Args:
-        workers: In the order of their turns.
         progress: Called with a line for each figure.
         folder: For compiled programs.
     """
 
-    def __init__(
-        self, workers: list[Worker], progress: Callable[[str], None], folder: Path
-    ) -> None:
-        self.workers = workers
-        self.figures: dict[str, dict[str, list[float]]] = {}
-        self.errors: dict[str, dict[str, str]] = {}
+    def __init__(self, progress: Callable[[str], None], folder: Path) -> None:
+        self.figures: dict[str, dict[str, list[float]]] = {}  # measure -> worker -> rounds
+        self.errors: dict[str, dict[str, str]] = {}  # worker -> measure -> message
         self.others: dict[str, list[float]] = {}  # measure -> share of the machine, each turn
         self._progress = progress
         self._folder = folder
 
-    def run(self, measure: str, rounds: int) -> None:
+    def run(self, workers: list[Worker], measure: str, rounds: int) -> None:
         """Measures in turns; round 0 warms up and does not count."""
         for round_number in range(rounds + 1):
-            for worker in self.workers:
+            for worker in workers:
                 if measure in self.errors.get(worker.name, {}):
                     continue
                 began, busy, own = time.perf_counter(), _busy_seconds(), worker.cpu_seconds()
@@ -138,10 +142,10 @@ class Turns:
                     self.others.setdefault(measure, []).append(max(0.0, share))
                 self._note(measure, round_number, worker, answer)
 
-    def run_first_token(self, rounds: int) -> None:
+    def run_first_token(self, workers: list[Worker], rounds: int) -> None:
         """Measures process start to first token: cold in round 0, then with compiled programs."""
         for round_number in range(rounds + 1):
-            for worker in self.workers:
+            for worker in workers:
                 cache = self._folder / worker.name.replace(" ", "-")
                 answer = worker.first_token(cache)
                 if round_number == 0:

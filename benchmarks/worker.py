@@ -12,17 +12,17 @@ import traceback
 from pathlib import Path
 
 from benchmarks.engines import ENGINES
-from benchmarks.measures import CHECK, MEASURES, check_ids
+from benchmarks.measures import CHECK, CHECKS, MEASURES
 
 
 def main() -> None:
-    engine_name, precision, weights = sys.argv[1:]
+    engine, precision, weights, work = sys.argv[1:]
     # Whatever libraries print goes to standard error.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     started = time.perf_counter()
     try:
-        engine = ENGINES[engine_name].load()(Path(weights), precision)
+        subject = ENGINES[engine].load(work, Path(weights), precision)
     except Exception as error:
         traceback.print_exc()
         print(json.dumps({"error": _first_line(error)}), file=answers)
@@ -32,10 +32,10 @@ def main() -> None:
         request = json.loads(line)
         try:
             if request["measure"] == CHECK:
-                answer = {"figures": check_ids(engine)}
+                answer = {"figures": CHECKS[work](subject)}
             else:
                 run = MEASURES[request["measure"]].run
-                answer = {"figures": run(engine, request["round"])}
+                answer = {"figures": run(subject, request["round"])}
         except Exception as error:  # one engine's failure is a result, and the others go on
             traceback.print_exc()
             answer = {"error": _first_line(error)}

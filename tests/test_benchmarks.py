@@ -4,8 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks import report
-from benchmarks.measures import MEASURES, make_prompts
+from benchmarks.engines import ENGINES
+from benchmarks.measures import MEASURES, WORKS, make_prompts
 from benchmarks.turns import Turns, Worker
 
 
@@ -18,6 +21,17 @@ def test_worker_measures_and_survives_an_error(material: Path, tmp_path: Path) -
         # Its vocabulary has 512 tokens: an id of the prompts is not among them.
         assert "expected token ids" in worker.ask("prefill_32", 0)["error"]
         assert worker.ask("peak_memory", 1)["figures"] > 50
+    finally:
+        worker.close()
+
+
+@pytest.mark.parametrize("work", ["lora", "train"])
+def test_worker_trains(material: Path, tmp_path: Path, work: str) -> None:
+    worker = Worker("functional_llm", "float32", material / "stories260K", tmp_path, work)
+    try:
+        assert "load" in worker.wait()["figures"]
+        # Its vocabulary has 512 tokens: an id of the rows is not among them.
+        assert "expected token ids" in worker.ask(f"{work}_step", 0)["error"]
     finally:
         worker.close()
 
@@ -38,7 +52,7 @@ def test_ratio_compares_each_round_with_itself() -> None:
 
 
 def test_table_and_log(tmp_path: Path) -> None:
-    turns = Turns([], print, tmp_path)
+    turns = Turns(print, tmp_path)
     turns.figures = {"decode_1": {"functional_llm float32": [40.0], "transformers float32": [20.0]}}
     turns.others = {"decode_1": [0.5, 0.1, 0.3]}
     turns.errors = {"keras_hub float32": {"decode_1": "no memory"}}
@@ -59,6 +73,44 @@ def test_greedy_ids_that_differ_are_told() -> None:
         "greedy ids of b: 4 of 6 before the first difference, against a",
         "greedy ids of c: as a",
     ]
+
+
+def test_best_precisions_are_compared_where_they_took_turns(tmp_path: Path) -> None:
+    turns = Turns(print, tmp_path)
+    figures = {"a float32": [10.0], "a bfloat16": [30.0], "b float32": [20.0], "b int8": [60.0]}
+    turns.figures = {"decode_1": figures, "lora_step": figures, "peak_memory": figures}
+    assert report.make_best_table(turns, first="a").splitlines()[2:] == [
+        "| | a | b |",
+        "|---|---|---|",
+        "| decode, batch 1 (tokens/s) | bfloat16 30 | int8 60 (0.50×) |",
+        "| LoRA step (tokens/s) | bfloat16 30 | int8 60 |",
+        "| peak memory, generation (MB) | float32 10 | float32 20 (2.00×) |",
+    ]
+
+
+def test_losses_are_told() -> None:
+    assert report.compare_losses("train", {"a float32": [10.0, 9.25]}) == [
+        "train: loss of a float32: 10.0000, after one step 9.2500"
+    ]
+
+
+def test_plot_draws_bars_and_curves(tmp_path: Path) -> None:
+    turns = Turns(print, tmp_path)
+    one = {"functional_llm float32": [2.0, 3.0], "llama_cpp int8": [4.0]}
+    turns.figures = {"decode_1": one, "compile_4": one, "compile_30": one}
+    report.save_plot(tmp_path / "plot.png", turns)
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_engines_sit_out_what_they_cannot_do() -> None:
+    def able(work: str, precision: str) -> list[str]:
+        return [name for name, entry in ENGINES.items() if entry.does(work, precision)]
+
+    assert able("generate", "int8") == ["functional_llm", "llama_cpp", "ctranslate2"]
+    assert able("train", "float32") == ["functional_llm", "keras_hub", "transformers"]
+    assert able("lora", "int8") == []
+    assert able("compile", "bfloat16") == ["functional_llm", "keras_hub"]
+    assert {measure.work for measure in MEASURES.values()} == set(WORKS)
 
 
 def test_prompts_differ_from_round_to_round() -> None:

@@ -1,22 +1,23 @@
-"""Transformers on torch: `generate` with its cache, on all cores, without gradients."""
+"""Transformers on torch, on all cores: `generate` with its cache, and training with PEFT."""
 
 import os
 from pathlib import Path
+from typing import Any
 
+import peft
 import torch
 import transformers
 
-from benchmarks.engines.base import Engine
+from benchmarks.engines.base import ALPHA, LEARNING_RATE, RANK, Engine, Trainer
+
+_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Transformers(Engine):
     """Transformers' own attention choice (SDPA), eager mode: what its users run on a CPU."""
 
-    def __init__(self, weights: Path, precision: str) -> None:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(
-            weights, dtype=getattr(torch, precision)
-        ).eval()
+    def __init__(self, weights: Path, precision: str, load_weights: bool = True) -> None:
+        self._model = _load(weights, precision).eval()
 
     def generate(self, prompts: list[list[int]], num_new: int) -> list[list[int]]:
         ids_BT = torch.tensor(prompts)
@@ -32,3 +33,35 @@ class Transformers(Engine):
                 pad_token_id=0,
             )
         return output[:, ids_BT.shape[1] :].tolist()
+
+
+class TransformersTrainer(Trainer):
+    """As Transformers' Trainer: PEFT's adapters, fused AdamW, autocast in bfloat16."""
+
+    def __init__(self, weights: Path, precision: str, lora: bool) -> None:
+        model = _load(weights, precision if lora else "float32").train()
+        if lora:
+            config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=_PROJECTIONS)
+            model = peft.get_peft_model(model, config)
+        self._model = model
+        self._autocast = precision == "bfloat16"
+        trainable = [weight for weight in model.parameters() if weight.requires_grad]
+        self._optimizer = torch.optim.AdamW(trainable, LEARNING_RATE, weight_decay=0.0, fused=True)
+
+    def step(self, rows: list[list[int]]) -> float:
+        ids = torch.tensor(rows)
+        labels_BT = ids[:, 1:].contiguous()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
+            output = self._model(
+                input_ids=ids[:, :-1], labels=labels_BT, shift_labels=labels_BT, use_cache=False
+            )
+        output.loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return output.loss.item()
+
+
+def _load(weights: Path, precision: str) -> Any:
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    dtype = getattr(torch, precision)
+    return transformers.AutoModelForCausalLM.from_pretrained(weights, dtype=dtype)
