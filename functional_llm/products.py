@@ -65,15 +65,15 @@ def _run(closed: ClosedJaxpr, known: dict[int, Any], *args: Any) -> list[Any]:
     values |= zip(jaxpr.invars, args, strict=True)
     for equation in jaxpr.eqns:
         inputs = [read(x) for x in equation.invars]
-        if equation.primitive is dot_general_p and _is_narrow(inputs[0].dtype):
-            x, y = inputs
-            outputs = [_product(x, y, transposed.get(equation.invars[1]), **equation.params)]
-        elif equation.primitive is gather_p and inputs[0].dtype in _HALF:
-            outputs = [_gather(*inputs, **equation.params)]
-        else:
+        if not _is_exchanged(equation):
             if equation.primitive is transpose_p and inputs[0].ndim == 2:
                 transposed[equation.outvars[0]] = inputs[0]
             outputs = _bind(equation, inputs, known)
+        elif equation.primitive is gather_p:
+            outputs = [_gather(*inputs, **equation.params)]
+        else:
+            x, y = inputs
+            outputs = [_product(x, y, transposed.get(equation.invars[1]), **equation.params)]
         values |= zip(equation.outvars, outputs, strict=True)
     return [read(x) for x in jaxpr.outvars]
 
@@ -89,7 +89,7 @@ def _bind(equation: Any, inputs: list[Any], known: dict[int, Any]) -> list[Any]:
 def _rewrite(value: Any, known: dict[int, Any]) -> Any:
     if isinstance(value, (tuple, list)) and any(isinstance(x, _PROGRAMS) for x in value):
         return type(value)(_rewrite(x, known) for x in value)
-    if not isinstance(value, _PROGRAMS) or not _has_narrow(value):
+    if not isinstance(value, _PROGRAMS) or not _has_exchanged(value):
         return value
     if id(value) not in known:
         closed = value if isinstance(value, ClosedJaxpr) else ClosedJaxpr(value, ())
@@ -98,21 +98,19 @@ def _rewrite(value: Any, known: dict[int, Any]) -> Any:
     return known[id(value)][1]
 
 
-def _has_narrow(value: Any) -> bool:
+def _has_exchanged(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
-        return any(_has_narrow(x) for x in value)
+        return any(_has_exchanged(x) for x in value)
     if not isinstance(value, _PROGRAMS):
         return False
-    return any(_is_exchanged(x) or _has_narrow([*x.params.values()]) for x in value.eqns)
+    return any(_is_exchanged(x) or _has_exchanged([*x.params.values()]) for x in value.eqns)
 
 
 def _is_exchanged(equation: Any) -> bool:
-    is_asked = equation.primitive in (dot_general_p, gather_p)
-    return is_asked and _is_narrow(equation.invars[0].aval.dtype)
-
-
-def _is_narrow(dtype: Any) -> bool:
-    return dtype in _HALF or dtype == jnp.int8
+    if equation.primitive not in (dot_general_p, gather_p):
+        return False
+    dtype = equation.invars[0].aval.dtype
+    return dtype in _HALF or (dtype == jnp.int8 and equation.primitive is dot_general_p)
 
 
 def _product(x: Any, y: Any, y_transposed: Any, **params: Any) -> Any:
@@ -135,7 +133,7 @@ def _product(x: Any, y: Any, y_transposed: Any, **params: Any) -> Any:
     is_single = num_rows == 1 and rows and not batch
     if is_single:
         x = jnp.concatenate([x, x], axis=rows[0])
-    if y_transposed is not None and num_rows <= _FEW:
+    if y_transposed is not None and num_rows <= _FEW and not batch and len(in_y) == 1:
         params["dimension_numbers"] = ((tuple(1 - axis for axis in in_y), in_x), ((), ()))
         result = jnp.moveaxis(dot_general_p.bind(y_transposed, x, **params), 0, -1)
     else:

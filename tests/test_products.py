@@ -40,6 +40,14 @@ def _head(x: Any, y: Any) -> Any:
     return x @ y.T
 
 
+def _paired(x: Any, y: Any) -> Any:
+    return jnp.einsum("bk,bk->b", x, y.T)
+
+
+def _summed(x: Any, y: Any) -> Any:
+    return jnp.einsum("abk,bk->a", x, y.T)
+
+
 def _bytes(x: Any, y: Any) -> Any:
     return jnp.matmul(x, y, preferred_element_type="int32")
 
@@ -81,6 +89,8 @@ CASES: dict[str, tuple[Callable[..., Any], Any, Any]] = {
     "a scan": (_scan, _array(2, 24), _array(24, 24)),
     "batches": (_attention, _array(2, 1, 3, 8), _array(2, 5, 3, 8)),
     "gradients": (_gradient, _array(1, 24), _array(24, 24)),
+    "rows paired with a transpose": (_paired, _array(5, 24), _array(24, 5)),
+    "all of a transpose": (_summed, _array(2, 5, 24), _array(24, 5)),
     "a vector": (_matmul, _array(24), _array(24, 40)),
 }
 
