@@ -45,9 +45,12 @@ def with_fast_products(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def fast(*args: Any) -> Any:
-        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-        outputs = _run(closed, {}, *jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+        whole = jax.jit(function)
+        traced = whole.trace(*args)
+        if not _has_exchanged(traced.jaxpr):
+            return whole(*args)  # it is traced already
+        outputs = _run(traced.jaxpr, {}, *jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(traced.out_info), outputs)
 
     return fast
 
