@@ -185,7 +185,7 @@ class AttentionDotProduct(keras.layers.Layer):
         groups = q_BTNH.shape[2] // kv_heads
         q_BTKGH = _reshape(q_BTNH, (kv_heads, groups, head_dim))
         scale = head_dim**-0.5 if self.scale is None else self.scale
-        scores_BKGTS = ops.einsum("btkgh,bskh->bkgts", q_BTKGH * scale, k_BSKH)
+        scores_BKGTS = ops.einsum("bskh,btkgh->bkgts", k_BSKH, q_BTKGH * scale)
         # Softmax in float32 whatever the model's precision, as the reference implementations do.
         scores_BKGTS = ops.cast(scores_BKGTS, "float32")
         if self.soft_cap is not None:
@@ -193,11 +193,16 @@ class AttentionDotProduct(keras.layers.Layer):
         mask_B11TS = ops.expand_dims(inputs["mask"], (1, 2))
         # Finite, so that a padding token, which sees nothing, gives numbers and not NaN.
         scores_BKGTS = ops.where(mask_B11TS, scores_BKGTS, -1e30)
-        # Not ops.softmax: it warns where there is a single slot.
-        weights_BKGTS = ops.exp(scores_BKGTS - ops.max(scores_BKGTS, axis=-1, keepdims=True))
-        weights_BKGTS = weights_BKGTS / ops.sum(weights_BKGTS, axis=-1, keepdims=True)
+        # Softmax, divided after the product: the sum over slots is all that the gradient needs,
+        # and what is divided is small. The maximum only keeps the exponentials in range.
+        highest_BKGT1 = ops.max(ops.stop_gradient(scores_BKGTS), axis=-1, keepdims=True)
+        weights_BKGTS = ops.exp(scores_BKGTS - highest_BKGT1)
+        sums_BKGT = ops.sum(weights_BKGTS, axis=-1)
         weights_BKGTS = ops.cast(weights_BKGTS, v_BSKH.dtype)
-        attended_BTKGH = ops.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH)
+        attended_BTKGH = ops.einsum("bskh,bkgts->btkgh", v_BSKH, weights_BKGTS)
+        sums_BTKG1 = ops.expand_dims(ops.transpose(sums_BKGT, (0, 3, 1, 2)), -1)
+        attended_BTKGH = ops.cast(attended_BTKGH, "float32") / sums_BTKG1
+        attended_BTKGH = ops.cast(attended_BTKGH, v_BSKH.dtype)
         return _reshape(attended_BTKGH, (kv_heads * groups, v_BSKH.shape[3]))
 
     def compute_output_spec(self, inputs: dict[str, Any]) -> keras.KerasTensor:

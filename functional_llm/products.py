@@ -5,6 +5,8 @@ On CPUs, XLA is slow at
 - a bfloat16 product whose result is bfloat16: a sum in float32 takes a fifth of the time;
 - a bfloat16 or int8 product with a single row: two rows take an eighth of the time of one;
 - one with a transposed matrix, such as a tied head: a loop turns the matrix round first;
+- one that sums over the leading axes of both factors, such as the gradient of a matrix: it turns
+  the left one round first, and in a gradient that is the larger one more often than not;
 - taking rows of a bfloat16 matrix, an embedding: it turns the whole into float32 in each run.
 
 Which of these a program has is known once it is traced; so they are exchanged there, in the jaxpr,
@@ -112,8 +114,27 @@ def _has_exchanged(value: Any) -> bool:
 def _is_exchanged(equation: Any) -> bool:
     if equation.primitive not in (dot_general_p, gather_p):
         return False
-    dtype = equation.invars[0].aval.dtype
-    return dtype in _HALF or (dtype == jnp.int8 and equation.primitive is dot_general_p)
+    avals = [x.aval for x in equation.invars]
+    if avals[0].dtype in _HALF:
+        return True
+    if equation.primitive is gather_p:
+        return False
+    return avals[0].dtype == jnp.int8 or _is_swapped(*avals, **equation.params)
+
+
+def _is_swapped(x: Any, y: Any, *, dimension_numbers: Any, **params: Any) -> bool:
+    """Whether the left factor would be turned round, and the right one is smaller."""
+    contracting, batch = dimension_numbers
+    for factor, summed, paired in zip((x, y), contracting, batch, strict=True):
+        kept = _kept(factor, summed, paired)
+        if not summed or not kept or max(summed) > min(kept):
+            return False
+    return bool(y.size < x.size)
+
+
+def _kept(factor: Any, summed: Any, paired: Any) -> list[int]:
+    """Returns the axes of a factor that only the result's axes of its own come from."""
+    return [axis for axis in range(factor.ndim) if axis not in (*summed, *paired)]
 
 
 def _product(x: Any, y: Any, y_transposed: Any, **params: Any) -> Any:
@@ -125,23 +146,46 @@ def _product(x: Any, y: Any, y_transposed: Any, **params: Any) -> Any:
         y_transposed: `y.T`, or `None` if it is not at hand.
         params: Of `lax.dot_general`.
     """
-    if x.dtype != y.dtype:
+    (in_x, in_y), (batch_x, batch_y) = params["dimension_numbers"]
+    if _is_swapped(x, y, **params):
+        params["dimension_numbers"] = (in_y, in_x), (batch_y, batch_x)
+        result = _product(y, x, None, **params)  # axes: batch, those kept of y, those kept of x
+        first, count = len(batch_y), len(_kept(y, in_y, batch_y))
+        return jnp.moveaxis(result, range(first, first + count), range(-count, 0))
+    if x.dtype != y.dtype or x.dtype not in (*_HALF, jnp.int8):
         return dot_general_p.bind(x, y, **params)
     dtype = params["preferred_element_type"] or x.dtype
     if x.dtype in _HALF:
         params["preferred_element_type"] = jnp.dtype("float32")
-    (in_x, in_y), (batch, _) = params["dimension_numbers"]
-    rows = [axis for axis in range(x.ndim) if axis not in in_x]
-    num_rows = math.prod(x.shape[axis] for axis in rows)
-    is_single = num_rows == 1 and rows and not batch
+    kept = _kept(x, in_x, batch_x)
+    num_rows = math.prod(x.shape[axis] for axis in kept)
+    is_single = num_rows == 1 and kept and not batch_x
     if is_single:
-        x = jnp.concatenate([x, x], axis=rows[0])
-    if y_transposed is not None and num_rows <= _FEW and not batch and len(in_y) == 1:
-        params["dimension_numbers"] = ((tuple(1 - axis for axis in in_y), in_x), ((), ()))
+        x = jnp.concatenate([x, x], axis=kept[0])
+    if y_transposed is not None and not batch_x and tuple(in_y) == (1,):
+        y, in_y = y_transposed, (0,)  # a transpose of a transpose
+        params["dimension_numbers"] = (in_x, in_y), ((), ())
+        y_transposed = None
+    if y_transposed is not None and num_rows <= _FEW and not batch_x and tuple(in_y) == (0,):
+        params["dimension_numbers"] = ((1,), in_x), ((), ())
         result = jnp.moveaxis(dot_general_p.bind(y_transposed, x, **params), 0, -1)
     else:
+        if kept and min(in_x, default=x.ndim) < max(kept):
+            x, in_x, batch_x = _turn(x, in_x, batch_x)
+            params["dimension_numbers"] = (in_x, in_y), (batch_x, batch_y)
         result = dot_general_p.bind(x, y, **params)
     return (lax.slice_in_dim(result, 0, 1, axis=0) if is_single else result).astype(dtype)
+
+
+def _turn(x: Any, summed: Any, paired: Any) -> tuple[Any, tuple[int, ...], tuple[int, ...]]:
+    """Returns a left factor as a product wants it, the axes that are summed over last.
+
+    XLA would do it; but some of what it makes of it then, it cannot compute in bfloat16 ("DotThunk:
+    BF16 x BF16 = F32"). It must not see through it, therefore the barrier.
+    """
+    kept = _kept(x, summed, paired)
+    turned = lax.optimization_barrier(jnp.transpose(x, (*paired, *kept, *summed)))
+    return turned, tuple(range(x.ndim - len(summed), x.ndim)), tuple(range(len(paired)))
 
 
 def _gather(x: Any, indices: Any, *, fill_value: Any, **params: Any) -> Any:

@@ -3,9 +3,16 @@
 Stock Dense layers and embeddings can hold int8: a scale for each output channel, found once; inputs
 are quantised a row at a time, when they come. Products of int8 sum up in int32, all else is in the
 model's own precision. The formulas are Keras's, and so such a model can be saved as a stock file.
+
+A row of inputs goes in as two: what int8 makes of it, and what that leaves of it. Language models
+have a few inputs far larger than the rest, which would not survive otherwise. Reading the matrix is
+what takes time in decoding, and that is done once for both.
+
+Shapes: D inputs, F outputs.
 """
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import keras
@@ -19,22 +26,48 @@ from functional_llm.selecting import Where, select, walk
 _LAYERS = (keras.layers.Dense, keras.layers.Embedding)
 
 
+def in_two_rows(linear: Callable[[Any], Any], x: Any) -> Any:
+    """Returns `linear(x)` of a function that quantises its rows, with twice the bits.
+
+    Args:
+        linear: From (..., 2, D) to (..., 2, F): a product, perhaps with a bias.
+        x: (..., D).
+    """
+    peak = ops.max(ops.abs(x), axis=-1, keepdims=True) + keras.config.epsilon()
+    coarse = ops.stop_gradient(ops.round(x * (127 / peak)) * (peak / 127))
+    # Twice of each, and the mean of both: so the bias counts once.
+    rows = ops.stack([2 * coarse, 2 * (x - coarse)], axis=-2)
+    return ops.mean(linear(rows), axis=-2)
+
+
+@keras.saving.register_keras_serializable("functional_llm")
+class QuantizedDense(keras.layers.Dense):
+    """Keras's own, whose inputs go in as two rows (see `in_two_rows`)."""
+
+    def quantized_call(self, inputs: Any, training: bool | None = None) -> Any:
+        return in_two_rows(super().quantized_call, inputs)
+
+
 @keras.saving.register_keras_serializable("functional_llm")
 class QuantizedReversibleEmbedding(keras.layers.ReversibleEmbedding):
-    """Keras's own, with a gradient.
+    """Keras's own, with two rows where it is the head, and with a gradient.
 
     Rounding has none; Keras passes it by for Dense, and forgets to where an embedding is the head.
     """
 
     def quantized_call(self, inputs: Any, reverse: bool = False) -> Any:
-        logits = super().quantized_call(inputs, reverse=reverse)
-        if not reverse or self.logit_soft_cap is not None:
+        logits = _around_embedding(super().quantized_call, inputs, reverse=reverse)
+        if not reverse:
             return logits
         if self.tie_weights:
             kernel, scale = ops.transpose(self._embeddings), self.embeddings_scale
         else:
             kernel, scale = self.reverse_embeddings, self.reverse_embeddings_scale
         return _as_if(logits, inputs, ops.convert_to_tensor(kernel), ops.convert_to_tensor(scale))
+
+
+def _around_embedding(call: Callable[..., Any], inputs: Any, reverse: bool = False) -> Any:
+    return in_two_rows(partial(call, reverse=True), inputs) if reverse else call(inputs)
 
 
 @ops.custom_gradient
@@ -71,6 +104,11 @@ def quantize(model: Any, mode: str = "int8", where: Where | None = None) -> Any:
         raise ValueError(f"Expected mode 'int8'. Received: {mode!r}.")
     found = dict(walk(model)) if where is None else select(model, where)
     layers = {path: layer for path, layer in found.items() if isinstance(layer, _LAYERS)}
+    if adapted := [path for path, layer in found.items() if hasattr(layer, "adapter_weights")]:
+        raise ValueError(
+            f"Expected a model without adapters. Received one with adapters at "
+            f"{', '.join(adapted[:8])}: quantise first and attach them then, or merge them."
+        )
     done = [path for path, layer in layers.items() if layer.quantization_mode is not None]
     if done or not layers:
         raise ValueError(
@@ -119,13 +157,17 @@ def _empty(layer: Any, path: str) -> Any:
     new = type(layer).from_config(config)
     with uninitialized():
         new.build_from_config(layer.get_build_config())
-    return _with_gradient(new)
+    return _refined(new)
 
 
-def _with_gradient(layer: Any) -> Any:
-    if type(layer) is keras.layers.ReversibleEmbedding:
+def _refined(layer: Any) -> Any:
+    """Makes a stock layer one of the classes above; what is not linear stays as it is."""
+    if type(layer) is keras.layers.ReversibleEmbedding and layer.logit_soft_cap is None:
         layer.__class__ = QuantizedReversibleEmbedding
+    if type(layer) is keras.layers.Dense and layer.activation is keras.activations.linear:
+        layer.__class__ = QuantizedDense
     return layer
 
 
-register_lowering(QuantizedReversibleEmbedding, keras.layers.ReversibleEmbedding)
+register_lowering(QuantizedDense, keras.layers.Dense, in_two_rows)
+register_lowering(QuantizedReversibleEmbedding, keras.layers.ReversibleEmbedding, _around_embedding)

@@ -78,6 +78,7 @@ def parse_arguments() -> argparse.Namespace:
 def run(arguments: argparse.Namespace, flm: Any, keras: Any) -> None:
     """Loads, trains, saves."""
     training = flm.training
+    training.keep_memory()
     if arguments.remat:  # before XLA starts; its default order of work on CPUs undoes the saving
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {training.SAVING_FLAG}"
     keras.utils.set_random_seed(arguments.seed)

@@ -115,6 +115,30 @@ def test_the_numbers_are_the_same_and_no_product_is_slow(case: str) -> None:
         assert 1 not in rows or case in ("batches", "gradients", "a vector")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "subscripts", ["nf,nr->fr", "btf,btr->fr", "bktf,bktr->bkfr", "btkf,btkr->bkfr"]
+)
+def test_the_smaller_factor_of_a_gradient_is_turned_round(subscripts: str, dtype: str) -> None:
+    dims, _, out = subscripts.replace(",", "->").split("->")
+    sizes = {"n": 24, "b": 2, "t": 12, "k": 3, "f": 40, "r": 8}
+    x = _array(*(sizes[axis] for axis in dims), dtype=dtype)
+    y = _array(*(sizes[axis] for axis in dims.replace("f", "r")), dtype=dtype)
+    first = len(out) - 2  # the axes that stay pairs
+    summed = [dims.index(axis) for axis in dims if axis not in out and axis != "f"]
+    paired = [dims.index(axis) for axis in out if axis in "bk" and first]
+
+    def gradient(x: Any, y: Any) -> Any:
+        return jax.lax.dot_general(x, y, ((summed, summed), (paired, paired)))
+
+    fast = with_fast_products(gradient)
+    expected = np.einsum(subscripts, np.asarray(x, "float32"), np.asarray(y, "float32"))
+    tolerance = {"float32": 1e-4, "bfloat16": 0.01 * np.abs(expected).max()}[dtype]
+    np.testing.assert_allclose(np.asarray(jax.jit(fast)(x, y), "float32"), expected, atol=tolerance)
+    (((left, right), _),) = _products(jax.make_jaxpr(fast)(x, y))
+    assert left.size < right.size
+
+
 def test_an_embedding_gives_its_very_rows() -> None:
     table, ids = _array(50, 8), np.array([[3, 49], [0, 7], [-1, 50]])
 

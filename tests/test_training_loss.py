@@ -167,10 +167,10 @@ def test_packed_examples_do_not_see_each_other(backbone: Backbone) -> None:
 
 
 def _token_losses(model: LossModel, rows: Rows) -> np.ndarray:
-    from functional_llm.training.loss import token_losses
+    from functional_llm.training.loss import cross_entropy
 
-    x, y, _ = Batches(rows, len(rows))[0]
-    return np.asarray(token_losses(model.head, model(x), y, 64, False))
+    x, y, weights = Batches(rows, len(rows))[0]
+    return np.asarray(cross_entropy(model.head, model(x), y, weights, 64, False)[1])
 
 
 def test_no_array_holds_all_logits(backbone: Backbone) -> None:

@@ -23,9 +23,10 @@ class FunctionalLLM(Engine):
 
 
 class FunctionalLLMTrainer(Trainer):
-    """The compiled model of `scripts/finetune.py`."""
+    """What `scripts/finetune.py` makes."""
 
     def __init__(self, weights: Path, precision: str, lora: bool) -> None:
+        flm.training.keep_memory()
         dtype = "mixed_bfloat16" if precision == "bfloat16" and not lora else precision
         model = flm.Backbone.from_preset(weights, dtype=dtype)
         if lora:

@@ -12,6 +12,7 @@ from functional_llm.training.examples import (
 )
 from functional_llm.training.loop import Settings, compile_model, train
 from functional_llm.training.loss import LossModel
+from functional_llm.training.memory import keep_memory
 from functional_llm.training.optimizer import make_optimizer, make_schedule
 from functional_llm.training.packing import Batches, Rows, pack
 from functional_llm.training.records import Record, read_records
@@ -32,6 +33,7 @@ __all__ = [
     "TensorBoard",
     "check_length",
     "compile_model",
+    "keep_memory",
     "load_checkpoint",
     "make_examples",
     "make_optimizer",

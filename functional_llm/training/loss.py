@@ -3,6 +3,8 @@
 Shapes: B batch, T tokens, N = B * T tokens in a row, C tokens of a chunk, D model, V vocabulary.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -91,12 +93,12 @@ class LossModel(keras.Model):
         training: bool = True,
     ) -> Any:
         """Returns the mean loss of a batch, other losses of the layers added."""
-        losses_BT = token_losses(self.head, y_pred, y, self.chunk_size, training)
         weights_BT = (jnp.asarray(y) >= 0).astype("float32")
         if sample_weight is not None:
             weights_BT = weights_BT * jnp.asarray(sample_weight, "float32")
+        shares_BT = weights_BT / jnp.maximum(jnp.sum(weights_BT), 1e-9)
+        loss, losses_BT = cross_entropy(self.head, y_pred, y, shares_BT, self.chunk_size, training)
         self.token_loss.update_state(losses_BT, sample_weight=weights_BT)
-        loss = jnp.sum(losses_BT * weights_BT) / jnp.maximum(jnp.sum(weights_BT), 1e-9)
         self.batch_loss.update_state(loss)
         return sum(self.losses, loss)
 
@@ -116,17 +118,29 @@ class Latest(keras.metrics.Metric):
         return self.value.value
 
 
-def token_losses(
-    head: keras.Model, hidden_BTD: Any, labels_BT: Any, chunk_size: int, training: bool
-) -> Any:
-    """Returns the cross-entropy of each token (B, T) in float32; 0 where its label is negative.
+def cross_entropy(
+    head: keras.Model,
+    hidden_BTD: Any,
+    labels_BT: Any,
+    weights_BT: Any,
+    chunk_size: int,
+    training: bool,
+) -> tuple[Any, Any]:
+    """Returns the weighted sum of the tokens' cross-entropies, and each of them (B, T), in float32.
+
+    The sum has gradients, computed with it, while a chunk's logits are at hand: the backward pass
+    only scales them. The tokens' own losses are for looking at, and have none.
 
     Args:
         head: Functional model from hidden states (1, C, D) to logits (1, C, V).
         hidden_BTD: Hidden states.
-        labels_BT: Integers; negative where nothing is to be learnt.
+        labels_BT: Integers; negative where nothing is to be learnt: the loss is 0 there.
+        weights_BT: Factors of the tokens' losses in the sum.
         chunk_size: C: the logits of so many tokens exist at a time.
         training: Whether layers of the head that care (dropout) are training.
+
+    Reference:
+        [Liger Kernel](https://arxiv.org/abs/2410.10989), section 3.2, FusedLinearCrossEntropy.
     """
     batch, length, width = hidden_BTD.shape
     total = batch * length
@@ -135,38 +149,88 @@ def token_losses(
     # Tokens with a label first: the chunks after them have nothing to compute.
     order_N = jnp.argsort(labels_N < 0, stable=True)
     padding = (0, -total % size)
-    hidden_ND = jnp.reshape(hidden_BTD, (total, width))[jnp.pad(order_N, padding)]
-    labels_N = jnp.pad(labels_N[order_N], padding, constant_values=-1)
+    padded_N = jnp.pad(order_N, padding)
+    hidden_XCD = jnp.reshape(hidden_BTD, (total, width))[padded_N].reshape(-1, size, width)
+    labels_XC = jnp.pad(labels_N[order_N], padding, constant_values=-1).reshape(-1, size)
+    weights_XC = jnp.reshape(weights_BT, total)[padded_N].reshape(-1, size)
     trainable = [variable.value for variable in head.trainable_variables]
     fixed = [variable.value for variable in head.non_trainable_variables]
+    loss, (losses_XC, state) = _chunks(head, training)(
+        trainable, hidden_XCD, fixed, labels_XC, weights_XC
+    )
+    for index, value in zip(_state_indices(head), state, strict=True):
+        head.non_trainable_variables[index].assign(value)
+    losses_N = jnp.zeros(total, "float32").at[order_N].set(jnp.reshape(losses_XC, -1)[:total])
+    return loss, jnp.reshape(losses_N, (batch, length))
+
+
+def _chunks(head: keras.Model, training: bool) -> Callable[..., Any]:
+    """Returns a function of all chunks, one after the other, with gradients of its own.
+
+    It takes the head's trainable values, hidden states (X, C, D) of X chunks, the head's other
+    values, labels and weights (X, C); and returns the sum, and (losses (X, C), states).
+    """
     states = _state_indices(head)
 
-    @jax.checkpoint
-    def chunk(state: list[Any], inputs: tuple[Any, Any]) -> tuple[list[Any], Any]:
-        hidden_CD, labels_C = inputs
-        return jax.lax.cond(jnp.any(labels_C >= 0), compute, skip, state, hidden_CD, labels_C)
-
-    def compute(state: list[Any], hidden_CD: Any, labels_C: Any) -> tuple[list[Any], Any]:
+    def logits(state: Any, fixed: Any, trainable: Any, hidden_CD: Any) -> tuple[Any, Any]:
         values = list(fixed)
         for index, value in zip(states, state, strict=True):
             values[index] = value
         logits_1CV, values = head.stateless_call(
             trainable, values, hidden_CD[None], training=training
         )
-        logits_CV = logits_1CV[0].astype("float32")
-        picked_C = jnp.take_along_axis(logits_CV, jnp.maximum(labels_C, 0)[:, None], 1)[:, 0]
-        losses_C = jax.nn.logsumexp(logits_CV, axis=1) - picked_C
-        return [values[index] for index in states], jnp.where(labels_C >= 0, losses_C, 0.0)
+        return logits_1CV[0].astype("float32"), [values[index] for index in states]
 
-    def skip(state: list[Any], hidden_CD: Any, labels_C: Any) -> tuple[list[Any], Any]:
-        return state, jnp.zeros(labels_C.shape, "float32")
+    def run(is_training_step: bool, *arguments: Any) -> tuple[Any, Any]:
+        trainable, hidden_XCD, fixed, labels_XC, weights_XC = arguments
 
-    chunks = (jnp.reshape(hidden_ND, (-1, size, width)), jnp.reshape(labels_N, (-1, size)))
-    state, losses = jax.lax.scan(chunk, [fixed[index] for index in states], chunks)
-    for index, value in zip(states, state, strict=True):
-        head.non_trainable_variables[index].assign(value)
-    losses_N = jnp.zeros(total, "float32").at[order_N].set(jnp.reshape(losses, -1)[:total])
-    return jnp.reshape(losses_N, (batch, length))
+        def chunk(carry: Any, inputs: Any) -> Any:
+            hidden_CD, labels_C, weights_C = inputs
+            sums, state = carry
+            function = partial(logits, state, fixed)
+            if not is_training_step:
+                logits_CV, state = function(trainable, hidden_CD)
+                return (sums, state), (_losses(logits_CV, labels_C, weights_C)[0], None)
+            logits_CV, pull, state = jax.vjp(function, trainable, hidden_CD, has_aux=True)
+            losses_C, gradient_CV = _losses(logits_CV, labels_C, weights_C)
+            gradients, gradient_CD = pull(gradient_CV)
+            return (jax.tree.map(jnp.add, sums, gradients), state), (losses_C, gradient_CD)
+
+        def skip(carry: Any, inputs: Any) -> Any:
+            hidden_CD, labels_C, _ = inputs
+            gradient_CD = jnp.zeros_like(hidden_CD) if is_training_step else None
+            return carry, (jnp.zeros(labels_C.shape, "float32"), gradient_CD)
+
+        def step(carry: Any, inputs: Any) -> Any:
+            return jax.lax.cond(jnp.any(inputs[1] >= 0), chunk, skip, carry, inputs)
+
+        sums = jax.tree.map(jnp.zeros_like, trainable if is_training_step else [])
+        carry = sums, [fixed[index] for index in states]
+        inputs = hidden_XCD, labels_XC, weights_XC
+        (sums, state), (losses_XC, gradient_XCD) = jax.lax.scan(step, carry, inputs)
+        return (jnp.sum(losses_XC * weights_XC), (losses_XC, state)), (sums, gradient_XCD)
+
+    @jax.custom_vjp
+    def chunks(*arguments: Any) -> Any:
+        return run(False, *arguments)[0]
+
+    def backward(gradients: Any, cotangents: Any) -> Any:
+        scale = cotangents[0]  # that of the sum
+        return *jax.tree.map(lambda x: x * scale.astype(x.dtype), gradients), None, None, None
+
+    chunks.defvjp(partial(run, True), backward)
+    return chunks
+
+
+def _losses(logits_CV: Any, labels_C: Any, weights_C: Any) -> tuple[Any, Any]:
+    """Returns each token's cross-entropy, and the gradient of their weighted sum."""
+    labels_C1 = labels_C[:, None]
+    picked_C = jnp.take_along_axis(logits_CV, jnp.maximum(labels_C1, 0), 1)[:, 0]
+    sums_C = jax.nn.logsumexp(logits_CV, axis=1)
+    factors_C = jnp.where(labels_C >= 0, weights_C, 0.0)
+    is_label_CV = (jnp.arange(logits_CV.shape[1]) == labels_C1).astype("float32")
+    gradient_CV = (jnp.exp(logits_CV - sums_C[:, None]) - is_label_CV) * factors_C[:, None]
+    return jnp.where(labels_C >= 0, sums_C - picked_C, 0.0), gradient_CV
 
 
 def _state_indices(head: keras.Model) -> list[int]:
