@@ -13,6 +13,7 @@ from functional_llm.composite import CompositeLayer
 from functional_llm.drawing import plot, tree_view
 from functional_llm.export import register_lowering
 from functional_llm.freezing import Freezable
+from functional_llm.fusing import fuse_projections
 from functional_llm.generate import Past, TextGenerator
 from functional_llm.handles import preset_names
 from functional_llm.layers import AttentionDotProduct, AttentionMask, KVCacheLookup
@@ -36,6 +37,7 @@ __all__ = [
     "Tokenizer",
     "list_presets",
     "capture",
+    "fuse_projections",
     "make_cache",
     "peft",
     "plot",
