@@ -11,6 +11,7 @@ import math
 import os
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -132,6 +133,12 @@ def open_gguf(path: str | Path) -> GGUFFile:
         ValueError: If the file is no GGUF file, is damaged, or claims what it does not hold.
     """
     path = Path(path)
+    status = path.stat()
+    return _read_file(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1)  # a model and its tokenizer are read one after the other
+def _read_file(path: Path, modified: int, size: int) -> GGUFFile:
     with path.open("rb") as file:
         header = _Header(path, file)
         tensor_count, field_count = _read_counts(header)
