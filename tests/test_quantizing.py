@@ -106,6 +106,44 @@ def test_gradients_pass_what_is_rounded(backbone: Any) -> None:
     assert cosine > 0.98
 
 
+def test_a_large_input_leaves_the_others_their_bits() -> None:
+    rng = np.random.default_rng(3)
+    x, kernel = rng.normal(size=(4, 64)), rng.normal(size=(64, 32)).astype("float32")
+    x[:, 5] *= 300
+    inputs = keras.Input((64,))
+    dense = keras.layers.Dense(32, use_bias=True, bias_initializer="ones")
+    model = keras.Model(inputs, dense(inputs))
+    dense.kernel.assign(kernel)
+    stock = keras.models.clone_model(model)
+    stock.set_weights(model.get_weights())
+    stock.quantize("int8")
+    quantized = flm.quantize(model)
+    # The matrix as it is in int8, and the inputs as they are.
+    scale = 127 / np.abs(kernel).max(axis=0)
+    expected = x @ (np.round(kernel * scale) / scale) + 1
+    error, stock_error = (
+        np.abs(np.asarray(m(x.astype("float32"))) - expected).max() for m in (quantized, stock)
+    )
+    assert error < 0.02 * stock_error
+
+
+@pytest.mark.real
+def test_perplexity_of_a_real_text(smollm2_gguf: Path, repository: Path) -> None:
+    text = "".join((repository / name).read_text() for name in ("LICENSE", "docs/peft.md"))
+    ids = flm.Tokenizer.from_preset(str(smollm2_gguf)).encode(text)
+    rows = np.array(ids[: len(ids) // 400 * 400]).reshape(-1, 400)
+    backbone = flm.Backbone.from_preset(str(smollm2_gguf))
+
+    def loss(model: Any) -> float:
+        wrapped = flm.training.LossModel(model)
+        wrapped.compile("sgd")
+        logs = wrapped.evaluate(rows[:, :-1], rows[:, 1:], verbose=0, return_dict=True)
+        return logs["token_loss"]
+
+    assert len(rows) > 6
+    assert abs(loss(flm.quantize(backbone)) - loss(backbone)) < np.log(1.01)
+
+
 def test_bad_requests(folder: Path, backbone: Any) -> None:
     with pytest.raises(ValueError, match="Expected mode 'int8'"):
         flm.quantize(backbone, "int3")
@@ -113,6 +151,8 @@ def test_bad_requests(folder: Path, backbone: Any) -> None:
         flm.quantize(flm.quantize(backbone))
     with pytest.raises(ValueError, match="not quantised yet"):
         flm.quantize(backbone, where="decoder_0/attention/dot_product")
+    with pytest.raises(ValueError, match="without adapters. Received one .* decoder_0/attention/q"):
+        flm.quantize(flm.peft.lora(backbone))
     some = flm.quantize(backbone, where="decoder_*/mlp/*")
     kinds = {x.quantization_mode for x in flm.select(some, keras.layers.Dense).values()}
     assert kinds == {None, "int8"}
