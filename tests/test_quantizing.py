@@ -116,7 +116,7 @@ def test_a_large_input_leaves_the_others_their_bits() -> None:
     dense.kernel.assign(kernel)
     stock = keras.models.clone_model(model)
     stock.set_weights(model.get_weights())
-    stock.quantize("int8")
+    stock.layers[1].quantize("int8")
     quantized = flm.quantize(model)
     # The matrix as it is in int8, and the inputs as they are.
     scale = 127 / np.abs(kernel).max(axis=0)

@@ -168,7 +168,8 @@ def _chunks(head: keras.Model, training: bool) -> Callable[..., Any]:
     """Returns a function of all chunks, one after the other, with gradients of its own.
 
     It takes the head's trainable values, hidden states (X, C, D) of X chunks, the head's other
-    values, labels and weights (X, C); and returns the sum, and (losses (X, C), states).
+    values, labels and weights (X, C); and returns the sum, and (losses (X, C), states). Gradients
+    that nobody asks for, as those of a frozen embedding, are left out when the step is compiled.
     """
     states = _state_indices(head)
 
