@@ -98,13 +98,14 @@ def quantize(model: Any, mode: str = "int8", where: Where | None = None) -> Any:
         where: Which layers, as for `flm.select`. Defaults to all that can be.
 
     Raises:
-        ValueError: At another mode, or if no layer can be quantised, or one is already.
+        ValueError: At another mode, or if no layer can be quantised, or one is already, or the
+            model has adapters.
     """
     if mode != "int8":
         raise ValueError(f"Expected mode 'int8'. Received: {mode!r}.")
     found = dict(walk(model)) if where is None else select(model, where)
     layers = {path: layer for path, layer in found.items() if isinstance(layer, _LAYERS)}
-    if adapted := [path for path, layer in found.items() if hasattr(layer, "adapter_weights")]:
+    if adapted := [path for path, layer in walk(model) if hasattr(layer, "adapter_weights")]:
         raise ValueError(
             f"Expected a model without adapters. Received one with adapters at "
             f"{', '.join(adapted[:8])}: quantise first and attach them then, or merge them."
@@ -161,7 +162,7 @@ def _empty(layer: Any, path: str) -> Any:
 
 
 def _refined(layer: Any) -> Any:
-    """Makes a stock layer one of the classes above; what is not linear stays as it is."""
+    """Makes a stock layer one of the classes above; one row for what is not linear."""
     if type(layer) is keras.layers.ReversibleEmbedding and layer.logit_soft_cap is None:
         layer.__class__ = QuantizedReversibleEmbedding
     if type(layer) is keras.layers.Dense and layer.activation is keras.activations.linear:

@@ -137,7 +137,8 @@ def open_gguf(path: str | Path) -> GGUFFile:
     return _read_file(path, status.st_mtime_ns, status.st_size)
 
 
-@lru_cache(maxsize=1)  # a model and its tokenizer are read one after the other
+# A model and its tokenizer are read one after the other. The time and the size tell a new file.
+@lru_cache(maxsize=1)
 def _read_file(path: Path, modified: int, size: int) -> GGUFFile:
     with path.open("rb") as file:
         header = _Header(path, file)
