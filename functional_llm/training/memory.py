@@ -11,9 +11,10 @@ def keep_memory() -> bool:
     """Lets the process keep freed memory for its own use; returns whether it does.
 
     On CPUs, XLA frees the gigabytes of a training step after it and asks for them anew in the next
-    one. glibc hands them back to the system, which clears every page again: a fifth of the time of
-    a LoRA step of SmolLM2. To be called before JAX computes anything, for each thread keeps the
-    rules it began with. The process then holds its peak until it ends.
+    one. glibc hands them back to the system, which clears every page again: a sixth of the time of
+    a LoRA step of SmolLM2. Small programs may not gain anything. To be called before JAX computes
+    anything, for each thread keeps the rules it began with. The process then holds its peak until
+    it ends.
 
     Nothing happens without glibc, or if a `MALLOC_` variable in the environment says otherwise.
 
