@@ -185,6 +185,8 @@ class AttentionDotProduct(keras.layers.Layer):
         groups = q_BTNH.shape[2] // kv_heads
         q_BTKGH = _reshape(q_BTNH, (kv_heads, groups, head_dim))
         scale = head_dim**-0.5 if self.scale is None else self.scale
+        # Keys and values first: in the other order `jnp.einsum` makes the result turned round
+        # and transposes it, all the scores here.
         scores_BKGTS = ops.einsum("bskh,btkgh->bkgts", k_BSKH, q_BTKGH * scale)
         # Softmax in float32 whatever the model's precision, as the reference implementations do.
         scores_BKGTS = ops.cast(scores_BKGTS, "float32")
