@@ -29,6 +29,7 @@ RANKS = {
     "drawing": 1,
     "comparing": 1,
     "quantizing": 3,
+    "fusing": 3,
     "cache": 1,
     "inputs": 2,
     "blocks": 1,
