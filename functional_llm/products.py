@@ -27,7 +27,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
-from jax.extend.core.primitives import dot_general_p, gather_p, transpose_p
+from jax.extend.core.primitives import (
+    convert_element_type_p,
+    dot_general_p,
+    gather_p,
+    transpose_p,
+)
+
+from functional_llm.row_products import is_row_product, row_product
 
 _HALF = (jnp.bfloat16, jnp.float16)
 _PROGRAMS = (ClosedJaxpr, Jaxpr)
@@ -61,7 +68,7 @@ def _run(closed: ClosedJaxpr, known: dict[int, Any], *args: Any) -> list[Any]:
     """Evaluates a jaxpr; `known` has the programs inside it that are rewritten already."""
     jaxpr = closed.jaxpr
     values: dict[Any, Any] = {}
-    transposed: dict[Any, Any] = {}  # variable -> of which matrix it is the transpose
+    stored: dict[Any, tuple[Any, bool]] = {}  # variable -> the matrix it comes from, if transposed
 
     def read(x: Any) -> Any:
         return x.val if isinstance(x, Literal) else values[x]
@@ -71,14 +78,17 @@ def _run(closed: ClosedJaxpr, known: dict[int, Any], *args: Any) -> list[Any]:
     for equation in jaxpr.eqns:
         inputs = [read(x) for x in equation.invars]
         if not _is_exchanged(equation):
-            if equation.primitive is transpose_p and inputs[0].ndim == 2:
-                transposed[equation.outvars[0]] = inputs[0]
+            if _is_view(equation):
+                matrix, is_turned = stored.get(equation.invars[0], (inputs[0], False))
+                is_turned ^= equation.primitive is transpose_p
+                stored[equation.outvars[0]] = matrix, is_turned
             outputs = _bind(equation, inputs, known)
         elif equation.primitive is gather_p:
             outputs = [_gather(*inputs, **equation.params)]
         else:
             x, y = inputs
-            outputs = [_product(x, y, transposed.get(equation.invars[1]), **equation.params)]
+            origin = stored.get(equation.invars[1], (y, False))
+            outputs = [_product(x, y, *origin, **equation.params)]
         values |= zip(equation.outvars, outputs, strict=True)
     return [read(x) for x in jaxpr.outvars]
 
@@ -111,6 +121,14 @@ def _has_exchanged(value: Any) -> bool:
     return any(_is_exchanged(x) or _has_exchanged([*x.params.values()]) for x in value.eqns)
 
 
+def _is_view(equation: Any) -> bool:
+    """Whether a matrix is transposed, or int8 is made of it."""
+    if equation.primitive not in (transpose_p, convert_element_type_p):
+        return False
+    (x,) = (x.aval for x in equation.invars)
+    return x.ndim == 2 and (equation.primitive is transpose_p or x.dtype == jnp.int8)
+
+
 def _is_exchanged(equation: Any) -> bool:
     if equation.primitive not in (dot_general_p, gather_p):
         return False
@@ -119,7 +137,12 @@ def _is_exchanged(equation: Any) -> bool:
         return True
     if equation.primitive is gather_p:
         return False
-    return avals[0].dtype == jnp.int8 or _is_swapped(*avals, **equation.params)
+    return (
+        avals[0].dtype == jnp.int8
+        or is_row_product(*avals, equation.params["dimension_numbers"])
+        or is_row_product(*avals[::-1], [x[::-1] for x in equation.params["dimension_numbers"]])
+        or _is_swapped(*avals, **equation.params)
+    )
 
 
 def _is_swapped(x: Any, y: Any, *, dimension_numbers: Any, **params: Any) -> bool:
@@ -137,38 +160,44 @@ def _kept(factor: Any, summed: Any, paired: Any) -> list[int]:
     return [axis for axis in range(factor.ndim) if axis not in (*summed, *paired)]
 
 
-def _product(x: Any, y: Any, y_transposed: Any, **params: Any) -> Any:
+def _product(x: Any, y: Any, matrix: Any, is_turned: bool, **params: Any) -> Any:
     """A product with its sums in float32 or int32, with two rows at least and no transpose.
 
     Args:
         x: Any shape.
         y: Any shape, of the same dtype as `x` to be changed at all.
-        y_transposed: `y.T`, or `None` if it is not at hand.
+        matrix: What `y` has been made of: itself, or a matrix in another dtype or order.
+        is_turned: Whether `y` is the transpose of that.
         params: Of `lax.dot_general`.
     """
     (in_x, in_y), (batch_x, batch_y) = params["dimension_numbers"]
-    if _is_swapped(x, y, **params):
-        params["dimension_numbers"] = (in_y, in_x), (batch_y, batch_x)
-        result = _product(y, x, None, **params)  # axes: batch, those kept of y, those kept of x
+    dtype = params["preferred_element_type"] or x.dtype
+    of_matrix = [[1 - axis if is_turned else axis for axis in axes] for axes in (in_y, batch_y)]
+    numbers = (in_x, of_matrix[0]), (batch_x, of_matrix[1])
+    if is_row_product(x, matrix, numbers):
+        return row_product(x, matrix, numbers).astype(dtype)
+    swapped = (in_y, in_x), (batch_y, batch_x)
+    if _is_swapped(x, y, **params) or is_row_product(y, x, swapped):
+        params["dimension_numbers"] = swapped
+        result = _product(y, x, x, False, **params)  # axes: batch, those kept of y, those kept of x
         first, count = len(batch_y), len(_kept(y, in_y, batch_y))
         return jnp.moveaxis(result, range(first, first + count), range(-count, 0))
-    if x.dtype != y.dtype or x.dtype not in (*_HALF, jnp.int8):
-        return dot_general_p.bind(x, y, **params)
-    dtype = params["preferred_element_type"] or x.dtype
-    if x.dtype in _HALF:
-        params["preferred_element_type"] = jnp.dtype("float32")
     kept = _kept(x, in_x, batch_x)
     num_rows = math.prod(x.shape[axis] for axis in kept)
     is_single = num_rows == 1 and kept and not batch_x
+    if x.dtype != y.dtype or x.dtype not in (*_HALF, jnp.int8):
+        return dot_general_p.bind(x, y, **params)
+    if x.dtype in _HALF:
+        params["preferred_element_type"] = jnp.dtype("float32")
     if is_single:
         x = jnp.concatenate([x, x], axis=kept[0])
-    if y_transposed is not None and not batch_x and tuple(in_y) == (1,):
-        y, in_y = y_transposed, (0,)  # a transpose of a transpose
+    if is_turned and matrix.dtype == y.dtype and not batch_x and tuple(in_y) == (1,):
+        y, in_y, is_turned = matrix, (0,), False  # a transpose of a transpose
         params["dimension_numbers"] = (in_x, in_y), ((), ())
-        y_transposed = None
-    if y_transposed is not None and num_rows <= _FEW and not batch_x and tuple(in_y) == (0,):
+    is_turned &= matrix.dtype == y.dtype
+    if is_turned and num_rows <= _FEW and not batch_x and tuple(in_y) == (0,):
         params["dimension_numbers"] = ((1,), in_x), ((), ())
-        result = jnp.moveaxis(dot_general_p.bind(y_transposed, x, **params), 0, -1)
+        result = jnp.moveaxis(dot_general_p.bind(matrix, x, **params), 0, -1)
     else:
         if kept and min(in_x, default=x.ndim) < max(kept):
             x, in_x, batch_x = _turn(x, in_x, batch_x)

@@ -11,6 +11,7 @@ what takes time in decoding, and that is done once for both.
 Shapes: D inputs, F outputs.
 """
 
+import math
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
@@ -45,7 +46,7 @@ class QuantizedDense(keras.layers.Dense):
     """Keras's own, whose inputs go in as two rows (see `in_two_rows`)."""
 
     def quantized_call(self, inputs: Any, training: bool | None = None) -> Any:
-        return in_two_rows(super().quantized_call, inputs)
+        return _with_rows(self, super().quantized_call, inputs)
 
 
 @keras.saving.register_keras_serializable("functional_llm")
@@ -56,14 +57,26 @@ class QuantizedReversibleEmbedding(keras.layers.ReversibleEmbedding):
     """
 
     def quantized_call(self, inputs: Any, reverse: bool = False) -> Any:
-        logits = _around_embedding(super().quantized_call, inputs, reverse=reverse)
         if not reverse:
-            return logits
+            return super().quantized_call(inputs)
+        call = partial(super().quantized_call, reverse=True)
+        logits = _with_rows(self, call, inputs)
         if self.tie_weights:
             kernel, scale = ops.transpose(self._embeddings), self.embeddings_scale
         else:
             kernel, scale = self.reverse_embeddings, self.reverse_embeddings_scale
         return _as_if(logits, inputs, ops.convert_to_tensor(kernel), ops.convert_to_tensor(scale))
+
+
+def _with_rows(layer: Any, call: Callable[[Any], Any], x: Any) -> Any:
+    """Calls a layer's product with two rows for each of `x`; a single row goes in as it is."""
+    if None in x.shape or math.prod(x.shape[:-1]) != 1:
+        return in_two_rows(call, x)
+    quantizer, layer.inputs_quantizer = layer.inputs_quantizer, None
+    try:
+        return call(x)
+    finally:
+        layer.inputs_quantizer = quantizer
 
 
 def _around_embedding(call: Callable[..., Any], inputs: Any, reverse: bool = False) -> Any:
