@@ -8,6 +8,9 @@ A row of inputs goes in as two: what int8 makes of it, and what that leaves of i
 have a few inputs far larger than the rest, which would not survive otherwise. Reading the matrix is
 what takes time in decoding, and that is done once for both.
 
+A single row, as in decoding one text, is not quantised at all: what takes time then is reading the
+matrix, which is int8 all the same.
+
 Shapes: D inputs, F outputs.
 """
 

@@ -163,3 +163,34 @@ def test_a_float32_program_stays_as_it_is_and_is_traced_once() -> None:
     (equation,) = program.eqns
     assert str(equation.params["jaxpr"]) == str(jax.make_jaxpr(_loop)(x, y))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("size", [576, 1536, 7 * 64])
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_one_row_times_a_matrix_is_the_product_of_the_numbers_it_has(
+    dtype: str, is_transposed: bool, size: int
+) -> None:
+    matrix = _array(*((256, size) if is_transposed else (size, 256)), dtype=dtype)
+    x = _array(1, 1, size, dtype="float32" if dtype == "int8" else dtype)
+
+    def product(x: Any, matrix: Any) -> Any:
+        y = matrix.astype(x.dtype)
+        return jnp.matmul(x, y.T if is_transposed else y, preferred_element_type="float32")
+
+    program = jax.make_jaxpr(with_fast_products(product))(x, matrix)
+    assert all(matrix.shape not in [y.shape for y in inputs] for inputs, _ in _products(program))
+    expected = np.asarray(x, "float64") @ (
+        np.asarray(matrix, "float64").T if is_transposed else np.asarray(matrix, "float64")
+    )
+    result = jax.jit(with_fast_products(product))(x, matrix)
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def test_one_row_times_a_matrix_with_many_axes() -> None:
+    x, y = _array(1, 8, 64, dtype="float32"), _array(8, 64, 96, dtype="float32")
+    out = jax.jit(with_fast_products(lambda x, y: jnp.einsum("tnh,nhd->td", x, y)))(x, y)
+    np.testing.assert_allclose(out, np.einsum("tnh,nhd->td", x, y), rtol=1e-4, atol=1e-4)
+    x, y = _array(1, 512, dtype="float32"), _array(512, 8, 64, dtype="float32")
+    out = jax.jit(with_fast_products(lambda x, y: jnp.einsum("td,dnh->tnh", x, y)))(x, y)
+    np.testing.assert_allclose(out, np.einsum("td,dnh->tnh", x, y), rtol=1e-4, atol=1e-4)
