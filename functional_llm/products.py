@@ -164,7 +164,7 @@ def _kept(factor: Any, summed: Any, paired: Any) -> list[int]:
 
 
 def _product(x: Any, y: Any, matrix: Any, is_turned: bool, **params: Any) -> Any:
-    """A product with its sums in float32 or int32, with two rows at least and no transpose.
+    """A product with its sums in float32 or int32: a row's own, or two rows at least.
 
     Args:
         x: Any shape.
@@ -185,19 +185,19 @@ def _product(x: Any, y: Any, matrix: Any, is_turned: bool, **params: Any) -> Any
         result = _product(y, x, x, False, **params)  # axes: batch, those kept of y, those kept of x
         first, count = len(batch_y), len(_kept(y, in_y, batch_y))
         return jnp.moveaxis(result, range(first, first + count), range(-count, 0))
-    kept = _kept(x, in_x, batch_x)
-    num_rows = math.prod(x.shape[axis] for axis in kept)
-    is_single = num_rows == 1 and kept and not batch_x
     if x.dtype != y.dtype or x.dtype not in (*_HALF, jnp.int8):
         return dot_general_p.bind(x, y, **params)
     if x.dtype in _HALF:
         params["preferred_element_type"] = jnp.dtype("float32")
+    kept = _kept(x, in_x, batch_x)
+    num_rows = math.prod(x.shape[axis] for axis in kept)
+    is_single = num_rows == 1 and kept and not batch_x
     if is_single:
         x = jnp.concatenate([x, x], axis=kept[0])
-    if is_turned and matrix.dtype == y.dtype and not batch_x and tuple(in_y) == (1,):
+    is_turned &= matrix.dtype == y.dtype  # else it is not the transpose, in this dtype
+    if is_turned and not batch_x and tuple(in_y) == (1,):
         y, in_y, is_turned = matrix, (0,), False  # a transpose of a transpose
         params["dimension_numbers"] = (in_x, in_y), ((), ())
-    is_turned &= matrix.dtype == y.dtype
     if is_turned and num_rows <= _FEW and not batch_x and tuple(in_y) == (0,):
         params["dimension_numbers"] = ((1,), in_x), ((), ())
         result = jnp.moveaxis(dot_general_p.bind(matrix, x, **params), 0, -1)

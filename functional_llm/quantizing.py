@@ -46,15 +46,18 @@ def in_two_rows(linear: Callable[[Any], Any], x: Any) -> Any:
 
 @keras.saving.register_keras_serializable("functional_llm")
 class QuantizedDense(keras.layers.Dense):
-    """Keras's own, whose inputs go in as two rows (see `in_two_rows`)."""
+    """Keras's own; of several rows of inputs, each goes in as two (see `in_two_rows`)."""
 
     def quantized_call(self, inputs: Any, training: bool | None = None) -> Any:
-        return _with_rows(self, super().quantized_call, inputs)
+        if not _is_single_row(inputs) or self.lora_enabled:
+            return in_two_rows(super().quantized_call, inputs)
+        outputs = _product(inputs, self._kernel, self.kernel_scale)
+        return outputs if self.bias is None else ops.add(outputs, self.bias)
 
 
 @keras.saving.register_keras_serializable("functional_llm")
 class QuantizedReversibleEmbedding(keras.layers.ReversibleEmbedding):
-    """Keras's own, with two rows where it is the head, and with a gradient.
+    """Keras's own, likewise where it is the head, and with a gradient.
 
     Rounding has none; Keras passes it by for Dense, and forgets to where an embedding is the head.
     """
@@ -62,24 +65,23 @@ class QuantizedReversibleEmbedding(keras.layers.ReversibleEmbedding):
     def quantized_call(self, inputs: Any, reverse: bool = False) -> Any:
         if not reverse:
             return super().quantized_call(inputs)
-        call = partial(super().quantized_call, reverse=True)
-        logits = _with_rows(self, call, inputs)
         if self.tie_weights:
             kernel, scale = ops.transpose(self._embeddings), self.embeddings_scale
         else:
             kernel, scale = self.reverse_embeddings, self.reverse_embeddings_scale
+        if _is_single_row(inputs):
+            return _product(inputs, kernel, scale)
+        logits = in_two_rows(partial(super().quantized_call, reverse=True), inputs)
         return _as_if(logits, inputs, ops.convert_to_tensor(kernel), ops.convert_to_tensor(scale))
 
 
-def _with_rows(layer: Any, call: Callable[[Any], Any], x: Any) -> Any:
-    """Calls a layer's product with two rows for each of `x`; a single row goes in as it is."""
-    if None in x.shape or math.prod(x.shape[:-1]) != 1:
-        return in_two_rows(call, x)
-    quantizer, layer.inputs_quantizer = layer.inputs_quantizer, None
-    try:
-        return call(x)
-    finally:
-        layer.inputs_quantizer = quantizer
+def _is_single_row(x: Any) -> bool:
+    return None not in x.shape and math.prod(x.shape[:-1]) == 1
+
+
+def _product(x: Any, kernel: Any, scale: Any) -> Any:
+    """Returns `x @ (kernel / scale)` of an int8 matrix, with nothing rounded but the matrix."""
+    return ops.divide(ops.matmul(x, ops.cast(kernel, x.dtype)), ops.cast(scale, x.dtype))
 
 
 def _around_embedding(call: Callable[..., Any], inputs: Any, reverse: bool = False) -> Any:

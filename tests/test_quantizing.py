@@ -127,6 +127,20 @@ def test_a_large_input_leaves_the_others_their_bits() -> None:
     assert error < 0.02 * stock_error
 
 
+def test_a_single_row_is_not_rounded() -> None:
+    inputs = keras.Input((64,))
+    model = flm.quantize(keras.Model(inputs, keras.layers.Dense(32)(inputs)))
+    layer = model.layers[-1]
+    kernel = np.asarray(layer.kernel, "float64") / np.asarray(layer.kernel_scale, "float64")
+    x = np.random.default_rng(0).normal(size=(2, 64)).astype("float32") * 10
+    exact = x.astype("float64") @ kernel
+    one, both = np.asarray(layer(x[:1])), np.asarray(layer(x))
+    np.testing.assert_allclose(one, exact[:1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(both, exact, rtol=1e-2, atol=1e-2)
+    assert np.abs(both[:1] - exact[:1]).max() > 10 * np.abs(one - exact[:1]).max()
+    assert layer.inputs_quantizer is not None
+
+
 @pytest.mark.real
 def test_perplexity_of_a_real_text(smollm2_gguf: Path, repository: Path) -> None:
     text = "".join((repository / name).read_text() for name in ("LICENSE", "docs/peft.md"))
