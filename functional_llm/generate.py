@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens of a padded prompt, C new tokens since the last look, V vocabulary.
 """
 
+import math
 import os
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from functional_llm.writing import Writer
 _SMALLEST_PROMPT = 32
 _SMALLEST_CACHE = 256
 _ROOM = 256  # new tokens that a cache has slots for from the beginning
+_PAUSE = 0.1  # seconds between two pieces of a stream, or the time of one token
 _STOP_IDS = 8  # stop ids are padded to a multiple of this: few programs serve all
 
 
@@ -145,6 +147,8 @@ class TextGenerator:
     ) -> Generator[str]:
         """Yields the new text of one prompt, as it is written: never half a character.
 
+        A piece is a token, or as many as take a tenth of a second.
+
         Args:
             prompt: A text, or ids (of a chat template, say).
             max_new_tokens: As for `generate`.
@@ -157,7 +161,7 @@ class TextGenerator:
         ids = self._encode(prompt) if isinstance(prompt, str) else _as_ids("The prompt", prompt)
         writer = Writer(self._tokenizer(), stop, continues)
         stop_ids = self._tokenizer().stop_token_ids
-        for chunk in self._run([ids], max_new_tokens, sampler, stop_ids, seed, past, chunk=1):
+        for chunk in self._run([ids], max_new_tokens, sampler, stop_ids, seed, past, _PAUSE):
             piece = writer.push(chunk.new_ids[0])
             if piece:
                 yield piece
@@ -211,9 +215,12 @@ class TextGenerator:
         stop_ids: Any,
         seed: Any,
         past: Past | None = None,
-        chunk: int = CHUNK,
+        pause: float = math.inf,
     ) -> Iterator["_Chunk"]:
-        """Prefills, then decodes until every row has ended; yields what is new."""
+        """Prefills, then decodes until every row has ended; yields what is new.
+
+        What comes next is as many tokens as take `pause` seconds, judged by those before.
+        """
         self._check(rows, max_new_tokens)
         max_new_tokens = int(max_new_tokens)
         self._programs.stats = Stats()
@@ -227,6 +234,8 @@ class TextGenerator:
         del arguments  # and with them the cache of an earlier turn
         lengths_B = np.array([len(row) for row in rows])
         new_BC, written = np.asarray(token_B)[:, None], 1
+        # The first one that is decoded for a stream comes alone.
+        token_seconds = pause if math.isfinite(pause) else 1.0
         done_B = np.zeros(len(rows), bool)
         try:
             while True:
@@ -236,11 +245,14 @@ class TextGenerator:
                     past.ids += [int(i) for i in new_BC[0] if i >= 0]
                 if written >= max_new_tokens or done_B.all():
                     break
-                limit = np.int32(min(chunk, max_new_tokens - written))
+                fitting = max(1, int(min(pause / token_seconds, CHUNK)))
+                limit = np.int32(min(fitting, max_new_tokens - written))
                 # The last token written is stored by the next step: one slot fewer than tokens.
                 needed = int(lengths_B[~done_B].max()) + written + int(limit) - 1
                 state["cache"] = self._grow(state["cache"], needed)
+                before = self.stats.decode_seconds
                 new_BC, state = self._programs.decode(values, state, sampler, done_B, stops, limit)
+                token_seconds = (self.stats.decode_seconds - before) / new_BC.shape[1]
                 written += new_BC.shape[1]
         finally:
             if past is not None:

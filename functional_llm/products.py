@@ -8,6 +8,7 @@ On CPUs, XLA is slow at
 - one with a transposed matrix, such as a tied head: a loop turns the matrix round first;
 - one that sums over the leading axes of both factors, such as the gradient of a matrix: it turns
   the left one round first, and in a gradient that is the larger one more often than not;
+- one that pairs an inner axis of a large array, such as the heads of a cache: see `turned`;
 - taking rows of a bfloat16 matrix, an embedding: it turns the whole into float32 in each run.
 
 Which of these a program has is known once it is traced; so they are exchanged there, in the jaxpr,
@@ -32,10 +33,22 @@ from jax.extend.core.primitives import (
     convert_element_type_p,
     dot_general_p,
     gather_p,
+    jit_p,
+    scatter_p,
     transpose_p,
+    while_p,
 )
 
 from functional_llm.row_products import is_row_product, row_product
+from functional_llm.turned import (
+    Turned,
+    restored,
+    turn,
+    turned_gather,
+    wanted_orders,
+    write_rows,
+    writes_rows,
+)
 
 _HALF = (jnp.bfloat16, jnp.float16)
 _PROGRAMS = (ClosedJaxpr, Jaxpr)
@@ -59,7 +72,7 @@ def with_fast_products(function: Callable[..., Any]) -> Callable[..., Any]:
         traced = whole.trace(*args)
         if not _has_exchanged(traced.jaxpr):
             return whole(*args)  # it is traced already
-        outputs = _run(traced.jaxpr, {}, *jax.tree.leaves(args))
+        outputs = [restored(x) for x in _run(traced.jaxpr, {}, *jax.tree.leaves(args))]
         return jax.tree.unflatten(jax.tree.structure(traced.out_info), outputs)
 
     return fast
@@ -78,12 +91,20 @@ def _run(closed: ClosedJaxpr, known: dict[int, Any], *args: Any) -> list[Any]:
     values |= zip(jaxpr.invars, args, strict=True)
     for equation in jaxpr.eqns:
         inputs = [read(x) for x in equation.invars]
+        if any(isinstance(x, Turned) for x in inputs):
+            outputs = _turned(equation, inputs, known)
+            if outputs is not None:
+                values |= zip(equation.outvars, outputs, strict=True)
+                continue
+            inputs = [restored(x) for x in inputs]
         if not _is_exchanged(equation):
             if _is_view(equation):
                 matrix, is_turned = stored.get(equation.invars[0], (inputs[0], False))
                 is_turned ^= equation.primitive is transpose_p
                 stored[equation.outvars[0]] = matrix, is_turned
             outputs = _bind(equation, inputs, known)
+        elif equation.primitive is while_p:
+            outputs = _loop(equation, inputs, known)
         elif equation.primitive is gather_p:
             outputs = [_gather(*inputs, **equation.params)]
         else:
@@ -92,6 +113,80 @@ def _run(closed: ClosedJaxpr, known: dict[int, Any], *args: Any) -> list[Any]:
             outputs = [_product(x, y, *origin, **equation.params)]
         values |= zip(equation.outvars, outputs, strict=True)
     return [read(x) for x in jaxpr.outvars]
+
+
+def _turned(equation: Any, inputs: list[Any], known: dict[int, Any]) -> list[Any] | None:
+    """Evaluates an equation on inputs of which some are turned; `None` if that cannot be."""
+    if equation.primitive is jit_p:
+        return _run(equation.params["jaxpr"], known, *inputs)
+    if equation.primitive is dot_general_p:
+        return _turned_product(*inputs, **equation.params)
+    first, *rest = inputs
+    if any(isinstance(x, Turned) for x in rest):
+        return None
+    if equation.primitive is gather_p:
+        params = turned_gather(first, equation.params)
+        return None if params is None else [_gather_turned(first, *rest, **params)]
+    if equation.primitive is scatter_p:
+        indices, updates = rest
+        if writes_rows(equation.invars[0].aval, updates, equation.params):
+            return [write_rows(first, indices, updates, equation.params)]
+    return None
+
+
+def _turned_product(x: Any, y: Any, **params: Any) -> list[Any] | None:
+    (in_x, in_y), (batch_x, batch_y) = params["dimension_numbers"]
+    if isinstance(x, Turned):
+        if isinstance(y, Turned):
+            return None
+        params["dimension_numbers"] = (in_y, in_x), (batch_y, batch_x)
+        outputs = _turned_product(y, x, **params)
+        return outputs and [_behind(outputs[0], len(batch_x), len(_kept(y, in_y, batch_y)))]
+    if not y.keep_order(_kept(y.array, in_y, batch_y)):
+        return None
+    matrix, in_y, batch_y = y.numbers, y.places(in_y), y.places(batch_y)
+    params["dimension_numbers"] = (in_x, in_y), (batch_x, batch_y)
+    if y.dtype != jnp.float32 or max(in_y) < matrix.ndim - 1:
+        return [_product(x, matrix, matrix, False, **params)]
+    # In float32 rather the small factor than the large one transposed.
+    params["dimension_numbers"] = (in_y, in_x), (batch_y, batch_x)
+    result = dot_general_p.bind(matrix, x, **params)
+    return [_behind(result, len(batch_y), len(_kept(matrix, in_y, batch_y)))]
+
+
+def _behind(result: Any, first: int, count: int) -> Any:
+    """Moves `count` axes behind all others."""
+    return jnp.moveaxis(result, range(first, first + count), range(-count, 0))
+
+
+def _loop(equation: Any, inputs: list[Any], known: dict[int, Any]) -> list[Any]:
+    """A loop that carries its arrays in the order that its products want."""
+    params = equation.params
+    cond, body = params["cond_jaxpr"], params["body_jaxpr"]
+    num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
+    orders = wanted_orders(body.jaxpr)[num_body:]
+    consts, carried = inputs[: num_cond + num_body], inputs[num_cond + num_body :]
+    dtypes = [x.aval.dtype for x in equation.outvars]
+
+    def laid_out(values: list[Any]) -> list[Any]:
+        pairs = zip(values, orders, strict=True)
+        return [restored(x) if order is None else turn(x, order).array for x, order in pairs]
+
+    def read(arrays: Any) -> list[Any]:
+        triples = zip(arrays, orders, dtypes, strict=True)
+        return [x if order is None else Turned(x, order, dtype) for x, order, dtype in triples]
+
+    def run_cond(*args: Any) -> Any:
+        return restored(_run(cond, known, *args[:num_cond], *read(args[num_cond:]))[0])
+
+    def run_body(*args: Any) -> list[Any]:
+        return laid_out(_run(body, known, *args[:num_body], *read(args[num_body:])))
+
+    carried = laid_out(carried)
+    new_cond = jax.make_jaxpr(run_cond)(*consts[:num_cond], *carried)
+    new_body = jax.make_jaxpr(run_body)(*consts[num_cond:], *carried)
+    params = {**params, "cond_jaxpr": new_cond, "body_jaxpr": new_body}
+    return [restored(x) for x in read(while_p.bind(*consts, *carried, **params))]
 
 
 def _bind(equation: Any, inputs: list[Any], known: dict[int, Any]) -> list[Any]:
@@ -109,7 +204,9 @@ def _rewrite(value: Any, known: dict[int, Any]) -> Any:
         return value
     if id(value) not in known:
         closed = value if isinstance(value, ClosedJaxpr) else ClosedJaxpr(value, ())
-        new = jax.make_jaxpr(lambda *args: _run(closed, known, *args))(*closed.in_avals)
+        new = jax.make_jaxpr(lambda *args: [*map(restored, _run(closed, known, *args))])(
+            *closed.in_avals
+        )
         known[id(value)] = value, new if value is closed else new.jaxpr  # kept: ids are used again
     return known[id(value)][1]
 
@@ -131,6 +228,8 @@ def _is_view(equation: Any) -> bool:
 
 
 def _is_exchanged(equation: Any) -> bool:
+    if equation.primitive is while_p:
+        return any(wanted_orders(equation.params["body_jaxpr"].jaxpr))
     if equation.primitive not in (dot_general_p, gather_p):
         return False
     avals = [x.aval for x in equation.invars]
@@ -227,3 +326,10 @@ def _gather(x: Any, indices: Any, *, fill_value: Any, **params: Any) -> Any:
     bits = lax.bitcast_convert_type(x, "uint16")
     result = gather_p.bind(bits, indices, fill_value=fill, **params)
     return lax.bitcast_convert_type(result, x.dtype)
+
+
+def _gather_turned(x: Turned, indices: Any, *, fill_value: Any, **params: Any) -> Any:
+    fill = np.array(np.nan if fill_value is None else fill_value, x.dtype)
+    fill = fill.view(x.array.dtype).item()
+    result = gather_p.bind(x.array, indices, fill_value=fill, **params)
+    return Turned(result, tuple(range(result.ndim)), x.dtype).numbers

@@ -19,6 +19,7 @@ RANKS = {
     "composite": 0,
     "layers": 0,
     "row_products": 0,
+    "turned": 0,
     "products": 1,
     "sampling_math": 0,
     "samplers": 0,

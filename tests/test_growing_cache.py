@@ -82,6 +82,7 @@ def test_a_stream_grows_at_the_last_moment(
     tokenizer = flm.Tokenizer.from_preset(str(folder))
     generator = TextGenerator(flm.Backbone.from_preset(str(folder)), tokenizer)
     monkeypatch.setattr(type(tokenizer), "stop_token_ids", frozenset())
+    monkeypatch.setattr(generate, "_PAUSE", 1e-9)  # a token at a time
     prompt = list(range(30, 51))
     expected = list(generator.stream(prompt, 180))
     sizes.clear()
@@ -90,6 +91,21 @@ def test_a_stream_grows_at_the_last_moment(
     # The run that stores position p needs p + 1 slots; the first one stores position 21.
     fits = [next(size for size in (32, 64, 128, 256) if size > 21 + i) for i in range(179)]
     assert sizes == fits
+
+
+def test_a_stream_takes_as_many_tokens_at_once_as_its_pause_allows(
+    folder: Path, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = flm.Tokenizer.from_preset(str(folder))
+    generator = TextGenerator(flm.Backbone.from_preset(str(folder)), tokenizer)
+    monkeypatch.setattr(type(tokenizer), "stop_token_ids", frozenset())
+    texts = []
+    for pause, runs in ((1e-9, 70), (1e9, 4)):  # 1 from the prompt, then 1, 32, 32 and 5
+        monkeypatch.setattr(generate, "_PAUSE", pause)
+        sizes.clear()
+        texts.append("".join(generator.stream([5, 9, 20], 71)))
+        assert len(sizes) == runs
+    assert texts[0] == texts[1]
 
 
 def test_a_conversation_grows_within_and_between_its_turns(
@@ -102,7 +118,7 @@ def test_a_conversation_grows_within_and_between_its_turns(
         ids += list(range(30, 40))
         fresh = generator.generate_ids([ids], count)[0]
         again: list[int] = []
-        for chunk in generator._run([ids], count, "greedy", [], None, past, chunk=1):
+        for chunk in generator._run([ids], count, "greedy", [], None, past, pause=1e-9):
             again += chunk.new_ids[0]
         assert again == fresh
         assert (generator.stats.prefill_tokens < len(ids)) == (len(ids) > 13)

@@ -194,3 +194,57 @@ def test_one_row_times_a_matrix_with_many_axes() -> None:
     x, y = _array(1, 512, dtype="float32"), _array(512, 8, 64, dtype="float32")
     out = jax.jit(with_fast_products(lambda x, y: jnp.einsum("td,dnh->tnh", x, y)))(x, y)
     np.testing.assert_allclose(out, np.einsum("td,dnh->tnh", x, y), rtol=1e-4, atol=1e-4)
+
+
+def _decode(cache: Any, query: Any, start: Any) -> Any:
+    """Steps that write a row of a cache (B, S, K, H), read one, and attend to all."""
+    num_slots = cache.shape[1]
+
+    def step(i: Any, carry: Any) -> Any:
+        cache, query_BTKGH = carry
+        slots = start + i  # of which some lie beyond the cache: those are dropped
+        new_BKH = query_BTKGH[:, 0, :, 0]
+        rows = jnp.arange(len(cache))
+        cache = cache.at[rows, slots].set(new_BKH)
+        last = jnp.take_along_axis(cache, (slots % num_slots)[:, None, None, None], axis=1)
+        scores = jnp.einsum("bskh,btkgh->bkgts", cache, query_BTKGH)
+        attended = jnp.einsum("bskh,bkgts->btkgh", cache, scores / num_slots)
+        return cache, jnp.tanh(attended + last[:, :, :, None])
+
+    return jax.lax.while_loop(
+        lambda carry: (carry[0] < 4) & (jnp.sum(carry[1][0]) != 7),
+        lambda carry: (carry[0] + 1, step(carry[0], carry[1])),
+        (jnp.int32(0), (cache, query)),
+    )
+
+
+def _loops(program: Any) -> Iterator[Any]:
+    for equation in program.eqns:
+        if equation.primitive.name == "while":
+            yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else [value]:
+                if isinstance(inner, ClosedJaxpr):
+                    yield from _loops(inner.jaxpr)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_loop_carries_a_cache_as_its_products_want_it(dtype: str, batch: int) -> None:
+    cache = _array(batch, 10, 3, 8, dtype=dtype)
+    query = _array(batch, 1, 3, 2, 8, dtype=dtype)
+    start = jnp.array([8, 0, -2], "int32")[:batch]
+    fast = with_fast_products(_decode)
+    expected, result = jax.jit(_decode)(cache, query, start), jax.jit(fast)(cache, query, start)
+    tolerance = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01}[dtype]
+    for ours, theirs in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        ours, theirs = np.asarray(ours, "float32"), np.asarray(theirs, "float32")
+        np.testing.assert_allclose(ours, theirs, atol=tolerance, rtol=0)
+    program = jax.make_jaxpr(fast)(cache, query, start)
+    loop = next(_loops(program))
+    (carried,) = (x.aval for x in loop.outvars if x.aval.size == cache.size)
+    assert carried.shape in ((batch, 3, 8, 10), (batch, 3, 10, 8))
+    body = loop.params["body_jaxpr"].jaxpr
+    moved = [x.aval for e in body.eqns if e.primitive.name == "transpose" for x in e.outvars]
+    assert all(x.size < cache.size for x in moved)

@@ -33,8 +33,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def _compiled(backbone: Backbone) -> Callable[[Any], Any]:
     values = [variable.value for variable in backbone.variables]
-    program = jax.jit(lambda inputs: backbone.stateless_call(values, [], inputs)[0])
-    return lambda inputs: jax.tree.map(np.asarray, program(inputs))
+    program = jax.jit(lambda values, inputs: backbone.stateless_call(values, [], inputs)[0])
+    return lambda inputs: jax.tree.map(np.asarray, program(values, inputs))
 
 
 def _tokens(*shape: int, seed: int = 0) -> np.ndarray:
