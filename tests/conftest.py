@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # before anything imports keras
+if "PYTEST_XDIST_WORKER" in os.environ:  # torch's threads would wait for one another by spinning
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 from pathlib import Path
@@ -26,6 +28,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         item.add_marker(pytest.mark.xdist_group(parameters.get("pair", item.path.stem)))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Compiles tiny models without XLA's optimisations: it takes longer than to run them.
+
+    Not so where those are what is tested, nor real models.
+    """
+    is_optimized = item.get_closest_marker("real") or item.path.stem == "test_products"
+    jax.config.update("jax_disable_most_optimizations", not is_optimized)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ def run_stock(backend: str, *arguments: str, folder: str | Path = "/") -> str:
     """
     names = ("PATH", "HOME", "LANG", "TMPDIR")
     environment = {name: os.environ[name] for name in names if name in os.environ}
-    environment |= {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment |= {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1"}
     command = [stock_python(), *arguments]
     run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
