@@ -116,8 +116,8 @@ def quantize(model: Any, mode: str = "int8", where: Where | None = None) -> Any:
         where: Which layers, as for `flm.select`. Defaults to all that can be.
 
     Raises:
-        ValueError: At another mode, or if no layer can be quantised, or one is already, or the
-            model has adapters.
+        ValueError: At another mode, or if no layer can be quantised, or one is already, or
+            computes in float16, or the model has adapters.
     """
     if mode != "int8":
         raise ValueError(f"Expected mode 'int8'. Received: {mode!r}.")
@@ -133,6 +133,12 @@ def quantize(model: Any, mode: str = "int8", where: Where | None = None) -> Any:
         raise ValueError(
             "Expected Dense layers and embeddings that are not quantised yet. Received: "
             f"{', '.join((done or list(found))[:8])}."
+        )
+    if half := [path for path, layer in layers.items() if layer.compute_dtype == "float16"]:
+        raise ValueError(
+            f"Expected layers that compute in float32 or bfloat16: scales of int8 leave the range "
+            f"of float16. Received float16 at {', '.join(half[:8])}: load the model in another "
+            "dtype."
         )
     return rewire(model, _quantized, where=lambda _, path: path in layers)
 

@@ -167,6 +167,8 @@ def test_bad_requests(folder: Path, backbone: Any) -> None:
         flm.quantize(backbone, where="decoder_0/attention/dot_product")
     with pytest.raises(ValueError, match="without adapters. Received one .* decoder_0/attention/q"):
         flm.quantize(flm.peft.lora(backbone))
+    with pytest.raises(ValueError, match="float32 or bfloat16: .* Received float16 at"):
+        flm.quantize(flm.Backbone.from_preset(folder, dtype="float16"))
     some = flm.quantize(backbone, where="decoder_*/mlp/*")
     kinds = {x.quantization_mode for x in flm.select(some, keras.layers.Dense).values()}
     assert kinds == {None, "int8"}
