@@ -41,6 +41,7 @@ from jax.extend.core.primitives import (
 
 from functional_llm.row_products import is_row_product, row_product
 from functional_llm.turned import (
+    HALF,
     Turned,
     restored,
     turn,
@@ -50,7 +51,6 @@ from functional_llm.turned import (
     writes_rows,
 )
 
-_HALF = (jnp.bfloat16, jnp.float16)
 _PROGRAMS = (ClosedJaxpr, Jaxpr)
 _FEW = 64  # rows of a product that is worth turning round rather than a matrix
 
@@ -233,7 +233,7 @@ def _is_exchanged(equation: Any) -> bool:
     if equation.primitive not in (dot_general_p, gather_p):
         return False
     avals = [x.aval for x in equation.invars]
-    if avals[0].dtype in _HALF:
+    if avals[0].dtype in HALF:
         return True
     if equation.primitive is gather_p:
         return False
@@ -284,9 +284,9 @@ def _product(x: Any, y: Any, matrix: Any, is_turned: bool, **params: Any) -> Any
         result = _product(y, x, x, False, **params)  # axes: batch, those kept of y, those kept of x
         first, count = len(batch_y), len(_kept(y, in_y, batch_y))
         return jnp.moveaxis(result, range(first, first + count), range(-count, 0))
-    if x.dtype != y.dtype or x.dtype not in (*_HALF, jnp.int8):
+    if x.dtype != y.dtype or x.dtype not in (*HALF, jnp.int8):
         return dot_general_p.bind(x, y, **params)
-    if x.dtype in _HALF:
+    if x.dtype in HALF:
         params["preferred_element_type"] = jnp.dtype("float32")
     kept = _kept(x, in_x, batch_x)
     num_rows = math.prod(x.shape[axis] for axis in kept)
@@ -319,17 +319,15 @@ def _turn(x: Any, summed: Any, paired: Any) -> tuple[Any, tuple[int, ...], tuple
     return turned, tuple(range(x.ndim - len(summed), x.ndim)), tuple(range(len(paired)))
 
 
-def _gather(x: Any, indices: Any, *, fill_value: Any, **params: Any) -> Any:
+def _gather(x: Any, indices: Any, **params: Any) -> Any:
     """Gathers the bits of half floats."""
-    fill = np.array(np.nan if fill_value is None else fill_value, x.dtype).view("uint16").item()
     x, indices = lax.optimization_barrier((x, indices))
-    bits = lax.bitcast_convert_type(x, "uint16")
-    result = gather_p.bind(bits, indices, fill_value=fill, **params)
-    return lax.bitcast_convert_type(result, x.dtype)
+    return _gather_turned(turn(x, tuple(range(x.ndim))), indices, **params)
 
 
 def _gather_turned(x: Turned, indices: Any, *, fill_value: Any, **params: Any) -> Any:
-    fill = np.array(np.nan if fill_value is None else fill_value, x.dtype)
-    fill = fill.view(x.array.dtype).item()
-    result = gather_p.bind(x.array, indices, fill_value=fill, **params)
+    if x.dtype in HALF:
+        fill = np.array(np.nan if fill_value is None else fill_value, x.dtype)
+        fill_value = fill.view("uint16").item()
+    result = gather_p.bind(x.array, indices, fill_value=fill_value, **params)
     return Turned(result, tuple(range(result.ndim)), x.dtype).numbers

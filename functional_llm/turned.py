@@ -19,7 +19,7 @@ from jax import lax
 from jax.extend.core import Literal
 from jax.extend.core.primitives import dot_general_p, jit_p, scatter_p
 
-_HALF = (jnp.bfloat16, jnp.float16)
+HALF = (jnp.bfloat16, jnp.float16)
 Order = tuple[int, ...]
 _FEW = 64  # rows of the other factor, for each of the paired axes
 
@@ -67,7 +67,7 @@ def restored(value: Any) -> Any:
 
 
 def _bits(x: Any) -> Any:
-    return lax.bitcast_convert_type(x, "uint16") if x.dtype in _HALF else x
+    return lax.bitcast_convert_type(x, "uint16") if x.dtype in HALF else x
 
 
 def wanted_orders(jaxpr: Any) -> list[Order | None]:
@@ -161,7 +161,7 @@ def write_rows(operand: Turned, indices: Any, updates: Any, params: dict[str, An
     half precision; not so if it writes slices.
     """
     written = params["dimension_numbers"].scatter_dims_to_operand_dims
-    indices = indices.reshape(-1, len(written))
+    indices = indices.reshape(-1, len(written)).astype("int32")
     kept = [axis for axis in operand.order if axis not in written]
     rows = _bits(updates).reshape(-1, *updates.shape[updates.ndim - len(kept) :])
     rows = jnp.transpose(rows, (0, *(1 + sorted(kept).index(axis) for axis in kept)))
@@ -179,7 +179,7 @@ def write_rows(operand: Turned, indices: Any, updates: Any, params: dict[str, An
         is_inside = jnp.all((index >= 0) & (index < limits))
         return lax.dynamic_update_slice(array, jnp.where(is_inside, row, old), starts)
 
-    if len(indices) == 1 and operand.dtype in _HALF:
+    if len(indices) == 1 and operand.dtype in HALF:
         array = write(0, operand.array)
     else:
         # XLA, if it knew the number, would not loop for one row, and would copy the array first.

@@ -15,6 +15,14 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+_OPTIMIZED = {
+    "test_products",
+    "test_generate",
+    "test_growing_cache",
+    "test_fusing",
+    "test_quantizing",
+    "test_training_loss",
+}
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
@@ -33,9 +41,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Compiles tiny models without XLA's optimisations: it takes longer than to run them.
 
-    Not so where those are what is tested, nor real models.
+    Not so real models, nor where programs are exchanged for fast ones: what those rely on is what
+    XLA makes of them.
     """
-    is_optimized = item.get_closest_marker("real") or item.path.stem == "test_products"
+    is_optimized = item.get_closest_marker("real") or item.path.stem in _OPTIMIZED
     jax.config.update("jax_disable_most_optimizations", not is_optimized)
 
 

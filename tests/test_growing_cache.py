@@ -76,34 +76,36 @@ def test_a_cache_that_grows_writes_what_a_large_one_does(
     assert sorted(set(sizes)) == sorted({min(x, limit) for x in (64, 128, 256)})
 
 
-def test_a_stream_grows_at_the_last_moment(
-    folder: Path, sizes: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def endless(folder: Path, monkeypatch: pytest.MonkeyPatch) -> TextGenerator:
+    """A generator with a tokenizer that knows of no end."""
     tokenizer = flm.Tokenizer.from_preset(str(folder))
-    generator = TextGenerator(flm.Backbone.from_preset(str(folder)), tokenizer)
     monkeypatch.setattr(type(tokenizer), "stop_token_ids", frozenset())
+    return TextGenerator(flm.Backbone.from_preset(str(folder)), tokenizer)
+
+
+def test_a_stream_grows_at_the_last_moment(
+    endless: TextGenerator, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(generate, "_PAUSE", 1e-9)  # a token at a time
     prompt = list(range(30, 51))
-    expected = list(generator.stream(prompt, 180))
+    expected = list(endless.stream(prompt, 180))
     sizes.clear()
     _in_steps(monkeypatch)
-    assert list(generator.stream(prompt, 180)) == expected
+    assert list(endless.stream(prompt, 180)) == expected
     # The run that stores position p needs p + 1 slots; the first one stores position 21.
     fits = [next(size for size in (32, 64, 128, 256) if size > 21 + i) for i in range(179)]
     assert sizes == fits
 
 
 def test_a_stream_takes_as_many_tokens_at_once_as_its_pause_allows(
-    folder: Path, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+    endless: TextGenerator, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = flm.Tokenizer.from_preset(str(folder))
-    generator = TextGenerator(flm.Backbone.from_preset(str(folder)), tokenizer)
-    monkeypatch.setattr(type(tokenizer), "stop_token_ids", frozenset())
     texts = []
     for pause, runs in ((1e-9, 70), (1e9, 4)):  # 1 from the prompt, then 1, 32, 32 and 5
         monkeypatch.setattr(generate, "_PAUSE", pause)
         sizes.clear()
-        texts.append("".join(generator.stream([5, 9, 20], 71)))
+        texts.append("".join(endless.stream([5, 9, 20], 71)))
         assert len(sizes) == runs
     assert texts[0] == texts[1]
 
