@@ -3,7 +3,8 @@
 A product that pairs an inner axis of a large array, such as the heads of a cache (B, S, K, H),
 wants the paired axes first: (B, K, S, H). XLA turns the whole array round then, each time. A loop
 that carries the array had better carry it in that order. All that is done with it, a row written
-or read, a product, can be said of other axes just as well, without moving a number.
+or read, a product, can be said of other axes just as well, without moving a number. The price is
+memory: while such a loop runs, what it was given and is to return stands beside what it carries.
 
 Shapes: B batch, S slots, K heads, H head size.
 """
