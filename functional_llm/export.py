@@ -11,7 +11,6 @@ import itertools
 import math
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,9 @@ from functional_llm.rewiring import calls, twin
 from functional_llm.selecting import inner_graph, inner_layers
 
 _LOWERINGS: dict[type, Callable[..., Any]] = {}
-_AROUND: dict[type, Callable[..., Any]] = {}
 
 
-def register_lowering(
-    cls: type, lower: Callable[..., Any], around: Callable[..., Any] | None = None
-) -> None:
+def register_lowering(cls: type, lower: Callable[..., Any]) -> None:
     """Says how a layer of your own is written with stock layers and `keras.ops`.
 
     ```python
@@ -44,11 +40,8 @@ def register_lowering(
             like the one in the model, but its own weights are symbolic tensors, held by stock
             layers that keep and train them, and the layers it has can be called. Or the stock class
             that `cls` is a subclass of, if the layer's own attributes are all that it needs.
-        around: What such a subclass does around the call of its stock class: `around(call, *args,
-            **kwargs)` returns the outputs.
     """
     _LOWERINGS[cls] = lower
-    _AROUND[cls] = around or _just_call
 
 
 class Lowering:
@@ -102,11 +95,7 @@ class Lowering:
                 f"with stock layers and ops: `functional_llm.register_lowering({name}, fn)`, where "
                 f"`fn(layer, *args, **kwargs)` returns the outputs; `{name}.call` may do."
             )
-        return tree.flatten(self._placed(operation, path)(*args, **kwargs))
-
-    def _placed(self, operation: Any, path: str) -> Callable[..., Any]:
-        around = _registered(operation, _AROUND) or _just_call
-        return partial(around, self.place(operation, path))
+        return tree.flatten(self.place(operation, path)(*args, **kwargs))
 
     def place(self, operation: Any, path: str) -> Any:
         """Returns the twin of a stock operation; frozen, if its weights are so in the model."""
@@ -220,7 +209,7 @@ class Lowering:
     def _callable(self, layer: Any, path: str) -> Any:
         if _is_stock(layer) or isinstance(_lowering_for(layer), type):
             if inner_layers(layer) is None:
-                return self._placed(layer, path)
+                return self.place(layer, path)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             lower = _lowering_for(layer)
@@ -358,15 +347,8 @@ def _cast(x: Any, dtype: str) -> Any:
 
 
 def _lowering_for(operation: Any) -> Any:
-    return _registered(operation, _LOWERINGS)
-
-
-def _registered(operation: Any, registry: dict[type, Callable[..., Any]]) -> Any:
-    return next((registry[c] for c in type(operation).__mro__ if c in registry), None)
-
-
-def _just_call(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return call(*args, **kwargs)
+    classes = type(operation).__mro__
+    return next((_LOWERINGS[cls] for cls in classes if cls in _LOWERINGS), None)
 
 
 def _is_stock(operation: Any) -> bool:

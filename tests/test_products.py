@@ -1,6 +1,7 @@
 """Programs with products that XLA computes fast on CPUs: the same numbers, and no slow product."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -185,6 +186,28 @@ def test_one_row_times_a_matrix_is_the_product_of_the_numbers_it_has(
     )
     result = jax.jit(with_fast_products(product))(x, matrix)
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("num_rows", [3, 100])
+def test_only_the_rows_are_rounded_in_a_product_with_bytes(
+    num_rows: int, is_transposed: bool
+) -> None:
+    matrix = _array(*((40, 24) if is_transposed else (24, 40)), dtype="int8")
+    x = _array(num_rows, 24, dtype="float32")
+
+    def product(x: Any, matrix: Any, is_cast: bool) -> Any:
+        y = matrix.T if is_transposed else matrix
+        y = y.astype(x.dtype) if is_cast else y
+        return jax.lax.dot_general(x, y, (((1,), (0,)), ((), ())), preferred_element_type="float32")
+
+    rows, bytes_ = np.asarray(x.astype("bfloat16"), "float64"), np.asarray(matrix, "float64")
+    expected = rows @ (bytes_.T if is_transposed else bytes_)
+    for is_cast in (True, False):  # as strict promotion wants it, and as Keras writes it
+        fast = with_fast_products(partial(product, is_cast=is_cast))
+        for inputs, _ in _products(jax.make_jaxpr(fast)(x, matrix)):
+            assert [y.dtype for y in inputs] == ["bfloat16"] * 2
+        np.testing.assert_allclose(jax.jit(fast)(x, matrix), expected, rtol=1e-5, atol=1e-2)
 
 
 def test_one_row_times_a_matrix_with_many_axes() -> None:

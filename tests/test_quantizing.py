@@ -79,7 +79,8 @@ def test_lora_on_top_trains_and_travels_in_a_stock_file(backbone: Any, tmp_path:
     assert type(loaded.get_layer("decoder").get_layer("token_embedding")) in (
         keras.layers.ReversibleEmbedding,
     )
-    np.testing.assert_allclose(_logits(loaded, token_ids), expected, atol=1e-4)
+    with jax.numpy_dtype_promotion("standard"):  # stock layers multiply float32 by int8
+        np.testing.assert_allclose(_logits(loaded, token_ids), expected, atol=1e-4)
     again = flm.Backbone.from_preset(tmp_path / "model.keras")
     np.testing.assert_allclose(_logits(again, token_ids), expected, atol=1e-5)
     merged = flm.peft.merge(model)
@@ -125,20 +126,6 @@ def test_a_large_input_leaves_the_others_their_bits() -> None:
         np.abs(np.asarray(m(x.astype("float32"))) - expected).max() for m in (quantized, stock)
     )
     assert error < 0.02 * stock_error
-
-
-def test_a_single_row_is_not_rounded() -> None:
-    inputs = keras.Input((64,))
-    model = flm.quantize(keras.Model(inputs, keras.layers.Dense(32)(inputs)))
-    layer = model.layers[-1]
-    kernel = np.asarray(layer.kernel, "float64") / np.asarray(layer.kernel_scale, "float64")
-    x = np.random.default_rng(0).normal(size=(2, 64)).astype("float32") * 10
-    exact = x.astype("float64") @ kernel
-    one, both = np.asarray(layer(x[:1])), np.asarray(layer(x))
-    np.testing.assert_allclose(one, exact[:1], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(both, exact, rtol=1e-2, atol=1e-2)
-    assert np.abs(both[:1] - exact[:1]).max() > 10 * np.abs(one - exact[:1]).max()
-    assert layer.inputs_quantizer is not None
 
 
 @pytest.mark.real
