@@ -5,8 +5,8 @@ On CPUs, XLA is slow at
 - a bfloat16 product whose result is bfloat16: a sum in float32 takes a fifth of the time;
 - a product with a single row: see `row_products`; where that does not serve, in bfloat16 and int8
   two rows take an eighth of the time of one;
-- a float32 product with a matrix made of int8: in bfloat16 it takes two thirds of the time. There
-  the matrix is exact, and what the rows lose is less than it has lost in int8;
+- a float32 product with an int8 matrix: in bfloat16 it takes two thirds of the time. The matrix is
+  exact there, and what the rows lose is less than it has lost in int8;
 - one with a transposed matrix, such as a tied head: a loop turns the matrix round first;
 - one that sums over the leading axes of both factors, such as the gradient of a matrix: it turns
   the left one round first, and in a gradient that is the larger one more often than not;
@@ -55,6 +55,7 @@ from functional_llm.turned import (
 
 _PROGRAMS = (ClosedJaxpr, Jaxpr)
 _FEW = 64  # rows of a product that is worth turning round rather than a matrix
+_PART = 1 << 20  # elements of an int8 matrix that are made half floats at once, in a cache
 
 
 def with_fast_products(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -293,9 +294,7 @@ def _product(x: Any, y: Any, matrix: Any, is_turned: bool, **params: Any) -> Any
         first, count = len(batch_y), len(_kept(y, in_y, batch_y))
         return jnp.moveaxis(result, range(first, first + count), range(-count, 0))
     if jnp.issubdtype(x.dtype, jnp.floating) and matrix.dtype == jnp.int8:
-        x = x if x.dtype in HALF else x.astype("bfloat16")
-        matrix = matrix.astype(x.dtype)
-        y = matrix.T if is_turned else matrix
+        return _product_with_int8(x, matrix, is_turned, **params).astype(dtype)
     if x.dtype != y.dtype or x.dtype not in (*HALF, jnp.int8):
         return dot_general_p.bind(x, y, **params)
     if x.dtype in HALF:
@@ -318,6 +317,43 @@ def _product(x: Any, y: Any, matrix: Any, is_turned: bool, **params: Any) -> Any
             params["dimension_numbers"] = (in_x, in_y), (batch_x, batch_y)
         result = dot_general_p.bind(x, y, **params)
     return (lax.slice_in_dim(result, 0, 1, axis=0) if is_single else result).astype(dtype)
+
+
+def _product_with_int8(x: Any, matrix: Any, is_turned: bool, **params: Any) -> Any:
+    """The product of floats with an int8 matrix, in half precision: the matrix is exact there.
+
+    A large one, such as a head, is not made half floats as a whole, which would go to memory and
+    back.
+    """
+    x = x if x.dtype in HALF else x.astype("bfloat16")
+    params["preferred_element_type"] = jnp.dtype("float32")
+
+    def product(part: Any) -> Any:
+        half = (part + _zero_after(x)).astype(x.dtype)
+        return _product(x, half.T if is_turned else half, half, is_turned, **params)
+
+    ((_, in_y), _) = params["dimension_numbers"]
+    count = _num_parts(matrix) if is_turned and tuple(in_y) == (0,) else 1
+    if count == 1:
+        return product(matrix)
+    parts = lax.map(product, matrix.reshape(count, -1, matrix.shape[1]))
+    return jnp.moveaxis(parts, 0, -2).reshape(*parts.shape[1:-1], -1)
+
+
+def _num_parts(matrix: Any) -> int:
+    """Returns into how many parts, of equal numbers of rows, a large matrix is cut."""
+    fewest = max(1, matrix.size // _PART)
+    return next((n for n in range(fewest, 4 * fewest) if len(matrix) % n == 0), 1)
+
+
+def _zero_after(x: Any) -> Any:
+    """Returns an int8 zero that is known only once `x` is.
+
+    What is made of an int8 matrix with it cannot be made before the loop that `x` is computed in,
+    nor long before it is needed, and stand in memory until then.
+    """
+    bits = lax.bitcast_convert_type(x.reshape(-1)[0], "uint16")
+    return ((bits & 1) >> 1).astype("int8")
 
 
 def _turn(x: Any, summed: Any, paired: Any) -> tuple[Any, tuple[int, ...], tuple[int, ...]]:

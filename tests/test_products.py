@@ -210,6 +210,41 @@ def test_only_the_rows_are_rounded_in_a_product_with_bytes(
         np.testing.assert_allclose(jax.jit(fast)(x, matrix), expected, rtol=1e-5, atol=1e-2)
 
 
+@pytest.mark.parametrize("num_rows", [3, 100])
+def test_a_large_head_of_bytes_in_parts(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("functional_llm.products._PART", 200)
+    matrix = _array(35, 24, dtype="int8")
+    x, weights = _array(2, num_rows, 24, dtype="float32"), _array(2, num_rows, 35, dtype="float32")
+
+    def loss(x: Any, weights: Any) -> Any:
+        logits = jnp.matmul(x, matrix.T.astype(x.dtype))
+        return jnp.sum(logits * weights), logits
+
+    program = with_fast_products(jax.value_and_grad(loss, has_aux=True))
+    (_, logits), gradient = jax.jit(program)(x, weights)
+    x, weights = (np.asarray(a.astype("bfloat16"), "float64") for a in (x, weights))
+    exact = np.asarray(matrix, "float64")
+    np.testing.assert_allclose(logits, x @ exact.T, rtol=1e-5, atol=1e-2)
+    np.testing.assert_allclose(gradient, weights @ exact, rtol=1e-5, atol=1e-2)
+
+
+def test_no_copy_of_matrices_of_bytes_stays_in_memory() -> None:
+    matrices = [_array(256, 256, dtype="int8") for _ in range(12)]
+
+    def step(x: Any, matrices: Any) -> Any:
+        for matrix in matrices:
+            x = jnp.tanh(x @ matrix.astype(x.dtype))
+        return x
+
+    def loop(x: Any, matrices: Any) -> Any:
+        return jax.lax.fori_loop(0, 5, lambda i, x: step(x, matrices), x)
+
+    for program in (step, loop):
+        fast = jax.jit(with_fast_products(program))
+        compiled = fast.lower(_array(4, 256, dtype="float32"), matrices).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 3 * 2 * matrices[0].size
+
+
 def test_one_row_times_a_matrix_with_many_axes() -> None:
     x, y = _array(1, 8, 64, dtype="float32"), _array(8, 64, 96, dtype="float32")
     out = jax.jit(with_fast_products(lambda x, y: jnp.einsum("tnh,nhd->td", x, y)))(x, y)

@@ -12,7 +12,7 @@ class FunctionalLLM(Engine):
     """This library."""
 
     def __init__(self, weights: Path, precision: str, load_weights: bool = True) -> None:
-        dtype = "float32" if precision == "int8" else precision
+        dtype = "bfloat16" if precision == "int8" else precision
         backbone = flm.Backbone.from_preset(weights, dtype=dtype, load_weights=load_weights)
         if precision == "int8":
             backbone = flm.quantize(backbone, "int8")
