@@ -241,7 +241,7 @@ def test_no_copy_of_matrices_of_bytes_stays_in_memory() -> None:
 
     for program in (step, loop):
         fast = jax.jit(with_fast_products(program))
-        compiled = fast.lower(_array(4, 256, dtype="float32"), matrices).compile()
+        compiled: Any = fast.lower(_array(4, 256, dtype="float32"), matrices).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < 3 * 2 * matrices[0].size
 
 
