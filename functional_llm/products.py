@@ -293,7 +293,7 @@ def _product(x: Any, y: Any, matrix: Any, is_turned: bool, **params: Any) -> Any
         result = _product(y, x, x, False, **params)  # axes: batch, those kept of y, those kept of x
         first, count = len(batch_y), len(_kept(y, in_y, batch_y))
         return jnp.moveaxis(result, range(first, first + count), range(-count, 0))
-    if jnp.issubdtype(x.dtype, jnp.floating) and matrix.dtype == jnp.int8:
+    if x.dtype in (*HALF, jnp.float32) and matrix.dtype == jnp.int8:
         return _product_with_int8(x, matrix, is_turned, **params).astype(dtype)
     if x.dtype != y.dtype or x.dtype not in (*HALF, jnp.int8):
         return dot_general_p.bind(x, y, **params)

@@ -34,6 +34,7 @@ ADAPTERS: dict[str, Callable[[Any], Any]] = {
     ),
 }
 ADAPTED = "qwen2_tied"  # it has biases
+QUANTIZED = {"int8": ADAPTED, "int8_soft_caps": "gemma2_soft_caps"}
 ONE_OF_EACH_FAMILY = {x["model_type"]: name for name, x in reversed(CONFIGS.items())}.values()
 TRAINED = [*ONE_OF_EACH_FAMILY, *ADAPTERS]
 
@@ -73,6 +74,7 @@ def stock_files(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("stock")
     models = {name: flm.Backbone.from_preset(path) for name, path in checkpoints.items()}
     models |= {name: _with_noise(make(models[ADAPTED])) for name, make in ADAPTERS.items()}
+    models |= {name: flm.quantize(models[original]) for name, original in QUANTIZED.items()}
     for seed, (name, model) in enumerate(models.items()):
         token_ids = _tokens(3, 11, seed=seed)
         model.save(folder / f"with_{name}.keras")
@@ -100,7 +102,7 @@ def test_the_library_is_not_there() -> None:
         run_stock("jax", "-c", "import functional_llm")
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, *ADAPTERS])
+@pytest.mark.parametrize("name", [*CONFIGS, *ADAPTERS, *QUANTIZED])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_stock_keras_computes_the_same(measured: Any, backend: str, name: str) -> None:
     found = measured[backend, f"with_{name}"]
@@ -160,10 +162,11 @@ def test_the_config_says_which_model_it_is(checkpoints: dict[str, Path], stock_f
         assert not said["edited"]
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, *ADAPTERS])
+@pytest.mark.parametrize("name", [*CONFIGS, *ADAPTERS, *QUANTIZED])
 def test_the_way_back(checkpoints: dict[str, Path], stock_files: Path, name: str) -> None:
-    base = flm.Backbone.from_preset(checkpoints[ADAPTED if name in ADAPTERS else name])
-    original = ADAPTERS[name](base) if name in ADAPTERS else base
+    source = ADAPTED if name in ADAPTERS else QUANTIZED.get(name, name)
+    base = flm.Backbone.from_preset(checkpoints[source])
+    original = flm.quantize(base) if name in QUANTIZED else ADAPTERS.get(name, lambda m: m)(base)
     model = flm.Backbone.from_preset(stock_files / f"with_{name}.keras")
     assert type(model) is flm.Backbone
     assert model.config == base.config
