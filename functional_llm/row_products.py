@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 _SMALL = 1 << 14  # elements of a matrix that is not worth it
-_DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8)
+_ROWS = (jnp.float32, jnp.bfloat16, jnp.float16)
+_MATRICES = (jnp.float32, jnp.bfloat16, jnp.int8)
 # Terms of a sum. Each is a stream from memory, which processors foresee for some streams only, in
 # pages of their own. Within one row of memory there is but one stream, so there may be more terms;
 # above 15, XLA makes a copy of bfloat16's bits first.
@@ -32,7 +33,7 @@ def is_row_product(row: Any, matrix: Any, dimension_numbers: Any) -> bool:
         dimension_numbers: Of `lax.dot_general`.
     """
     (of_row, summed), (paired, _) = dimension_numbers
-    if paired or not summed or row.dtype == jnp.int8 or matrix.dtype not in _DTYPES:
+    if paired or not summed or row.dtype not in _ROWS or matrix.dtype not in _MATRICES:
         return False
     if row.size != math.prod(row.shape[axis] for axis in of_row) or matrix.size < _SMALL:
         return False

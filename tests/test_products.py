@@ -210,6 +210,17 @@ def test_only_the_rows_are_rounded_in_a_product_with_bytes(
         np.testing.assert_allclose(jax.jit(fast)(x, matrix), expected, rtol=1e-5, atol=1e-2)
 
 
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_integers_times_bytes_stay_integers(num_rows: int) -> None:
+    matrix, x = _array(512, 64, dtype="int8"), jnp.full((num_rows, 512), 2**16 + 1, "int32")
+
+    def product(x: Any, matrix: Any) -> Any:
+        return jnp.matmul(x, matrix.astype(x.dtype))
+
+    result = jax.jit(with_fast_products(product))(x, matrix)
+    np.testing.assert_array_equal(result, np.asarray(x) @ np.asarray(matrix, "int32"))
+
+
 @pytest.mark.parametrize("num_rows", [3, 100])
 def test_a_large_head_of_bytes_in_parts(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("functional_llm.products._PART", 200)
