@@ -52,8 +52,8 @@ class QuantizedReversibleEmbedding(keras.layers.ReversibleEmbedding):
 def _product(x: Any, kernel: Any, scale: Any) -> Any:
     """Returns `x @ (kernel / scale)` of an int8 matrix.
 
-    Keras multiplies by int8 as it is. That is refused where JAX is told to promote no dtype by
-    itself, and the gradient divides the whole matrix by its scale.
+    Keras multiplies by int8 as it is, which JAX refuses where it is told to promote no dtype by
+    itself; and for the gradient, Keras divides the whole matrix by its scale.
     """
     return ops.divide(ops.matmul(x, ops.cast(kernel, x.dtype)), ops.cast(scale, x.dtype))
 
@@ -66,6 +66,11 @@ _CLASSES = {
 
 def quantize(model: Any, mode: str = "int8", where: Where | None = None) -> Any:
     """Returns a model with quantised matrices; what is not quantised is shared with the original.
+
+    Only weights are, inputs stay as they are: of each output channel `round(column * scale)` is
+    kept, where `scale = 127 / max(abs(column))` (absmax quantisation, section 2 of
+    [LLM.int8()](https://arxiv.org/abs/2208.07339)). A stock file of the model multiplies float32 by
+    int8, which JAX refuses where `jax_numpy_dtype_promotion` is "strict".
 
     Quantised weights do not train. Adapters can be attached on top, and merging those gives the
     layers they are on back in the original precision.
