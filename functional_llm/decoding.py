@@ -19,7 +19,7 @@ import numpy as np
 
 from functional_llm.cache import grow_cache, make_cache, num_slots
 from functional_llm.layers import store
-from functional_llm.products import with_fast_products
+from functional_llm.products import compiler_options, with_fast_products
 from functional_llm.samplers import Sampler
 
 CHUNK = 32  # C: most tokens between two looks of the host
@@ -112,7 +112,11 @@ class Programs:
         key = (*key, jax.tree.structure(arguments[2:3]))  # the kind of sampler
         if key not in self.compiled:
             started = time.perf_counter()
-            program = jax.jit(with_fast_products(function), donate_argnums=donated)
+            program = jax.jit(
+                with_fast_products(function),
+                donate_argnums=donated,
+                compiler_options=compiler_options(),
+            )
             lowered = program.lower(*arguments)
             self.compiled[key] = lowered.compile()
             self.stats.compile_seconds += time.perf_counter() - started

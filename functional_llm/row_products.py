@@ -6,7 +6,7 @@ in int8.
 
 Here sums of a few terms each are written out. That is a loop without a reduction: XLA turns it into
 vector instructions on all threads, in which bfloat16 and int8 become float32 on the way. What is
-left are an eighth as many numbers, and a product with ones sums them up.
+left are an eighth as many numbers or fewer, and a product with ones sums them up.
 """
 
 import math
@@ -18,10 +18,13 @@ from jax import lax
 _SMALL = 1 << 14  # elements of a matrix that is not worth it
 _ROWS = (jnp.float32, jnp.bfloat16, jnp.float16)
 _MATRICES = (jnp.float32, jnp.bfloat16, jnp.int8)
-# Terms of a sum. Each is a stream from memory, which processors foresee for some streams only, in
-# pages of their own. Within one row of memory there is but one stream, so there may be more terms;
-# above 15, XLA makes a copy of bfloat16's bits first.
-_TERMS_OF_ROWS, _TERMS_IN_A_ROW = 8, 12
+# Terms of a sum that are far apart, each a stream from memory, which processors foresee for a few
+# streams only; and next to each of them, the rows that follow. With eight terms the sums of an int8
+# matrix are half as many bytes as itself; with more, the others only take longer to compile.
+_FAR, _NEAR, _NEAR_INT8 = 4, 2, 4
+# Within one row of memory there is but one stream. What is left of it shall fill a vector.
+_TERMS_IN_A_ROW, _VECTOR = 36, 16
+_USES = 12  # of the bits of bfloat16: above 15, XLA makes a copy of them first
 
 
 def is_row_product(row: Any, matrix: Any, dimension_numbers: Any) -> bool:
@@ -40,7 +43,8 @@ def is_row_product(row: Any, matrix: Any, dimension_numbers: Any) -> bool:
     count = len(summed)
     is_first = [*summed] == [*range(count)]
     is_last = [*summed] == [*range(matrix.ndim - count, matrix.ndim)]
-    return (is_first or is_last) and _num_terms(row.size, not is_first) > 2
+    terms = math.prod(_far_and_near(row.size, matrix)) if is_first else _num_in_a_row(row.size)
+    return (is_first or is_last) and terms > 2
 
 
 def row_product(row: Any, matrix: Any, dimension_numbers: Any) -> Any:
@@ -63,26 +67,43 @@ def row_product(row: Any, matrix: Any, dimension_numbers: Any) -> Any:
 
 
 def _sum_rows(row_K: Any, matrix_KN: Any) -> Any:
-    count = _num_terms(row_K.size, is_last=False)
-    # Far apart, each of them in order: row i of the first eighth, of the second, ...
-    row = row_K.reshape(count, -1, 1)
-    row, bits = _bits(row, matrix_KN.reshape(count, row.shape[1], -1))
-    sums = lax.optimization_barrier(sum(row[i] * _as_float(bits[i]) for i in range(count)))
+    far, near = _far_and_near(row_K.size, matrix_KN)
+    row = row_K.reshape(far, -1, near, 1)
+    matrix = matrix_KN.reshape(*row.shape[:3], -1)
+    places = [(i, slice(None), j) for i in range(far) for j in range(near)]
+    sums = _sum_products(row, matrix, places)
     return jnp.ones(len(sums)) @ sums
 
 
 def _sum_columns(row_K: Any, matrix_NK: Any) -> Any:
-    count = _num_terms(row_K.size, is_last=True)
-    row = row_K.reshape(1, count, -1)
-    row, bits = _bits(row, matrix_NK.reshape(-1, count, row.shape[2]))
-    sums = lax.optimization_barrier(sum(row[:, i] * _as_float(bits[:, i]) for i in range(count)))
+    row = row_K.reshape(1, _num_in_a_row(row_K.size), -1)
+    matrix = matrix_NK.reshape(-1, *row.shape[1:])
+    sums = _sum_products(row, matrix, [(slice(None), i) for i in range(row.shape[1])])
     return sums @ jnp.ones(sums.shape[1])
 
 
-def _num_terms(size: int, is_last: bool) -> int:
-    """Returns how many terms are summed up at once: a divisor of their number."""
-    most = _TERMS_IN_A_ROW if is_last else _TERMS_OF_ROWS
-    return max(count for count in range(1, most + 1) if size % count == 0)
+def _far_and_near(size: int, matrix: Any) -> tuple[int, int]:
+    """Returns how many rows far apart, and how many next to each of them, are summed up at once."""
+    far = _divisor(size, _FAR)
+    return far, _divisor(size // far, _NEAR_INT8 if matrix.dtype == jnp.int8 else _NEAR)
+
+
+def _num_in_a_row(size: int) -> int:
+    """Returns how many numbers of one row of memory are summed up at once."""
+    return _divisor(size, min(_TERMS_IN_A_ROW, size // _VECTOR))
+
+
+def _divisor(size: int, most: int) -> int:
+    return max((n for n in range(1, most + 1) if size % n == 0), default=1)
+
+
+def _sum_products(row: Any, matrix: Any, places: list[Any]) -> Any:
+    """Returns the sum of what is at these places of row and matrix, multiplied, in float32."""
+    terms = []
+    for first in range(0, len(places), _USES):
+        row, bits = _bits(row, matrix)  # not of the same row again: XLA would see that it knows it
+        terms += [row[x] * _as_float(bits[x]) for x in places[first : first + _USES]]
+    return lax.optimization_barrier(sum(terms))
 
 
 def _bits(row: Any, matrix: Any) -> tuple[Any, Any]:

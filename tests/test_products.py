@@ -256,6 +256,24 @@ def test_no_copy_of_matrices_of_bytes_stays_in_memory() -> None:
         assert compiled.memory_analysis().temp_size_in_bytes < 3 * 2 * matrices[0].size
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_one_row_makes_no_copy_of_a_matrix(is_turned: bool, dtype: str) -> None:
+    matrix = _array(*((2048, 576) if is_turned else (576, 2048)), dtype=dtype)
+
+    def loop(x: Any, matrix: Any) -> Any:
+        def step(i: Any, x: Any) -> Any:
+            product = x @ (matrix.T if is_turned else matrix).astype(x.dtype)
+            return jnp.tanh(product[:, :576])
+
+        return jax.lax.fori_loop(0, 5, step, x)
+
+    x = _array(1, 576, dtype="bfloat16" if dtype == "bfloat16" else "float32")
+    compiled: Any = jax.jit(with_fast_products(loop)).lower(x, matrix).compile()
+    sums = 4 * matrix.size // 8
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * sums
+
+
 def test_one_row_times_a_matrix_with_many_axes() -> None:
     x, y = _array(1, 8, 64, dtype="float32"), _array(8, 64, 96, dtype="float32")
     out = jax.jit(with_fast_products(lambda x, y: jnp.einsum("tnh,nhd->td", x, y)))(x, y)
