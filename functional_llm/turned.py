@@ -170,15 +170,16 @@ def write_rows(operand: Turned, indices: Any, updates: Any, params: dict[str, An
         1 if axis in written else n
         for axis, n in zip(operand.order, operand.array.shape, strict=True)
     ]
-    limits = jnp.array([operand.array.shape[place] for place in operand.places(written)])
+    limits = np.array([operand.array.shape[place] for place in operand.places(written)], "int32")
+    is_inside = jnp.all((indices >= 0) & (indices < limits), axis=1)
 
     def write(i: Any, array: Any) -> Any:
         index = lax.dynamic_index_in_dim(indices, i, keepdims=False)
         row = lax.dynamic_index_in_dim(rows, i, keepdims=False).reshape(shape)
         starts = [index[written.index(axis)] if axis in written else 0 for axis in operand.order]
         old = lax.dynamic_slice(array, starts, shape)
-        is_inside = jnp.all((index >= 0) & (index < limits))
-        return lax.dynamic_update_slice(array, jnp.where(is_inside, row, old), starts)
+        new = jnp.where(lax.dynamic_index_in_dim(is_inside, i, keepdims=False), row, old)
+        return lax.dynamic_update_slice(array, new, starts)
 
     if len(indices) == 1 and operand.dtype in HALF:
         array = write(0, operand.array)
