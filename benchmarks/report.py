@@ -150,6 +150,15 @@ def describe_others(turns: Turns) -> str:
     return f"other programs had this share of the machine (median of the turns): {', '.join(told)}"
 
 
+def describe_bandwidths(turns: Turns) -> str:
+    """Returns how fast all processors together read memory, before each round."""
+    told = [
+        f"{name} {median(values):.0f} ({min(values):.0f} to {max(values):.0f})"
+        for name, values in turns.bandwidths.items()
+    ]
+    return f"memory was read at so many GB/s (median of the rounds, range): {', '.join(told)}"
+
+
 def append_log(path: Path, turns: Turns, table: str, agreement: list[str], note: str) -> None:
     """Adds a run to the log, whatever its result."""
     load = ", ".join(f"{x:.2f}" for x in os.getloadavg())
@@ -159,7 +168,7 @@ def append_log(path: Path, turns: Turns, table: str, agreement: list[str], note:
         f"\n## {datetime.now(UTC):%Y-%m-%d %H:%M} UTC{': ' + note if note else ''}\n",
         f"{describe_machine()}; load average at the end {load}.  ",
         f"{describe_versions(engines)}.\n",
-        *[f"- {line}" for line in [*agreement, describe_others(turns)]],
+        *[f"- {x}" for x in [*agreement, describe_others(turns), describe_bandwidths(turns)]],
         f"\n{table}\n",
     ]
     with path.open("a", encoding="utf-8") as file:

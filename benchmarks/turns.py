@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engines import ENGINES
+from benchmarks.memory import read_bandwidth
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 Answer = dict[str, Any]  # {"figures": ...} or {"error": ...}
@@ -125,12 +126,15 @@ class Turns:
         self.figures: dict[str, dict[str, list[float]]] = {}  # measure -> worker -> rounds
         self.errors: dict[str, dict[str, str]] = {}  # worker -> measure -> message
         self.others: dict[str, list[float]] = {}  # measure -> share of the machine, each turn
+        self.bandwidths: dict[str, list[float]] = {}  # measure -> of memory, GB/s, each round
         self._progress = progress
         self._folder = folder
 
     def run(self, workers: list[Worker], measure: str, rounds: int) -> None:
         """Measures in turns; round 0 warms up and does not count."""
         for round_number in range(rounds + 1):
+            if round_number:
+                self.bandwidths.setdefault(measure, []).append(read_bandwidth())
             for worker in workers:
                 if measure in self.errors.get(worker.name, {}):
                     continue

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import report
 from benchmarks.engines import ENGINES
 from benchmarks.measures import CHECK, MEASURES, WORKS, make_prompts
+from benchmarks.memory import read_bandwidth
 from benchmarks.turns import Turns, Worker
 
 
@@ -55,6 +56,7 @@ def test_table_and_log(tmp_path: Path) -> None:
     turns = Turns(print, tmp_path)
     turns.figures = {"decode_1": {"functional_llm float32": [40.0], "transformers float32": [20.0]}}
     turns.others = {"decode_1": [0.5, 0.1, 0.3]}
+    turns.bandwidths = {"decode_1": [30.0, 20.2, 25.0]}
     turns.errors = {"keras_hub float32": {"decode_1": "no memory"}}
     table = report.make_table(turns, first="functional_llm")
     assert "| transformers float32 | 20 | 20 to 20 | 2.00× |" in table
@@ -65,6 +67,11 @@ def test_table_and_log(tmp_path: Path) -> None:
     text = log.read_text()
     assert text.count(table) == 2 and "UTC: second" in text and "cores" in text
     assert "(median of the turns): decode_1 30%" in text
+    assert "(median of the rounds, range): decode_1 25 (20 to 30)" in text
+
+
+def test_memory_is_read() -> None:
+    assert 0.1 < read_bandwidth() < 1e4
 
 
 def test_greedy_ids_that_differ_are_told() -> None:
