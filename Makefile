@@ -53,7 +53,7 @@ $(STOCK_VENV)/installed: tests/stock_requirements.txt
 # One run, in two processes: tests/conftest.py puts the tests marked `real` last.
 test: $(VENV)/installed-dev $(STOCK_VENV)/installed
 	FLM_STOCK_PYTHON=$(abspath $(STOCK_VENV))/bin/python \
-		$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+		$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 bench: $(BENCH_VENV)/installed
 	$(BENCH_VENV)/bin/python -m benchmarks $(BENCH_ARGS)

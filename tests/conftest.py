@@ -29,10 +29,18 @@ _OPTIMIZED = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the tests that need downloaded material last: what is quick fails first.
 
+    The longest of them, one that trains, comes before the others: at the end one process would wait
+    for it alone.
+
     Tests of one tiny model stay in one process of several (`-n 2 --dist loadgroup`), as do those of
     one file else: they share what it took long to make.
     """
-    items.sort(key=lambda item: item.get_closest_marker("real") is not None)
+
+    def place(item: pytest.Item) -> tuple[bool, bool]:
+        is_real = item.get_closest_marker("real") is not None
+        return is_real, item.path.stem != "test_finetune_real"
+
+    items.sort(key=place)
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         item.add_marker(pytest.mark.xdist_group(parameters.get("pair", item.path.stem)))

@@ -82,6 +82,20 @@ def test_jax_compiles_nothing_behind_the_counter(generator: TextGenerator) -> No
     assert compiled == []
 
 
+@pytest.mark.parametrize(("given", "used"), [(1.0, 0.1), (5.0, 5.0)])
+def test_programs_are_kept_though_they_compile_quickly(
+    generator: TextGenerator, given: float, used: float
+) -> None:
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[name]
+    try:
+        jax.config.update(name, given)  # 1.0 is JAX's own number
+        TextGenerator(generator.backbone)
+        assert jax.config.values[name] == used
+    finally:
+        jax.config.update(name, before)
+
+
 @pytest.mark.parametrize("name", ["greedy", "random", "top_k", "top_p", "min_p"])
 def test_rows_give_what_each_gives_alone(generator: TextGenerator, name: str) -> None:
     rows = [[5, 9, 200, 31], [7], list(range(20, 40))]
