@@ -50,7 +50,8 @@ $(STOCK_VENV)/installed: tests/stock_requirements.txt
 	$(STOCK_VENV)/bin/python -m pip install --quiet --requirement tests/stock_requirements.txt
 	touch $@
 
-# One run, in two processes: tests/conftest.py puts the tests marked `real` last.
+# One run, in two processes: tests/conftest.py puts the tests marked `real` last,
+# and pytest-xdist is not to put the files in an order of its own.
 test: $(VENV)/installed-dev $(STOCK_VENV)/installed
 	FLM_STOCK_PYTHON=$(abspath $(STOCK_VENV))/bin/python \
 		$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)

@@ -93,8 +93,7 @@ def main() -> int:
         print("interrupted: what was measured so far follows", file=sys.stderr)
     table = report.make_table(turns, first=arguments.engines[0])
     table += "\n\n" + report.make_best_table(turns, first=arguments.engines[0])
-    machine = [report.describe_others(turns), report.describe_bandwidths(turns)]
-    print(*agreement, *machine, "", table, sep="\n")
+    print(*agreement, *report.describe_machine_during(turns), "", table, sep="\n")
     if not arguments.no_log:
         report.append_log(arguments.log, turns, table, agreement, arguments.note)
     if turns.figures:

@@ -150,6 +150,11 @@ def describe_others(turns: Turns) -> str:
     return f"other programs had this share of the machine (median of the turns): {', '.join(told)}"
 
 
+def describe_machine_during(turns: Turns) -> list[str]:
+    """Returns lines about what the engines had of the machine, and how fast its memory was."""
+    return [describe_others(turns), describe_bandwidths(turns)]
+
+
 def describe_bandwidths(turns: Turns) -> str:
     """Returns how fast all processors together read memory, before each round."""
     told = [
@@ -168,7 +173,7 @@ def append_log(path: Path, turns: Turns, table: str, agreement: list[str], note:
         f"\n## {datetime.now(UTC):%Y-%m-%d %H:%M} UTC{': ' + note if note else ''}\n",
         f"{describe_machine()}; load average at the end {load}.  ",
         f"{describe_versions(engines)}.\n",
-        *[f"- {x}" for x in [*agreement, describe_others(turns), describe_bandwidths(turns)]],
+        *[f"- {line}" for line in [*agreement, *describe_machine_during(turns)]],
         f"\n{table}\n",
     ]
     with path.open("a", encoding="utf-8") as file:

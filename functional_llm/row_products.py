@@ -22,7 +22,7 @@ _MATRICES = (jnp.float32, jnp.bfloat16, jnp.int8)
 # streams only; and next to each of them, the rows that follow. With eight terms the sums of an int8
 # matrix are half as many bytes as itself; with more, the others only take longer to compile.
 _FAR, _NEAR, _NEAR_INT8 = 4, 2, 4
-# Within one row of memory there is but one stream. What is left of it shall fill a vector.
+# Within one row of memory there is but one stream.
 _TERMS_IN_A_ROW, _VECTOR = 36, 16
 _USES = 12  # of the bits of bfloat16: above 15, XLA makes a copy of them first
 
@@ -89,8 +89,13 @@ def _far_and_near(size: int, matrix: Any) -> tuple[int, int]:
 
 
 def _num_in_a_row(size: int) -> int:
-    """Returns how many numbers of one row of memory are summed up at once."""
-    return _divisor(size, min(_TERMS_IN_A_ROW, size // _VECTOR))
+    """Returns how many numbers of one row of memory are summed up at once.
+
+    What is left shall be whole vectors, where it can.
+    """
+    most = min(_TERMS_IN_A_ROW, size // _VECTOR)
+    count = _divisor(size // _VECTOR, most) if size % _VECTOR == 0 else 1
+    return count if count > 2 else _divisor(size, most)
 
 
 def _divisor(size: int, most: int) -> int:
@@ -101,7 +106,7 @@ def _sum_products(row: Any, matrix: Any, places: list[Any]) -> Any:
     """Returns the sum of what is at these places of row and matrix, multiplied, in float32."""
     terms = []
     for first in range(0, len(places), _USES):
-        row, bits = _bits(row, matrix)  # not of the same row again: XLA would see that it knows it
+        row, bits = _bits(row, matrix)  # of the new row: of the same one, XLA would make them once
         terms += [row[x] * _as_float(bits[x]) for x in places[first : first + _USES]]
     return lax.optimization_barrier(sum(terms))
 
