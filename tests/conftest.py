@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import jax
+import keras
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -46,12 +47,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(parameters.get("pair", item.path.stem)))
 
 
+@pytest.hookimpl(tryfirst=True)  # before fixtures make models
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Compiles tiny models without XLA's optimisations: it takes longer than to run them.
+    """Sets the seed, and compiles tiny models without XLA's optimisations.
 
-    Not so real models, nor where programs are exchanged for fast ones: what those rely on is what
-    XLA makes of them.
+    Weights without a seed of their own are the same whichever tests ran before in the process.
+
+    To optimise tiny models takes longer than to run them. Not so real models, nor where programs
+    are exchanged for fast ones: what those rely on is what XLA makes of them.
     """
+    keras.utils.set_random_seed(0)
     is_optimized = item.get_closest_marker("real") or item.path.stem in _OPTIMIZED
     jax.config.update("jax_disable_most_optimizations", not is_optimized)
 

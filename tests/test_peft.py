@@ -247,7 +247,7 @@ def test_einsum_dense(equation: str, name: str, tmp_path: Path) -> None:
     inputs, outputs = shapes[equation]
     x = keras.Input(inputs)
     layer = keras.layers.EinsumDense(
-        equation, outputs, activation="relu", bias_axes="d" if equation.endswith("td") else None
+        equation, outputs, activation="tanh", bias_axes="d" if equation.endswith("td") else None
     )
     y = layer(x)
     model = keras.Model(x, keras.layers.Flatten()(y) if len(inputs) == 1 else y)
