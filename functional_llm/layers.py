@@ -186,23 +186,23 @@ class AttentionDotProduct(keras.layers.Layer):
         q_BTKGH = _reshape(q_BTNH, (kv_heads, groups, head_dim))
         scale = head_dim**-0.5 if self.scale is None else self.scale
         # Keys and values first: in the other order `jnp.einsum` makes the result turned round
-        # and transposes it, all the scores here.
-        scores_BKGTS = ops.einsum("bskh,btkgh->bkgts", k_BSKH, q_BTKGH * scale)
+        # and transposes it, all the scores here. So it would if groups came before tokens.
+        scores_BKTGS = ops.einsum("bskh,btkgh->bktgs", k_BSKH, q_BTKGH * scale)
         # Softmax in float32 whatever the model's precision, as the reference implementations do.
-        scores_BKGTS = ops.cast(scores_BKGTS, "float32")
+        scores_BKTGS = ops.cast(scores_BKTGS, "float32")
         if self.soft_cap is not None:
-            scores_BKGTS = ops.tanh(scores_BKGTS / self.soft_cap) * self.soft_cap
-        mask_B11TS = ops.expand_dims(inputs["mask"], (1, 2))
+            scores_BKTGS = ops.tanh(scores_BKTGS / self.soft_cap) * self.soft_cap
+        mask_B1T1S = ops.expand_dims(inputs["mask"], (1, 3))
         # Finite, so that a padding token, which sees nothing, gives numbers and not NaN.
-        scores_BKGTS = ops.where(mask_B11TS, scores_BKGTS, -1e30)
+        scores_BKTGS = ops.where(mask_B1T1S, scores_BKTGS, -1e30)
         # Softmax, divided after the product: the sum over slots is all that the gradient needs,
         # and what is divided is small. The maximum only keeps the exponentials in range.
-        highest_BKGT1 = ops.max(ops.stop_gradient(scores_BKGTS), axis=-1, keepdims=True)
-        weights_BKGTS = ops.exp(scores_BKGTS - highest_BKGT1)
-        sums_BKGT = ops.sum(weights_BKGTS, axis=-1)
-        weights_BKGTS = ops.cast(weights_BKGTS, v_BSKH.dtype)
-        attended_BTKGH = ops.einsum("bskh,bkgts->btkgh", v_BSKH, weights_BKGTS)
-        sums_BTKG1 = ops.expand_dims(ops.transpose(sums_BKGT, (0, 3, 1, 2)), -1)
+        highest_BKTG1 = ops.max(ops.stop_gradient(scores_BKTGS), axis=-1, keepdims=True)
+        weights_BKTGS = ops.exp(scores_BKTGS - highest_BKTG1)
+        sums_BKTG = ops.sum(weights_BKTGS, axis=-1)
+        weights_BKTGS = ops.cast(weights_BKTGS, v_BSKH.dtype)
+        attended_BTKGH = ops.einsum("bskh,bktgs->btkgh", v_BSKH, weights_BKTGS)
+        sums_BTKG1 = ops.expand_dims(ops.transpose(sums_BKTG, (0, 2, 1, 3)), -1)
         attended_BTKGH = ops.cast(attended_BTKGH, "float32") / sums_BTKG1
         attended_BTKGH = ops.cast(attended_BTKGH, v_BSKH.dtype)
         return _reshape(attended_BTKGH, (kv_heads * groups, v_BSKH.shape[3]))
