@@ -295,8 +295,8 @@ def _decode(cache: Any, query: Any, start: Any) -> Any:
         rows = jnp.arange(len(cache))
         cache = cache.at[rows, slots].set(new_BKH)
         last = jnp.take_along_axis(cache, (slots % num_slots)[:, None, None, None], axis=1)
-        scores = jnp.einsum("bskh,btkgh->bkgts", cache, query_BTKGH)
-        attended = jnp.einsum("bskh,bkgts->btkgh", cache, scores / num_slots)
+        scores = jnp.einsum("bskh,btkgh->bktgs", cache, query_BTKGH)
+        attended = jnp.einsum("bskh,bktgs->btkgh", cache, scores / num_slots)
         return cache, jnp.tanh(attended + last[:, :, :, None])
 
     return jax.lax.while_loop(
