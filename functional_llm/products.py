@@ -45,9 +45,11 @@ from functional_llm.row_products import is_row_product, row_product
 from functional_llm.turned import (
     HALF,
     Turned,
+    packed,
     restored,
     turn,
     turned_gather,
+    unpacked,
     wanted_orders,
     write_rows,
     writes_rows,
@@ -179,15 +181,15 @@ def _loop(equation: Any, inputs: list[Any], known: dict[int, Any]) -> list[Any]:
     num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
     orders = wanted_orders(body.jaxpr)[num_body:]
     consts, carried = inputs[: num_cond + num_body], inputs[num_cond + num_body :]
-    dtypes = [x.aval.dtype for x in equation.outvars]
+    avals = [x.aval for x in equation.outvars]
 
     def laid_out(values: list[Any]) -> list[Any]:
         pairs = zip(values, orders, strict=True)
-        return [restored(x) if order is None else turn(x, order).array for x, order in pairs]
+        return [restored(x) if order is None else packed(turn(x, order)) for x, order in pairs]
 
     def read(arrays: Any) -> list[Any]:
-        triples = zip(arrays, orders, dtypes, strict=True)
-        return [x if order is None else Turned(x, order, dtype) for x, order, dtype in triples]
+        triples = zip(arrays, orders, avals, strict=True)
+        return [x if order is None else unpacked(x, order, aval) for x, order, aval in triples]
 
     def run_cond(*args: Any) -> Any:
         return restored(_run(cond, known, *args[:num_cond], *read(args[num_cond:]))[0])

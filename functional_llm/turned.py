@@ -11,7 +11,7 @@ Shapes: B batch, S slots, K heads, H head size.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -58,6 +58,30 @@ def turn(value: Any, order: Order) -> Turned:
         return value
     value = restored(value)
     return Turned(_bits(jnp.transpose(value, order)), order, value.dtype)
+
+
+def packed(turned: Turned) -> Any:
+    """Returns the array as a loop carries it: without its first axes, as long as they have size 1.
+
+    Products have no such axes in XLA. If the array had them where it is written and not where it is
+    read, XLA would copy it.
+    """
+    return turned.array.reshape(turned.array.shape[_num_ones(turned) :])
+
+
+def unpacked(array: Any, order: Order, like: Any) -> Turned:
+    """Returns what was `packed` of an array with this order and the shape and dtype of `like`."""
+    return Turned(array.reshape([like.shape[axis] for axis in order]), order, like.dtype)
+
+
+def _num_ones(turned: Turned) -> int:
+    """Returns how many of the first axes are left out, where an array is carried or written.
+
+    None of bits: it is the other way round with them, for the product reads what is made of them.
+    """
+    if turned.array.dtype != turned.dtype:
+        return 0
+    return next((i for i, size in enumerate(turned.array.shape) if size != 1), turned.array.ndim)
 
 
 def restored(value: Any) -> Any:
@@ -172,19 +196,19 @@ def write_rows(operand: Turned, indices: Any, updates: Any, params: dict[str, An
     ]
     limits = np.array([operand.array.shape[place] for place in operand.places(written)], "int32")
     is_inside = jnp.all((indices >= 0) & (indices < limits), axis=1)
+    ones = _num_ones(operand)
 
     def write(i: Any, array: Any) -> Any:
         index = lax.dynamic_index_in_dim(indices, i, keepdims=False)
-        row = lax.dynamic_index_in_dim(rows, i, keepdims=False).reshape(shape)
+        row = lax.dynamic_index_in_dim(rows, i, keepdims=False).reshape(shape[ones:])
         starts = [index[written.index(axis)] if axis in written else 0 for axis in operand.order]
-        old = lax.dynamic_slice(array, starts, shape)
+        old = lax.dynamic_slice(array, starts[ones:], row.shape)
         new = jnp.where(lax.dynamic_index_in_dim(is_inside, i, keepdims=False), row, old)
-        return lax.dynamic_update_slice(array, new, starts)
+        return lax.dynamic_update_slice(array, new, starts[ones:])
 
-    if len(indices) == 1 and operand.dtype in HALF:
-        array = write(0, operand.array)
+    array = packed(operand)
+    if len(indices) == 1:
+        array = write(0, array)
     else:
-        # XLA, if it knew the number, would not loop for one row, and would copy the array first.
-        count = lax.optimization_barrier(jnp.int32(len(indices)))
-        array = lax.fori_loop(0, count, write, operand.array)
-    return Turned(array, operand.order, operand.dtype)
+        array = lax.fori_loop(0, len(indices), write, array)
+    return replace(operand, array=array.reshape(operand.array.shape))
