@@ -73,10 +73,11 @@ class Worker:
     def first_token(self, xla_cache: Path) -> Answer:
         """Starts the engine's script anew; returns the seconds to the first byte it prints."""
         entry = ENGINES[self.engine]
-        script = [part.format(precision=self.precision) for part in entry.script]
-        if self.precision not in entry.script_precisions:
-            script = ["-m", "benchmarks.first_token"]
-            script += [self.engine, self.precision, str(self._weights)]
+        if entry.script:
+            script = [*entry.script, *entry.script_options[self.precision]]
+        else:
+            script = ["-m", "benchmarks.first_token", self.engine, self.precision]
+            script.append(str(self._weights))
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(xla_cache)}
         environment["PYTHONPATH"] = str(REPOSITORY)
         with self._log.open("ab") as log:

@@ -13,6 +13,8 @@ def main() -> int:
     try:
         sampler = make_sampler(arguments, flm.samplers)  # first, for it may be wrong
         backbone = flm.Backbone.from_preset(arguments.preset, dtype=arguments.dtype)
+        if arguments.quantize:
+            backbone = flm.quantize(backbone, arguments.quantize)
         tokenizer = flm.Tokenizer.from_preset(arguments.preset)
         generator = flm.TextGenerator(backbone, tokenizer)
         talk(generator, tokenizer, sampler, arguments, flm.Past())
@@ -52,6 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--seed", type=int, help="of the random numbers")
     add("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
+    add("--quantize", choices=["int8"], help="a byte a number; fastest with --dtype bfloat16")
     add("--stats", action="store_true", help="after each turn, how much the cache spared")
     return parser.parse_args()
 

@@ -20,6 +20,8 @@ def main() -> int:
         sampler = make_sampler(arguments, flm.samplers)
         loading = time.perf_counter()
         backbone = flm.Backbone.from_preset(arguments.preset, dtype=arguments.dtype)
+        if arguments.quantize:
+            backbone = flm.quantize(backbone, arguments.quantize)
         tokenizer = flm.Tokenizer.from_preset(arguments.preset)
         loaded = time.perf_counter() - loading
         generator = flm.TextGenerator(backbone, tokenizer)
@@ -75,6 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--stop", action="append", default=[], help="text that ends the answer; may be repeated")
     add("--seed", type=int, help="of the random numbers, to get the same text again")
     add("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
+    add("--quantize", choices=["int8"], help="a byte a number; fastest with --dtype bfloat16")
     add("--stats", action="store_true", help="print load, compile, prefill and decode figures")
     return parser.parse_args()
 

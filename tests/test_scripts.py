@@ -94,6 +94,20 @@ def test_prompt_from_a_file_and_from_standard_input(
     assert texts[0].strip() and texts == [texts[0]] * 3
 
 
+@pytest.mark.parametrize("name", ["generate", "chat"])
+def test_matrices_of_bytes(
+    repository: Path,
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    options = ["--preset", tiny, "--max-new-tokens", "4", "--dtype", "bfloat16", "--seed", "1"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("The quick"))
+    assert run(repository, monkeypatch, name, *options, "--quantize", "int8") == 0
+    assert capsys.readouterr().out.strip()
+
+
 def test_interrupt_is_no_traceback(
     repository: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

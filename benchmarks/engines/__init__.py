@@ -5,7 +5,7 @@ Nothing is imported before its worker runs: every engine lives in a process of i
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ class Entry:
         packages: Distributions whose versions belong to a result.
         script: Command, after `python`, that loads the model and prints its first token, by which
             the time from process start is measured. Defaults to `benchmarks/first_token.py`.
-        script_precisions: Precisions that the script knows.
+        script_options: What to tell the script besides, for each precision.
         trainer: `Trainer` in the module, if it can train.
         trainer_precisions: Precisions it can train in.
         compiles: Whether it compiles a program for each model.
@@ -33,7 +33,7 @@ class Entry:
     precisions: tuple[str, ...]
     packages: tuple[str, ...]
     script: tuple[str, ...] = ()
-    script_precisions: tuple[str, ...] = ()
+    script_options: dict[str, tuple[str, ...]] = field(default_factory=dict)
     trainer: str | None = None
     trainer_precisions: tuple[str, ...] = ()
     compiles: bool = False
@@ -65,8 +65,12 @@ ENGINES = {
         cls="FunctionalLLM",
         precisions=("float32", "bfloat16", "int8"),
         packages=("functional-llm", "keras", "jax"),
-        script=("scripts/generate.py", "--max-new-tokens", "2", "--dtype", "{precision}"),
-        script_precisions=("float32", "bfloat16"),
+        script=("scripts/generate.py", "--max-new-tokens", "2"),
+        script_options={
+            "float32": ("--dtype", "float32"),
+            "bfloat16": ("--dtype", "bfloat16"),
+            "int8": ("--dtype", "bfloat16", "--quantize", "int8"),
+        },
         trainer="FunctionalLLMTrainer",
         trainer_precisions=("float32", "bfloat16"),
         compiles=True,
