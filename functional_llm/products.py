@@ -295,8 +295,10 @@ def _product(x: Any, y: Any, matrix: Any, is_turned: bool, **params: Any) -> Any
     """
     (in_x, in_y), (batch_x, batch_y) = params["dimension_numbers"]
     dtype = params["preferred_element_type"] or x.dtype
-    of_matrix = [[1 - axis if is_turned else axis for axis in axes] for axes in (in_y, batch_y)]
-    numbers = (in_x, of_matrix[0]), (batch_x, of_matrix[1])
+    of_matrix = [
+        tuple(1 - axis if is_turned else axis for axis in axes) for axes in (in_y, batch_y)
+    ]
+    numbers = (tuple(in_x), of_matrix[0]), (tuple(batch_x), of_matrix[1])
     if is_row_product(x, matrix, numbers):
         return row_product(x, matrix, numbers).astype(dtype)
     swapped = (in_y, in_x), (batch_y, batch_x)
