@@ -198,9 +198,10 @@ class AttentionDotProduct(keras.layers.Layer):
         # Softmax, divided after the product: the sum over slots is all that the gradient needs,
         # and what is divided is small. The maximum only keeps the exponentials in range.
         highest_BKTG1 = ops.max(ops.stop_gradient(scores_BKTGS), axis=-1, keepdims=True)
-        weights_BKTGS = ops.exp(scores_BKTGS - highest_BKTG1)
-        sums_BKTG = ops.sum(weights_BKTGS, axis=-1)
-        weights_BKTGS = ops.cast(weights_BKTGS, v_BSKH.dtype)
+        # Rounded first and summed up then, in float32: what is divided by is the sum of the very
+        # weights that are multiplied with, and the unrounded ones never go to memory.
+        weights_BKTGS = ops.cast(ops.exp(scores_BKTGS - highest_BKTG1), v_BSKH.dtype)
+        sums_BKTG = ops.sum(ops.cast(weights_BKTGS, "float32"), axis=-1)
         attended_BTKGH = ops.einsum("bskh,bktgs->btkgh", v_BSKH, weights_BKTGS)
         sums_BTKG1 = ops.expand_dims(ops.transpose(sums_BKTG, (0, 2, 1, 3)), -1)
         attended_BTKGH = ops.cast(attended_BTKGH, "float32") / sums_BTKG1
