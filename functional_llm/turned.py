@@ -37,10 +37,14 @@ class Turned:
     dtype: Any
 
     @property
+    def is_bits(self) -> bool:
+        """Whether the array holds the bits of half floats."""
+        return self.array.dtype != self.dtype
+
+    @property
     def numbers(self) -> Any:
         """The array in its dtype."""
-        is_bits = self.array.dtype != self.dtype
-        return lax.bitcast_convert_type(self.array, self.dtype) if is_bits else self.array
+        return lax.bitcast_convert_type(self.array, self.dtype) if self.is_bits else self.array
 
     def places(self, axes: Sequence[int]) -> Order:
         """Returns where these axes are."""
@@ -79,7 +83,7 @@ def _num_ones(turned: Turned) -> int:
 
     None of bits: it is the other way round with them, for the product reads what is made of them.
     """
-    if turned.array.dtype != turned.dtype:
+    if turned.is_bits:
         return 0
     return next((i for i, size in enumerate(turned.array.shape) if size != 1), turned.array.ndim)
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+import functional_llm as flm
+from functional_llm.quantizing import quantized_paths
 from tiny import save_tiny
 
 
@@ -102,10 +104,20 @@ def test_matrices_of_bytes(
     capsys: pytest.CaptureFixture[str],
     name: str,
 ) -> None:
-    options = ["--preset", tiny, "--max-new-tokens", "4", "--dtype", "bfloat16", "--seed", "1"]
+    backbones = []
+
+    class Recorded(flm.TextGenerator):
+        def __init__(self, backbone: Any, *args: Any) -> None:
+            super().__init__(backbone, *args)
+            backbones.append(backbone)
+
+    monkeypatch.setattr("functional_llm.TextGenerator", Recorded)
     monkeypatch.setattr("sys.stdin", io.StringIO("The quick"))
+    options = ["--preset", tiny, "--max-new-tokens", "4", "--dtype", "bfloat16"]
     assert run(repository, monkeypatch, name, *options, "--quantize", "int8") == 0
     assert capsys.readouterr().out.strip()
+    (backbone,) = backbones
+    assert quantized_paths(backbone)
 
 
 def test_interrupt_is_no_traceback(
