@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from functional_llm.convert.download import cache_directory
-from functional_llm.handles import locate
+from functional_llm.formats.download import cache_directory
+from functional_llm.presets.handles import locate
 
 PRESET = "smollm2_135m_instruct"
 

@@ -6,22 +6,26 @@ import os
 # or sets the variable keeps their choice.
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
-from functional_llm import peft, samplers, training
-from functional_llm.cache import make_cache
-from functional_llm.capturing import capture
-from functional_llm.composite import CompositeLayer
-from functional_llm.drawing import plot, tree_view
-from functional_llm.export import register_lowering
-from functional_llm.freezing import Freezable
-from functional_llm.fusing import fuse_projections
-from functional_llm.generate import Past, TextGenerator
-from functional_llm.handles import preset_names
-from functional_llm.layers import AttentionDotProduct, AttentionMask, KVCacheLookup
-from functional_llm.preset_table import list_presets
-from functional_llm.presets import Backbone, Tokenizer
-from functional_llm.quantizing import quantize
-from functional_llm.rewiring import rewire, twin
-from functional_llm.selecting import select, walk
+from functional_llm import peft, training
+from functional_llm.edits.fusing import fuse_projections
+from functional_llm.edits.quantization import quantize
+from functional_llm.generation import samplers
+from functional_llm.generation.text_generator import PromptCache, TextGenerator
+from functional_llm.graph.capturing import capture
+from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.drawing import plot, tree_view
+from functional_llm.graph.freezing import Freezable
+from functional_llm.graph.rewiring import rewire, shared_copy
+from functional_llm.graph.selection import select, walk
+from functional_llm.layers.attention import AttentionDotProduct, AttentionMask, KVCacheLookup
+from functional_llm.layers.cache import make_cache
+from functional_llm.presets.backbone import Backbone, Tokenizer
+from functional_llm.presets.handles import preset_names
+from functional_llm.presets.table import list_presets
+from functional_llm.stock.lowering import register_lowering
+
+# Names of 0.1 that its users may have written.
+twin, Past = shared_copy, PromptCache
 
 __version__ = "0.1.0"
 
@@ -32,6 +36,7 @@ __all__ = [
     "CompositeLayer",
     "Freezable",
     "KVCacheLookup",
+    "PromptCache",
     "Past",
     "TextGenerator",
     "Tokenizer",
@@ -49,6 +54,7 @@ __all__ = [
     "select",
     "training",
     "tree_view",
+    "shared_copy",
     "twin",
     "walk",
 ]

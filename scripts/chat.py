@@ -17,7 +17,7 @@ def main() -> int:
             backbone = flm.quantize(backbone, arguments.quantize)
         tokenizer = flm.Tokenizer.from_preset(arguments.preset)
         generator = flm.TextGenerator(backbone, tokenizer)
-        talk(generator, tokenizer, sampler, arguments, flm.Past())
+        talk(generator, tokenizer, sampler, arguments, flm.PromptCache())
     except (ValueError, OSError, RuntimeError) as error:
         print(f"chat.py: {error}", file=sys.stderr)
         return 2

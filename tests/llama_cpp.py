@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from functional_llm.convert.download import cache_directory
+from functional_llm.formats.download import cache_directory
 
 # Of a source distribution pip asks its build system for metadata, which takes seconds and compiles
 # nothing; what that build system needs may come as wheels.

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,57 +13,23 @@ import pytest
 PACKAGE = "functional_llm"
 SOURCE = Path(__file__).resolve().parents[1] / PACKAGE
 
-# A module imports only lower ranks. A folder's rank holds for every module in it.
-RANKS = {
-    "family": 0,
-    "structure": 0,
-    "composite": 0,
-    "layers": 0,
-    "row_products": 0,
-    "turned": 0,
-    "products": 1,
-    "sampling_math": 0,
-    "samplers": 0,
-    "tokenizers": 0,
-    "selecting": 1,
-    "freezing": 1,
-    "rewiring": 1,
-    "capturing": 1,
-    "drawing": 1,
-    "comparing": 1,
-    "quantizing": 3,
-    "fusing": 3,
-    "cache": 1,
-    "inputs": 2,
-    "blocks": 1,
-    "export": 2,
-    "backbones": 2,
-    "convert": 2,
-    "peft": 3,
-    "handles": 3,
-    "generate": 3,
-    "decoding": 3,
-    "writing": 3,
-    "training": 3,
-    "preset_table": 4,
-    "checkpoint": 4,
-    "presets": 4,
-    "": 9,  # functional_llm/__init__.py
-}
-
-# Modules of one rank may import each other inside one folder, or inside one of these families.
-FAMILIES = {
-    "structure": "composite",
-    "sampling_math": "samplers",
-    "decoding": "generate",
-    "writing": "generate",
-    "selecting": "rewiring",
-    "freezing": "rewiring",
-    "capturing": "rewiring",
-    "drawing": "rewiring",
-    "comparing": "rewiring",
-    "checkpoint": "presets",
-}
+# The rooms of the package, from the bottom up. What a room may import, its `__init__` says.
+ROOMS = (
+    "files",
+    "graph",
+    "cpu",
+    "tokenizers",
+    "layers",
+    "blocks",
+    "backbones",
+    "formats",
+    "stock",
+    "edits",
+    "peft",
+    "generation",
+    "training",
+    "presets",
+)
 
 
 def read_modules(source: Path) -> dict[str, ast.Module]:
@@ -117,26 +84,43 @@ def internal_imports(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
     return edges
 
 
-def find_violations(trees: dict[str, ast.Module]) -> list[str]:
-    """Returns a line for every module without a rank and every import that does not go down."""
+def allowed_imports(room: str, docstring: str) -> set[str]:
+    """Returns the rooms that a room's docstring names as those it may import."""
+    (text,) = re.findall(r"^May import: (.*?)\.$", docstring, re.M | re.S)
+    text = " ".join(text.split())
+    if text == "no other room":
+        return set()
+    if text == "every room above":
+        return set(ROOMS[: ROOMS.index(room)])
+    return set(text.split(", "))
+
+
+def read_allowed(source: Path) -> dict[str, set[str]]:
+    """Returns room -> the rooms it may import."""
+    docstrings = {
+        room: ast.get_docstring(ast.parse((source / room / "__init__.py").read_text("utf-8"))) or ""
+        for room in ROOMS
+    }
+    return {room: allowed_imports(room, text) for room, text in docstrings.items()}
+
+
+def find_violations(trees: dict[str, ast.Module], allowed: dict[str, set[str]]) -> list[str]:
+    """Returns a line for every import that a room may not make."""
     lines = []
     for module, targets in internal_imports(trees).items():
-        top = module.partition(".")[0]
-        if top not in RANKS:
-            lines.append(f"{PACKAGE}.{module} has no rank: give '{top}' one in {__file__}")
+        room = module.partition(".")[0]
+        if not room:  # functional_llm/__init__.py offers what all rooms have
+            continue
+        if room not in allowed:
+            lines.append(f"{PACKAGE}.{module}: expected a module in one of the rooms {ROOMS}")
             continue
         for target in sorted(targets):
             other = target.partition(".")[0]
-            if other not in RANKS:
-                lines.append(f"{PACKAGE}.{module} imports {PACKAGE}.{target}, which has no rank")
-                continue
-            is_near = FAMILIES.get(top, top) == FAMILIES.get(other, other)
-            if RANKS[other] < RANKS[top] or (RANKS[other] == RANKS[top] and is_near):
-                continue
-            lines.append(
-                f"{PACKAGE}.{module} [{RANKS[top]}] imports {PACKAGE}.{target} [{RANKS[other]}]: "
-                "expected a lower rank, or the same inside one folder"
-            )
+            if other != room and other not in allowed[room]:
+                lines.append(
+                    f"{PACKAGE}.{module} imports {PACKAGE}.{target}: expected only "
+                    f"{sorted(allowed[room])}, as {room}/__init__.py says"
+                )
     return lines
 
 
@@ -159,43 +143,96 @@ def find_cycle(edges: dict[str, set[str]]) -> list[str]:
     return next((cycle for cycle in (visit(module, []) for module in edges) if cycle), [])
 
 
-def test_imports_go_downwards() -> None:
-    assert "\n".join(find_violations(read_modules(SOURCE))) == ""
+def test_rooms_are_all_there_and_few() -> None:
+    entries = {path.name for path in SOURCE.iterdir() if path.name != "__pycache__"}
+    assert entries == {*ROOMS, "__init__.py", "py.typed"}
+    assert len(entries) <= 16
+
+
+def test_rooms_may_only_import_rooms_above_them() -> None:
+    for room, allowed in read_allowed(SOURCE).items():
+        assert allowed <= set(ROOMS[: ROOMS.index(room)]), room
+
+
+def test_imports_are_those_that_rooms_allow() -> None:
+    violations = find_violations(read_modules(SOURCE), read_allowed(SOURCE))
+    assert "\n".join(violations) == ""
+
+
+def test_rooms_name_no_import_that_nobody_needs() -> None:
+    used: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for module, targets in internal_imports(read_modules(SOURCE)).items():
+        room = module.partition(".")[0]
+        if room:
+            used[room] |= {target.partition(".")[0] for target in targets} - {room}
+    allowed = read_allowed(SOURCE)
+    del allowed["presets"]  # says "every room above"
+    assert allowed == {room: used[room] for room in allowed}
+
+
+def test_the_readme_shows_the_rooms_in_their_order() -> None:
+    text = (SOURCE.parent / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^  (\w+)/ +\S", text[text.index("functional_llm/\n") :], re.M)
+    assert tuple(shown) == ROOMS
+
+
+def test_engines_of_formats_name_no_family() -> None:
+    edges = internal_imports(read_modules(SOURCE))
+    named = {
+        (module, target)
+        for module, targets in edges.items()
+        if module.partition(".")[0] == "formats"
+        for target in targets
+        if target.startswith("backbones")
+    }
+    assert {target for _, target in named} == {"backbones.family"}
 
 
 def test_imports_have_no_cycle() -> None:
     assert find_cycle(internal_imports(read_modules(SOURCE))) == []
 
 
-def test_families_name_ranked_modules() -> None:
-    assert set(FAMILIES) | set(FAMILIES.values()) <= set(RANKS)
-
-
 @pytest.mark.parametrize(
     ("module", "code", "expected"),
     [
-        ("layers", "def f():\n    import functional_llm.cache", "[0] imports"),
-        ("layers", "from functional_llm import presets", "functional_llm.presets [4]"),
-        ("layers", "import functional_llm", "functional_llm. [9]"),
-        ("layers", "from functional_llm import composite", "or the same inside one folder"),
-        ("blocks.mlp", "from ..generate import x", "functional_llm.generate [3]"),
-        ("blocks.mlp", "if TYPE_CHECKING:\n    from .. import cache", "functional_llm.cache [1]"),
-        ("convert.table", "importlib.import_module('functional_llm.generate')", "generate [3]"),
-        ("convert.table", "from functional_llm.backbones.llama import x", "backbones.llama [2]"),
-        ("sampling", "import jax", "functional_llm.sampling has no rank: give 'sampling' one"),
+        (
+            "layers.a",
+            "def f():\n    import functional_llm.blocks.norm",
+            "blocks.norm: expected",
+        ),
+        ("layers.a", "from functional_llm import presets", "functional_llm.presets: expected only"),
+        ("layers.a", "import functional_llm", "functional_llm.: expected only []"),
+        ("blocks.mlp", "from ..generation import x", "functional_llm.generation: expected only"),
+        ("blocks.mlp", "if TYPE_CHECKING:\n    from .. import files", "functional_llm.files"),
+        (
+            "formats.table",
+            "importlib.import_module('functional_llm.generation.text')",
+            "generation.text: expected only ['graph']",
+        ),
+        ("formats.table", "from functional_llm.graph import x", ""),
+        (
+            "sampling",
+            "import jax",
+            "functional_llm.sampling: expected a module in",
+        ),
         ("blocks.mlp", "from . import norm\nfrom .norm import x\nfrom ..layers import y", ""),
-        ("samplers", "from functional_llm.sampling_math import x", ""),
-        ("samplers", "from functional_llm.tokenizers import x", "or the same inside one folder"),
-        ("tokenizers.text", "from functional_llm.tokenizers import stream", ""),
-        ("", "from functional_llm.presets import x\nfrom . import samplers", ""),
+        ("", "from functional_llm.presets.backbone import x\nfrom . import samplers", ""),
     ],
 )
 def test_the_test_sees(module: str, code: str, expected: str) -> None:
-    names = ["", *RANKS, "tokenizers.stream", "blocks.norm", "backbones.llama", "convert.table"]
+    allowed: dict[str, set[str]] = {room: set() for room in ROOMS}
+    allowed |= {"blocks": {"layers"}, "formats": {"graph"}}
+    names = ["", *ROOMS, "blocks.norm", "backbones.llama", "formats.table"]
     trees = {name: ast.parse("") for name in names} | {module: ast.parse(code)}
-    found = find_violations(trees)
+    found = find_violations(trees, allowed)
     assert bool(found) == bool(expected)
     assert expected in "\n".join(found)
+
+
+def test_the_test_reads_what_rooms_allow() -> None:
+    assert allowed_imports("layers", "X.\n\nMay import: no other room.\n\nOffers: x.") == set()
+    assert allowed_imports("cpu", "X.\n\nMay import: every room above.") == {"files", "graph"}
+    assert allowed_imports("blocks", "May import: graph,\nlayers.\n") == {"graph", "layers"}
 
 
 def test_the_test_sees_cycles() -> None:

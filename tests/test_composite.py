@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from functional_llm.composite import CompositeLayer, clone_graph, expand
+from functional_llm.graph.composite import CompositeLayer, clone_graph, expand
 
 # Keras 3.15 with NumPy 2, saving any model: not ours to change.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import functional_llm as flm
-from functional_llm.checkpoint import FAMILIES
+from functional_llm.backbones.families import FAMILIES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ADDING = REPOSITORY / "docs" / "adding_a_family.md"

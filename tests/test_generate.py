@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import functional_llm as flm
-from functional_llm.generate import TextGenerator
+from functional_llm.generation.text_generator import TextGenerator
 from tiny import save_tiny
 
 PROMPT = "The quick brown fox"
@@ -177,7 +177,7 @@ def test_weights_that_changed_are_used(folder: str) -> None:
 
 
 def test_a_conversation_reuses_its_cache(generator: TextGenerator) -> None:
-    past = flm.Past()
+    past = flm.PromptCache()
     messages: list[dict[str, str]] = []
     tokenizer = _tokenizer(generator)
     for turn in ("One", "Two?", "Three " * 40):  # the last outgrows the cache
@@ -193,7 +193,7 @@ def test_a_conversation_reuses_its_cache(generator: TextGenerator) -> None:
 
 
 def test_a_conversation_survives_another_beginning(generator: TextGenerator) -> None:
-    past = flm.Past()
+    past = flm.PromptCache()
     list(generator.stream([1, 2, 3, 4, 5, 6], 8, past=past))
     expected = "".join(generator.stream([1, 2, 3, 9, 9], 8))
     stream = generator.stream([1, 2, 3, 9, 9], 8, past=past)

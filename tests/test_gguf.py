@@ -15,8 +15,8 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize, quantize
 
-from functional_llm.convert.gguf import GGUFFile, open_gguf
-from functional_llm.convert.safetensors import open_safetensors
+from functional_llm.formats.gguf_file import GGUFFile, open_gguf
+from functional_llm.formats.safetensors_reader import open_safetensors
 
 Kind = GGMLQuantizationType
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

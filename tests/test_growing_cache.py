@@ -11,10 +11,10 @@ import pytest
 
 import functional_llm as flm
 from configs import CONFIGS
-from functional_llm import generate
-from functional_llm.cache import num_slots
-from functional_llm.decoding import Programs
-from functional_llm.generate import TextGenerator
+from functional_llm.generation import text_generator as generate
+from functional_llm.generation.programs import Programs
+from functional_llm.generation.text_generator import TextGenerator
+from functional_llm.layers.cache import num_slots
 from reference import save_reference
 from tiny import save_tiny
 
@@ -115,7 +115,7 @@ def test_a_conversation_grows_within_and_between_its_turns(
 ) -> None:
     generator = TextGenerator(backbone)
     _in_steps(monkeypatch)
-    past, ids = flm.Past(), [5, 9, 20]
+    past, ids = flm.PromptCache(), [5, 9, 20]
     for count in (10, 60, 3, 90):
         ids += list(range(30, 40))
         fresh = generator.generate_ids([ids], count)[0]
@@ -130,7 +130,7 @@ def test_a_conversation_grows_within_and_between_its_turns(
 
 def test_the_cache_of_an_earlier_turn_is_let_go(folder: Path) -> None:
     generator = TextGenerator(flm.Backbone.from_preset(str(folder)))
-    past = flm.Past()
+    past = flm.PromptCache()
     list(generator._run([[5, 9]], 8, "greedy", [], 0, past))
     before = [weakref.ref(x) for x in jax.tree.leaves(past.cache)]
     run = generator._run([[*past.ids, 7]], 8, "greedy", [], 0, past)

@@ -13,7 +13,8 @@ from keras import ops
 
 import functional_llm as flm
 from configs import CONFIGS
-from functional_llm.freezing import freeze_variables
+from functional_llm.backbones import families
+from functional_llm.graph.freezing import freeze_variables
 from reference import save_reference
 
 IDS = np.random.default_rng(0).integers(0, 128, (2, 9)).astype("int32")
@@ -284,7 +285,7 @@ def test_an_einsum_that_is_no_matrix_product() -> None:
 def test_adapters_over_bfloat16(one: Any, tmp_path: Path) -> None:
     flm.peft.save_adapter(METHODS["lora"](one), tmp_path)
     model = flm.rewire(one)  # a model of its own, whose layers become bfloat16
-    backbone = flm.Backbone._build(flm.checkpoint.FAMILIES["llama"], one.config, "bfloat16")
+    backbone = flm.Backbone._build(families.FAMILIES["llama"], one.config, "bfloat16")
     for variable, exact in zip(backbone.variables, model.variables, strict=True):
         variable.assign(exact)
     for name, attach in METHODS.items():
@@ -429,7 +430,7 @@ def test_a_failed_save_keeps_the_old_file(
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("functional_llm.peft.saving.save_file", full_disk)
+    monkeypatch.setattr("functional_llm.peft.adapter_files.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         flm.peft.save_adapter(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 import functional_llm as flm
-from functional_llm.checkpoint import FAMILIES
-from functional_llm.convert.huggingface import (
+from functional_llm.backbones.families import FAMILIES
+from functional_llm.formats.hf_config import (
     decode_config,
     encode_config,
     read_config,
     write_config,
 )
-from functional_llm.convert.table import uninitialized
-from functional_llm.handles import read_preset
-from functional_llm.preset_table import PresetTable
+from functional_llm.graph.keras_private import uninitialized
+from functional_llm.presets.handles import read_preset
+from functional_llm.presets.table import PresetTable
 
 # The config.json of published models, under the names of their presets: keys and values as public
 # projects quote them, keys sorted. None was fetched from the Hub itself.

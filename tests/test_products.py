@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from functional_llm.products import with_fast_products
+from functional_llm.cpu.rewriter import optimize_for_cpu
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="others need no exchange")
 RANDOM = np.random.default_rng(0)
@@ -101,7 +101,7 @@ CASES: dict[str, tuple[Callable[..., Any], Any, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_numbers_are_the_same_and_no_product_is_slow(case: str) -> None:
     function, x, y = CASES[case]
-    fast = with_fast_products(function)
+    fast = optimize_for_cpu(function)
     result, expected = jax.jit(fast)(x, y), jax.jit(function)(x, y)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), result) == jax.tree.map(
         lambda a: (a.shape, a.dtype), expected
@@ -134,7 +134,7 @@ def test_the_smaller_factor_of_a_gradient_is_turned_round(subscripts: str, dtype
     def gradient(x: Any, y: Any) -> Any:
         return jax.lax.dot_general(x, y, ((summed, summed), (paired, paired)))
 
-    fast = with_fast_products(gradient)
+    fast = optimize_for_cpu(gradient)
     expected = np.einsum(subscripts, np.asarray(x, "float32"), np.asarray(y, "float32"))
     tolerance = {"float32": 1e-4, "bfloat16": 0.01 * np.abs(expected).max()}[dtype]
     np.testing.assert_allclose(np.asarray(jax.jit(fast)(x, y), "float32"), expected, atol=tolerance)
@@ -148,7 +148,7 @@ def test_an_embedding_gives_its_very_rows() -> None:
     def look_up(table: Any, ids: Any) -> Any:
         return jnp.take(table, ids, axis=0)
 
-    result = np.asarray(jax.jit(with_fast_products(look_up))(table, ids), "float32")
+    result = np.asarray(jax.jit(optimize_for_cpu(look_up))(table, ids), "float32")
     expected = np.asarray(look_up(table, ids), "float32")
     np.testing.assert_array_equal(result, expected)
     assert np.isnan(result[2, 1]).all()  # beyond the table, as ever
@@ -162,7 +162,7 @@ def test_a_float32_program_stays_as_it_is_and_is_traced_once() -> None:
         return _loop(x, y)
 
     x, y = _array(1, 24, dtype="float32"), _array(24, 24, dtype="float32")
-    program = jax.make_jaxpr(with_fast_products(function))(x, y)
+    program = jax.make_jaxpr(optimize_for_cpu(function))(x, y)
     (equation,) = program.eqns
     assert str(equation.params["jaxpr"]) == str(jax.make_jaxpr(_loop)(x, y))
     assert len(calls) == 1
@@ -181,12 +181,12 @@ def test_one_row_times_a_matrix_is_the_product_of_the_numbers_it_has(
         y = matrix.astype(x.dtype)
         return jnp.matmul(x, y.T if is_transposed else y, preferred_element_type="float32")
 
-    program = jax.make_jaxpr(with_fast_products(product))(x, matrix)
+    program = jax.make_jaxpr(optimize_for_cpu(product))(x, matrix)
     assert all(matrix.shape not in [y.shape for y in inputs] for inputs, _ in _products(program))
     expected = np.asarray(x, "float64") @ (
         np.asarray(matrix, "float64").T if is_transposed else np.asarray(matrix, "float64")
     )
-    result = jax.jit(with_fast_products(product))(x, matrix)
+    result = jax.jit(optimize_for_cpu(product))(x, matrix)
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
@@ -206,7 +206,7 @@ def test_only_the_rows_are_rounded_in_a_product_with_bytes(
     rows, bytes_ = np.asarray(x.astype("bfloat16"), "float64"), np.asarray(matrix, "float64")
     expected = rows @ (bytes_.T if is_transposed else bytes_)
     for is_cast in (True, False):  # as strict promotion wants it, and as Keras writes it
-        fast = with_fast_products(partial(product, is_cast=is_cast))
+        fast = optimize_for_cpu(partial(product, is_cast=is_cast))
         for inputs, _ in _products(jax.make_jaxpr(fast)(x, matrix)):
             assert [y.dtype for y in inputs] == ["bfloat16"] * 2
         np.testing.assert_allclose(jax.jit(fast)(x, matrix), expected, rtol=1e-5, atol=1e-2)
@@ -219,13 +219,13 @@ def test_integers_times_bytes_stay_integers(num_rows: int) -> None:
     def product(x: Any, matrix: Any) -> Any:
         return jnp.matmul(x, matrix.astype(x.dtype))
 
-    result = jax.jit(with_fast_products(product))(x, matrix)
+    result = jax.jit(optimize_for_cpu(product))(x, matrix)
     np.testing.assert_array_equal(result, np.asarray(x) @ np.asarray(matrix, "int32"))
 
 
 @pytest.mark.parametrize("num_rows", [3, 100])
 def test_a_large_head_of_bytes_in_parts(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("functional_llm.products._PART", 200)
+    monkeypatch.setattr("functional_llm.cpu.rewriter._PART", 200)
     matrix = _array(35, 24, dtype="int8")
     x, weights = _array(2, num_rows, 24, dtype="float32"), _array(2, num_rows, 35, dtype="float32")
 
@@ -233,7 +233,7 @@ def test_a_large_head_of_bytes_in_parts(num_rows: int, monkeypatch: pytest.Monke
         logits = jnp.matmul(x, matrix.T.astype(x.dtype))
         return jnp.sum(logits * weights), logits
 
-    program = with_fast_products(jax.value_and_grad(loss, has_aux=True))
+    program = optimize_for_cpu(jax.value_and_grad(loss, has_aux=True))
     (_, logits), gradient = jax.jit(program)(x, weights)
     x, weights = (np.asarray(a.astype("bfloat16"), "float64") for a in (x, weights))
     exact = np.asarray(matrix, "float64")
@@ -253,7 +253,7 @@ def test_no_copy_of_matrices_of_bytes_stays_in_memory() -> None:
         return jax.lax.fori_loop(0, 5, lambda i, x: step(x, matrices), x)
 
     for program in (step, loop):
-        fast = jax.jit(with_fast_products(program))
+        fast = jax.jit(optimize_for_cpu(program))
         compiled: Any = fast.lower(_array(4, 256, dtype="float32"), matrices).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < 3 * 2 * matrices[0].size
 
@@ -272,17 +272,17 @@ def test_one_row_makes_no_copy_of_a_matrix(is_turned: bool, size: int, dtype: st
         return jax.lax.fori_loop(0, 5, step, x)
 
     x = _array(1, size, dtype="bfloat16" if dtype == "bfloat16" else "float32")
-    compiled: Any = jax.jit(with_fast_products(loop)).lower(x, matrix).compile()
+    compiled: Any = jax.jit(optimize_for_cpu(loop)).lower(x, matrix).compile()
     sums = 4 * matrix.size // 8
     assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * sums
 
 
 def test_one_row_times_a_matrix_with_many_axes() -> None:
     x, y = _array(1, 8, 64, dtype="float32"), _array(8, 64, 96, dtype="float32")
-    out = jax.jit(with_fast_products(lambda x, y: jnp.einsum("tnh,nhd->td", x, y)))(x, y)
+    out = jax.jit(optimize_for_cpu(lambda x, y: jnp.einsum("tnh,nhd->td", x, y)))(x, y)
     np.testing.assert_allclose(out, np.einsum("tnh,nhd->td", x, y), rtol=1e-4, atol=1e-4)
     x, y = _array(1, 512, dtype="float32"), _array(512, 8, 64, dtype="float32")
-    out = jax.jit(with_fast_products(lambda x, y: jnp.einsum("td,dnh->tnh", x, y)))(x, y)
+    out = jax.jit(optimize_for_cpu(lambda x, y: jnp.einsum("td,dnh->tnh", x, y)))(x, y)
     np.testing.assert_allclose(out, np.einsum("td,dnh->tnh", x, y), rtol=1e-4, atol=1e-4)
 
 
@@ -324,7 +324,7 @@ def test_a_loop_carries_a_cache_as_its_products_want_it(dtype: str, batch: int) 
     cache = _array(batch, 10, 3, 8, dtype=dtype)
     query = _array(batch, 1, 3, 2, 8, dtype=dtype)
     start = jnp.array([8, 0, -2], "int32")[:batch]
-    fast = with_fast_products(_decode)
+    fast = optimize_for_cpu(_decode)
     expected, result = jax.jit(_decode)(cache, query, start), jax.jit(fast)(cache, query, start)
     tolerance = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01}[dtype]
     for ours, theirs in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
@@ -346,7 +346,7 @@ def test_a_row_is_written_without_a_copy_of_the_cache(batch: int, num_heads: int
     cache = _array(batch, 256, num_heads, 64, dtype="float32")
     query = _array(batch, 1, num_heads, 2, 64, dtype="float32")
     start = jnp.array([8, 0, -2], "int32")[:batch]
-    compiled = jax.jit(with_fast_products(_decode)).lower(cache, query, start).compile()
+    compiled = jax.jit(optimize_for_cpu(_decode)).lower(cache, query, start).compile()
     text = compiled.as_text() or ""
     (body,) = re.findall(r"body=%([\w.-]+)", text[text.index("ENTRY") :])
     (steps,) = re.findall(rf"^%{re.escape(body)} .*?^}}", text, re.DOTALL | re.MULTILINE)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from configs import CONFIGS
-from functional_llm import checkpoint
-from functional_llm.cache import make_cache
-from functional_llm.convert.safetensors import open_safetensors
-from functional_llm.convert.table import expand_table, export_weights
-from functional_llm.generate import TextGenerator
-from functional_llm.presets import Backbone
+from functional_llm.backbones.families import FAMILIES
+from functional_llm.formats.safetensors_reader import open_safetensors
+from functional_llm.formats.weight_table import expand_table, export_weights
+from functional_llm.generation.text_generator import TextGenerator
+from functional_llm.layers.cache import make_cache
+from functional_llm.presets.backbone import Backbone
 from reference import reference_greedy, reference_logits, save_reference
 
 
@@ -157,7 +157,7 @@ def test_packed_segments_do_not_see_each_other(pair: Any) -> None:
 
 def test_table_there_and_back_is_the_identity(pair: Any) -> None:
     variables, config = pair.ours.variables, pair.ours.config
-    family = next(f for f in checkpoint.FAMILIES.values() if isinstance(config, f.config_class))
+    family = next(f for f in FAMILIES.values() if isinstance(config, f.config_class))
     tensors = expand_table(family.weights, [v.path for v in variables], config.num_layers)
     source = open_safetensors(pair.folder)
     exported = dict(export_weights(variables, tensors))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import functional_llm as flm
+from functional_llm.stock import lowering
 from tiny import save_tiny
 
 IDS = np.random.default_rng(0).integers(3, 250, (2, 7)).astype("int32")
@@ -55,7 +56,7 @@ def test_recipes_in_stock_files(
     names = run([*code[:1], *code[begin : begin + 2]], folder, {})
     model = names["lora_backbone" if name == "LoRADense" else "svf_backbone"]
     move(model)
-    monkeypatch.setattr("functional_llm.export._LOWERINGS", dict(flm.export._LOWERINGS))
+    monkeypatch.setattr(lowering, "_LOWERINGS", dict(lowering._LOWERINGS))
     flm.register_lowering(names[name], names[name].call)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")

@@ -13,8 +13,8 @@ from keras import ops, tree
 
 import functional_llm as flm
 from configs import CONFIGS
-from functional_llm.composite import CompositeLayer
-from functional_llm.rewiring import _names_of_every_model
+from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.rewiring import _names_of_every_model
 from reference import save_reference
 
 IDS = np.random.default_rng(0).integers(0, 128, (2, 9)).astype("int32")
@@ -587,7 +587,7 @@ def test_private_keras_is_as_expected() -> None:
     assert layer._inbound_nodes == [node]
     assert node.arguments.keras_tensors == [x]
     assert node.arguments.fill_in({id(x): 1}) == ((1,), {})
-    new = flm.twin(layer)
+    new = flm.shared_copy(layer)
     for name in ("_inbound_nodes", "_outbound_nodes", "_losses", "_losses_override"):
         assert vars(layer)[name] is not vars(new)[name]
         assert vars(new)[name] == []

@@ -14,7 +14,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save, save_file
 
-from functional_llm.convert.safetensors import INDEX_NAME, SafetensorsFolder, open_safetensors
+from functional_llm.formats.safetensors_reader import (
+    INDEX_NAME,
+    SafetensorsFolder,
+    open_safetensors,
+)
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 

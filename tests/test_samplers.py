@@ -11,7 +11,7 @@ import torch
 from transformers.generation import logits_process
 
 from functional_llm import samplers
-from functional_llm.samplers import (
+from functional_llm.generation.samplers import (
     Categorical,
     Greedy,
     MinP,

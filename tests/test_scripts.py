@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import functional_llm as flm
-from functional_llm.quantizing import quantized_paths
+from functional_llm.edits.quantization import quantized_paths
 from tiny import save_tiny
 
 

@@ -16,8 +16,9 @@ from keras import ops
 
 import functional_llm as flm
 from configs import CONFIGS
-from functional_llm.comparing import same_graph
-from functional_llm.export import Lowering
+from functional_llm.graph.equality import same_graph
+from functional_llm.stock import lowering
+from functional_llm.stock.lowering import Lowering
 from reference import save_reference
 from stock import BACKENDS, TESTS, run_stock
 from tiny import save_tiny
@@ -300,7 +301,7 @@ def test_a_layer_of_a_users_own(
         model.save(path)
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
-    monkeypatch.setattr("functional_llm.export._LOWERINGS", dict(flm.export._LOWERINGS))
+    monkeypatch.setattr(lowering, "_LOWERINGS", dict(lowering._LOWERINGS))
     flm.register_lowering(Loud, Loud.call)
     model.save(path)
     loaded, token_ids = keras.saving.load_model(path), _tokens(2, 8)

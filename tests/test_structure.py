@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from keras import InputSpec, layers, tree
 
-from functional_llm.composite import CompositeLayer
-from functional_llm.structure import (
+from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.signature import (
     Structure,
     decode,
     describe,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from functional_llm.convert.gguf import open_gguf
+from functional_llm.formats.gguf_file import open_gguf
 from functional_llm.tokenizers import TextTokenizer
 from functional_llm.tokenizers.chat_template import ChatTemplate
 from test_tokenizers import CHAT, stream

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from configs import CONFIGS
-from functional_llm.presets import Backbone
-from functional_llm.rewiring import rewire
+from functional_llm.graph.rewiring import rewire
+from functional_llm.presets.backbone import Backbone
 from functional_llm.training import (
     SAVING_FLAG,
     Batches,
@@ -205,7 +205,7 @@ MEASURE_REMAT = """
 import sys
 from pathlib import Path
 import jax
-from functional_llm.presets import Backbone
+from functional_llm.presets.backbone import Backbone
 from test_training_loss import Batches, LossModel, _examples, _loss_function, pack
 backbone = Backbone.from_preset(Path(sys.argv[1]))
 batch = Batches(pack(_examples(99), 128), 4)[0]

@@ -10,14 +10,14 @@ from typing import Any
 import keras
 
 from functional_llm.backbones import llama
+from functional_llm.backbones.family import COMMON_KEYS, Family, complete_common_keys
 from functional_llm.blocks.attention import Part, attention, heads, key_value_shapes
 from functional_llm.blocks.decoder import pre_norm
-from functional_llm.blocks.language_model import LayerType, causal_lm, scale
+from functional_llm.blocks.language_model import Graph, LayerType, causal_lm, scale
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.blocks.norm import offset_rms_norm
 from functional_llm.blocks.rope import Rope, RopeScaling, rotary
-from functional_llm.composite import CompositeLayer
-from functional_llm.family import COMMON_KEYS, Family, Graph, complete_common_keys
+from functional_llm.graph.composite import CompositeLayer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,15 +10,15 @@ from typing import Any
 import keras
 
 from functional_llm.backbones import gemma
+from functional_llm.backbones.family import COMMON_KEYS, Family
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import sandwich
-from functional_llm.blocks.language_model import LayerType, soft_cap
+from functional_llm.blocks.language_model import Graph, LayerType, soft_cap
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.blocks.norm import offset_rms_norm
 from functional_llm.blocks.rope import Rope, RopeScaling, rotary
-from functional_llm.composite import CompositeLayer
-from functional_llm.family import COMMON_KEYS, Family, Graph
-from functional_llm.layers import AttentionDotProduct
+from functional_llm.graph.composite import CompositeLayer
+from functional_llm.layers.attention import AttentionDotProduct
 
 
 @dataclass(frozen=True, kw_only=True)

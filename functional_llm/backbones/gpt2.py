@@ -9,13 +9,13 @@ from typing import Any
 
 import keras
 
+from functional_llm.backbones.family import Family, dense_rows, layer_norm_rows
 from functional_llm.blocks.attention import attention, heads, key_value_shapes
 from functional_llm.blocks.decoder import pre_norm
-from functional_llm.blocks.language_model import LayerType, causal_lm, learned_positions
+from functional_llm.blocks.language_model import Graph, LayerType, causal_lm, learned_positions
 from functional_llm.blocks.mlp import mlp
 from functional_llm.blocks.norm import layer_norm
-from functional_llm.composite import CompositeLayer
-from functional_llm.family import Family, Graph, dense_rows, layer_norm_rows
+from functional_llm.graph.composite import CompositeLayer
 
 
 @dataclass(frozen=True, kw_only=True)

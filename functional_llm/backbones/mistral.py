@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from functional_llm.backbones import llama
+from functional_llm.backbones.family import COMMON_KEYS, Family, complete_common_keys
+from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.rope import RopeScaling
-from functional_llm.family import COMMON_KEYS, Family, Graph, complete_common_keys
 
 
 @dataclass(frozen=True, kw_only=True)

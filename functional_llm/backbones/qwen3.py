@@ -9,13 +9,14 @@ from typing import Any
 import keras
 
 from functional_llm.backbones import llama, qwen2
+from functional_llm.backbones.family import Family
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import pre_norm
+from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.blocks.norm import rms_norm
 from functional_llm.blocks.rope import RopeScaling, rotary
-from functional_llm.composite import CompositeLayer
-from functional_llm.family import Family, Graph
+from functional_llm.graph.composite import CompositeLayer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,6 @@
-"""Parts of language models: functions that build layers and graphs. No family is named here."""
+"""Blocks: the parts that models are built of, as functions that return layers and graphs.
+
+May import: graph, layers.
+
+Offers: `attention`, `decoder`, `gated_mlp`, norms, RoPE, `causal_lm`; no family is named here.
+"""

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 
 import keras
 
-from functional_llm.composite import CompositeLayer
-from functional_llm.layers import AttentionDotProduct, KVCacheLookup
+from functional_llm.graph.composite import CompositeLayer
+from functional_llm.layers.attention import AttentionDotProduct, KVCacheLookup
 
 Part: TypeAlias = keras.layers.Layer | Callable[[Any, dict[str, Any]], Any]
 

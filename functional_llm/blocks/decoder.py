@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from functional_llm.blocks.attention import Part, apply_parts
-from functional_llm.composite import CompositeLayer
+from functional_llm.graph.composite import CompositeLayer
 
 
 def decoder(name: str, branches: Sequence[Sequence[Part]]) -> CompositeLayer:

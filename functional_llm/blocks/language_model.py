@@ -12,11 +12,11 @@ from keras import ops
 
 from functional_llm.blocks.attention import Part, apply_parts
 from functional_llm.blocks.rope import Rope, rotation
-from functional_llm.composite import CompositeLayer
-from functional_llm.family import Graph
-from functional_llm.layers import AttentionMask, KVCacheLookup
+from functional_llm.graph.composite import CompositeLayer
+from functional_llm.layers.attention import AttentionMask, KVCacheLookup
 
 Shapes: TypeAlias = Mapping[str, Any]
+Graph: TypeAlias = tuple[dict[str, Any], dict[str, Any]]  # symbolic inputs and outputs
 
 
 @dataclass(frozen=True)

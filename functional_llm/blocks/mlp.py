@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from functional_llm.composite import CompositeLayer
+from functional_llm.graph.composite import CompositeLayer
 
 ACTIVATIONS = {
     "silu": ops.silu,

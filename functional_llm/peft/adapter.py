@@ -11,10 +11,10 @@ from typing import Any, Self
 import keras
 from keras import ops
 
-from functional_llm.peft.initial import ones
+from functional_llm.graph.rewiring import rewire, shared_copy
+from functional_llm.graph.selection import Where, matches, select, walk
+from functional_llm.peft.initializers import ones
 from functional_llm.peft.linear import LINEAR_LAYERS, Linear
-from functional_llm.rewiring import rewire, twin
-from functional_llm.selecting import Where, matches, select, walk
 
 QUERY_AND_VALUE = ("query", "value")
 
@@ -42,7 +42,7 @@ class Adapter(keras.layers.Layer):
         self.supports_masking = True
         self.adapter_name = adapter_name
         self.activation = base.activation
-        self.base = twin(base)
+        self.base = shared_copy(base)
         self.base.activation = keras.activations.linear  # comes last, after the change
         self.gate = gate
         self._constants: list[Any] = []

@@ -8,10 +8,10 @@ from typing import Any
 import keras
 from keras import ops
 
+from functional_llm.graph.selection import Where
 from functional_llm.peft.adapter import attach, rank_for, seed_for, targets_for, value_for
 from functional_llm.peft.linear import Linear
 from functional_llm.peft.lora import LoRA
-from functional_llm.selecting import Where
 
 
 @keras.saving.register_keras_serializable("functional_llm")

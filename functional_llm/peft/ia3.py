@@ -4,9 +4,9 @@ from typing import Any
 
 import keras
 
+from functional_llm.graph.selection import Where
 from functional_llm.peft.adapter import Adapter, attach, find_targets
 from functional_llm.peft.linear import Linear
-from functional_llm.selecting import Where
 
 
 @keras.saving.register_keras_serializable("functional_llm")

@@ -10,10 +10,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from functional_llm.graph.selection import Where
 from functional_llm.peft.adapter import Adapter, attach, rank_for, seed_for, targets_for, value_for
-from functional_llm.peft.initial import uniform, zeros
+from functional_llm.peft.initializers import uniform, zeros
 from functional_llm.peft.linear import Linear
-from functional_llm.selecting import Where
 
 
 @keras.saving.register_keras_serializable("functional_llm")

@@ -5,9 +5,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from functional_llm.export import indices, register_lowering
 from functional_llm.peft.adapter import Adapter
 from functional_llm.peft.linear import Linear
+from functional_llm.stock.lowering import indices, register_lowering
 
 
 class _CalledLinear(Linear):

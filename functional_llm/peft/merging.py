@@ -4,10 +4,10 @@ from typing import Any
 
 from keras import ops
 
-from functional_llm.freezing import freeze_variables
+from functional_llm.graph.freezing import freeze_variables
+from functional_llm.graph.rewiring import rewire, shared_copy
+from functional_llm.graph.selection import walk
 from functional_llm.peft.adapter import Adapter, find_adapters
-from functional_llm.rewiring import rewire, twin
-from functional_llm.selecting import walk
 
 
 class _Before:
@@ -67,7 +67,7 @@ def unmerge(model: Any) -> Any:
         )
     new_model = rewire(
         model,
-        lambda layer, path: twin(layer.before_merging.adapter),
+        lambda layer, path: shared_copy(layer.before_merging.adapter),
         where=lambda _, path: path in merged,
     )
     own = [v for _, x in find_adapters(new_model) for v in x.adapter_weights.values()]

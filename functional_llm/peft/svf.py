@@ -6,9 +6,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from functional_llm.graph.selection import Where
 from functional_llm.peft.adapter import QUERY_AND_VALUE, Adapter, attach
 from functional_llm.peft.linear import Linear
-from functional_llm.selecting import Where
 
 
 @keras.saving.register_keras_serializable("functional_llm")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, overload
 
 from functional_llm.tokenizers.chat_template import ChatTemplate
-from functional_llm.tokenizers.directory import facts_from_directory
+from functional_llm.tokenizers.directory_reader import facts_from_directory
 from functional_llm.tokenizers.engines import Engine
 from functional_llm.tokenizers.gguf_vocabulary import facts_from_gguf
 from functional_llm.tokenizers.stream import StreamDecoder

@@ -1,4 +1,9 @@
-"""Fine-tuning with Keras's own `fit`: data, loss, schedules, checkpoints."""
+"""Training: datasets, packing, the loss, and the loop around Keras's own `fit`.
+
+May import: graph, cpu, tokenizers.
+
+Offers: `train`, `LossModel`, `make_examples`, `pack`.
+"""
 
 from functional_llm.training.callbacks import Checkpoints, History, Progress, TensorBoard
 from functional_llm.training.checkpoints import load_checkpoint, save_checkpoint

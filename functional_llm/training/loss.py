@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from functional_llm.products import with_fast_products
+from functional_llm.cpu.rewriter import optimize_for_cpu
 from functional_llm.training.rematerialize import rematerialize
 
 
@@ -78,11 +78,11 @@ class LossModel(keras.Model):
 
     def train_step(self, state: Any, data: Any) -> Any:
         """Returns the logs and the state after a step; Keras compiles it."""
-        return with_fast_products(super().train_step)(state, data)
+        return optimize_for_cpu(super().train_step)(state, data)
 
     def test_step(self, state: Any, data: Any) -> Any:
         """Returns the logs and the state after an evaluation; Keras compiles it."""
-        return with_fast_products(super().test_step)(state, data)
+        return optimize_for_cpu(super().test_step)(state, data)
 
     def compute_loss(
         self,

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import keras
 
-from functional_llm.composite import CompositeLayer
-from functional_llm.rewiring import rewire
+from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.rewiring import rewire
 
 # On CPUs, XLA's default order of work starts all of it as early as it can: what is computed again
 # would be kept all the same. A flag of XLA's, for the environment variable XLA_FLAGS.

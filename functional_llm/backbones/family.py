@@ -1,0 +1,110 @@
+"""Family: what the file of a family says of its models, as one value."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from functional_llm.blocks.language_model import Graph
+
+Row: TypeAlias = tuple[str, str, str]
+
+
+def _nothing(_: Any) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of models.
+
+    Args:
+        model_type: Its name in the `config.json` of a checkpoint.
+        architecture: The class of Transformers that loads such a checkpoint.
+        config_class: The frozen dataclass with a model's numbers.
+        build: Config -> inputs and outputs of the graph.
+        config_keys: Key of a `config.json` -> field of the config; `None` for a key that only
+            `complete_keys` reads. RoPE's keys are known to the reader.
+        config_aliases: Outdated key -> the key that says the same.
+        complete_keys: Given keys -> all keys, with what absent and outdated ones mean.
+        config_constants: Key -> the one value for which the graph is right.
+        written_keys: Config -> what Transformers needs in a `config.json` beside `config_keys`.
+        weights: Rows (tensor of a checkpoint, path of a variable, name of a transform); `{}` stands
+            for the layer. Rows that name one tensor are its parts, in order.
+        ignored: Patterns of tensors that checkpoints carry and nobody needs.
+        base_prefix: What the names of tensors lack in checkpoints of the bare model, if anything.
+        gguf_architecture: Its name in GGUF files; `None` if they have none of their own.
+        gguf_keys: Key of a GGUF file, without the architecture -> key of a `config.json`, where
+            they are not those of a Llama.
+        gguf_defaults: Given keys -> what a GGUF file does not say.
+        gguf_permuted: Projection whose rows llama.cpp reorders -> field with their number of heads.
+        gguf_transposed: Patterns of tensors that GGUF files hold transposed.
+        gguf_offset: Patterns of tensors that GGUF files hold with one added.
+    """
+
+    model_type: str
+    architecture: str
+    config_class: type
+    build: Callable[[Any], Graph]
+    config_keys: Mapping[str, str | None]
+    config_aliases: Mapping[str, str] = field(default_factory=dict)
+    complete_keys: Callable[[dict[str, Any]], dict[str, Any]]
+    config_constants: Mapping[str, Any] = field(default_factory=dict)
+    written_keys: Callable[[Any], dict[str, Any]] = _nothing
+    weights: Sequence[Row]
+    ignored: Sequence[str] = ()
+    base_prefix: str = "model."
+    gguf_architecture: str | None = None
+    gguf_keys: Mapping[str, str] = field(default_factory=dict)
+    gguf_defaults: Callable[[dict[str, Any]], dict[str, Any]] = _nothing
+    gguf_permuted: Mapping[str, str] = field(default_factory=dict)
+    gguf_transposed: Sequence[str] = ()
+    gguf_offset: Sequence[str] = ()
+
+
+def dense_rows(
+    source: str, target: str, kernel: str = "transpose", bias: str = "same"
+) -> list[Row]:
+    """Rows of a Dense: its kernel, which PyTorch's Linear stores transposed, and its bias."""
+    return [
+        (f"{source}.weight", f"{target}/kernel", kernel),
+        (f"{source}.bias", f"{target}/bias", bias),
+    ]
+
+
+def layer_norm_rows(source: str, target: str) -> list[Row]:
+    """Rows of a LayerNormalization."""
+    return [
+        (f"{source}.weight", f"{target}/gamma", "same"),
+        (f"{source}.bias", f"{target}/beta", "same"),
+    ]
+
+
+# What most families call their numbers in a `config.json`.
+COMMON_KEYS: dict[str, str | None] = {
+    "vocab_size": "vocabulary_size",
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_dim",
+    "intermediate_size": "intermediate_dim",
+    "num_attention_heads": "num_query_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "layer_norm_epsilon",
+    "max_position_embeddings": "max_sequence_length",
+    "hidden_act": "activation",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
+
+
+def complete_common_keys(keys: dict[str, Any]) -> dict[str, Any]:
+    """Adds what Transformers takes for most families where a `config.json` is silent."""
+    num_heads = keys["num_attention_heads"]
+    return {
+        "num_key_value_heads": num_heads,
+        "head_dim": keys["hidden_size"] // num_heads,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "rope_theta": 10000.0,
+        **keys,
+    }

@@ -1,0 +1,6 @@
+"""Edits: functions from one graph to another that are neither adapters nor formats.
+
+May import: graph, stock.
+
+Offers: `quantize`, `fuse_projections`.
+"""

@@ -1,0 +1,144 @@
+"""A GGUF file seen as a Hugging Face checkpoint: config keys, tensor names, layout of tensors.
+
+The names come from the `gguf` package's own map. No family is named here.
+"""
+
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from typing import Any
+
+import gguf
+import numpy as np
+
+from functional_llm.backbones.family import Family
+from functional_llm.formats.gguf_file import GGUFFile
+from functional_llm.formats.tensor_reader import float_dtype
+
+_KEYS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "rope.freq_base": "rope_theta",
+    "rope.freq_base_swa": "rope_local_base_freq",
+    "vocab_size": "vocab_size",
+}
+_ROPE_KEYS = {
+    "rope.scaling.factor": "factor",
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+    "rope.scaling.attn_factor": "attention_factor",
+    "rope.scaling.yarn_beta_fast": "beta_fast",
+    "rope.scaling.yarn_beta_slow": "beta_slow",
+}
+_BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+_FREQUENCIES = "rope_freqs.weight"
+
+
+def read_raw_config(file: GGUFFile, family: Family) -> dict[str, Any]:
+    """Returns the metadata as the keys of a `config.json`.
+
+    Args:
+        file: The open file.
+        family: The family it belongs to.
+
+    Raises:
+        ValueError: At keys of the architecture that have no counterpart, all named.
+    """
+    prefix = f"{family.gguf_architecture}."
+    keys = family.gguf_keys or _KEYS
+    given = {
+        key.removeprefix(prefix): value
+        for key, value in file.metadata.items()
+        if key.startswith(prefix)
+    }
+    config = {keys[key]: given.pop(key) for key in list(given) if key in keys}
+    config.setdefault("vocab_size", file.shapes.get("token_embd.weight", (0,))[0])
+    config["tie_word_embeddings"] = "output.weight" not in file.shapes
+    # What llama.cpp reads off the tensors, too.
+    for key, tensor in _BIASES.items():
+        if key in family.config_keys:
+            config[key] = tensor in file.shapes
+    head_dim = config.get("head_dim")
+    sizes: list[Any] = [config.get(key) for key in ("hidden_size", "num_attention_heads")]
+    if head_dim is None and all(type(size) is int and size > 0 for size in sizes):
+        head_dim = config["head_dim"] = sizes[0] // sizes[1]
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if given.pop(key, head_dim) != head_dim:
+            raise ValueError(f"{file.path}: {prefix}{key} unlike the head size {head_dim}.")
+    scaling = _rope_scaling(file, given)
+    if scaling:
+        config["rope_scaling"] = scaling
+    if given:
+        raise ValueError(
+            f"{file.path} has keys that nobody handles: {sorted(prefix + key for key in given)}."
+        )
+    return family.gguf_defaults(config) | config
+
+
+def _rope_scaling(file: GGUFFile, given: dict[str, Any]) -> dict[str, Any]:
+    kind = given.pop("rope.scaling.type", "none")
+    given.pop("rope.scaling.finetuned", None)
+    if kind == "none":
+        if _FREQUENCIES not in file.shapes:
+            return {}
+        factors = file.read(_FREQUENCIES, "float32")
+        return {"rope_type": "frequency_factors", "factors": tuple(factors.tolist())}
+    values = {_ROPE_KEYS[key]: given.pop(key) for key in list(given) if key in _ROPE_KEYS}
+    return {"rope_type": kind, **values}
+
+
+class GGUFCheckpoint:
+    """Tensors of a GGUF file under Hugging Face's names and in its layout.
+
+    Args:
+        file: The open file.
+        names: Hugging Face's names that the model needs.
+        family: The family it belongs to.
+        config: Its config.
+    """
+
+    def __init__(self, file: GGUFFile, names: Sequence[str], family: Family, config: Any) -> None:
+        self._file = file
+        self._family = family
+        self._heads = {
+            projection: getattr(config, field) for projection, field in family.gguf_permuted.items()
+        }
+        architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+        name_map = gguf.get_tensor_name_map(
+            architectures[str(family.gguf_architecture)], config.num_layers
+        )
+        self._names: dict[str, str] = {}
+        for name in names:
+            theirs = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
+            if theirs in file.shapes:
+                self._names[name] = theirs
+        left = set(file.shapes) - set(self._names.values()) - {_FREQUENCIES}
+        self._names.update({name: name for name in left})
+        self.shapes = {
+            name: file.shapes[theirs][:: -1 if self._is_transposed(name) else 1]
+            for name, theirs in self._names.items()
+        }
+
+    def _is_transposed(self, name: str) -> bool:
+        return any(fnmatch(name, pattern) for pattern in self._family.gguf_transposed)
+
+    def read(self, name: str, dtype: str) -> np.ndarray:
+        """Returns one tensor in a dtype."""
+        if any(fnmatch(name, pattern) for pattern in self._family.gguf_offset):
+            # In float32: what was added would cost a narrow type most of its digits.
+            return (self._file.read(self._names[name], "float32") - 1).astype(float_dtype(dtype))
+        array = self._file.read(self._names[name], dtype)
+        if self._is_transposed(name):
+            return array.T
+        for projection, num_heads in self._heads.items():
+            if f".{projection}." in name:
+                pairs = array.reshape(num_heads, -1, 2, *array.shape[1:])
+                return pairs.swapaxes(1, 2).reshape(array.shape)
+        return array

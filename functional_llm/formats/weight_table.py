@@ -1,0 +1,282 @@
+"""Checkpoint tables: tensors of a file <-> variables of a model, strict both ways.
+
+A row is (tensor name, variable path, transform name); `{}` in both names stands for the layer. A
+table may hold rows for parts that a config leaves out (a bias, an untied head): rows whose
+variable the model lacks do not count, so a tensor they name is then one too many. Rows that name
+the same tensor are its parts, in order, along an axis that their transform names.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from itertools import islice
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+
+from functional_llm.backbones.family import Row
+
+
+class TensorSource(Protocol):
+    """Named tensors that can be read one at a time."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor, by name."""
+
+    def read(self, name: str, dtype: str) -> np.ndarray:
+        """Returns one tensor in a dtype."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A change of layout and its inverse, on arrays.
+
+    Args:
+        forward: Tensor of a checkpoint -> value of a variable.
+        inverse: The way back.
+        axis: Axis of the tensor along which the parts of a fused one lie; `None` if it has none.
+    """
+
+    forward: Callable[[np.ndarray], np.ndarray]
+    inverse: Callable[[np.ndarray], np.ndarray]
+    axis: int | None = None
+
+
+def _same(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+TRANSFORMS = {
+    "same": Transform(_same, _same),
+    "transpose": Transform(np.transpose, np.transpose),
+    "last_axis": Transform(_same, _same, axis=-1),
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a checkpoint, and the variables that it holds the values of.
+
+    Args:
+        name: Its name in the checkpoint.
+        paths: Of the variables: one, or the parts of a fused tensor in order.
+        transform: Of each part.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    transform: Transform
+
+    def split(self, array: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
+        """Returns the values of the variables; `sizes` are those of the parts on the axis."""
+        axis = self.transform.axis
+        ends = np.cumsum(sizes)[:-1]
+        parts = [array] if axis is None else np.split(array, ends, axis=axis)
+        return [np.ascontiguousarray(self.transform.forward(part)) for part in parts]
+
+    def join(self, arrays: Iterable[np.ndarray]) -> np.ndarray:
+        """Returns the tensor of the variables' values."""
+        parts = [self.transform.inverse(array) for array in arrays]
+        axis = self.transform.axis
+        return np.ascontiguousarray(parts[0] if axis is None else np.concatenate(parts, axis))
+
+    def sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
+        """Returns how long each part is on the axis, from the shapes of the variables."""
+        axis = self.transform.axis
+        return [0 if axis is None else self._part(shapes[path])[axis] for path in self.paths]
+
+    def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """Returns the shape of the tensor, from the shapes of the variables."""
+        shape = list(self._part(shapes[self.paths[0]]))
+        if self.transform.axis is not None:
+            shape[self.transform.axis] = sum(self.sizes(shapes))
+        return tuple(shape)
+
+    def _part(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        # A view of a single number has the shape without the memory.
+        return self.transform.inverse(np.broadcast_to(np.float32(0), shape)).shape
+
+
+def expand_table(table: Sequence[Row], paths: Sequence[str], num_layers: int) -> list[Tensor]:
+    """Returns the tensors of a checkpoint, with layers filled in, for the variables that exist.
+
+    Raises:
+        ValueError: If a variable has no row.
+    """
+    present = set(paths)
+    targets: dict[str, list[str]] = {}
+    transforms: dict[str, Transform] = {}
+    for source, target, transform in table:
+        for index in range(num_layers if "{}" in target else 1):
+            path, name = target.format(index), source.format(index)
+            if path in present:
+                targets.setdefault(name, []).append(path)
+                transforms[name] = TRANSFORMS[transform]
+    missing = sorted(present - {path for paths in targets.values() for path in paths})
+    if missing:
+        raise ValueError(f"The checkpoint table has no row for the variables {missing}.")
+    return [Tensor(name, tuple(paths), transforms[name]) for name, paths in targets.items()]
+
+
+def module_names(table: Sequence[Row], num_layers: int) -> dict[str, str]:
+    """Returns layer path -> name of the module of the checkpoint, for the matrix products.
+
+    Both are what is left of a row's names without `.weight` and `/kernel`.
+    """
+    return {
+        target.removesuffix("/kernel").format(index): source.removesuffix(".weight").format(index)
+        for source, target, *_ in table
+        if target.endswith("/kernel") and source.endswith(".weight")
+        for index in range(num_layers if "{}" in target else 1)
+    }
+
+
+def check_source(
+    tensors: Sequence[Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    source: TensorSource,
+    ignored: Sequence[str] = (),
+) -> None:
+    """Compares a checkpoint with a model before anything is read.
+
+    Args:
+        tensors: From `expand_table`.
+        shapes: Variable path -> shape.
+        source: The checkpoint.
+        ignored: Patterns of tensor names that may be there and are not used.
+
+    Raises:
+        ValueError: Naming every missing tensor, every unknown one and every wrong shape.
+    """
+    problems = []
+    for tensor in tensors:
+        expected, name = tensor.shape(shapes), tensor.name
+        if name not in source.shapes:
+            problems.append(
+                f"missing tensor {name!r} of shape {expected} (for {', '.join(tensor.paths)})"
+            )
+        elif tuple(source.shapes[name]) != expected:
+            received = tuple(source.shapes[name])
+            problems.append(f"tensor {name!r}: expected shape {expected}, received {received}")
+    for name in sorted(set(source.shapes) - {tensor.name for tensor in tensors}):
+        if not any(fnmatch(name, pattern) for pattern in ignored):
+            problems.append(f"unknown tensor {name!r} of shape {tuple(source.shapes[name])}")
+    if problems:
+        raise ValueError(
+            f"The checkpoint does not fit the config, {len(problems)} differences:\n  "
+            + "\n  ".join(problems)
+            + "\nCheck that config and weights belong together."
+        )
+
+
+def check_copies(
+    copies: Mapping[str, str],
+    variables: Sequence[keras.Variable],
+    tensors: Sequence[Tensor],
+    source: TensorSource,
+) -> None:
+    """Compares tensors that are not loaded with the variables they ought to be copies of.
+
+    Args:
+        copies: Name of a tensor that may be there -> name of the loaded one it must equal.
+        variables: All variables of the model, loaded.
+        tensors: From `expand_table`.
+        source: The checkpoint.
+
+    Raises:
+        ValueError: If a tensor is no copy.
+    """
+    by_path = {variable.path: variable for variable in variables}
+    by_name = {tensor.name: by_path[tensor.paths[0]] for tensor in tensors}
+    for name, original in copies.items():
+        if name not in source.shapes:
+            continue
+        variable = by_name[original]
+        expected = keras.ops.convert_to_numpy(variable.value)
+        if not np.array_equal(expected, source.read(name, variable.dtype)):
+            raise ValueError(
+                f"The config ties {name!r} to {original!r}: expected equal tensors, received "
+                "different ones. If both belong to the model, set tie_word_embeddings to false in "
+                "config.json."
+            )
+
+
+@dataclass(frozen=True)
+class _Renamed:
+    """A checkpoint under other names."""
+
+    source: TensorSource
+    names: Mapping[str, str]  # name here -> name there
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: self.source.shapes[theirs] for name, theirs in self.names.items()}
+
+    def read(self, name: str, dtype: str) -> np.ndarray:
+        return self.source.read(self.names[name], dtype)
+
+
+def with_prefix(source: TensorSource, prefix: str, names: Iterable[str]) -> TensorSource:
+    """Returns the checkpoint with a prefix on all its names, if without it none of them is known.
+
+    Checkpoints of a bare model, without its head, lack the prefix.
+    """
+    if any(name.startswith(prefix) for name in source.shapes):
+        return source
+    known = {name.removeprefix(prefix) for name in names}
+    if not known & set(source.shapes):
+        return source
+    return _Renamed(source, {f"{prefix}{name}": name for name in source.shapes})
+
+
+def load_weights(
+    variables: Sequence[keras.Variable],
+    tensors: Sequence[Tensor],
+    source: TensorSource,
+    progress: Callable[[Iterator[Any], int], Iterator[Any]] = lambda items, total: items,
+) -> None:
+    """Streams a checkpoint into variables, each tensor straight into the variable's dtype.
+
+    Args:
+        variables: All variables of the model.
+        tensors: From `expand_table`, checked by `check_source`.
+        source: The checkpoint.
+        progress: Wraps the iterator over the tensors, given their number, to show progress.
+    """
+    by_path = {variable.path: variable for variable in variables}
+    shapes = {path: tuple(variable.shape) for path, variable in by_path.items()}
+
+    def read(tensor: Tensor) -> tuple[Tensor, list[np.ndarray]]:
+        array = source.read(tensor.name, by_path[tensor.paths[0]].dtype)
+        return tensor, tensor.split(array, tensor.sizes(shapes))
+
+    with ThreadPoolExecutor(max_workers=1) as reader:  # reads one ahead of the assignment
+        for tensor, arrays in progress(_one_ahead(reader, read, tensors), len(tensors)):
+            for path, array in zip(tensor.paths, arrays, strict=True):
+                by_path[path].assign(array)
+
+
+def _one_ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Sequence[Any]
+) -> Iterator[Any]:
+    iterator = iter(items)
+    pending = [pool.submit(function, item) for item in islice(iterator, 1)]
+    for item in iterator:
+        following = pool.submit(function, item)
+        yield pending.pop().result()
+        pending.append(following)
+    for last in pending:
+        yield last.result()
+
+
+def export_weights(
+    variables: Sequence[keras.Variable], tensors: Sequence[Tensor]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (tensor name, array in the checkpoint's layout): the table the other way round."""
+    by_path = {variable.path: variable for variable in variables}
+    for tensor in tensors:
+        values = [keras.ops.convert_to_numpy(by_path[path].value) for path in tensor.paths]
+        yield tensor.name, tensor.join(values)

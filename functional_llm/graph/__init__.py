@@ -1,0 +1,7 @@
+"""Graphs: everything that works on any Keras graph and knows no language model.
+
+May import: no other room.
+
+Offers: `CompositeLayer`; `walk`, `select`; `rewire`, `shared_copy`; `Freezable`; `capture`;
+`same_graph`; `tree_view`, `plot`; `keras_private`, the one page that knows Keras's insides.
+"""

@@ -1,0 +1,11 @@
+"""Layers: the three that depend on which inputs are there, the cache, and the inputs of a call.
+
+May import: no other room.
+
+Offers: `AttentionMask`, `KVCacheLookup`, `AttentionDotProduct`; `make_cache` and what works on
+caches; `complete_inputs`.
+"""
+
+from functional_llm.layers.attention import AttentionDotProduct, AttentionMask, KVCacheLookup
+
+__all__ = ["AttentionDotProduct", "AttentionMask", "KVCacheLookup"]

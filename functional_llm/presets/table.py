@@ -1,0 +1,109 @@
+"""The presets as a table, for reading in a terminal or a notebook and for choosing in code."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from functional_llm.presets.handles import preset_names, read_preset
+
+_COLUMNS = ("name", "family", "parameters", "context", "licence", "source")
+_NUMBERS = ("parameters", "context")
+
+
+@dataclass(frozen=True)
+class PresetTable:
+    """Presets, one a row; prints as a table.
+
+    Args:
+        rows: Dicts with the keys `name`, `family`, `parameters` (how many numbers the weights
+            are), `context` (the longest sequence, in tokens), `licence`, `source` (where the files
+            come from) and `description`.
+    """
+
+    rows: tuple[Mapping[str, Any], ...]
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return self.rows[index]
+
+    def __str__(self) -> str:
+        lines = [_COLUMNS, *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
+        return "\n".join(_align(line, widths).rstrip() for line in lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        columns = (*_COLUMNS, "description")
+        head = "".join(f"<th>{column}</th>" for column in columns)
+        lines = [f"<tr>{head}</tr>"]
+        for row in self.rows:
+            cells = (*_cells(row), row["description"])
+            lines.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+        return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def list_presets(family: str | None = None) -> PresetTable:
+    """Returns the presets that come with the library, by series and size.
+
+    ```python
+    flm.list_presets()  # prints as a table
+    [row["name"] for row in flm.list_presets("qwen3") if row["parameters"] < 2e9]
+    ```
+
+    Args:
+        family: Only those of one family, as the column `family` names it.
+
+    Raises:
+        ValueError: If there is no preset of that family; the message lists the families.
+    """
+    rows = [_row(name) for name in preset_names()]
+    families = sorted({row["family"] for row in rows})
+    if family is not None and family not in families:
+        raise ValueError(
+            f"Expected a family that has presets, one of {', '.join(families)}; "
+            f"received {family!r}."
+        )
+    chosen = [row for row in rows if family in (None, row["family"])]
+    chosen.sort(key=lambda row: (row["name"].partition("_")[0], row["parameters"], row["name"]))
+    return PresetTable(tuple(chosen))
+
+
+def _row(name: str) -> dict[str, Any]:
+    preset = read_preset(name)
+    source = preset["source"]
+    return {
+        "name": name,
+        "family": preset["family"],
+        "parameters": preset["parameters"],
+        "context": preset["config"]["max_sequence_length"],
+        "licence": preset["licence"],
+        "source": f"hf://{source['hub']}" if "hub" in source else source["wheel"],
+        "description": preset["description"],
+    }
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(
+        _rounded(row[column]) if column == "parameters" else str(row[column]) for column in _COLUMNS
+    )
+
+
+def _align(cells: tuple[str, ...], widths: list[int]) -> str:
+    return "  ".join(
+        cell.rjust(width) if column in _NUMBERS else cell.ljust(width)
+        for column, cell, width in zip(_COLUMNS, cells, widths, strict=True)
+    )
+
+
+def _rounded(count: int) -> str:
+    """Three digits and a letter: 135M, 1.24B, 406B."""
+    scale, letter = (1e9, "B") if count >= 999_500_000 else (1e6, "M")
+    value = count / scale
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}{letter}"

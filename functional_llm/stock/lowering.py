@@ -1,0 +1,368 @@
+"""Stock graphs: the same model in built-in layers and `keras.ops` only.
+
+Stock Keras cannot leave an input out. It can take one of zero length: joining keys with those of a
+cache of zero slots changes nothing. So the stock graph always has a cache, and the model around it
+gives one without slots.
+
+Shapes: B batch, T new tokens, S slots of the cache, V vocabulary.
+"""
+
+import itertools
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+from keras import ops, tree
+
+from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.rewiring import calls, shared_copy
+from functional_llm.graph.selection import inner_graph, inner_layers
+from functional_llm.layers.attention import AttentionDotProduct, AttentionMask, KVCacheLookup
+
+_LOWERINGS: dict[type, Callable[..., Any]] = {}
+
+
+def register_lowering(cls: type, lower: Callable[..., Any]) -> None:
+    """Says how a layer of your own is written with stock layers and `keras.ops`.
+
+    ```python
+    register_lowering(MyLayer, MyLayer.call)  # if `call` uses nothing else
+    register_lowering(MyLayer, lambda layer, x: keras.ops.tanh(x) * layer.factor)
+    register_lowering(MyDense, keras.layers.Dense)  # a subclass that computes the same otherwise
+    ```
+
+    Args:
+        cls: The class. Its subclasses are written alike, unless they are registered themselves.
+        lower: `lower(layer, *args, **kwargs)` returns the outputs for symbolic inputs. `layer` is
+            like the one in the model, but its own weights are symbolic tensors, held by stock
+            layers that keep and train them, and the layers it has can be called. Or the stock class
+            that `cls` is a subclass of, if the layer's own attributes are all that it needs.
+    """
+    _LOWERINGS[cls] = lower
+
+
+class Lowering:
+    """One lowering of a model to stock Keras.
+
+    `model` is the result: a Functional from `token_ids` (B, T) to logits (B, T, V), which shares
+    the weights of the original's stock layers. Its layer "decoder" is a Functional that takes
+
+    - `token_ids`: (B, T) int32,
+    - `cache_length`: (B,) int32, how many slots of each row are filled,
+    - `cache`: for each decoder layer what it keeps, as nested dict of (B, S, ...) arrays,
+
+    and returns `logits` (B, T, V) and `cache_update`, what belongs into the slots `cache_length`
+    to `cache_length + T - 1` afterwards, (B, T, ...).
+
+    Args:
+        original: A Backbone, or any functional model with its inputs and outputs.
+
+    Raises:
+        ValueError: At a layer that stock Keras does not have, unless it is registered.
+    """
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+        self._frozen = frozenset(getattr(original, "_frozen", ()))
+        self._places: dict[int, Any] = {}  # by the identity of the original's objects
+        self._stand_ins: dict[int, Any] = {}
+        self._homes: dict[int, Any] = {}
+        self._home: Any = original  # in whose place the stock model is that is being made
+        self._names: set[str] = set()
+        # A custom layer's weights are copied into stock layers, perhaps in another shape.
+        self.copies: list[tuple[keras.Variable, keras.Variable]] = []
+        self.model = self._around(self._decoder())
+
+    def copy_back(self) -> None:
+        """Gives the original's custom layers the weights that the stock model has now."""
+        for variable, held in self.copies:
+            variable.assign(ops.reshape(held, variable.shape))
+
+    def call(self, operation: Any, path: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """Returns the flat outputs of an operation's call, made of stock ones."""
+        if inner_layers(operation) is not None:
+            return self._call_graph(operation, path, args)
+        lower = _lowering_for(operation)
+        if lower is not None and not isinstance(lower, type):
+            return self._call_custom(lower, operation, path, args, kwargs)
+        if lower is None and not _is_stock(operation):
+            name = type(operation).__name__
+            raise ValueError(
+                f"'{path}' is a {name}, which stock Keras does not have. Say how it is written "
+                f"with stock layers and ops: `functional_llm.register_lowering({name}, fn)`, where "
+                f"`fn(layer, *args, **kwargs)` returns the outputs; `{name}.call` may do."
+            )
+        return tree.flatten(self.place(operation, path)(*args, **kwargs))
+
+    def place(self, operation: Any, path: str) -> Any:
+        """Returns the twin of a stock operation; frozen, if its weights are so in the model."""
+        if self._homes.setdefault(id(operation), self._home) is not self._home:
+            raise ValueError(
+                f"'{operation.name}' is used inside '{self._home.name}' and inside "
+                f"'{self._homes[id(operation)].name}'. Stock Keras loads no file in which two "
+                "nested models share a layer: expected all its calls in one of them."
+            )
+        if id(operation) not in self._places:
+            new = self._places[id(operation)] = shared_copy(operation)
+            stock_class = _lowering_for(operation)
+            if stock_class is not None:
+                new.__class__ = stock_class
+            variables = getattr(operation, "variables", ())
+            if variables:
+                # A loaded weight's path is its layer's name, and torch needs them to be different.
+                new.name = self._unique(path.replace("/", "_"))
+            if variables and all(id(v) in self._frozen for v in variables):
+                vars(new)["_trainable"] = False  # the setter would tell the shared variables
+        return self._places[id(operation)]
+
+    def _unique(self, name: str) -> str:
+        """Returns the name, or with a number behind it if a layer has it already."""
+        numbered = (f"{name}_{i}" for i in itertools.count(2))
+        new = next(x for x in itertools.chain([name], numbered) if x not in self._names)
+        self._names.add(new)
+        return new
+
+    def _call_graph(self, layer: Any, path: str, args: Any) -> list[Any]:
+        graph = inner_graph(layer)
+        is_composite = isinstance(layer, CompositeLayer)
+        given = layer.unpack_inputs(*args) if is_composite else tree.flatten(args)
+        pairs = zip(given, graph.inputs, strict=True)
+        specs = [spec for x, spec in pairs if x is not None]
+
+        def body(inputs: list[Any]) -> list[Any]:
+            tensors = {
+                id(spec): _cast(x, spec.dtype) for x, spec in zip(inputs, specs, strict=True)
+            }
+            return self._run(graph, tensors, path)
+
+        names = [spec.name.removeprefix("input.").replace(".", "_") for spec in specs]
+        names = ["x"] if names == ["0"] else names  # the one input of a layer
+        return self._call_model(layer, [x for x in given if x is not None], names, body)
+
+    def _call_custom(self, lower: Any, layer: Any, path: str, args: Any, kwargs: Any) -> list[Any]:
+        pairs = tree.flatten_with_path((args, kwargs))
+        named = [(path, x) for path, x in pairs if isinstance(x, keras.KerasTensor)]
+        given = [x for _, x in named]
+        names = ["_".join(key for key in path if isinstance(key, str)) or "x" for path, _ in named]
+
+        def body(inputs: list[Any]) -> list[Any]:
+            new = {id(x): y for x, y in zip(given, inputs, strict=True)}
+            new_args, new_kwargs = tree.map_structure(lambda x: new.get(id(x), x), (args, kwargs))
+            return self._lower(lower, layer, path, new_args, new_kwargs)
+
+        return self._call_model(layer, given, names, body)
+
+    def _lower(self, lower: Any, layer: Any, path: str, args: Any, kwargs: Any) -> list[Any]:
+        def autocast(x: Any) -> Any:
+            is_float = isinstance(x, keras.KerasTensor) and keras.backend.is_float_dtype(x.dtype)
+            return _cast(x, layer.compute_dtype) if is_float and layer.autocast else x
+
+        args, kwargs = tree.map_structure(autocast, (args, kwargs))
+        if id(layer) not in self._stand_ins:
+            tensors = (x for x in tree.flatten((args, kwargs)) if isinstance(x, keras.KerasTensor))
+            self._stand_ins[id(layer)] = self._stand_in(layer, path, next(tensors))
+        return tree.flatten(lower(self._stand_ins[id(layer)], *args, **kwargs))
+
+    def _call_model(self, layer: Any, given: Any, names: list[str], body: Any) -> list[Any]:
+        """Calls the stock model in the place of a layer, which is made at the first call."""
+        if id(layer) not in self._places:
+            names = [
+                name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)
+            ]
+            inputs = [
+                keras.Input(batch_shape=x.shape, dtype=x.dtype, name=name)
+                for x, name in zip(given, names, strict=True)
+            ]
+            outside, self._home = self._home, layer
+            self._places[id(layer)] = keras.Model(inputs, body(inputs), name=layer.name)
+            self._home = outside
+        return tree.flatten(self._places[id(layer)](given))
+
+    def _run(self, graph: Any, tensors: dict[int, Any], path: str) -> list[Any]:
+        """Returns the flat outputs of a graph, given what its inputs are now."""
+        for node in calls(graph):
+            args, kwargs = node.arguments.fill_in(tensors)
+            inside = f"{path}/{node.operation.name}" if path else node.operation.name
+            outputs = self.call(node.operation, inside, *args, **kwargs)
+            tensors |= {id(old): new for old, new in zip(node.outputs, outputs, strict=True)}
+        return [tensors[id(x)] for x in tree.flatten(graph.output)]
+
+    def _stand_in(self, layer: Any, path: str, x: Any) -> Any:
+        """A twin of a custom layer with symbolic weights, made beside the tensor `x`."""
+        new = shared_copy(layer)
+        vars(new)["place"] = lambda inner: self.place(inner, path)
+        for name, value in vars(layer).items():
+            if isinstance(value, keras.Variable) and not value.shape and not value.trainable:
+                vars(new)[name] = float(ops.convert_to_numpy(value.value))  # a switch
+            elif isinstance(value, keras.Variable):
+                vars(new)[name] = self._hold(value, f"{path}/{value.name}", x)
+            elif isinstance(value, keras.layers.Layer):
+                is_itself = value.name == layer.name  # but for what the layer adds
+                vars(new)[name] = self._callable(
+                    value, path if is_itself else f"{path}/{value.name}"
+                )
+        return new
+
+    def _callable(self, layer: Any, path: str) -> Any:
+        if _is_stock(layer) or isinstance(_lowering_for(layer), type):
+            if inner_layers(layer) is None:
+                return self.place(layer, path)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            lower = _lowering_for(layer)
+            if lower is None:
+                outputs = self.call(layer, path, *args, **kwargs)
+            else:  # in the same model: see `place`
+                outputs = self._lower(lower, layer, path, args, kwargs)
+            return outputs[0] if len(outputs) == 1 else outputs
+
+        return call
+
+    def _hold(self, variable: keras.Variable, path: str, x: Any) -> Any:
+        """Returns a weight as a symbolic tensor: all the rows of a stock Embedding."""
+        shape = tuple(variable.shape)
+        rows = shape[0] if len(shape) > 1 else 1
+        holder = keras.layers.Embedding(
+            rows,
+            math.prod(shape) // rows,
+            name=self._unique(path.replace("/", "_")),
+            dtype=variable.dtype,
+            trainable=variable.trainable and id(variable) not in self._frozen,
+        )
+        tensor = ops.reshape(holder(indices(rows, x)), shape)
+        holder.embeddings.assign(ops.reshape(variable, holder.embeddings.shape))
+        self.copies.append((variable, holder.embeddings))
+        return tensor
+
+    def _decoder(self) -> keras.Model:
+        model = self._original
+        token_ids = keras.Input((None,), dtype="int32", name="token_ids")
+        length = keras.Input((), dtype="int32", name="cache_length")
+        tensors = {id(model.input["token_ids"]): token_ids}
+        cache: dict[str, Any] = {}
+        for kept in map(_without_positions, model.input["cache"].values()):
+            for path, spec in tree.flatten_with_path(kept):
+                name = "_".join(("cache", *map(str, path)))
+                tensors[id(spec)] = keras.Input(
+                    (None, *spec.shape[2:]), dtype=spec.dtype, name=name
+                )
+            cache |= tree.map_structure(lambda spec: tensors[id(spec)], kept)
+        positions, slots = _positions(token_ids, length, tree.flatten(cache)[0])
+        tensors[id(model.input["positions"])] = positions
+        tensors |= {id(group["positions"]): slots for group in model.input["cache"].values()}
+        outputs = tree.pack_sequence_as(model.output, self._run(model, tensors, ""))
+        update: dict[str, Any] = {}
+        for kept in map(_without_positions, outputs["cache"].values()):
+            update |= kept
+        others = {key: x for key, x in outputs.items() if key not in ("hidden", "cache")}
+        return keras.Model(
+            {"token_ids": token_ids, "cache_length": length, "cache": cache},
+            {**others, "cache_update": update},
+            name="decoder",
+        )
+
+    def _around(self, decoder: keras.Model) -> keras.Model:
+        """The model that gives the decoder a cache without slots."""
+        token_ids = keras.Input((None,), dtype="int32", name="token_ids")
+        nothing = token_ids[:, :0]
+        empty: dict[Any, Any] = {}
+
+        def make(spec: keras.KerasTensor) -> Any:
+            sizes = spec.shape[2:]
+            if (sizes, spec.dtype) not in empty:
+                x = ops.expand_dims(nothing, tuple(range(2, 2 + len(sizes))))
+                empty[sizes, spec.dtype] = ops.cast(ops.tile(x, (1, 1, *sizes)), spec.dtype)
+            return empty[sizes, spec.dtype]
+
+        cache = tree.map_structure(make, decoder.input["cache"])
+        length = ops.cast(ops.sum(nothing, axis=1), "int32")
+        result = decoder({"token_ids": token_ids, "cache_length": length, "cache": cache})
+        return keras.Model(token_ids, result["logits"], name=self._original.name)
+
+
+def export_stablehlo(model: keras.Model, path: Path) -> None:
+    """Writes a stock model of token ids as StableHLO, weights inside, for any batch and length.
+
+    `jax.export.deserialize(path.read_bytes()).call(token_ids)` gives the logits.
+
+    Args:
+        model: From `Lowering`.
+        path: Where to.
+
+    Raises:
+        ImportError: If flatbuffers is missing.
+    """
+    import jax
+    from jax import export
+
+    trained, others = (
+        [variable.value for variable in variables]
+        for variables in (model.trainable_variables, model.non_trainable_variables)
+    )
+    program = jax.jit(lambda token_ids: model.stateless_call(trained, others, token_ids)[0])
+    shape = jax.ShapeDtypeStruct(export.symbolic_shape("batch, tokens"), "int32")
+    exported = export.export(program, platforms=("cpu", "cuda", "tpu"))(shape)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(exported.serialize())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _without_positions(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: kept for name, kept in group.items() if name != "positions"}
+
+
+def _positions(token_ids: Any, length: Any, cache: Any) -> list[Any]:
+    """Returns the positions of the new tokens (B, T), and of those in the slots (B, S)."""
+    inputs = [
+        keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x.name)
+        for x in (token_ids, length, cache)
+    ]
+    length_B1 = ops.expand_dims(inputs[1], 1)
+    rest = (0,) * (len(cache.shape) - 2)
+    slot_BS = _count(inputs[2][(slice(None), slice(None), *rest)])
+    slots_BS = ops.where(slot_BS < length_B1, slot_BS, -1)
+    outputs = [_count(inputs[0]) + length_B1, slots_BS]
+    return keras.Model(inputs, outputs, name="positions")([token_ids, length, cache])
+
+
+def _count(x_BN: Any) -> Any:
+    """Returns 0, 1, 2 ... along the second axis."""
+    return ops.cast(ops.cumsum(ops.ones_like(x_BN, dtype="int32"), axis=1), "int32") - 1
+
+
+def indices(count: int, x: Any) -> Any:
+    """Returns 0 ... count - 1 as a symbolic tensor; only by depending on `x` can it be one."""
+    one = ops.ones_like(ops.reshape(ops.sum(x), (1,)), dtype="int32")
+    return ops.cast(ops.cumsum(ops.tile(one, (count,))), "int32") - 1
+
+
+def _cast(x: Any, dtype: str) -> Any:
+    return x if x.dtype == dtype else ops.cast(x, dtype)
+
+
+def _lowering_for(operation: Any) -> Any:
+    classes = type(operation).__mro__
+    return next((_LOWERINGS[cls] for cls in classes if cls in _LOWERINGS), None)
+
+
+def _is_stock(operation: Any) -> bool:
+    is_lambda = isinstance(operation, keras.layers.Lambda)  # is code, which is no stock to load
+    return type(operation).__module__.startswith("keras.") and not is_lambda
+
+
+def _lower_lookup(layer: Any, inputs: dict[str, Any]) -> Any:
+    """What queries look at: the cache, and the new tokens behind it."""
+    new = inputs["new"]
+    pairs = zip(tree.flatten(inputs["cache"]), tree.flatten(new), strict=True)
+    return [ops.concatenate(pair, axis=1) for pair in pairs], new
+
+
+register_lowering(AttentionMask, AttentionMask.call)
+register_lowering(AttentionDotProduct, AttentionDotProduct.call)
+register_lowering(KVCacheLookup, _lower_lookup)
