@@ -32,7 +32,7 @@ def write_gguf(weights: Path, target: Path, precision: str) -> None:
     import gguf
 
     from benchmarks.weights import PRESET
-    from functional_llm.presets.handles import locate
+    from functional_llm.presets.sources import locate
 
     types = gguf.GGMLQuantizationType
     matrix_type = {

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from functional_llm.formats.download import cache_directory
-from functional_llm.presets.handles import locate
+from functional_llm.presets.sources import locate
 
 PRESET = "smollm2_135m_instruct"
 

@@ -19,9 +19,8 @@ from functional_llm.graph.rewiring import rewire, shared_copy
 from functional_llm.graph.selection import select, walk
 from functional_llm.layers.attention import AttentionDotProduct, AttentionMask, KVCacheLookup
 from functional_llm.layers.cache import make_cache
-from functional_llm.presets.backbone import Backbone, Tokenizer
-from functional_llm.presets.handles import preset_names
-from functional_llm.presets.table import list_presets
+from functional_llm.presets import Backbone, Tokenizer
+from functional_llm.presets.table import list_presets, preset_names
 from functional_llm.stock.lowering import register_lowering
 
 # Names of 0.1 that its users may have written.

@@ -19,8 +19,7 @@ from functional_llm.formats.hf_config import (
     write_config,
 )
 from functional_llm.graph.keras_private import uninitialized
-from functional_llm.presets.handles import read_preset
-from functional_llm.presets.table import PresetTable
+from functional_llm.presets.table import PresetTable, read_preset
 
 # The config.json of published models, under the names of their presets: keys and values as public
 # projects quote them, keys sorted. None was fetched from the Hub itself.

@@ -12,9 +12,9 @@ from gguf import GGMLQuantizationType as Kind
 
 import functional_llm as flm
 from configs import CONFIGS
-from functional_llm.files.replacing import replaced
-from functional_llm.formats.hf_writer import WEIGHT_FILES, write_safetensors
+from functional_llm.files.replacing import replaced_folder
 from functional_llm.formats.safetensors_reader import open_safetensors
+from functional_llm.formats.safetensors_writer import WEIGHT_FILES, write_safetensors
 from reference import make_reference
 from tiny import TEXTS, save_tiny
 from tiny_gguf import save_gguf
@@ -94,13 +94,16 @@ def test_what_fails_leaves_all_as_it_was(tmp_path: Path) -> None:
 
     folder = tmp_path / "saved"
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="stop"), replaced(folder, WEIGHT_FILES) as beside:
+        with (
+            pytest.raises(RuntimeError, match="stop"),
+            replaced_folder(folder, WEIGHT_FILES) as beside,
+        ):
             write_safetensors(beside, arrays(2), 40)
         assert list(tmp_path.iterdir()) == []
-    with replaced(folder, WEIGHT_FILES) as beside:
+    with replaced_folder(folder, WEIGHT_FILES) as beside:
         write_safetensors(beside, arrays(9), 40)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(RuntimeError, match="stop"), replaced(folder, WEIGHT_FILES) as beside:
+    with pytest.raises(RuntimeError, match="stop"), replaced_folder(folder, WEIGHT_FILES) as beside:
         write_safetensors(beside, arrays(2), 80)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert list(tmp_path.iterdir()) == [folder]

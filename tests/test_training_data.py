@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from functional_llm.presets.backbone import Tokenizer
+from functional_llm.presets import Tokenizer
 from functional_llm.training import (
     Batches,
     Example,

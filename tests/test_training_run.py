@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from functional_llm import peft
 from functional_llm.generation.text_generator import TextGenerator
-from functional_llm.presets.backbone import Backbone, Tokenizer
+from functional_llm.presets import Backbone, Tokenizer
 from functional_llm.training import Example, Rows, Settings, pack, plot_losses, train
 from functional_llm.training.checkpoints import (
     check_arguments,

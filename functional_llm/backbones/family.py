@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 from functional_llm.blocks.language_model import Graph
 
 Row: TypeAlias = tuple[str, str, str]
+ModelConfig: TypeAlias = Any  # the frozen `Config` of a family
 
 
 def _nothing(_: Any) -> dict[str, Any]:

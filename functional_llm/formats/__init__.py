@@ -1,6 +1,6 @@
 """Formats: the files that others write, read and written by engines that name no family.
 
-May import: files, tokenizers, blocks, backbones.
+May import: files, graph, tokenizers, blocks, backbones.
 
 Offers: safetensors, GGUF, `config.json`, weight tables, downloads.
 """

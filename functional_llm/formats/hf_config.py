@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, get_args, get_type_hints
 
-from functional_llm.backbones.family import Family
+from functional_llm.backbones.family import Family, ModelConfig
 from functional_llm.formats.rope_config import (
     LAYER_TYPES,
     SCALINGS,
@@ -13,6 +13,7 @@ from functional_llm.formats.rope_config import (
     read_rope,
     write_rope_scaling,
 )
+from functional_llm.graph.types import JSON
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -38,7 +39,7 @@ IRRELEVANT = frozenset(
 )
 
 
-def read_config(raw: Mapping[str, Any], family: Family) -> Any:
+def read_config(raw: Mapping[str, Any], family: Family) -> ModelConfig:
     """Returns our config for a `config.json`.
 
     Args:
@@ -136,7 +137,7 @@ def _is_count(field: str) -> bool:
     return field.startswith("num_") or field.endswith(("_dim", "_size", "_length", "_window"))
 
 
-def write_config(config: Any, family: Family, dtype: str) -> dict[str, Any]:
+def write_config(config: ModelConfig, family: Family, dtype: str) -> JSON:
     """Returns the `config.json` that `read_config` and Transformers read as this config.
 
     Args:
@@ -146,7 +147,7 @@ def write_config(config: Any, family: Family, dtype: str) -> dict[str, Any]:
     """
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     names["gelu_approximate"] = "gelu_pytorch_tanh"  # which all families of Transformers know
-    keys: dict[str, Any] = {
+    keys: JSON = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "dtype": dtype,
@@ -162,7 +163,7 @@ def write_config(config: Any, family: Family, dtype: str) -> dict[str, Any]:
     return keys | family.written_keys(config)
 
 
-def decode_config(values: Mapping[str, Any], family: Family) -> Any:
+def decode_config(values: Mapping[str, Any], family: Family) -> ModelConfig:
     """Returns a config from its fields as JSON, as presets hold them.
 
     Args:
@@ -189,7 +190,7 @@ def decode_config(values: Mapping[str, Any], family: Family) -> Any:
     return family.config_class(**values)
 
 
-def encode_config(config: Any) -> dict[str, Any]:
+def encode_config(config: ModelConfig) -> JSON:
     """Returns the fields of a config as JSON: what `decode_config` reads."""
     values = asdict(config)
     if values.get("rope_scaling"):

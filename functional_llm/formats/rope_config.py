@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
+from functional_llm.backbones.family import ModelConfig
 from functional_llm.blocks.rope import (
     FrequencyFactors,
     LinearScaling,
@@ -11,7 +12,9 @@ from functional_llm.blocks.rope import (
     RopeScaling,
     YarnScaling,
 )
+from functional_llm.graph.types import JSON
 
+_Entry = TypeVar("_Entry")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -112,7 +115,7 @@ def _read_long_rope(parameters: dict[str, Any]) -> FrequencyFactors:
     return FrequencyFactors(factors=tuple(short))
 
 
-def write_rope_scaling(config: Any) -> dict[str, Any] | None:
+def write_rope_scaling(config: ModelConfig) -> JSON | None:
     """Returns the scaling of a config as Hugging Face's `rope_scaling`."""
     scaling = config.rope_scaling
     if scaling is None:
@@ -133,7 +136,7 @@ def write_rope_scaling(config: Any) -> dict[str, Any] | None:
     raise ValueError(f"Expected a known RoPE scaling to write, received {scaling!r}.")
 
 
-def known(table: Mapping[str, Any], value: Any, key: str) -> Any:
+def known(table: Mapping[str, _Entry], value: object, key: str) -> _Entry:
     """Returns the entry of a table for the value of a key.
 
     Raises:
@@ -144,7 +147,7 @@ def known(table: Mapping[str, Any], value: Any, key: str) -> Any:
     return table[value]
 
 
-def check_value(key: str, value: Any, hint: Any, counts: bool = False) -> None:
+def check_value(key: str, value: Any, hint: object, counts: bool = False) -> None:
     """Compares a value with the type of its field, where that is plain.
 
     Args:

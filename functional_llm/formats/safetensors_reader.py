@@ -5,15 +5,14 @@ end of a load that is a second copy of the model. Here the bytes are read in sma
 header is checked against the size of the file before anything is allocated.
 """
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from functional_llm.files.json_files import parse_json_object
 from functional_llm.formats.tensor_reader import (
     bad_file,
     find_entry,
@@ -21,6 +20,7 @@ from functional_llm.formats.tensor_reader import (
     read_blocks,
     some,
 )
+from functional_llm.graph.types import JSON
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -160,7 +160,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _load_header(path: Path) -> tuple[dict[str, Any], int, int]:
+def _load_header(path: Path) -> tuple[JSON, int, int]:
     with path.open("rb") as file:
         file_size = file.seek(0, 2)
         file.seek(0)
@@ -172,43 +172,20 @@ def _load_header(path: Path) -> tuple[dict[str, Any], int, int]:
                 f"a header of {length} bytes" if file_size >= 8 else "no header",
             )
         text = file.read(length)
-    header = parse_json(path, text)
+    header = _parse_header(path, text)
     return header, 8 + length, file_size
 
 
-def parse_json(path: Path, text: bytes) -> dict[str, Any]:
-    """Parses a JSON object that came from a file; a key given twice is an error.
-
-    Args:
-        path: The file, for messages.
-        text: The bytes of the object.
-
-    Returns:
-        The object as a dict.
-
-    Raises:
-        ValueError: If the bytes are no JSON object.
-    """
+def _parse_header(path: Path, text: bytes) -> JSON:
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        reason = str(error)[:200]
-        raise bad_file(path, "a JSON object in UTF-8", f"{text[:40]!r}… ({reason})") from None
-    if not isinstance(value, dict):
-        raise bad_file(path, "a JSON object", type(value).__name__)
-    return value
+        return parse_json_object(text, "it", unique_keys=True)
+    except ValueError as error:
+        raise bad_file(path, "a JSON object in UTF-8", f"{text[:40]!r}… ({error})") from None
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        twice = [key for key, count in counts.items() if count > 1]
-        raise ValueError(f"given twice: {some(twice)}")
-    return values
-
-
-def _checked_entry(path: Path, name: str, fields: Any, start: int, file_size: int) -> TensorEntry:
+def _checked_entry(
+    path: Path, name: str, fields: object, start: int, file_size: int
+) -> TensorEntry:
     data_size = file_size - start
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise bad_file(path, f"dtype, shape and data_offsets for {name!r}", f"{fields!r:.200}")
@@ -240,14 +217,14 @@ def _checked_entry(path: Path, name: str, fields: Any, start: int, file_size: in
     return TensorEntry(path, stored, tuple(shape), start + begin, end - begin)
 
 
-def _are_sizes(values: Any, limit: int) -> bool:
+def _are_sizes(values: object, limit: int) -> bool:
     # `type`, because True is an int to isinstance.
     return isinstance(values, list) and all(type(v) is int and 0 <= v <= limit for v in values)
 
 
 def _read_shards(folder: Path) -> dict[str, TensorEntry]:
     index = folder / INDEX_NAME
-    placed = parse_json(index, index.read_bytes()).get("weight_map")
+    placed = _parse_header(index, index.read_bytes()).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise bad_file(index, "a weight_map from tensors to files", f"{placed!r:.200}")
     for name, file in placed.items():

@@ -2,9 +2,10 @@
 
 May import: every room above.
 
-Offers: `Backbone`, `Tokenizer`, `list_presets`, handles.
+Offers: `Backbone`, `Tokenizer`; `open_source`, from a handle to what is behind it; `list_presets`.
 """
 
-from functional_llm.presets.backbone import Backbone, Tokenizer
+from functional_llm.presets.backbone import Backbone
+from functional_llm.presets.tokenizer import Tokenizer
 
 __all__ = ["Backbone", "Tokenizer"]

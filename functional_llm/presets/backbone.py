@@ -1,41 +1,30 @@
-"""Backbone and Tokenizer: the only place that knows families, weights and tokenizers together.
+"""Backbone: a language model of any family.
 
 Shapes: B batch, T tokens, S slots, V vocabulary.
 """
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import keras
 import numpy as np
 
-from functional_llm.backbones.family import Family
-from functional_llm.edits.quantization import quantized_paths, without_values
-from functional_llm.files.json_files import read_json, write_json
-from functional_llm.files.replacing import replaced
-from functional_llm.formats.gguf_file import open_gguf
-from functional_llm.formats.hf_config import decode_config, encode_config, write_config
-from functional_llm.formats.hf_writer import WEIGHT_FILES, write_safetensors
-from functional_llm.formats.weight_table import expand_table, export_weights, module_names
-from functional_llm.graph.equality import same_graph
+from functional_llm.backbones.families import FAMILIES
+from functional_llm.backbones.family import Family, ModelConfig
+from functional_llm.formats.hf_directory import write_directory
+from functional_llm.formats.weight_table import module_names
 from functional_llm.graph.freezing import Freezable
 from functional_llm.graph.keras_private import uninitialized
+from functional_llm.graph.types import Nested
 from functional_llm.layers.call_inputs import as_tensors, complete_inputs
-from functional_llm.peft.adapter import origin_of
-from functional_llm.peft.adapter_config import attach_described, describe_adapters
-from functional_llm.presets.checkpoint import (
-    FAMILIES,
-    TOKEN_IDS,
-    copy_tokenizer,
-    known_family,
-    open_checkpoint,
-)
-from functional_llm.presets.handles import is_preset, locate, read_preset
-from functional_llm.stock.keras_file import read_description, unpacked_weights, write_keras_file
-from functional_llm.stock.lowering import Lowering, export_stablehlo
+from functional_llm.presets.edits import apply_edits, check_unedited, edits_of
+from functional_llm.presets.sources import open_source, read_numbers
+from functional_llm.stock.keras_model import load_keras_weights, write_keras_model
+from functional_llm.stock.lowering import Lowering
+from functional_llm.stock.stablehlo import export_stablehlo
 from functional_llm.tokenizers import TextTokenizer, save_tokenizer
 
 _DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
@@ -64,11 +53,11 @@ class Backbone(Freezable, keras.Model):
 
     def __init__(
         self,
-        inputs: Any,
-        outputs: Any,
+        inputs: Nested,
+        outputs: Nested,
         name: str | None = None,
         *,
-        config: Any = None,
+        config: ModelConfig = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(inputs=inputs, outputs=outputs, name=name, **kwargs)
@@ -81,13 +70,13 @@ class Backbone(Freezable, keras.Model):
         return
 
     @input_spec.setter
-    def input_spec(self, value: Any) -> None:
+    def input_spec(self, value: object) -> None:
         """Ignored; Keras sets it to None."""
 
-    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, inputs: Nested, *args: Any, **kwargs: Any) -> Nested:
         return super().__call__(as_tensors(inputs), *args, **kwargs)
 
-    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+    def call(self, inputs: Nested, training: bool | None = None, mask: Nested = None) -> Nested:
         full = self.complete_inputs(inputs)
         outputs = super().call(full, training=training)
         has_cache = isinstance(inputs, dict) and inputs.get("cache") is not None
@@ -95,11 +84,11 @@ class Backbone(Freezable, keras.Model):
         names += [name for name in outputs if name not in ("logits", "hidden", "cache")]
         return {name: outputs[name] for name in names} if len(names) > 1 else outputs["logits"]
 
-    def compute_output_spec(self, inputs: Any, **kwargs: Any) -> Any:
+    def compute_output_spec(self, inputs: Nested, **kwargs: Any) -> Nested:
         # Functional's own crashes at optional inputs that are None.
         return keras.Operation.compute_output_spec(self, inputs, **kwargs)
 
-    def complete_inputs(self, inputs: Any) -> dict[str, Any]:
+    def complete_inputs(self, inputs: Nested) -> dict[str, Nested]:
         """Returns the graph's full dict of inputs: positions filled in, `None` for what is absent.
 
         Args:
@@ -132,46 +121,15 @@ class Backbone(Freezable, keras.Model):
                 missing or of a wrong shape, or a damaged file. All differences are named.
             FileNotFoundError: If the path has no such files.
         """
-        if not load_weights and is_preset(str(handle)):
-            preset = read_preset(str(handle))
-            family = known_family(preset["family"], "The preset's family")
-            return cls._build(family, decode_config(preset["config"], family), dtype)
-        path = locate(handle)
-        if path.suffix == ".keras" and path.is_file():
-            backbone = cls._from_keras_file(path, dtype, load_weights)
-            backbone.preset = str(handle)
-            return backbone
-        checkpoint = open_checkpoint(path)
         if not load_weights:
-            return cls._build(checkpoint.family, checkpoint.config, dtype)
+            family, config, edits = read_numbers(handle)
+            return apply_edits(cls._build(family, config, dtype), edits, has_values=True)
+        source = open_source(handle)
         with uninitialized():
-            backbone = cls._build(checkpoint.family, checkpoint.config, dtype)
-        checkpoint.load(backbone.variables)
+            backbone = cls._build(source.family, source.config, dtype)
+        backbone = apply_edits(backbone, source.edits, has_values=False)
+        source.load(backbone)
         backbone.preset = str(handle)
-        return backbone
-
-    @classmethod
-    def _from_keras_file(cls, path: Path, dtype: str, load_weights: bool) -> Self:
-        description = read_description(path)
-        if description.get("edited", True):
-            raise ValueError(
-                f"The graph in {path} is not that of its family '{description.get('family')}': it "
-                "was rewired. `keras.saving.load_model` loads it as it is. For a Backbone, rewire "
-                f"one in the same way again and call `backbone.load_weights('{path}')`."
-            )
-        family = known_family(description["family"], f"{path}: family")
-        config = decode_config(description["config"], family)
-        with uninitialized() if load_weights else nullcontext():
-            backbone = cls._build(family, config, dtype)
-        backbone = without_values(backbone, description.get("quantized", []))
-        if not load_weights:
-            return attach_described(backbone, description["adapters"])
-        adapted = {layer for one in description["adapters"] for layer in one["layers"]}
-        for variable in backbone.variables:
-            if variable.path.rpartition("/")[0] in adapted:  # methods look at what they adapt
-                variable.assign(np.zeros(variable.shape, "float32"))
-        backbone = attach_described(backbone, description["adapters"])
-        backbone.load_weights(path)
         return backbone
 
     def load_weights(self, filepath: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -186,13 +144,10 @@ class Backbone(Freezable, keras.Model):
         Raises:
             ValueError: If the weights are those of another graph.
         """
-        if Path(filepath).suffix != ".keras":
+        if Path(filepath).suffix == ".keras":
+            load_keras_weights(Path(filepath), self)
+        else:
             super().load_weights(filepath, *args, **kwargs)
-            return
-        with unpacked_weights(Path(filepath)) as weights:
-            lowering = Lowering(self)
-            lowering.model.load_weights(weights)
-            lowering.copy_back()
 
     def save(
         self,
@@ -227,17 +182,10 @@ class Backbone(Freezable, keras.Model):
         if path.exists() and not overwrite:
             raise FileExistsError(f"Expected no file at {path}, or overwrite=True.")
         family = self._family()
-        description: dict[str, Any] = {"family": None, "edited": True}
-        if family is not None:
-            description = {
-                "family": family.model_type,
-                "edited": not same_graph(self, self._original(family), origin_of),
-                "config": encode_config(self.config),
-                "quantized": quantized_paths(self, origin_of),
-                "adapters": describe_adapters(self),
-            }
-        stock = Lowering(self).model
-        write_keras_file(stock, path, description, self._tokenizer_files(tokenizer))
+        edits = None if family is None else edits_of(self, self._unedited(family))
+        with tempfile.TemporaryDirectory() as files:
+            self._write_tokenizer(tokenizer, Path(files))
+            write_keras_model(self, path, family, self.config, edits, Path(files))
 
     def export(self, filepath: str | Path, format: str = "stablehlo", **kwargs: Any) -> None:
         """Writes the stock model, token ids to logits, for other runtimes.
@@ -260,16 +208,11 @@ class Backbone(Freezable, keras.Model):
         stock(np.zeros((1, 1), "int32"))  # Keras wants it to have been called
         stock.export(str(filepath), format=format, **kwargs)
 
-    def _tokenizer_files(self, tokenizer: TextTokenizer | None) -> dict[str, bytes]:
-        with tempfile.TemporaryDirectory() as folder:
-            self._write_tokenizer(tokenizer, Path(folder))
-            return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
     def _write_tokenizer(self, tokenizer: TextTokenizer | None, folder: Path) -> None:
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
         elif self.preset is not None:
-            copy_tokenizer(locate(self.preset), folder)
+            open_source(self.preset).write_tokenizer(folder)
 
     def save_preset(
         self,
@@ -289,16 +232,14 @@ class Backbone(Freezable, keras.Model):
             ValueError: As `check_preset`.
             OSError: If the directory cannot be written to.
         """
-        family = self.check_preset()
-        paths = [variable.path for variable in self.variables]
-        tensors = expand_table(family.weights, paths, self.config.num_layers)
-        dtype = self.variables[0].dtype
-        with replaced(Path(directory), stale=WEIGHT_FILES) as folder:
-            write_safetensors(folder, export_weights(self.variables, tensors), max_shard_bytes)
-            self._write_tokenizer(tokenizer, folder)
-            ids = read_json(folder / "generation_config.json", {})
-            ids = {key: ids[key] for key in TOKEN_IDS if key in ids}
-            write_json(folder / "config.json", write_config(self.config, family, dtype) | ids)
+        write_directory(
+            Path(directory),
+            self.check_preset(),
+            self.config,
+            self.variables,
+            lambda folder: self._write_tokenizer(tokenizer, folder),
+            max_shard_bytes,
+        )
 
     def check_preset(self) -> Family:
         """Returns the family, if the graph is what the config promises.
@@ -314,36 +255,16 @@ class Backbone(Freezable, keras.Model):
                 f"Expected a backbone with the config of a known family ({', '.join(FAMILIES)}). "
                 f"Received: config={self.config!r}."
             )
-        plain = self._original(family)
-        expected = {v.path: tuple(v.shape) for v in plain.variables}
-        received = {v.path: tuple(v.shape) for v in self.variables}
-        problems = [
-            f"'{path}': expected {expected.get(path, 'no such weight')}, received "
-            f"{received.get(path, 'none')}"
-            for path in sorted(expected.keys() | received.keys())
-            if expected.get(path) != received.get(path)
-        ]
-        if problems:
-            raise ValueError(
-                f"The model does not fit its config, {len(problems)} differences:\n  "
-                + "\n  ".join(problems[:20])
-                + "\nA directory would lose them. Merge adapters; save those that add weights, as "
-                "biases, with `flm.peft.save_adapter`."
-            )
-        if not same_graph(self, plain):
-            raise ValueError(
-                f"The model was rewired: its graph is not that of '{family.model_type}', which is "
-                "all that a directory can say. Save it as a .keras file with `save`, graph and all."
-            )
+        check_unedited(self, family, self._unedited(family))
         return family
 
-    def _original(self, family: Family) -> Self:
+    def _unedited(self, family: Family) -> Self:
         """The family's graph for this config, without values."""
         with uninitialized():
             return self._build(family, self.config, "float32")
 
     @classmethod
-    def _build(cls, family: Family, config: Any, dtype: str) -> Self:
+    def _build(cls, family: Family, config: ModelConfig, dtype: str) -> Self:
         with _dtype_policy(dtype):
             inputs, outputs = family.build(config)
             return cls(inputs, outputs, name=family.model_type, config=config)
@@ -362,30 +283,6 @@ class Backbone(Freezable, keras.Model):
     def _family(self) -> Family | None:
         fitting = (f for f in FAMILIES.values() if isinstance(self.config, f.config_class))
         return next(fitting, None)
-
-
-class Tokenizer(TextTokenizer):
-    """Text <-> ids."""
-
-    @classmethod
-    def from_preset(cls, handle: str | Path) -> Self:
-        """Loads the tokenizer that belongs to a model.
-
-        Args:
-            handle: As for `Backbone.from_preset`.
-
-        Raises:
-            ValueError: At an unknown preset, or a tokenizer that is damaged or of an unknown kind.
-            FileNotFoundError: If the path has no such files.
-        """
-        path = locate(handle)
-        if path.suffix == ".keras" and path.is_file():
-            with tempfile.TemporaryDirectory() as folder:
-                copy_tokenizer(path, Path(folder))
-                return cls.from_directory(Path(folder))
-        if path.is_file():
-            return cls.from_gguf_metadata(open_gguf(path).metadata)
-        return cls.from_directory(path)
 
 
 @contextmanager

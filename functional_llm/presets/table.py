@@ -1,14 +1,42 @@
-"""The presets as a table, for reading in a terminal or a notebook and for choosing in code."""
+"""The presets that come with the library: each alone, and all as a table."""
 
+import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
-from functional_llm.presets.handles import preset_names, read_preset
+from functional_llm.files.json_files import read_json
 
+# Beside the package in a checkout; inside it once installed from a wheel.
+_FOLDERS = [Path(__file__).parents[2] / "presets", Path(__file__).parent / "data"]
 _COLUMNS = ("name", "family", "parameters", "context", "licence", "source")
 _NUMBERS = ("parameters", "context")
+
+
+def preset_names() -> list[str]:
+    """Returns the names of the presets that come with the library."""
+    return sorted(path.stem for folder in _FOLDERS for path in folder.glob("*.json"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """Returns a preset: description, family, licence, number of parameters, source, config.
+
+    Raises:
+        ValueError: If there is none of that name; the message lists near names.
+    """
+    for folder in _FOLDERS:
+        path = folder / f"{name}.json"
+        if path.is_file():
+            return read_json(path)
+    near = difflib.get_close_matches(name, preset_names(), n=3, cutoff=0.3)
+    raise ValueError(
+        f"Unknown preset {name!r}. "
+        + (f"Near names: {', '.join(near)}. " if near else "")
+        + "functional_llm.list_presets() lists them all. A handle may also be a directory in "
+        "Hugging Face layout, a .gguf or .keras file, or 'hf://org/name'."
+    )
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,13 @@
 A file is a zip with three members, as Keras writes it: more than three would make Keras unpack all
 of them to a temporary folder at each load. Beside Keras's own keys,
 
-- `config.json` has the key "language_model": the model's family and numbers, and its adapters,
+- `config.json` has the key "language_model": the model's family and numbers, and its edits,
 - `metadata.json`, which Keras does not read, has the key "tokenizer": file names and contents.
 """
 
 import base64
 import datetime
 import json
-import os
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import keras
+
+from functional_llm.files.json_files import parse_json_object
+from functional_llm.files.replacing import replaced_file
+from functional_llm.graph.types import JSON
 
 CONFIG, METADATA, WEIGHTS = "config.json", "metadata.json", "model.weights.h5"
 
@@ -51,18 +54,19 @@ def write_keras_file(
         "date_saved": datetime.datetime.now().strftime("%Y-%m-%d@%H:%M:%S"),
         "tokenizer": {name: _encode(name, content) for name, content in tokenizer.items()},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        weights, part = Path(folder, WEIGHTS), Path(folder, path.name)
+    with (
+        replaced_file(path) as part,
+        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder,
+    ):
+        weights = Path(folder, WEIGHTS)
         model.save_weights(weights)
         with zipfile.ZipFile(part, "w") as archive:
             archive.writestr(METADATA, json.dumps(metadata))
             archive.writestr(CONFIG, json.dumps({**config, "language_model": description}))
             archive.write(weights, WEIGHTS)
-        os.replace(part, path)
 
 
-def read_description(path: Path) -> dict[str, Any]:
+def read_description(path: Path) -> JSON:
     """Returns what the file says of its language model.
 
     Raises:
@@ -105,18 +109,15 @@ def unpacked_weights(path: Path) -> Iterator[Path]:
         yield Path(folder, WEIGHTS)
 
 
-def _read_json(path: Path, member: str) -> dict[str, Any]:
+def _read_json(path: Path, member: str) -> JSON:
     try:
         with zipfile.ZipFile(path) as archive:
-            content = json.loads(archive.read(member))
+            return parse_json_object(archive.read(member), member)
     except (zipfile.BadZipFile, KeyError, OSError, EOFError, ValueError) as error:
         raise _damaged(path, error) from None
-    if not isinstance(content, dict):
-        raise _damaged(path, f"{member} holds a {type(content).__name__}")
-    return content
 
 
-def _damaged(path: Path, why: Any) -> ValueError:
+def _damaged(path: Path, why: object) -> ValueError:
     return ValueError(
         f"{path} is damaged or no .keras file: {why}. Expected what `backbone.save` writes, a zip "
         f"with {CONFIG}, {METADATA} and {WEIGHTS}."
@@ -135,7 +136,7 @@ def _is_binary(name: str) -> bool:
     return name.endswith(".model")
 
 
-def _check_stock(config: Any, path: str) -> None:
+def _check_stock(config: object, path: str) -> None:
     """A backstop: what a lowering left, an activation function of a user's own, and the like."""
     if isinstance(config, list):
         for x in config:
@@ -154,7 +155,7 @@ def _check_stock(config: Any, path: str) -> None:
         _check_stock(x, f"{path}/{name}" if isinstance(name, str) and name != path else path)
 
 
-def _forget_trainable_models(config: Any) -> None:
+def _forget_trainable_models(config: object) -> None:
     """Keras makes all layers trainable where their model is said to be."""
     if isinstance(config, list):
         for x in config:

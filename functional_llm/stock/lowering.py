@@ -9,10 +9,8 @@ Shapes: B batch, T new tokens, S slots of the cache, V vocabulary.
 
 import itertools
 import math
-import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import keras
 from keras import ops, tree
@@ -20,12 +18,15 @@ from keras import ops, tree
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.rewiring import calls, shared_copy
 from functional_llm.graph.selection import inner_graph, inner_layers
+from functional_llm.graph.types import Layer, Nested, Tensor
 from functional_llm.layers.attention import AttentionDotProduct, AttentionMask, KVCacheLookup
 
-_LOWERINGS: dict[type, Callable[..., Any]] = {}
+Lower: TypeAlias = Callable[..., Nested]  # (layer, *args, **kwargs) -> outputs
+_Body: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
+_LOWERINGS: dict[type, Lower | type] = {}
 
 
-def register_lowering(cls: type, lower: Callable[..., Any]) -> None:
+def register_lowering(cls: type, lower: Lower | type) -> None:
     """Says how a layer of your own is written with stock layers and `keras.ops`.
 
     ```python
@@ -64,13 +65,13 @@ class Lowering:
         ValueError: At a layer that stock Keras does not have, unless it is registered.
     """
 
-    def __init__(self, original: Any) -> None:
+    def __init__(self, original: keras.Model) -> None:
         self._original = original
         self._frozen = frozenset(getattr(original, "_frozen", ()))
-        self._places: dict[int, Any] = {}  # by the identity of the original's objects
-        self._stand_ins: dict[int, Any] = {}
-        self._homes: dict[int, Any] = {}
-        self._home: Any = original  # in whose place the stock model is that is being made
+        self._places: dict[int, Layer] = {}  # by the identity of the original's objects
+        self._stand_ins: dict[int, Layer] = {}
+        self._homes: dict[int, Layer] = {}
+        self._home: Layer = original  # what is being lowered now: a model of its own
         self._names: set[str] = set()
         # A custom layer's weights are copied into stock layers, perhaps in another shape.
         self.copies: list[tuple[keras.Variable, keras.Variable]] = []
@@ -81,7 +82,9 @@ class Lowering:
         for variable, held in self.copies:
             variable.assign(ops.reshape(held, variable.shape))
 
-    def call(self, operation: Any, path: str, *args: Any, **kwargs: Any) -> list[Any]:
+    def call(
+        self, operation: keras.Operation, path: str, *args: Nested, **kwargs: Nested
+    ) -> list[Tensor]:
         """Returns the flat outputs of an operation's call, made of stock ones."""
         if inner_layers(operation) is not None:
             return self._call_graph(operation, path, args)
@@ -97,7 +100,7 @@ class Lowering:
             )
         return tree.flatten(self.place(operation, path)(*args, **kwargs))
 
-    def place(self, operation: Any, path: str) -> Any:
+    def place(self, operation: keras.Operation, path: str) -> keras.Operation:
         """Returns the twin of a stock operation; frozen, if its weights are so in the model."""
         if self._homes.setdefault(id(operation), self._home) is not self._home:
             raise ValueError(
@@ -125,14 +128,14 @@ class Lowering:
         self._names.add(new)
         return new
 
-    def _call_graph(self, layer: Any, path: str, args: Any) -> list[Any]:
+    def _call_graph(self, layer: Layer, path: str, args: Nested) -> list[Tensor]:
         graph = inner_graph(layer)
         is_composite = isinstance(layer, CompositeLayer)
         given = layer.unpack_inputs(*args) if is_composite else tree.flatten(args)
         pairs = zip(given, graph.inputs, strict=True)
         specs = [spec for x, spec in pairs if x is not None]
 
-        def body(inputs: list[Any]) -> list[Any]:
+        def body(inputs: list[Tensor]) -> list[Tensor]:
             tensors = {
                 id(spec): _cast(x, spec.dtype) for x, spec in zip(inputs, specs, strict=True)
             }
@@ -142,21 +145,25 @@ class Lowering:
         names = ["x"] if names == ["0"] else names  # the one input of a layer
         return self._call_model(layer, [x for x in given if x is not None], names, body)
 
-    def _call_custom(self, lower: Any, layer: Any, path: str, args: Any, kwargs: Any) -> list[Any]:
+    def _call_custom(
+        self, lower: Lower, layer: Layer, path: str, args: Nested, kwargs: Nested
+    ) -> list[Tensor]:
         pairs = tree.flatten_with_path((args, kwargs))
         named = [(path, x) for path, x in pairs if isinstance(x, keras.KerasTensor)]
         given = [x for _, x in named]
         names = ["_".join(key for key in path if isinstance(key, str)) or "x" for path, _ in named]
 
-        def body(inputs: list[Any]) -> list[Any]:
+        def body(inputs: list[Tensor]) -> list[Tensor]:
             new = {id(x): y for x, y in zip(given, inputs, strict=True)}
             new_args, new_kwargs = tree.map_structure(lambda x: new.get(id(x), x), (args, kwargs))
             return self._lower(lower, layer, path, new_args, new_kwargs)
 
         return self._call_model(layer, given, names, body)
 
-    def _lower(self, lower: Any, layer: Any, path: str, args: Any, kwargs: Any) -> list[Any]:
-        def autocast(x: Any) -> Any:
+    def _lower(
+        self, lower: Lower, layer: Layer, path: str, args: Nested, kwargs: Nested
+    ) -> list[Tensor]:
+        def autocast(x: Tensor) -> Tensor:
             is_float = isinstance(x, keras.KerasTensor) and keras.backend.is_float_dtype(x.dtype)
             return _cast(x, layer.compute_dtype) if is_float and layer.autocast else x
 
@@ -166,7 +173,9 @@ class Lowering:
             self._stand_ins[id(layer)] = self._stand_in(layer, path, next(tensors))
         return tree.flatten(lower(self._stand_ins[id(layer)], *args, **kwargs))
 
-    def _call_model(self, layer: Any, given: Any, names: list[str], body: Any) -> list[Any]:
+    def _call_model(
+        self, layer: Layer, given: list[Tensor], names: list[str], body: _Body
+    ) -> list[Tensor]:
         """Calls the stock model in the place of a layer, which is made at the first call."""
         if id(layer) not in self._places:
             names = [
@@ -181,7 +190,7 @@ class Lowering:
             self._home = outside
         return tree.flatten(self._places[id(layer)](given))
 
-    def _run(self, graph: Any, tensors: dict[int, Any], path: str) -> list[Any]:
+    def _run(self, graph: keras.Model, tensors: dict[int, Tensor], path: str) -> list[Tensor]:
         """Returns the flat outputs of a graph, given what its inputs are now."""
         for node in calls(graph):
             args, kwargs = node.arguments.fill_in(tensors)
@@ -190,7 +199,7 @@ class Lowering:
             tensors |= {id(old): new for old, new in zip(node.outputs, outputs, strict=True)}
         return [tensors[id(x)] for x in tree.flatten(graph.output)]
 
-    def _stand_in(self, layer: Any, path: str, x: Any) -> Any:
+    def _stand_in(self, layer: Layer, path: str, x: Tensor) -> Layer:
         """A twin of a custom layer with symbolic weights, made beside the tensor `x`."""
         new = shared_copy(layer)
         vars(new)["place"] = lambda inner: self.place(inner, path)
@@ -206,12 +215,12 @@ class Lowering:
                 )
         return new
 
-    def _callable(self, layer: Any, path: str) -> Any:
+    def _callable(self, layer: Layer, path: str) -> Callable[..., Nested]:
         if _is_stock(layer) or isinstance(_lowering_for(layer), type):
             if inner_layers(layer) is None:
                 return self.place(layer, path)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: Nested, **kwargs: Nested) -> Nested:
             lower = _lowering_for(layer)
             if lower is None:
                 outputs = self.call(layer, path, *args, **kwargs)
@@ -221,7 +230,7 @@ class Lowering:
 
         return call
 
-    def _hold(self, variable: keras.Variable, path: str, x: Any) -> Any:
+    def _hold(self, variable: keras.Variable, path: str, x: Tensor) -> Tensor:
         """Returns a weight as a symbolic tensor: all the rows of a stock Embedding."""
         shape = tuple(variable.shape)
         rows = shape[0] if len(shape) > 1 else 1
@@ -242,7 +251,7 @@ class Lowering:
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
         length = keras.Input((), dtype="int32", name="cache_length")
         tensors = {id(model.input["token_ids"]): token_ids}
-        cache: dict[str, Any] = {}
+        cache: dict[str, Nested] = {}
         for kept in map(_without_positions, model.input["cache"].values()):
             for path, spec in tree.flatten_with_path(kept):
                 name = "_".join(("cache", *map(str, path)))
@@ -254,7 +263,7 @@ class Lowering:
         tensors[id(model.input["positions"])] = positions
         tensors |= {id(group["positions"]): slots for group in model.input["cache"].values()}
         outputs = tree.pack_sequence_as(model.output, self._run(model, tensors, ""))
-        update: dict[str, Any] = {}
+        update: dict[str, Nested] = {}
         for kept in map(_without_positions, outputs["cache"].values()):
             update |= kept
         others = {key: x for key, x in outputs.items() if key not in ("hidden", "cache")}
@@ -268,9 +277,9 @@ class Lowering:
         """The model that gives the decoder a cache without slots."""
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
         nothing = token_ids[:, :0]
-        empty: dict[Any, Any] = {}
+        empty: dict[object, Tensor] = {}
 
-        def make(spec: keras.KerasTensor) -> Any:
+        def make(spec: keras.KerasTensor) -> Tensor:
             sizes = spec.shape[2:]
             if (sizes, spec.dtype) not in empty:
                 x = ops.expand_dims(nothing, tuple(range(2, 2 + len(sizes))))
@@ -283,41 +292,11 @@ class Lowering:
         return keras.Model(token_ids, result["logits"], name=self._original.name)
 
 
-def export_stablehlo(model: keras.Model, path: Path) -> None:
-    """Writes a stock model of token ids as StableHLO, weights inside, for any batch and length.
-
-    `jax.export.deserialize(path.read_bytes()).call(token_ids)` gives the logits.
-
-    Args:
-        model: From `Lowering`.
-        path: Where to.
-
-    Raises:
-        ImportError: If flatbuffers is missing.
-    """
-    import jax
-    from jax import export
-
-    trained, others = (
-        [variable.value for variable in variables]
-        for variables in (model.trainable_variables, model.non_trainable_variables)
-    )
-    program = jax.jit(lambda token_ids: model.stateless_call(trained, others, token_ids)[0])
-    shape = jax.ShapeDtypeStruct(export.symbolic_shape("batch, tokens"), "int32")
-    exported = export.export(program, platforms=("cpu", "cuda", "tpu"))(shape)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(exported.serialize())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _without_positions(group: dict[str, Any]) -> dict[str, Any]:
+def _without_positions(group: dict[str, Nested]) -> dict[str, Nested]:
     return {name: kept for name, kept in group.items() if name != "positions"}
 
 
-def _positions(token_ids: Any, length: Any, cache: Any) -> list[Any]:
+def _positions(token_ids: Tensor, length: Tensor, cache: Tensor) -> list[Tensor]:
     """Returns the positions of the new tokens (B, T), and of those in the slots (B, S)."""
     inputs = [
         keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x.name)
@@ -331,32 +310,32 @@ def _positions(token_ids: Any, length: Any, cache: Any) -> list[Any]:
     return keras.Model(inputs, outputs, name="positions")([token_ids, length, cache])
 
 
-def _count(x_BN: Any) -> Any:
+def _count(x_BN: Tensor) -> Tensor:
     """Returns 0, 1, 2 ... along the second axis."""
     return ops.cast(ops.cumsum(ops.ones_like(x_BN, dtype="int32"), axis=1), "int32") - 1
 
 
-def indices(count: int, x: Any) -> Any:
+def indices(count: int, x: Tensor) -> Tensor:
     """Returns 0 ... count - 1 as a symbolic tensor; only by depending on `x` can it be one."""
     one = ops.ones_like(ops.reshape(ops.sum(x), (1,)), dtype="int32")
     return ops.cast(ops.cumsum(ops.tile(one, (count,))), "int32") - 1
 
 
-def _cast(x: Any, dtype: str) -> Any:
+def _cast(x: Tensor, dtype: str) -> Tensor:
     return x if x.dtype == dtype else ops.cast(x, dtype)
 
 
-def _lowering_for(operation: Any) -> Any:
+def _lowering_for(operation: keras.Operation) -> Lower | type | None:
     classes = type(operation).__mro__
     return next((_LOWERINGS[cls] for cls in classes if cls in _LOWERINGS), None)
 
 
-def _is_stock(operation: Any) -> bool:
+def _is_stock(operation: keras.Operation) -> bool:
     is_lambda = isinstance(operation, keras.layers.Lambda)  # is code, which is no stock to load
     return type(operation).__module__.startswith("keras.") and not is_lambda
 
 
-def _lower_lookup(layer: Any, inputs: dict[str, Any]) -> Any:
+def _lower_lookup(layer: Layer, inputs: dict[str, Nested]) -> tuple[list[Tensor], Nested]:
     """What queries look at: the cache, and the new tokens behind it."""
     new = inputs["new"]
     pairs = zip(tree.flatten(inputs["cache"]), tree.flatten(new), strict=True)

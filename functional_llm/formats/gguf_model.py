@@ -1,18 +1,27 @@
-"""A GGUF file seen as a Hugging Face checkpoint: config keys, tensor names, layout of tensors.
+"""A model in a GGUF file, under Hugging Face's config keys and tensor names, in its layout.
 
-The names come from the `gguf` package's own map. No family is named here.
+The names come from the `gguf` package's own map.
 """
 
 from collections.abc import Sequence
 from fnmatch import fnmatch
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
 
 import gguf
 import numpy as np
 
-from functional_llm.backbones.family import Family
-from functional_llm.formats.gguf_file import GGUFFile
+from functional_llm.backbones.family import Family, ModelConfig
+from functional_llm.formats.gguf_file import GGUFFile, open_gguf
+from functional_llm.formats.hf_config import read_config
+from functional_llm.formats.source import Source, known_family
 from functional_llm.formats.tensor_reader import float_dtype
+from functional_llm.formats.weight_table import TensorSource
+from functional_llm.graph.types import JSON
+from functional_llm.tokenizers import TextTokenizer, save_tokenizer
+
+_Tokenizer = TypeVar("_Tokenizer", bound=TextTokenizer)
 
 _KEYS = {
     "block_count": "num_hidden_layers",
@@ -41,7 +50,37 @@ _BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias
 _FREQUENCIES = "rope_freqs.weight"
 
 
-def read_raw_config(file: GGUFFile, family: Family) -> dict[str, Any]:
+class GGUFModel(Source):
+    """A `.gguf` file, of any quantisation."""
+
+    suffix = ".gguf"
+    words = "a .gguf file"
+
+    @property
+    def _file(self) -> GGUFFile:
+        return open_gguf(self.path)
+
+    @property
+    def family(self) -> Family:
+        families = {f.gguf_architecture: f for f in self.families.values() if f.gguf_architecture}
+        architecture = self._file.metadata.get("general.architecture")
+        return known_family(architecture, f"{self.path}: general.architecture", families)
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        return read_config(_read_raw_config(self._file, self.family), self.family)
+
+    def open_tensors(self, names: Sequence[str]) -> TensorSource:
+        return _HuggingFaceView(self._file, names, self.family, self.config)
+
+    def read_tokenizer(self, cls: type[_Tokenizer]) -> _Tokenizer:
+        return cls.from_gguf_metadata(self._file.metadata)
+
+    def write_tokenizer(self, folder: Path) -> None:
+        save_tokenizer(self.read_tokenizer(TextTokenizer), folder)
+
+
+def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
     """Returns the metadata as the keys of a `config.json`.
 
     Args:
@@ -82,7 +121,7 @@ def read_raw_config(file: GGUFFile, family: Family) -> dict[str, Any]:
     return family.gguf_defaults(config) | config
 
 
-def _rope_scaling(file: GGUFFile, given: dict[str, Any]) -> dict[str, Any]:
+def _rope_scaling(file: GGUFFile, given: JSON) -> JSON:
     kind = given.pop("rope.scaling.type", "none")
     given.pop("rope.scaling.finetuned", None)
     if kind == "none":
@@ -94,7 +133,7 @@ def _rope_scaling(file: GGUFFile, given: dict[str, Any]) -> dict[str, Any]:
     return {"rope_type": kind, **values}
 
 
-class GGUFCheckpoint:
+class _HuggingFaceView:
     """Tensors of a GGUF file under Hugging Face's names and in its layout.
 
     Args:
@@ -104,7 +143,9 @@ class GGUFCheckpoint:
         config: Its config.
     """
 
-    def __init__(self, file: GGUFFile, names: Sequence[str], family: Family, config: Any) -> None:
+    def __init__(
+        self, file: GGUFFile, names: Sequence[str], family: Family, config: ModelConfig
+    ) -> None:
         self._file = file
         self._family = family
         self._heads = {

@@ -1,0 +1,74 @@
+"""What was edited in a model since its family built it: read off, and put back."""
+
+import keras
+import numpy as np
+
+from functional_llm.backbones.family import Family
+from functional_llm.edits.quantization import quantized_paths, without_values
+from functional_llm.formats.source import Edits
+from functional_llm.graph.equality import same_graph
+from functional_llm.peft.adapter import origin_of
+from functional_llm.peft.adapter_config import attach_described, describe_adapters
+
+
+def edits_of(model: keras.Model, plain: keras.Model) -> Edits | None:
+    """Returns what was edited in a model; `None` if that is more than `Edits` can say.
+
+    Args:
+        model: A Backbone.
+        plain: What its family builds for its config.
+    """
+    if not same_graph(model, plain, origin_of):
+        return None
+    return Edits(quantized=quantized_paths(model, origin_of), adapters=describe_adapters(model))
+
+
+def apply_edits(model: keras.Model, edits: Edits, has_values: bool) -> keras.Model:
+    """Returns a model edited as `edits` says; the values of what is new are yet to be loaded.
+
+    Args:
+        model: What a family has built.
+        edits: From `Source.edits`.
+        has_values: Whether the model's variables have values.
+    """
+    model = without_values(model, edits.quantized)
+    if not has_values:
+        adapted = {layer for adapter in edits.adapters for layer in adapter["layers"]}
+        for variable in model.variables:
+            if variable.path.rpartition("/")[0] in adapted:  # methods look at what they adapt
+                variable.assign(np.zeros(variable.shape, "float32"))
+    return attach_described(model, edits.adapters)
+
+
+def check_unedited(model: keras.Model, family: Family, plain: keras.Model) -> None:
+    """Checks that a model is what its config promises, weights and graph.
+
+    Args:
+        model: A Backbone.
+        family: Its family.
+        plain: What the family builds for its config.
+
+    Raises:
+        ValueError: If the graph has other weights, as with adapters that are not merged, or layers
+            that were dropped (all are named), or it was rewired in another way.
+    """
+    expected = {v.path: tuple(v.shape) for v in plain.variables}
+    received = {v.path: tuple(v.shape) for v in model.variables}
+    problems = [
+        f"'{path}': expected {expected.get(path, 'no such weight')}, received "
+        f"{received.get(path, 'none')}"
+        for path in sorted(expected.keys() | received.keys())
+        if expected.get(path) != received.get(path)
+    ]
+    if problems:
+        raise ValueError(
+            f"The model does not fit its config, {len(problems)} differences:\n  "
+            + "\n  ".join(problems[:20])
+            + "\nA directory would lose them. Merge adapters; save those that add weights, as "
+            "biases, with `flm.peft.save_adapter`."
+        )
+    if not same_graph(model, plain):
+        raise ValueError(
+            f"The model was rewired: its graph is not that of '{family.model_type}', which is "
+            "all that a directory can say. Save it as a .keras file with `save`, graph and all."
+        )
