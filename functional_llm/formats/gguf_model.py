@@ -100,7 +100,7 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
     config = {keys[key]: given.pop(key) for key in list(given) if key in keys}
     config.setdefault("vocab_size", file.shapes.get("token_embd.weight", (0,))[0])
     config["tie_word_embeddings"] = "output.weight" not in file.shapes
-    # What llama.cpp reads off the tensors, too.
+    # llama.cpp, too, tells these by the tensors.
     for key, tensor in _BIASES.items():
         if key in family.config_keys:
             config[key] = tensor in file.shapes
@@ -173,7 +173,7 @@ class _HuggingFaceView:
     def read(self, name: str, dtype: str) -> np.ndarray:
         """Returns one tensor in a dtype."""
         if any(fnmatch(name, pattern) for pattern in self._family.gguf_offset):
-            # In float32: what was added would cost a narrow type most of its digits.
+            # In float32: the added one costs a narrow type most of its digits.
             return (self._file.read(self._names[name], "float32") - 1).astype(float_dtype(dtype))
         array = self._file.read(self._names[name], dtype)
         if self._is_transposed(name):

@@ -1,4 +1,4 @@
-"""Hugging Face configs <-> our frozen ones. No family is named here."""
+"""Hugging Face's `config.json` to our frozen configs and back."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -24,7 +24,7 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 
-# Keys that say nothing about the numbers of inference: bookkeeping, training, serving.
+# Keys that change no logits: bookkeeping, training, serving.
 IRRELEVANT = frozenset(
     """architectures attention_dropout attn_pdrop auto_map bad_words_ids begin_suppress_tokens
     bos_token_id cache_implementation chunk_size_feed_forward dtype embd_pdrop eos_token_id
@@ -80,7 +80,7 @@ _ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters"}
 
 
 def _rename_aliases(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """Keys under their present names, where releases of a family had others."""
+    """Returns the keys under their present names; some releases of a family had others."""
     renamed = {key: value for key, value in raw.items() if key not in family.config_aliases}
     for alias, key in family.config_aliases.items():
         if alias in raw and renamed.setdefault(key, raw[alias]) != raw[alias]:
@@ -92,7 +92,7 @@ def _rename_aliases(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 
 def _nullable_keys(family: Family) -> set[str]:
-    """Keys whose null says something other than their absence: no window, no soft cap."""
+    """Returns the keys whose null has a meaning of its own: no window, no soft cap."""
     hints = get_type_hints(family.config_class)
     nullable = {name for name, hint in hints.items() if type(None) in get_args(hint)}
     return {key for key, field in family.config_keys.items() if field in nullable}
@@ -133,7 +133,7 @@ def _layer_types(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _is_count(field: str) -> bool:
-    """Sizes are positive whole numbers, whatever their names."""
+    """Whether a field is a size, a positive whole number."""
     return field.startswith("num_") or field.endswith(("_dim", "_size", "_length", "_window"))
 
 

@@ -1,4 +1,4 @@
-"""RoPE as `config.json` spells it, in Transformers 5 and before <-> our frozen values."""
+"""RoPE in a `config.json`, as Transformers 5 and older versions spell it, to our frozen values."""
 
 import math
 from collections.abc import Mapping
@@ -105,7 +105,7 @@ def _read_rope_parameters(
 
 
 def _read_long_rope(parameters: dict[str, Any]) -> FrequencyFactors:
-    """Only where short and long texts turn alike: others would need the text's length."""
+    """Reads longrope with equal factors for short and long texts; others need the text's length."""
     short, long = parameters.get("short_factor"), parameters.get("long_factor")
     if not short or short != long or parameters.get("attention_factor") != 1.0:
         raise ValueError(
@@ -148,7 +148,7 @@ def known(table: Mapping[str, _Entry], value: object, key: str) -> _Entry:
 
 
 def check_value(key: str, value: Any, hint: object, counts: bool = False) -> None:
-    """Compares a value with the type of its field, where that is plain.
+    """Checks a value against the type of its field, if the type is a plain one.
 
     Args:
         key: Of the `config.json`.

@@ -1,9 +1,9 @@
-"""Checkpoint tables: tensors of a file <-> variables of a model, strict both ways.
+"""Weight tables: tensors of a file to variables of a model and back, strict both ways.
 
-A row is (tensor name, variable path, transform name); `{}` in both names stands for the layer. A
-table may hold rows for parts that a config leaves out (a bias, an untied head): rows whose
-variable the model lacks do not count, so a tensor they name is then one too many. Rows that name
-the same tensor are its parts, in order, along an axis that their transform names.
+A row is (tensor name, variable path, transform name); `{}` in both names stands for the number of
+the layer. A table may hold rows for parts that a config leaves out, such as a bias: a row whose
+variable the model lacks does not count, so that its tensor in a file is an unknown one. Rows that
+name the same tensor are its parts, in order, along the axis that their transform names.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,12 +32,12 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True)
 class Transform:
-    """A change of layout and its inverse, on arrays.
+    """A change of layout of arrays, and its inverse.
 
     Args:
         forward: Tensor of a checkpoint -> value of a variable.
         inverse: The way back.
-        axis: Axis of the tensor along which the parts of a fused one lie; `None` if it has none.
+        axis: Axis along which the parts of a fused tensor lie; `None` for tensors in one part.
     """
 
     forward: Callable[[np.ndarray], np.ndarray]
@@ -122,10 +122,7 @@ def expand_table(table: Sequence[Row], paths: Sequence[str], num_layers: int) ->
 
 
 def module_names(table: Sequence[Row], num_layers: int) -> dict[str, str]:
-    """Returns layer path -> name of the module of the checkpoint, for the matrix products.
-
-    Both are what is left of a row's names without `.weight` and `/kernel`.
-    """
+    """Returns the path of each layer with a kernel -> the name of its module in checkpoints."""
     return {
         target.removesuffix("/kernel").format(index): source.removesuffix(".weight").format(index)
         for source, target, *_ in table
@@ -178,10 +175,10 @@ def check_copies(
     tensors: Sequence[Tensor],
     source: TensorSource,
 ) -> None:
-    """Compares tensors that are not loaded with the variables they ought to be copies of.
+    """Checks that tensors which are not loaded equal the variables that stand for them.
 
     Args:
-        copies: Name of a tensor that may be there -> name of the loaded one it must equal.
+        copies: Name of a tensor that may be there -> name of the loaded tensor that it must equal.
         variables: All variables of the model, loaded.
         tensors: From `expand_table`.
         source: The checkpoint.
@@ -220,9 +217,9 @@ class _Renamed:
 
 
 def with_prefix(source: TensorSource, prefix: str, names: Iterable[str]) -> TensorSource:
-    """Returns the checkpoint with a prefix on all its names, if without it none of them is known.
+    """Returns a checkpoint with a prefix on all its names, if it lacks the prefix.
 
-    Checkpoints of a bare model, without its head, lack the prefix.
+    Checkpoints of a bare model, without its head, do.
     """
     if any(name.startswith(prefix) for name in source.shapes):
         return source

@@ -1,7 +1,7 @@
-"""The `.keras` files that stock Keras loads, with what stock Keras ignores.
+"""The `.keras` files that stock Keras loads, with two keys more, which stock Keras ignores.
 
-A file is a zip with three members, as Keras writes it: more than three would make Keras unpack all
-of them to a temporary folder at each load. Beside Keras's own keys,
+A file is a zip with three members, as Keras writes it. With more members Keras would unpack all of
+them to a temporary folder at each load. Beside Keras's own keys,
 
 - `config.json` has the key "language_model": the model's family and numbers, and its edits,
 - `metadata.json`, which Keras does not read, has the key "tokenizer": file names and contents.
@@ -94,7 +94,7 @@ def read_tokenizer(path: Path) -> dict[str, bytes]:
 
 @contextmanager
 def unpacked_weights(path: Path) -> Iterator[Path]:
-    """Yields the weights as a temporary file; read inside the zip, it takes minutes.
+    """Yields the weights as a temporary file. To read them inside the zip takes minutes.
 
     Raises:
         ValueError: If they are damaged (the checksum is compared) or missing.
@@ -137,7 +137,7 @@ def _is_binary(name: str) -> bool:
 
 
 def _check_stock(config: object, path: str) -> None:
-    """A backstop: what a lowering left, an activation function of a user's own, and the like."""
+    """Refuses what a lowering left, such as an activation function of a user's own."""
     if isinstance(config, list):
         for x in config:
             _check_stock(x, path)
@@ -156,7 +156,7 @@ def _check_stock(config: object, path: str) -> None:
 
 
 def _forget_trainable_models(config: object) -> None:
-    """Keras makes all layers trainable where their model is said to be."""
+    """Keras would make all layers of a model trainable if the model says that it is."""
     if isinstance(config, list):
         for x in config:
             _forget_trainable_models(x)

@@ -1,8 +1,8 @@
-"""Stock graphs: the same model in built-in layers and `keras.ops` only.
+"""Lowering: the same model in built-in layers and `keras.ops` only.
 
-Stock Keras cannot leave an input out. It can take one of zero length: joining keys with those of a
-cache of zero slots changes nothing. So the stock graph always has a cache, and the model around it
-gives one without slots.
+Stock Keras cannot leave an input out, but it can take one of zero length: to concatenate keys with
+those of a cache without slots changes nothing. So the stock graph always takes a cache, and the
+model around it passes one without slots.
 
 Shapes: B batch, T new tokens, S slots of the cache, V vocabulary.
 """
@@ -27,7 +27,7 @@ _LOWERINGS: dict[type, Lower | type] = {}
 
 
 def register_lowering(cls: type, lower: Lower | type) -> None:
-    """Says how a layer of your own is written with stock layers and `keras.ops`.
+    """Registers how a layer of your own is written with stock layers and `keras.ops`.
 
     ```python
     register_lowering(MyLayer, MyLayer.call)  # if `call` uses nothing else
@@ -36,27 +36,27 @@ def register_lowering(cls: type, lower: Lower | type) -> None:
     ```
 
     Args:
-        cls: The class. Its subclasses are written alike, unless they are registered themselves.
+        cls: The class. Its subclasses are lowered alike, unless they are registered themselves.
         lower: `lower(layer, *args, **kwargs)` returns the outputs for symbolic inputs. `layer` is
-            like the one in the model, but its own weights are symbolic tensors, held by stock
-            layers that keep and train them, and the layers it has can be called. Or the stock class
-            that `cls` is a subclass of, if the layer's own attributes are all that it needs.
+            like the layer in the model, but its own weights are symbolic tensors, which stock
+            layers hold and train; the layers in it can be called. `lower` may also be the stock
+            class that `cls` derives from, if that class needs nothing but the layer's attributes.
     """
     _LOWERINGS[cls] = lower
 
 
 class Lowering:
-    """One lowering of a model to stock Keras.
+    """A model lowered to stock Keras.
 
     `model` is the result: a Functional from `token_ids` (B, T) to logits (B, T, V), which shares
     the weights of the original's stock layers. Its layer "decoder" is a Functional that takes
 
     - `token_ids`: (B, T) int32,
     - `cache_length`: (B,) int32, how many slots of each row are filled,
-    - `cache`: for each decoder layer what it keeps, as nested dict of (B, S, ...) arrays,
+    - `cache`: what each decoder layer keeps, as a nested dict of (B, S, ...) arrays,
 
-    and returns `logits` (B, T, V) and `cache_update`, what belongs into the slots `cache_length`
-    to `cache_length + T - 1` afterwards, (B, T, ...).
+    and returns `logits` (B, T, V) and `cache_update` (B, T, ...), which belongs into the slots from
+    `cache_length` to `cache_length + T - 1`.
 
     Args:
         original: A Backbone, or any functional model with its inputs and outputs.
@@ -78,14 +78,14 @@ class Lowering:
         self.model = self._around(self._decoder())
 
     def copy_back(self) -> None:
-        """Gives the original's custom layers the weights that the stock model has now."""
+        """Assigns the weights of the stock model to the original's custom layers."""
         for variable, held in self.copies:
             variable.assign(ops.reshape(held, variable.shape))
 
     def call(
         self, operation: keras.Operation, path: str, *args: Nested, **kwargs: Nested
     ) -> list[Tensor]:
-        """Returns the flat outputs of an operation's call, made of stock ones."""
+        """Returns the flat outputs of an operation's call, made by stock operations."""
         if inner_layers(operation) is not None:
             return self._call_graph(operation, path, args)
         lower = _lowering_for(operation)
@@ -101,7 +101,7 @@ class Lowering:
         return tree.flatten(self.place(operation, path)(*args, **kwargs))
 
     def place(self, operation: keras.Operation, path: str) -> keras.Operation:
-        """Returns the twin of a stock operation; frozen, if its weights are so in the model."""
+        """Returns a shared copy of a stock operation, frozen if its weights are frozen in the model."""
         if self._homes.setdefault(id(operation), self._home) is not self._home:
             raise ValueError(
                 f"'{operation.name}' is used inside '{self._home.name}' and inside "
@@ -122,7 +122,7 @@ class Lowering:
         return self._places[id(operation)]
 
     def _unique(self, name: str) -> str:
-        """Returns the name, or with a number behind it if a layer has it already."""
+        """Returns the name, with a number behind it if a layer has the name already."""
         numbered = (f"{name}_{i}" for i in itertools.count(2))
         new = next(x for x in itertools.chain([name], numbered) if x not in self._names)
         self._names.add(new)
@@ -176,7 +176,7 @@ class Lowering:
     def _call_model(
         self, layer: Layer, given: list[Tensor], names: list[str], body: _Body
     ) -> list[Tensor]:
-        """Calls the stock model in the place of a layer, which is made at the first call."""
+        """Calls the stock model that stands for a layer; the first call makes it."""
         if id(layer) not in self._places:
             names = [
                 name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)
@@ -191,7 +191,7 @@ class Lowering:
         return tree.flatten(self._places[id(layer)](given))
 
     def _run(self, graph: keras.Model, tensors: dict[int, Tensor], path: str) -> list[Tensor]:
-        """Returns the flat outputs of a graph, given what its inputs are now."""
+        """Returns the flat outputs of a graph for new tensors in the places of its inputs."""
         for node in calls(graph):
             args, kwargs = node.arguments.fill_in(tensors)
             inside = f"{path}/{node.operation.name}" if path else node.operation.name
@@ -200,7 +200,7 @@ class Lowering:
         return [tensors[id(x)] for x in tree.flatten(graph.output)]
 
     def _stand_in(self, layer: Layer, path: str, x: Tensor) -> Layer:
-        """A twin of a custom layer with symbolic weights, made beside the tensor `x`."""
+        """Returns a copy of a custom layer whose weights are symbolic tensors, made from `x`."""
         new = shared_copy(layer)
         vars(new)["place"] = lambda inner: self.place(inner, path)
         for name, value in vars(layer).items():
@@ -231,7 +231,7 @@ class Lowering:
         return call
 
     def _hold(self, variable: keras.Variable, path: str, x: Tensor) -> Tensor:
-        """Returns a weight as a symbolic tensor: all the rows of a stock Embedding."""
+        """Returns a weight as a symbolic tensor: all rows of a stock Embedding that holds it."""
         shape = tuple(variable.shape)
         rows = shape[0] if len(shape) > 1 else 1
         holder = keras.layers.Embedding(
@@ -274,7 +274,7 @@ class Lowering:
         )
 
     def _around(self, decoder: keras.Model) -> keras.Model:
-        """The model that gives the decoder a cache without slots."""
+        """Returns the model that passes a cache without slots to the decoder."""
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
         nothing = token_ids[:, :0]
         empty: dict[object, Tensor] = {}
@@ -316,7 +316,7 @@ def _count(x_BN: Tensor) -> Tensor:
 
 
 def indices(count: int, x: Tensor) -> Tensor:
-    """Returns 0 ... count - 1 as a symbolic tensor; only by depending on `x` can it be one."""
+    """Returns 0 ... count - 1 as a symbolic tensor, which it can only be if it depends on `x`."""
     one = ops.ones_like(ops.reshape(ops.sum(x), (1,)), dtype="int32")
     return ops.cast(ops.cumsum(ops.tile(one, (count,))), "int32") - 1
 
@@ -336,7 +336,7 @@ def _is_stock(operation: keras.Operation) -> bool:
 
 
 def _lower_lookup(layer: Layer, inputs: dict[str, Nested]) -> tuple[list[Tensor], Nested]:
-    """What queries look at: the cache, and the new tokens behind it."""
+    """Returns what the queries see: the cache with the new tokens behind it, and the new tokens."""
     new = inputs["new"]
     pairs = zip(tree.flatten(inputs["cache"]), tree.flatten(new), strict=True)
     return [ops.concatenate(pair, axis=1) for pair in pairs], new
