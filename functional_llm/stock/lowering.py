@@ -101,7 +101,7 @@ class Lowering:
         return tree.flatten(self.place(operation, path)(*args, **kwargs))
 
     def place(self, operation: keras.Operation, path: str) -> keras.Operation:
-        """Returns a shared copy of a stock operation, frozen if its weights are frozen in the model."""
+        """Returns a shared copy of a stock operation, frozen if its weights are frozen here."""
         if self._homes.setdefault(id(operation), self._home) is not self._home:
             raise ValueError(
                 f"'{operation.name}' is used inside '{self._home.name}' and inside "
