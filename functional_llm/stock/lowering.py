@@ -18,7 +18,8 @@ import keras
 from keras import ops, tree
 
 from functional_llm.graph.composite import CompositeLayer
-from functional_llm.graph.rewiring import calls, shared_copy
+from functional_llm.graph.keras_private import calls, freeze_layer_only, set_untracked
+from functional_llm.graph.rewiring import shared_copy
 from functional_llm.graph.selection import inner_graph, inner_layers
 from functional_llm.layers.attention import AttentionDotProduct, AttentionMask, KVCacheLookup
 
@@ -98,7 +99,7 @@ class Lowering:
         return tree.flatten(self.place(operation, path)(*args, **kwargs))
 
     def place(self, operation: Any, path: str) -> Any:
-        """Returns the twin of a stock operation; frozen, if its weights are so in the model."""
+        """Returns a shared copy of a stock operation, frozen if the model froze its weights."""
         if self._homes.setdefault(id(operation), self._home) is not self._home:
             raise ValueError(
                 f"'{operation.name}' is used inside '{self._home.name}' and inside "
@@ -115,7 +116,7 @@ class Lowering:
                 # A loaded weight's path is its layer's name, and torch needs them to be different.
                 new.name = self._unique(path.replace("/", "_"))
             if variables and all(id(v) in self._frozen for v in variables):
-                vars(new)["_trainable"] = False  # the setter would tell the shared variables
+                freeze_layer_only(new)
         return self._places[id(operation)]
 
     def _unique(self, name: str) -> str:
@@ -183,27 +184,26 @@ class Lowering:
 
     def _run(self, graph: Any, tensors: dict[int, Any], path: str) -> list[Any]:
         """Returns the flat outputs of a graph, given what its inputs are now."""
-        for node in calls(graph):
-            args, kwargs = node.arguments.fill_in(tensors)
-            inside = f"{path}/{node.operation.name}" if path else node.operation.name
-            outputs = self.call(node.operation, inside, *args, **kwargs)
-            tensors |= {id(old): new for old, new in zip(node.outputs, outputs, strict=True)}
+        for call in calls(graph):
+            args, kwargs = call.with_tensors(tensors)
+            inside = f"{path}/{call.operation.name}" if path else call.operation.name
+            outputs = self.call(call.operation, inside, *args, **kwargs)
+            tensors |= {id(old): new for old, new in zip(call.outputs, outputs, strict=True)}
         return [tensors[id(x)] for x in tree.flatten(graph.output)]
 
     def _stand_in(self, layer: Any, path: str, x: Any) -> Any:
-        """A twin of a custom layer with symbolic weights, made beside the tensor `x`."""
+        """A shared copy of a custom layer with symbolic weights, made beside the tensor `x`."""
         new = shared_copy(layer)
-        vars(new)["place"] = lambda inner: self.place(inner, path)
+        set_untracked(new, "place", lambda inner: self.place(inner, path))
         for name, value in vars(layer).items():
             if isinstance(value, keras.Variable) and not value.shape and not value.trainable:
-                vars(new)[name] = float(ops.convert_to_numpy(value.value))  # a switch
+                set_untracked(new, name, float(ops.convert_to_numpy(value.value)))  # a switch
             elif isinstance(value, keras.Variable):
-                vars(new)[name] = self._hold(value, f"{path}/{value.name}", x)
+                set_untracked(new, name, self._hold(value, f"{path}/{value.name}", x))
             elif isinstance(value, keras.layers.Layer):
                 is_itself = value.name == layer.name  # but for what the layer adds
-                vars(new)[name] = self._callable(
-                    value, path if is_itself else f"{path}/{value.name}"
-                )
+                inner_path = path if is_itself else f"{path}/{value.name}"
+                set_untracked(new, name, self._callable(value, inner_path))
         return new
 
     def _callable(self, layer: Any, path: str) -> Any:
