@@ -40,6 +40,7 @@ def test_calls_are_those_of_the_graph_in_order() -> None:
     assert calls[0].args[0] is x and calls[0].outputs[0] is y
     assert calls[2].inputs[0] is y and calls[2].args[0][0] is y and calls[2].outputs == [z]
     assert calls[2].with_tensors({id(y): 1, id(calls[1].outputs[0]): 2}) == (([1, 2],), {})
+    assert calls[2].with_tensors({id(y): 1}) == (([1, None],), {})
 
 
 def test_calls_have_the_other_arguments() -> None:
@@ -88,9 +89,9 @@ def test_a_functional_model_is_made_without_the_constructor_of_its_class() -> No
     x = keras.Input((4,), name="x")
     y = layers.Dense(3)(x)
     Mine(x, y)
-    new = page.make_functional(Mine, {"x": x}, [y], "mine")
+    new = page.make_functional(Mine, {"x": x}, {"y": y}, "mine")
     assert type(new) is Mine and new.name == "mine" and Mine.made == 1
-    assert new({"x": X})[0].shape == (2, 3) and len(new.weights) == 2
+    assert new({"x": X})["y"].shape == (2, 3) and len(new.weights) == 2
     stock = type(keras.Model(x, y))
     assert type(page.make_functional(stock, x, y)) is stock
 

@@ -47,11 +47,12 @@ class Call:
         """Returns the arguments with other tensors in them.
 
         Args:
-            tensors: The id of each symbolic tensor of the graph -> what comes in its place.
+            tensors: The id of a symbolic tensor of the graph -> what comes in its place; `None`
+                comes in the place of those that have no entry.
         """
 
         def replace(x: Tensor) -> Tensor:
-            return tensors[id(x)] if isinstance(x, keras.KerasTensor) else x
+            return tensors.get(id(x)) if isinstance(x, keras.KerasTensor) else x
 
         args, kwargs = tree.map_structure(replace, (self.args, self.kwargs))
         return args, kwargs
