@@ -188,7 +188,7 @@ class CompositeLayer(keras.layers.Layer):
         return tree.map_structure(lambda x: x.shape, self.compute_output_spec(tensors))
 
     def compute_mask(self, inputs: Nested, previous_mask: Nested) -> None:
-        """The graph's own layers have put masks on the outputs, as if they stood outside."""
+        """Returns nothing: the graph's own layers have put masks on the outputs already."""
         return
 
     # The graph.
@@ -224,7 +224,7 @@ class CompositeLayer(keras.layers.Layer):
 
         Neither the constructor nor `functional_build` of the class runs. An attribute that is a
         layer of the present graph becomes the layer at the same place in the new one, or `None` if
-        nothing is there: else it would keep, save and train weights that no longer take part.
+        there is none: else it would keep, save and train weights that no longer take part.
 
         Args:
             graph: Functional model with as many inputs and outputs as the present graph.
@@ -247,7 +247,11 @@ class CompositeLayer(keras.layers.Layer):
         return self._without_constructor(lambda: BuiltGraph(graph, signature, attributes))
 
     def _without_constructor(self, make: Callable[[], BuiltGraph] | None) -> Self:
-        """A layer of this class and name; built if there is a graph."""
+        """Returns a layer of this class and name, with no attributes of its own.
+
+        Args:
+            make: Returns the graph and the attributes; `None` leaves the layer unbuilt.
+        """
         new = type(self).__new__(type(self))
         CompositeLayer.__init__(
             new,
@@ -265,7 +269,7 @@ class CompositeLayer(keras.layers.Layer):
         return new
 
     def _attributes(self) -> dict[str, Any]:
-        """What a subclass or a user has set on this object."""
+        """Returns what a subclass or a user has set on this object."""
         return own_attributes(self, _names_on_every_composite())
 
     # Copying and saving.
@@ -337,7 +341,7 @@ def _names_on_every_composite() -> frozenset[str]:
 
 
 def _with_room_for_mask(x: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """A tensor that Functional.call may mark with a mask; the caller's own stays unmarked."""
+    """Returns a tensor that Functional.call may put a mask on: a copy, if it has none yet."""
     if x is None or mask is None or mask_of(x) is mask:
         return x
     return keras.ops.copy(x)

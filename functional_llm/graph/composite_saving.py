@@ -19,7 +19,7 @@ from functional_llm.graph.types import JSON, Layer, Nested
 
 
 def options_config(input_spec: Nested, autocast: bool) -> JSON:
-    """Returns what every composite may have in its config, as far as it is not the default."""
+    """Returns those options of a composite that are not the default."""
     config: JSON = {}
     if input_spec is not None:
         config["input_spec"] = encode(input_spec)
@@ -41,7 +41,7 @@ def layers_config(body: LayerSequence) -> JSON:
 
 
 def graph_config(built: BuiltGraph) -> JSON:
-    """Returns the config of a graph, and of the places in it that attributes stand for.
+    """Returns the config of a graph, and the places in it of the layers among the attributes.
 
     Args:
         built: The graph; `attributes` are those set on the composite.
@@ -61,8 +61,8 @@ def restore_graph(config: JSON, attributes: dict[str, Any]) -> BuiltGraph:
 
     Args:
         config: From `graph_config`.
-        attributes: Those that the constructor has set; their layers are replaced by those that
-            stand in the graph at the same place.
+        attributes: Those that the constructor has set. The layers of the graph come in the place of
+            the layers among them.
     """
     graph = keras.saving.deserialize_keras_object(config["graph"])
     places = config["attributes"]
@@ -100,7 +100,7 @@ def body_argument(cls: type, config: JSON, stored: JSON) -> JSON:
 
 
 def check_arguments_recorded(layer: Layer, has_body: bool) -> None:
-    """Keeps an argument that Keras could not record from falling back to its default.
+    """Refuses a layer with an argument that Keras could not record: loading would lose it.
 
     Args:
         layer: A composite whose class has no `get_config` of its own.

@@ -10,7 +10,7 @@ from functional_llm.graph.keras_private import Call, calls
 from functional_llm.graph.selection import inner_graph, inner_layers
 from functional_llm.graph.types import JSON, Layer
 
-# What does not change a formula.
+# Keys of a config that do not change what a layer computes.
 _IGNORED = (
     "name",
     "trainable",
@@ -30,7 +30,7 @@ def same_graph(
     Args:
         model: A functional model or a built CompositeLayer.
         other: Another one.
-        origin: What to take for a layer of `model`, if not the layer itself.
+        origin: Layer of `model` -> the layer to compare in its place.
     """
     graph, other_graph = inner_graph(model), inner_graph(other)
     own_calls, other_calls = list(calls(graph)), list(calls(other_graph))

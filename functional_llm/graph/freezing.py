@@ -49,11 +49,11 @@ def keep_frozen(model: Layer, new_model: keras.Model, freeze: bool | None) -> No
 
 
 def freeze_variables(model: keras.Model, variables: Iterable[keras.Variable]) -> None:
-    """Freezes variables in this model and in no other, and thaws what was frozen so before.
+    """Freezes variables in this model and in no other; what it froze before trains again.
 
     Args:
         model: A model with the mixin `Freezable`, or one whose variables do not train anyway.
-        variables: Those that the model does not have do not count.
+        variables: The variables. Those that the model does not have are ignored.
     """
     present = set(map(id, model.variables))
     frozen = {id(v): v for v in variables if id(v) in present}

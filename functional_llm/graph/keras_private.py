@@ -204,15 +204,15 @@ def recorded_arguments(layer: Layer) -> JSON | None:
 
 
 def copy_recorded_arguments(layer: Layer, new: Layer) -> None:
-    """Lets a layer that was made in another way have the recorded arguments of a layer.
+    """Gives a copy of a layer the arguments that the layer was made with.
 
-    Keras records them in `__new__` and offers no other way to set them.
+    Keras records them in `__new__` and has no public way to set them.
     """
     new._auto_config = layer._auto_config
 
 
 def own_attributes(layer: Layer, names: frozenset[str]) -> dict[str, Any]:
-    """Returns the attributes of a layer but for those of these names.
+    """Returns the attributes of a layer, without those of the given names.
 
     With torch, Keras's layers are torch modules, which keep layers in a dict of their own.
     """

@@ -1,9 +1,9 @@
 """Rewiring: a new graph with other layers in it, around the same weights.
 
-Calling a layer again leaves a trace on it: Keras notes every symbolic call on the layer itself, for
-good. So a rewired graph holds *shared copies*: the same class, attributes and `keras.Variable`s,
-but calls of their own. The original is not touched, and a graph that nobody needs any more is
-freed.
+Keras notes every symbolic call on the layer that is called, and never forgets it. So a rewired
+graph calls *shared copies*: objects of the same class, with the same attributes and
+`keras.Variable`s, but calls of their own. The original stays as it is, and Python frees a graph
+that nobody needs.
 """
 
 import inspect
@@ -105,9 +105,9 @@ def shared_copy(layer: OperationT) -> OperationT:
 
 
 class Rewiring:
-    """One run over a model: what `rewire` and `capture` have in common.
+    """One run over a model, for `rewire` and for `capture`.
 
-    Everything is keyed by the identity of the original's objects.
+    All its dicts are keyed by the ids of the original's objects.
 
     Args:
         model: The original.
@@ -181,7 +181,7 @@ class Rewiring:
         if is_sequential and self._call is None and not self._capture_at:
             return self._sequential(layer, path)
         graph = inner_graph(layer)
-        if is_sequential:  # it has no place for calls of another kind: a stock Functional
+        if is_sequential:  # only a Functional has a place for calls of another kind
             graph = keras.Model(layer.inputs, layer.outputs, name=layer.name)
         inputs, outputs, captured = self._graph(graph, path)
         self._captured[id(layer)] = captured
@@ -269,7 +269,7 @@ class Rewiring:
         return flat
 
     def _like(self, model: keras.Model, inputs: Nested, outputs: Nested) -> keras.Model:
-        """A model of the same class and attributes, without the class's constructor."""
+        """Returns a model of the same class and attributes; its constructor does not run."""
         new = make_functional(type(model), inputs, outputs, model.name)
         own = own_attributes(model, names_on_every_model() | {FROZEN})
         moved = map_layers(lambda _, layer: self._places.get(id(layer), layer), own)
@@ -299,7 +299,7 @@ def _by_path(captured: Captured) -> dict[str, Nested]:
 
 
 def _is_same(old_call: Call, arguments: Arguments) -> bool:
-    """Whether new arguments are like those of an old call; masks are for Keras to work out."""
+    """Whether new arguments have the shapes and dtypes of the old ones, and there are no masks."""
     new = [x for x in tree.flatten(arguments) if _is_symbolic(x)]
     if any(mask_of(x) is not None for x in (*old_call.inputs, *new, *old_call.outputs)):
         return False
