@@ -14,7 +14,6 @@ from keras import ops, tree
 import functional_llm as flm
 from configs import CONFIGS
 from functional_llm.graph.composite import CompositeLayer
-from functional_llm.graph.rewiring import _names_of_every_model
 from reference import save_reference
 
 IDS = np.random.default_rng(0).integers(0, 128, (2, 9)).astype("int32")
@@ -561,39 +560,3 @@ def test_captured_inputs(backbone: Any) -> None:
     )
     again = flm.capture(flm.capture(backbone, "query"), "value")(IDS)["captured"]
     assert list(again) == ["decoder_0/attention/value", "decoder_1/attention/value"]
-
-
-# Keras's private state, which this stands on
-
-
-def test_what_keras_sets_on_a_model_is_known() -> None:
-    x = keras.Input((2,))
-    model = keras.Model(x, keras.layers.Dense(1)(x))
-    model.compile("adam", "mse", metrics=["mae"])
-    data = np.ones((4, 2)), np.ones((4, 1))
-    model.fit(*data, validation_data=data, verbose=0)
-    model.evaluate(*data, verbose=0)
-    model.predict(data[0], verbose=0)
-    assert set(vars(model)) - _names_of_every_model() == set()
-
-
-def test_private_keras_is_as_expected() -> None:
-    x = keras.Input((2,))
-    layer = keras.layers.Dense(2)
-    model = keras.Model(x, layer(x))
-    nodes = [node for nodes in model._nodes_by_depth.values() for node in nodes]
-    (node,) = [node for node in nodes if not node.is_input]
-    assert node.operation is layer
-    assert layer._inbound_nodes == [node]
-    assert node.arguments.keras_tensors == [x]
-    assert node.arguments.fill_in({id(x): 1}) == ((1,), {})
-    new = flm.shared_copy(layer)
-    for name in ("_inbound_nodes", "_outbound_nodes", "_losses", "_losses_override"):
-        assert vars(layer)[name] is not vars(new)[name]
-        assert vars(new)[name] == []
-    assert new.kernel is layer.kernel
-    assert new.build.__closure__ is not layer.build.__closure__
-    masked = keras.layers.Embedding(3, 2, mask_zero=True)(keras.Input((2,), dtype="int32"))
-    assert masked._keras_mask is not None
-    unknown = set(vars(layer)) - set(vars(new))
-    assert unknown == set()

@@ -430,7 +430,7 @@ def test_a_failing_disk_leaves_the_file_before(
 
 
 def test_private_keras_is_as_expected(checkpoints: dict[str, Path]) -> None:
-    """What `export` relies on: a config says what a twin's `_trainable` does, not its weights."""
+    """What `export` relies on: a config says whether a shared copy trains, not its weights."""
     model = flm.peft.lora(flm.Backbone.from_preset(checkpoints["llama_grouped"]), rank=2)
     text = Lowering(model).model.to_json()
     assert re.search(r'"name": "decoder_0_mlp_up", "trainable": false', text)

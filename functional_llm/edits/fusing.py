@@ -5,8 +5,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from functional_llm.graph.keras_private import uninitialized
-from functional_llm.graph.rewiring import calls, rewire
+from functional_llm.graph.keras_private import calls, uninitialized
+from functional_llm.graph.rewiring import rewire
 from functional_llm.graph.selection import inner_graph, inner_layers, walk
 
 
@@ -53,16 +53,16 @@ def _graphs(model: Any) -> Any:
 def _groups(prefix: str, graph: Any) -> list[tuple[str, ...]]:
     """Returns the paths of layers that can be joined, those of one Dense together."""
     by_kind: dict[Any, list[Any]] = {}
-    names = [node.operation.name for node in calls(graph)]
-    for node in calls(graph):
-        layer = node.operation
+    names = [call.operation.name for call in calls(graph)]
+    for call in calls(graph):
+        layer = call.operation
         if (
             type(layer) is keras.layers.Dense
             and layer.quantization_mode is None
             and layer.activation is keras.activations.linear
             and names.count(layer.name) == 1
         ):
-            (x,) = node.arguments.keras_tensors
+            (x,) = call.inputs
             kind = id(x), layer.use_bias, layer.dtype_policy.name, layer.trainable
             by_kind.setdefault(kind, []).append(f"{prefix}{layer.name}")
     return [tuple(paths) for paths in by_kind.values() if len(paths) > 1]

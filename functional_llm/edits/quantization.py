@@ -14,7 +14,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from functional_llm.graph.keras_private import uninitialized
+from functional_llm.graph.keras_private import quantized_embeddings, uninitialized
 from functional_llm.graph.rewiring import rewire
 from functional_llm.graph.selection import Where, select, walk
 from functional_llm.stock.lowering import register_lowering
@@ -29,7 +29,7 @@ class QuantizedDense(keras.layers.Dense):
     def quantized_call(self, inputs: Any, training: bool | None = None) -> Any:
         if self.lora_enabled:
             return super().quantized_call(inputs)
-        outputs = _product(inputs, self._kernel, self.kernel_scale)
+        outputs = _product(inputs, self.kernel, self.kernel_scale)
         outputs = outputs if self.bias is None else ops.add(outputs, self.bias)
         return outputs if self.activation is None else self.activation(outputs)
 
@@ -42,7 +42,8 @@ class QuantizedReversibleEmbedding(keras.layers.ReversibleEmbedding):
         if not reverse:
             return super().quantized_call(inputs)
         if self.tie_weights:
-            logits = _product(inputs, ops.transpose(self._embeddings), self.embeddings_scale)
+            kernel = ops.transpose(quantized_embeddings(self))
+            logits = _product(inputs, kernel, self.embeddings_scale)
         else:
             logits = _product(inputs, self.reverse_embeddings, self.reverse_embeddings_scale)
         cap = self.logit_soft_cap

@@ -1,13 +1,17 @@
 """Activations: a model that also returns what goes through its layers."""
 
-from typing import Any
+from typing import TypeVar
+
+import keras
 
 from functional_llm.graph.freezing import keep_frozen
 from functional_llm.graph.rewiring import Rewiring
 from functional_llm.graph.selection import Where, select
 
+ModelT = TypeVar("ModelT", bound=keras.Model)
 
-def capture(model: Any, where: Where, inputs: bool = False) -> Any:
+
+def capture(model: ModelT, where: Where, inputs: bool = False) -> ModelT:
     """Returns a model that also returns the outputs of the layers that match.
 
     ```python
@@ -32,6 +36,6 @@ def capture(model: Any, where: Where, inputs: bool = False) -> Any:
     Raises:
         ValueError: If `where` matches nothing.
     """
-    new_model = Rewiring(model, tapped=select(model, where), taps_inputs=inputs).result()
+    new_model = Rewiring(model, captured=select(model, where), of_inputs=inputs).result()
     keep_frozen(model, new_model, None)
     return new_model

@@ -3,18 +3,24 @@
 Both mark what a rewiring changed.
 """
 
+import math
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeAlias
 
 import keras
 
-from functional_llm.graph.rewiring import calls
-from functional_llm.graph.selection import inner_layers, walk
+from functional_llm.graph.keras_private import calls
+from functional_llm.graph.selection import inner_graph, inner_layers, walk
+from functional_llm.graph.types import Layer
+
+Picture: TypeAlias = Any  # a pydot.Graph; pydot has no types
+Box: TypeAlias = Any  # a pydot.Node
 
 _NEW, _CHANGED = "#ffd58a", "#fff3d6"
 
 
-def tree_view(model: Any, depth: int | None = None, original: Any = None) -> str:
+def tree_view(model: Layer, depth: int | None = None, original: Layer | None = None) -> str:
     """Returns the layers of a model as an indented list, with counts of their weights.
 
     Args:
@@ -37,8 +43,8 @@ def tree_view(model: Any, depth: int | None = None, original: Any = None) -> str
     return "\n".join(lines)
 
 
-def _line(layer: Any, indent: str, mark: str, trainable: set[int]) -> str:
-    sizes = {id(v): _size(v) for v in layer.weights}
+def _line(layer: Layer, indent: str, mark: str, trainable: set[int]) -> str:
+    sizes = {id(v): math.prod(v.shape) for v in layer.weights}
     total = sum(sizes.values())
     share = sum(size for key, size in sizes.items() if key in trainable)
     words = f"{indent}{mark and mark + ' '}{layer.name} ({type(layer).__name__})"
@@ -47,14 +53,7 @@ def _line(layer: Any, indent: str, mark: str, trainable: set[int]) -> str:
     return f"{words}  {total:,} weights, {share:,} trainable ({share / total:.1%})"
 
 
-def _size(variable: Any) -> int:
-    size = 1
-    for dimension in variable.shape:
-        size *= dimension
-    return size
-
-
-def _marks(model: Any, original: Any) -> dict[str, str]:
+def _marks(model: Layer, original: Layer | None) -> dict[str, str]:
     """Path -> "+" for what is new, "*" for what has that inside."""
     if original is None:
         return {}
@@ -70,11 +69,11 @@ def _marks(model: Any, original: Any) -> dict[str, str]:
     return marks
 
 
-def _identity(layer: Any) -> Any:
+def _identity(layer: Layer) -> tuple[type, list[int]]:
     return type(layer), [id(v) for v in layer.variables]
 
 
-def plot(model: Any, to_file: str | Path, depth: int = 1, original: Any = None) -> Path:
+def plot(model: Layer, to_file: str | Path, depth: int = 1, original: Layer | None = None) -> Path:
     """Draws the graph of a model, with the graphs inside it down to a depth.
 
     Args:
@@ -115,38 +114,47 @@ def plot(model: Any, to_file: str | Path, depth: int = 1, original: Any = None) 
 
 
 class _Drawing:
-    """Boxes for calls and arrows for tensors, into a picture."""
+    """Boxes for calls and arrows for tensors, into a picture.
 
-    def __init__(self, pydot: Any, marks: dict[str, str], depth: int) -> None:
+    Args:
+        pydot: The module.
+        marks: Path -> "+" or "*", as for `tree_view`.
+        depth: How many levels of layers to open.
+    """
+
+    def __init__(self, pydot: ModuleType, marks: dict[str, str], depth: int) -> None:
         self._pydot = pydot
         self._marks = marks
         self._depth = depth
         self._count = 0
 
-    def graph(self, layer: Any, path: str, picture: Any) -> tuple[list[Any], list[Any]]:
+    def graph(self, layer: Layer, path: str, picture: Picture) -> tuple[list[Box], list[Box]]:
         """Draws a graph; returns the boxes of its inputs and of its outputs."""
-        graph = getattr(layer, "graph", layer)
-        boxes: dict[int, tuple[Any, Any]] = {}  # tensor -> box to draw from, cluster to cut at
+        graph = inner_graph(layer)
+        boxes: dict[int, tuple[Box, str | None]] = {}  # tensor -> its box, and the cluster to cut
         entries = [self._box(picture, x.name, "#e8eef7") for x in graph.inputs]
         for x, box in zip(graph.inputs, entries, strict=True):
             boxes[id(x)] = (box, None)
-        for node in calls(graph):
-            name = node.operation.name
-            first, last, cluster = self._call(node, f"{path}/{name}" if path else name, picture)
-            for i, x in enumerate(node.arguments.keras_tensors):
+        for call in calls(graph):
+            name = call.operation.name
+            first, last, cluster = self._call(
+                call.operation, f"{path}/{name}" if path else name, picture
+            )
+            for i, x in enumerate(call.inputs):
                 source, left = boxes[id(x)]
                 ends = {"ltail": left} if left else {}
                 ends |= {"lhead": cluster} if cluster else {}
                 target = first[min(i, len(first) - 1)]
                 picture.add_edge(self._pydot.Edge(source, target, **ends))
-            for i, x in enumerate(node.outputs):
+            for i, x in enumerate(call.outputs):
                 boxes[id(x)] = (last[min(i, len(last) - 1)], cluster)
         return entries, [boxes[id(x)][0] for x in graph.outputs]
 
-    def _call(self, node: Any, path: str, picture: Any) -> tuple[list[Any], list[Any], str | None]:
-        layer = node.operation
-        mark = self._marks.get(path, "")
-        color = {"+": _NEW, "*": _CHANGED}.get(mark, "white")
+    def _call(
+        self, layer: keras.Operation, path: str, picture: Picture
+    ) -> tuple[list[Box], list[Box], str | None]:
+        """Draws a call; returns the boxes to draw to, those to draw from, and its cluster."""
+        color = {"+": _NEW, "*": _CHANGED}.get(self._marks.get(path, ""), "white")
         is_open = inner_layers(layer) is not None and path.count("/") < self._depth
         if not is_open or isinstance(layer, keras.Sequential):
             box = self._box(picture, f"{layer.name}\n{type(layer).__name__}", color)
@@ -159,7 +167,7 @@ class _Drawing:
         picture.add_subgraph(cluster)
         return first, last, cluster.get_name()
 
-    def _box(self, picture: Any, label: str, color: str) -> Any:
+    def _box(self, picture: Picture, label: str, color: str) -> Box:
         self._count += 1
         box = self._pydot.Node(f"n{self._count}", label=label, fillcolor=color)
         picture.add_node(box)

@@ -2,7 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+
+import keras
+
+from functional_llm.graph.types import Layer
+
+FROZEN = "_frozen"  # the attribute of a Freezable
 
 
 class Freezable:
@@ -14,41 +19,41 @@ class Freezable:
     """
 
     # Variables by id. A proxy, because Keras would track those in a dict as the model's own.
-    _frozen: Mapping[int, Any] = MappingProxyType({})
+    _frozen: Mapping[int, keras.Variable] = MappingProxyType({})
 
     @property
-    def trainable_variables(self) -> list[Any]:
+    def trainable_variables(self) -> list[keras.Variable]:
         variables = super().trainable_variables  # type: ignore[misc]
         return [v for v in variables if id(v) not in self._frozen]
 
     @property
-    def non_trainable_variables(self) -> list[Any]:
+    def non_trainable_variables(self) -> list[keras.Variable]:
         trainable = set(map(id, self.trainable_variables))
         return [v for v in self.variables if id(v) not in trainable]  # type: ignore[attr-defined]
 
     @property
-    def trainable_weights(self) -> list[Any]:
+    def trainable_weights(self) -> list[keras.Variable]:
         weights = super().trainable_weights  # type: ignore[misc]
         return [v for v in weights if id(v) not in self._frozen]
 
     @property
-    def non_trainable_weights(self) -> list[Any]:
+    def non_trainable_weights(self) -> list[keras.Variable]:
         trainable = set(map(id, self.trainable_weights))
         return [v for v in self.weights if id(v) not in trainable]  # type: ignore[attr-defined]
 
 
-def keep_frozen(model: Any, new_model: Any, freeze: bool | None) -> None:
+def keep_frozen(model: Layer, new_model: keras.Model, freeze: bool | None) -> None:
     """Freezes in a new model what `freeze` says, as for `rewire`."""
-    before = () if freeze is False else getattr(model, "_frozen", {}).values()
+    before = () if freeze is False else getattr(model, FROZEN, {}).values()
     freeze_variables(new_model, [*before, *(model.variables if freeze else ())])
 
 
-def freeze_variables(model: Any, variables: Iterable[Any]) -> None:
-    """Freezes variables in this model and in no other, and thaws what was frozen so before.
+def freeze_variables(model: keras.Model, variables: Iterable[keras.Variable]) -> None:
+    """Freezes variables in this model and in no other; what it froze before trains again.
 
     Args:
         model: A model with the mixin `Freezable`, or one whose variables do not train anyway.
-        variables: Those that the model does not have do not count.
+        variables: The variables. Those that the model does not have are ignored.
     """
     present = set(map(id, model.variables))
     frozen = {id(v): v for v in variables if id(v) in present}

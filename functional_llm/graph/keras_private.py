@@ -1,19 +1,257 @@
-"""All that this library uses of Keras without a public name: one function each."""
+"""All that this library uses of Keras without a public name, each in one function.
 
-from collections.abc import Iterator
+A docstring says what Keras does not offer publicly. tests/test_keras_private.py has a test for each
+of them, which fails when Keras moves what is behind it; no other module touches these names.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from types import MethodType
+from typing import Any, TypeVar
 
 import keras
+from keras import tree
 from keras.src.backend.common import global_state
+
+from functional_llm.graph.types import JSON, Layer, Nested, Tensor
+
+Model = TypeVar("Model", bound=keras.Model)
+
+
+# Graphs.
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call in a graph.
+
+    Args:
+        operation: The layer or operation that was called.
+        args: Its positional arguments.
+        kwargs: Its other arguments; Keras notes masks here that nobody gave.
+        inputs: All symbolic tensors among the arguments.
+        outputs: The symbolic tensors it returned, flat.
+    """
+
+    operation: keras.Operation
+    args: tuple[Nested, ...]
+    kwargs: dict[str, Nested]
+    inputs: list[keras.KerasTensor]
+    outputs: list[keras.KerasTensor]
+
+    def with_tensors(
+        self, tensors: Mapping[int, Tensor]
+    ) -> tuple[tuple[Nested, ...], dict[str, Nested]]:
+        """Returns the arguments with other tensors in them.
+
+        Args:
+            tensors: The id of a symbolic tensor of the graph -> what comes in its place; `None`
+                comes in the place of those that have no entry.
+        """
+
+        def replace(x: Tensor) -> Tensor:
+            return tensors.get(id(x)) if isinstance(x, keras.KerasTensor) else x
+
+        args, kwargs = tree.map_structure(replace, (self.args, self.kwargs))
+        return args, kwargs
+
+
+def calls(graph: keras.Model) -> Iterator[Call]:
+    """Yields the calls in a graph, in an order in which they can be run.
+
+    Keras has `operations`, but no public list of their calls, nor of the arguments of each.
+    """
+    for depth in sorted(graph._nodes_by_depth, reverse=True):
+        for node in graph._nodes_by_depth[depth]:
+            if not node.is_input:
+                arguments = node.arguments
+                yield Call(
+                    node.operation,
+                    arguments.args,
+                    arguments.kwargs,
+                    arguments.keras_tensors,
+                    node.outputs,
+                )
+
+
+def record_call(
+    operation: keras.Operation,
+    args: Iterable[Nested],
+    kwargs: Mapping[str, Nested],
+    specs: Iterable[keras.KerasTensor],
+) -> list[keras.KerasTensor]:
+    """Adds a call to the graph without tracing it, which takes most of the time of building.
+
+    Keras has no public way to note a call whose outputs are known: `symbolic_call` always asks
+    `compute_output_spec`.
+
+    Args:
+        operation: What is called.
+        args: Its positional arguments.
+        kwargs: Its other arguments.
+        specs: Tensors of the shapes and dtypes that the outputs have.
+
+    Returns:
+        The outputs, flat.
+    """
+    outputs = [keras.KerasTensor(x.shape, x.dtype, x.sparse) for x in specs]
+    set_untracked(operation, "compute_output_spec", lambda *args, **kwargs: outputs)
+    try:
+        return keras.Operation.symbolic_call(operation, *args, **kwargs)
+    finally:
+        del vars(operation)["compute_output_spec"]
+
+
+def is_optional_input(x: keras.KerasTensor) -> bool:
+    """Whether a tensor comes from `keras.Input(..., optional=True)`.
+
+    No public way leads from a tensor to the `keras.Input` that made it.
+    """
+    history = getattr(x, "_keras_history", None)
+    return history is not None and getattr(history.operation, "optional", False)
+
+
+def mask_of(x: Tensor) -> Tensor | None:
+    """Returns the mask that travels with a tensor, if any. Keras has no public reader."""
+    return getattr(x, "_keras_mask", None)
+
+
+def make_functional(
+    cls: type[Model], inputs: Nested, outputs: Nested, name: str | None = None
+) -> Model:
+    """Returns a functional model of a class, whose own constructor does not run.
+
+    `keras.Model(inputs, outputs)` is an instance of a class without a public name, and only the
+    constructor of that one makes the graph.
+    """
+    stock = keras.Model(inputs, outputs, name=name)
+    if cls is type(stock):
+        return stock
+    without_types: Any = cls
+    new: Model = without_types.__new__(cls)
+    type(stock).__init__(new, inputs, outputs, name=name)
+    return new
+
+
+# The state of layers.
+
+
+def share_state(layer: keras.Operation, new: keras.Operation) -> None:
+    """Gives a new object the attributes of another, variables included, but calls of its own.
+
+    Keras copies a layer only by its config, with other variables.
+
+    Args:
+        layer: A built layer, or any other operation.
+        new: Of the same class, made by `__new__` alone.
+    """
+    for key, value in vars(layer).items():
+        if key in _STATE_OF_EACH:
+            make = _STATE_OF_EACH[key]
+            value = vars(new)[key] if make is None else make()
+        elif isinstance(value, MethodType) and value.__self__ is layer:
+            value = MethodType(value.__func__, new)
+        set_untracked(new, key, value)  # the tracker of variables is shared, and complete
+
+
+# What two layers must not share; `None` stands for what `__new__` has made.
+_STATE_OF_EACH: dict[str, Callable[[], Any] | None] = {
+    "_inbound_nodes": list,
+    "_outbound_nodes": list,
+    "_losses": list,
+    "_loss_ids": set,
+    "_losses_override": list,
+    "build": None,
+    "quantize": None,
+}
+
+
+def set_untracked(layer: keras.Operation, name: str, value: Any) -> None:
+    """Sets an attribute past the `__setattr__` of Keras.
+
+    That one adds layers and variables to those of the layer, and refuses to once it is built.
+    """
+    vars(layer)[name] = value
+
+
+def freeze_layer_only(layer: Layer) -> None:
+    """Makes a layer's config say that it does not train; its variables stay as they are.
+
+    The public setter of `trainable` tells the variables too, which other layers may share.
+    """
+    set_untracked(layer, "_trainable", False)
+
+
+def quantized_embeddings(layer: Layer) -> keras.Variable:
+    """Returns the int8 matrix of an Embedding.
+
+    The public `embeddings` adds the LoRA of Keras, without regard to the scale of the integers.
+    """
+    return layer._embeddings
+
+
+# Arguments and attributes.
+
+
+def recorded_arguments(layer: Layer) -> JSON | None:
+    """Returns the arguments that a layer was made with, `None` if Keras could not record them.
+
+    They stand in `get_config` only for classes that do not override it.
+    """
+    return None if layer._auto_config is None else dict(layer._auto_config.config)
+
+
+def copy_recorded_arguments(layer: Layer, new: Layer) -> None:
+    """Gives a copy of a layer the arguments that the layer was made with.
+
+    Keras records them in `__new__` and has no public way to set them.
+    """
+    new._auto_config = layer._auto_config
+
+
+def own_attributes(layer: Layer, names: frozenset[str]) -> dict[str, Any]:
+    """Returns the attributes of a layer, without those of the given names.
+
+    With torch, Keras's layers are torch modules, which keep layers in a dict of their own.
+    """
+    attributes = {**vars(layer), **vars(layer).get("_modules", {})}
+    return {key: x for key, x in attributes.items() if key not in names}
+
+
+def names_on_layer(layer: Layer) -> frozenset[str]:
+    """Returns the names of all attributes on a new layer, and those that Keras sets later.
+
+    Keras does not say which attributes of a layer are its own and which are the user's.
+    """
+    return frozenset([*vars(layer), "_torch_params"])
+
+
+@cache
+def names_on_every_model() -> frozenset[str]:
+    """Returns the names of all attributes that Keras sets on a functional model.
+
+    Those that it sets when the model is compiled and fitted are listed here: to find them by
+    compiling a model, JAX would compile programs for an optimizer's numbers.
+    """
+    x = keras.Input((1,))
+    of_compile = {"_compile_config", "_compiled_trainable_state", "optimizer", "stop_training"}
+    of_fit = {"history", "_jax_state", "_eval_epoch_iterator", "_compiled_metrics"}
+    of_fit |= {"stop_evaluating", "stop_predicting", "_manual_input_spec"}
+    return names_on_layer(keras.Model(x, x)) | of_compile | of_fit
+
+
+# Variables.
 
 
 @contextmanager
 def uninitialized() -> Iterator[None]:
     """Inside, variables are made without values: whoever makes them must assign every one.
 
-    Spares a load the random initialisation, and the memory for it.
+    That spares loading a checkpoint the random values, and the memory for them. Keras remembers
+    such variables, to initialise them when a later scope ends, and has no public way to forget.
     """
     with keras.StatelessScope(initialize_variables=False):
         yield
-    # Keras (private) remembers such variables, to initialise them when a later scope ends.
     global_state.set_global_attribute("uninitialized_variables", [])

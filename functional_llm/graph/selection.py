@@ -3,18 +3,18 @@
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import keras
 
 from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.types import Layer
 
-Where: TypeAlias = (
-    str | type | Callable[[Any, str], bool] | Iterable[str | type | Callable[[Any, str], bool]]
-)
+Condition: TypeAlias = str | type | Callable[[Layer, str], bool]
+Where: TypeAlias = Condition | Iterable[Condition]
 
 
-def inner_layers(layer: Any) -> list[keras.layers.Layer] | None:
+def inner_layers(layer: keras.Operation) -> list[Layer] | None:
     """Returns the layers of the graph inside a layer, or `None` if it is a leaf.
 
     Args:
@@ -29,12 +29,12 @@ def inner_layers(layer: Any) -> list[keras.layers.Layer] | None:
     return [x for x in layers if not isinstance(x, keras.layers.InputLayer)]
 
 
-def inner_graph(layer: Any) -> Any:
+def inner_graph(layer: keras.Operation) -> keras.Operation:
     """Returns the functional model inside a built CompositeLayer; any other layer as it is."""
     return layer.graph if isinstance(layer, CompositeLayer) else layer
 
 
-def walk(model: Any, composites: bool = False) -> Iterator[tuple[str, keras.layers.Layer]]:
+def walk(model: Layer, composites: bool = False) -> Iterator[tuple[str, Layer]]:
     """Yields (path, layer) for every leaf layer at any depth, each layer once.
 
     Args:
@@ -53,9 +53,7 @@ def walk(model: Any, composites: bool = False) -> Iterator[tuple[str, keras.laye
     yield from _walk(model, "", composites, set())
 
 
-def _walk(
-    layer: Any, path: str, composites: bool, seen: set[int]
-) -> Iterator[tuple[str, keras.layers.Layer]]:
+def _walk(layer: Layer, path: str, composites: bool, seen: set[int]) -> Iterator[tuple[str, Layer]]:
     for inner in inner_layers(layer) or ():
         if id(inner) in seen:
             continue
@@ -68,7 +66,7 @@ def _walk(
             yield from _walk(inner, inner_path, composites, seen)
 
 
-def select(model: Any, where: Where) -> dict[str, keras.layers.Layer]:
+def select(model: Layer, where: Where) -> dict[str, Layer]:
     """Returns the layers of a model that match, by path, in the order of the graph.
 
     Args:
@@ -85,7 +83,7 @@ def select(model: Any, where: Where) -> dict[str, keras.layers.Layer]:
     layers = dict(walk(model, composites=True))
     is_single = isinstance(where, (str, type)) or callable(where)
     chosen: set[str] = set()
-    conditions: Any = [where] if is_single else list(where)  # type: ignore[arg-type]
+    conditions: list[Condition] = [where] if is_single else list(where)  # type: ignore[list-item, arg-type]
     if not conditions:
         raise ValueError("Expected at least one pattern, class or predicate, received none.")
     for condition in conditions:
@@ -97,7 +95,7 @@ def select(model: Any, where: Where) -> dict[str, keras.layers.Layer]:
     return {path: layer for path, layer in layers.items() if path in chosen}
 
 
-def _test(condition: Any) -> Callable[[Any, str], bool]:
+def _test(condition: Condition) -> Callable[[Layer, str], bool]:
     if isinstance(condition, str):
         return lambda _, path: matches(path, condition)
     if isinstance(condition, type):
@@ -125,7 +123,7 @@ def _regular_expression(pattern: str) -> str:
     )
 
 
-def _nothing_found(model: Any, condition: Any, paths: list[str]) -> str:
+def _nothing_found(model: Layer, condition: Condition, paths: list[str]) -> str:
     if not isinstance(condition, str):
         what = condition.__name__ if hasattr(condition, "__name__") else repr(condition)
         return f"No layer of '{model.name}' matches {what}. It has {len(paths)} layers: see `walk`."

@@ -15,7 +15,7 @@ class _CalledLinear(Linear):
 
     Args:
         linear: The view of the original.
-        layer: Its stock twin.
+        layer: Its shared copy in the stock graph.
         x: A tensor of the graph.
     """
 

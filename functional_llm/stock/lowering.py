@@ -16,7 +16,8 @@ import keras
 from keras import ops, tree
 
 from functional_llm.graph.composite import CompositeLayer
-from functional_llm.graph.rewiring import calls, shared_copy
+from functional_llm.graph.keras_private import calls, freeze_layer_only, set_untracked
+from functional_llm.graph.rewiring import shared_copy
 from functional_llm.graph.selection import inner_graph, inner_layers
 from functional_llm.graph.types import Layer, Nested, Tensor
 from functional_llm.layers.attention import AttentionDotProduct, AttentionMask, KVCacheLookup
@@ -118,7 +119,7 @@ class Lowering:
                 # A loaded weight's path is its layer's name, and torch needs them to be different.
                 new.name = self._unique(path.replace("/", "_"))
             if variables and all(id(v) in self._frozen for v in variables):
-                vars(new)["_trainable"] = False  # the setter would tell the shared variables
+                freeze_layer_only(new)
         return self._places[id(operation)]
 
     def _unique(self, name: str) -> str:
@@ -192,27 +193,26 @@ class Lowering:
 
     def _run(self, graph: keras.Model, tensors: dict[int, Tensor], path: str) -> list[Tensor]:
         """Returns the flat outputs of a graph for new tensors in the places of its inputs."""
-        for node in calls(graph):
-            args, kwargs = node.arguments.fill_in(tensors)
-            inside = f"{path}/{node.operation.name}" if path else node.operation.name
-            outputs = self.call(node.operation, inside, *args, **kwargs)
-            tensors |= {id(old): new for old, new in zip(node.outputs, outputs, strict=True)}
+        for call in calls(graph):
+            args, kwargs = call.with_tensors(tensors)
+            inside = f"{path}/{call.operation.name}" if path else call.operation.name
+            outputs = self.call(call.operation, inside, *args, **kwargs)
+            tensors |= {id(old): new for old, new in zip(call.outputs, outputs, strict=True)}
         return [tensors[id(x)] for x in tree.flatten(graph.output)]
 
     def _stand_in(self, layer: Layer, path: str, x: Tensor) -> Layer:
         """Returns a copy of a custom layer whose weights are symbolic tensors, made from `x`."""
         new = shared_copy(layer)
-        vars(new)["place"] = lambda inner: self.place(inner, path)
+        set_untracked(new, "place", lambda inner: self.place(inner, path))
         for name, value in vars(layer).items():
             if isinstance(value, keras.Variable) and not value.shape and not value.trainable:
-                vars(new)[name] = float(ops.convert_to_numpy(value.value))  # a switch
+                set_untracked(new, name, float(ops.convert_to_numpy(value.value)))  # a switch
             elif isinstance(value, keras.Variable):
-                vars(new)[name] = self._hold(value, f"{path}/{value.name}", x)
+                set_untracked(new, name, self._hold(value, f"{path}/{value.name}", x))
             elif isinstance(value, keras.layers.Layer):
                 is_itself = value.name == layer.name  # but for what the layer adds
-                vars(new)[name] = self._callable(
-                    value, path if is_itself else f"{path}/{value.name}"
-                )
+                inner_path = path if is_itself else f"{path}/{value.name}"
+                set_untracked(new, name, self._callable(value, inner_path))
         return new
 
     def _callable(self, layer: Layer, path: str) -> Callable[..., Nested]:

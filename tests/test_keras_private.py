@@ -1,0 +1,301 @@
+"""Each thing of Keras's without a public name, in one test that fails when Keras moves it.
+
+All stand on one page, functional_llm/graph/keras_private.py: a new version of Keras is tried here.
+"""
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+from functional_llm.graph import keras_private as page
+from functional_llm.graph.composite import CompositeLayer
+
+PAGE = Path(page.__file__)
+PACKAGE = PAGE.parents[1]
+X = np.linspace(-1, 1, 8).reshape(2, 4).astype("float32")
+
+
+def model_of(layer: Any) -> Any:
+    x = keras.Input((4,), name="x")
+    return keras.Model(x, layer(x))
+
+
+# Graphs.
+
+
+def test_calls_are_those_of_the_graph_in_order() -> None:
+    x = keras.Input((4,), name="x")
+    first, add = layers.Dense(4, name="first"), layers.Add(name="add")
+    y = first(x)
+    z = add([y, first(y)])
+    keras.Model(x, first(z))  # another graph: its call is not one of this
+    calls = list(page.calls(keras.Model(x, z)))
+    assert [call.operation for call in calls] == [first, first, add]
+    assert calls[0].args[0] is x and calls[0].outputs[0] is y
+    assert calls[2].inputs[0] is y and calls[2].args[0][0] is y and calls[2].outputs == [z]
+    assert calls[2].with_tensors({id(y): 1, id(calls[1].outputs[0]): 2}) == (([1, 2],), {})
+    assert calls[2].with_tensors({id(y): 1}) == (([1, None],), {})
+
+
+def test_calls_have_the_other_arguments() -> None:
+    x = keras.Input((4,), name="x")
+    y = layers.Dropout(0.5)(x, training=True)
+    (call,) = page.calls(keras.Model(x, y))
+    assert call.with_tensors({id(x): X})[1] == {"training": True}
+
+
+def test_a_recorded_call_is_in_the_graph_and_was_not_traced() -> None:
+    class Counts(layers.Layer):
+        traced = 0
+
+        def call(self, x: Any) -> Any:
+            type(self).traced += 1
+            return x * 2
+
+    x, layer = keras.Input((4,), name="x"), Counts()
+    (y,) = page.record_call(layer, (x,), {}, [keras.KerasTensor((None, 4), "float32")])
+    assert Counts.traced == 0 and "compute_output_spec" not in vars(layer)
+    np.testing.assert_array_equal(keras.Model(x, y)(X), 2 * X)
+
+
+def test_optional_inputs_are_known_by_their_tensors() -> None:
+    x = keras.Input((4,), optional=True)
+    others = [keras.Input((4,)), x + 1.0, keras.KerasTensor((2,))]
+    assert [page.is_optional_input(t) for t in (x, *others)] == [True, False, False, False]
+
+
+def test_masks_are_found_on_symbolic_tensors_and_on_arrays() -> None:
+    ids = np.array([[1, 2, 0]])
+    embedding = layers.Embedding(5, 1, mask_zero=True)
+    np.testing.assert_array_equal(page.mask_of(embedding(ids)), ids > 0)
+    assert page.mask_of(embedding(keras.Input((3,), dtype="int32"))) is not None
+    assert page.mask_of(ops.ones((2,))) is None and page.mask_of(keras.Input((3,))) is None
+
+
+def test_a_functional_model_is_made_without_the_constructor_of_its_class() -> None:
+    class Mine(keras.Model):
+        made = 0
+
+        def __init__(self, inputs: Any, outputs: Any) -> None:
+            super().__init__(inputs, outputs)
+            type(self).made += 1
+
+    x = keras.Input((4,), name="x")
+    y = layers.Dense(3)(x)
+    Mine(x, y)
+    new = page.make_functional(Mine, {"x": x}, {"y": y}, "mine")
+    assert type(new) is Mine and new.name == "mine" and Mine.made == 1
+    assert new({"x": X})["y"].shape == (2, 3) and len(new.weights) == 2
+    stock = type(keras.Model(x, y))
+    assert type(page.make_functional(stock, x, y)) is stock
+
+
+# The state of layers.
+
+
+def test_a_copy_shares_all_but_the_state_of_each() -> None:
+    layer = layers.Dense(3, kernel_regularizer="l2", activity_regularizer="l2")
+    model_of(layer)
+    layer(X)
+    new = layers.Dense.__new__(layers.Dense)
+    page.share_state(layer, new)
+    assert vars(new).keys() == vars(layer).keys()
+    for name in page._STATE_OF_EACH:
+        assert vars(new)[name] is not vars(layer)[name], name
+    assert new.kernel is layer.kernel and new.variables == layer.variables
+    assert layer.losses and len(new.losses) < len(layer.losses)
+    nodes = len(layer._inbound_nodes)
+    model_of(new)
+    assert len(layer._inbound_nodes) == nodes and len(new._inbound_nodes) == 1
+    for wrapper in (new.build, new.quantize):  # which `__new__` has made around the class's own
+        assert any(cell.cell_contents is new for cell in wrapper.__closure__)
+
+
+def test_methods_among_the_attributes_are_bound_to_the_copy() -> None:
+    layer, new = layers.Dense(3), layers.Dense.__new__(layers.Dense)
+    page.set_untracked(layer, "bound", layer.get_config)
+    page.share_state(layer, new)
+    assert vars(new)["bound"].__self__ is new
+
+
+def test_an_attribute_is_set_past_the_tracking() -> None:
+    layer = layers.Dense(3)
+    layer.build((None, 4))
+    with pytest.raises(ValueError, match="cannot add new elements of state"):
+        layer.extra = layers.Dense(2)
+    page.set_untracked(layer, "extra", layers.Dense(2))
+    assert isinstance(layer.extra, layers.Dense) and len(layer.variables) == 2
+
+
+def test_a_layer_is_frozen_and_its_variables_are_not() -> None:
+    layer = layers.Dense(3)
+    layer.build((None, 4))
+    page.freeze_layer_only(layer)
+    assert layer.trainable is False and layer.get_config()["trainable"] is False
+    assert layer.kernel.trainable and layer.trainable_variables == []
+
+
+def test_quantized_embeddings_are_the_integers() -> None:
+    layer = layers.Embedding(5, 4)
+    layer.build(None)
+    layer.quantize("int8")
+    assert page.quantized_embeddings(layer) is next(v for v in layer.weights if v.dtype == "int8")
+
+
+# Arguments and attributes.
+
+
+class ByKeras(layers.Layer):
+    """Keras records the arguments of its constructor."""
+
+    def __init__(self, units: Any, use_bias: bool = True) -> None:
+        super().__init__()
+
+
+def test_arguments_are_recorded_and_copied() -> None:
+    layer = ByKeras(3, use_bias=False)
+    assert page.recorded_arguments(layer) == {"units": 3, "use_bias": False}
+    assert page.recorded_arguments(ByKeras(keras.Variable(1.0))) is None
+    other = ByKeras(5)
+    page.copy_recorded_arguments(layer, other)
+    assert other.get_config()["units"] == 3
+
+
+def test_keras_sets_no_attributes_on_layers_that_look_like_a_users() -> None:
+    layer = CompositeLayer([layers.Dense(4, activity_regularizer="l2")])
+    names = page.names_on_layer(CompositeLayer(name="any"))
+    model = model_of(layer)
+    model.compile("sgd", "mse")
+    model.fit(X, X, verbose=0)
+    layer.trainable = False
+    assert layer.losses is not None and layer.count_params() and layer.get_config()
+    layer.dtype_policy = keras.DTypePolicy("bfloat16")
+    assert page.own_attributes(layer, names) == {}
+    layer.mine = 3
+    assert page.own_attributes(layer, names) == {"mine": 3}
+
+
+def test_keras_sets_no_attributes_on_models_that_look_like_a_users() -> None:
+    model = model_of(layers.Dense(1))
+    model.compile("adam", "mse", metrics=["mae"])
+    data = np.ones((4, 4)), np.ones((4, 1))
+    model.fit(*data, validation_data=data, verbose=0)
+    model.evaluate(*data, verbose=0)
+    model.predict(data[0], verbose=0)
+    assert page.own_attributes(model, page.names_on_every_model()) == {}
+
+
+# Variables.
+
+
+def test_variables_are_made_without_values_and_forgotten() -> None:
+    layer = layers.Dense(3)
+    with page.uninitialized():
+        layer.build((None, 4))
+    assert layer.kernel._value is None
+    with keras.StatelessScope():  # at its end, Keras initialises those that it remembers
+        layers.Dense(3).build((None, 4))
+    assert layer.kernel._value is None
+    layer.kernel.assign(np.ones((4, 3)))
+    np.testing.assert_array_equal(layer.kernel, np.ones((4, 3)))
+
+
+# Nobody else.
+
+
+def used_names(tree: ast.Module) -> set[str]:
+    """Returns the private names that a module uses as attributes, by `getattr` and the like too."""
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+            names |= {str(x.value) for x in node.args if isinstance(x, ast.Constant)}
+    return {name for name in names if is_private(name)}
+
+
+def is_private(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"_[a-z]\w*", name) is not None
+
+
+def defined_names(tree: ast.Module) -> set[str]:
+    """Returns the names of the functions, classes and attributes that a module defines."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    names = {node.name for node in ast.walk(tree) if isinstance(node, functions)}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+            names.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return names
+
+
+def find_private(tree: ast.Module, names: set[str]) -> list[str]:
+    """Returns "line: what" of what only the page may do.
+
+    That is: to import `keras.src`, to use one of the names, to write past a setter.
+    """
+    found = []
+    for node in ast.walk(tree):
+        what = ""
+        if isinstance(node, ast.Import):
+            what = next((x.name for x in node.names if x.name.startswith("keras.src")), "")
+        elif isinstance(node, ast.ImportFrom):
+            imported = [f"{node.module}.{alias.name}" for alias in node.names]
+            what = next((x for x in imported if x.startswith("keras.src")), "")
+        elif isinstance(node, ast.Attribute):
+            is_source = ast.unparse(node) == "keras.src"
+            what = node.attr if node.attr in names or is_source else ""
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            what = node.value if node.value in names else ""
+        elif isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+            target = ast.unparse(node.value)
+            what = target if target.startswith("vars(") or target.endswith(".__dict__") else ""
+        if what and isinstance(node, (ast.stmt, ast.expr)):
+            found.append(f"{node.lineno}: {what}")
+    return found
+
+
+def test_only_the_page_touches_private_keras() -> None:
+    trees = {path: ast.parse(path.read_text("utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+    page_tree = trees.pop(PAGE)
+    # What no module here defines belongs to somebody else: to Keras, but for these.
+    of_named_tuples = {"_replace"}
+    of_jax = set().union(*(used_names(x) for path, x in trees.items() if "cpu" in path.parts))
+    own = set().union(*map(defined_names, trees.values()))
+    foreign = set().union(*map(used_names, trees.values())) - own - of_named_tuples - of_jax
+    on_page = {x.value for x in ast.walk(page_tree) if isinstance(x, ast.Constant)}
+    private = used_names(page_tree) | {str(x) for x in on_page if is_private(x)} | foreign
+    private |= {"fill_in", "is_input", "keras_tensors"}
+    found = [
+        f"{path.relative_to(PACKAGE)}:{line}: expected it in graph/keras_private.py"
+        for path, tree in trees.items()
+        for line in find_private(tree, private)
+    ]
+    assert "\n".join(found) == ""
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("import keras.src.backend", ["1: keras.src.backend"]),
+        ("def f():\n    from keras.src import tree", ["2: keras.src.tree"]),
+        ("from keras import src", ["1: keras.src"]),
+        ("keras.src.tree", ["1: src"]),
+        ("x._kernel", ["1: _kernel"]),
+        ("getattr(x, '_kernel', None)", ["1: _kernel"]),
+        ("vars(x)['a'] = 1", ["1: vars(x)"]),
+        ("del x.__dict__['a']", ["1: x.__dict__"]),
+        ("vars(x)['a']; x.kernel; from keras import tree", []),
+    ],
+)
+def test_the_test_sees(code: str, expected: list[str]) -> None:
+    assert find_private(ast.parse(code), {"_kernel"}) == expected
+
+
+def test_each_part_of_the_page_has_a_test() -> None:
+    tests = Path(__file__).read_text("utf-8")
+    public = [x.name for x in ast.parse(PAGE.read_text("utf-8")).body if hasattr(x, "name")]
+    assert [name for name in public if f"page.{name}" not in tests and name != "Call"] == []
