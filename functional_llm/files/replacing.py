@@ -9,6 +9,30 @@ from pathlib import Path
 
 
 @contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Yields an empty file beside `path`, which takes its place when the block ends.
+
+    If the block fails, the file at `path` stays as it was and nothing else is left.
+
+    Args:
+        path: The file to write. Its folder is made if it is missing.
+
+    Raises:
+        OSError: If the folder cannot be written to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(descriptor)
+    part = Path(name)
+    try:
+        yield part
+        _publish(part, path)
+        _sync(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
 def replaced(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
     """Yields an empty folder beside; its files move into `folder` once all of them are written.
 
@@ -48,8 +72,28 @@ def replaced(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
 
 
 def share(path: Path) -> None:
-    """Gives a file the permissions of any new file; safetensors keeps all others from reading."""
+    """Gives a file the permissions of any new file; temporary ones are for this user only."""
     path.chmod(0o666 & ~_umask())
+
+
+def _publish(part: Path, path: Path) -> None:
+    share(part)
+    _sync(part)
+    os.replace(part, path)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir():  # some network file systems sync no folders
+            raise OSError(error.errno, f"{path} could not be written to the disk") from error
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:
