@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace, flm: Any, keras: Any) -> None:
     training = flm.training
     training.keep_memory()
     if arguments.remat:  # before XLA starts; its default order of work on CPUs undoes the saving
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {training.SAVING_FLAG}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {training.REMAT_XLA_FLAG}"
     keras.utils.set_random_seed(arguments.seed)
     tokenizer = flm.Tokenizer.from_preset(arguments.preset)
     records = training.read_records(arguments.dataset, arguments.split)

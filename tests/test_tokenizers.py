@@ -349,10 +349,12 @@ def test_malformed_directories(tmp_path, bpe_directory):
     with pytest.raises(ValueError, match="contradicts the files beside it"):
         TextTokenizer.from_directory(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="Expected: a JSON object"):
+    message = "tokenizer_config.json: expected a JSON object, received list. Fetch the file again"
+    with pytest.raises(ValueError, match=message):
         TextTokenizer.from_directory(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos')
-    with pytest.raises(ValueError, match="tokenizer_config.json is malformed. Expected: JSON"):
+    message = "tokenizer_config.json is no valid JSON: .*line 1 column 2.*Fetch the file again"
+    with pytest.raises(ValueError, match=message):
         TextTokenizer.from_directory(tmp_path)
 
 
@@ -389,7 +391,7 @@ def test_an_end_token_of_minus_one_is_none(tmp_path, bpe_directory):
 def test_malformed_metadata(bpe_metadata, spm_metadata):
     for change, message in (
         ({"tokenizer.ggml.model": "bert"}, "unknown kind of tokenizer.*gpt2"),
-        ({"tokenizer.ggml.pre": "nothing"}, "unknown pre-tokeniser.*smollm.*'nothing'"),
+        ({"tokenizer.ggml.pre": "nothing"}, "unknown pre-tokenizer.*smollm.*'nothing'"),
         ({"tokenizer.ggml.token_type": [1]}, "vocabulary is malformed"),
         ({"tokenizer.ggml.tokens": ["a", "a"]}, "vocabulary is malformed"),
         ({"tokenizer.ggml.tokens": 5}, "a list under tokenizer.ggml.tokens. Received: 5"),
@@ -424,7 +426,7 @@ def test_bad_arguments(bpe, spm):
 
 
 @pytest.mark.parametrize("name", [n for n, pre in PRE_TOKENIZERS.items() if pre.byte_level])
-def test_every_pre_tokeniser_keeps_the_text(bpe_metadata, name):
+def test_every_pre_tokenizer_keeps_the_text(bpe_metadata, name):
     tokenizer = TextTokenizer.from_gguf_metadata(bpe_metadata | {"tokenizer.ggml.pre": name})
     for text in CORPUS:
         assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -229,7 +229,9 @@ def test_bad_records(tokenizer: Tokenizer, fields: dict[str, Any], message: str)
 def test_a_template_that_rewrites_the_question_is_refused(tokenizer: Tokenizer) -> None:
     template = "{{ messages | length }} {% for m in messages %}{{ m['content'] }}{% endfor %}"
     other = Tokenizer(engine=tokenizer.engine, chat_template=template)
-    with pytest.raises(ValueError, match="here: the chat template writes a conversation in anoth"):
+    with pytest.raises(
+        ValueError, match="here: the chat template does not show where the answer begins"
+    ):
         _example({"prompt": "a", "completion": "b"}, other)
 
 

@@ -16,7 +16,7 @@ from configs import CONFIGS
 from functional_llm.graph.rewiring import rewire
 from functional_llm.presets.backbone import Backbone
 from functional_llm.training import (
-    SAVING_FLAG,
+    REMAT_XLA_FLAG,
     Batches,
     Example,
     LossModel,
@@ -221,7 +221,7 @@ def test_rematerialising_takes_less_memory(tmp_path: Path, repository: Path) -> 
     save_reference({**CONFIGS[FAMILY], "num_hidden_layers": 6}, tmp_path)
     # XLA reads the flag when it starts.
     paths = os.pathsep.join([str(repository), str(repository / "tests")])
-    environment = {**os.environ, "PYTHONPATH": paths, "XLA_FLAGS": SAVING_FLAG}
+    environment = {**os.environ, "PYTHONPATH": paths, "XLA_FLAGS": REMAT_XLA_FLAG}
     command = [sys.executable, "-c", MEASURE_REMAT, str(tmp_path)]
     output = subprocess.run(
         command, check=True, capture_output=True, text=True, env=environment

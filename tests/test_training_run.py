@@ -25,7 +25,6 @@ from functional_llm.training.checkpoints import (
     load_checkpoint,
     read_facts,
     save_checkpoint,
-    write_atomically,
 )
 from functional_llm.training.loop import compile_model
 from tiny import save_tiny
@@ -85,30 +84,32 @@ def test_killed_and_resumed_ends_the_same_bit_for_bit(tiny: Path, tmp_path: Path
     assert [step for step, _ in facts["held_out"]] == [0, 5, 10, 12]
 
 
-WRITER = """
-import os, signal, sys
-from pathlib import Path
-from functional_llm.training.checkpoints import write_atomically
-def write(path):
-    path.write_bytes(b"half of the n")
-    os.kill(os.getpid(), signal.SIGKILL)
-write_atomically(Path(sys.argv[1]), write)
-"""
-
-
-def test_a_kill_while_writing_leaves_the_file_before(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, lambda beside: beside.write_bytes(b"old"))
-    assert _run("-c", WRITER, path).returncode == -signal.SIGKILL
-    assert path.read_bytes() == b"old"
-    write_atomically(path, lambda beside: beside.write_bytes(b"new"))
-    assert path.read_bytes() == b"new"
-    assert os.listdir(tmp_path) == ["file"]
-
-
 @pytest.fixture
 def model(tiny: Path) -> Any:
     return compile_model(Backbone.from_preset(tiny), Settings(steps=2))
+
+
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+from functional_llm.files.replacing import replaced_file
+with replaced_file(Path(sys.argv[1])) as path:
+    path.write_bytes(b"half of the n")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_kill_while_writing_leaves_the_checkpoint_before(model: Any, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    save_checkpoint(path, model, {"step": 1})
+    before = path.read_bytes()
+    assert _run("-c", WRITER, path).returncode == -signal.SIGKILL
+    assert path.read_bytes() == before
+    assert load_checkpoint(path, model) == {"step": 1}
+    assert len(os.listdir(tmp_path)) == 2
+    save_checkpoint(path, model, {"step": 2})
+    assert read_facts(path) == {"step": 2}
+    assert os.listdir(tmp_path) == [path.name]  # what the kill left is gone
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(model: Any, tmp_path: Path) -> None:

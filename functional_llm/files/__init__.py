@@ -2,5 +2,5 @@
 
 May import: no other room.
 
-Offers: `replaced` (a folder), `share`, `read_json`, `write_json`.
+Offers: `replaced_file`, `replaced` (a folder), `share`, `read_json`, `write_json`.
 """

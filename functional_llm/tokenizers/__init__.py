@@ -1,10 +1,11 @@
 """Tokenizers: text to token ids and back, chat templates, streaming.
 
-May import: no other room.
+May import: files.
 
-Offers: `TextTokenizer`, which holds what every model needs; two engines that cut text into tokens,
-`TokenizersEngine` (a tokenizer.json, or the byte-pair vocabulary of a GGUF file) and
-`SentencePieceEngine` (a .model, or the vocabulary with scores of a GGUF file); `StreamDecoder`.
+Offers: `TextTokenizer`, which holds what a model needs of its tokenizer; two engines that cut text
+into tokens, `TokenizersEngine` (a tokenizer.json, or the byte-pair vocabulary of a GGUF file) and
+`SentencePieceEngine` (a .model, or the vocabulary with scores of a GGUF file); `StreamDecoder`;
+`save_tokenizer`.
 """
 
 from functional_llm.tokenizers.directory_writer import TOKENIZER_FILES, save_tokenizer

@@ -1,6 +1,6 @@
-"""Chat templates: a list of messages -> the text that a model was trained to see.
+"""Chat templates: a list of messages -> the text in the format of the model's training.
 
-A template is a program that comes with a checkpoint, so it runs in Jinja's sandbox, on plain data.
+A template is a program from a checkpoint, so it runs in Jinja's sandbox, on plain data.
 
 Reference: https://huggingface.co/docs/transformers/chat_templating
 """
@@ -21,10 +21,10 @@ class ChatTemplate:
     """A compiled chat template.
 
     Args:
-        source: the template, in Jinja.
+        source: The template, in Jinja.
 
     Raises:
-        ValueError: if the template is not valid Jinja.
+        ValueError: If the template is not valid Jinja.
     """
 
     def __init__(self, source: str) -> None:
@@ -40,45 +40,48 @@ class ChatTemplate:
             raise ValueError(
                 "The chat template is not a valid Jinja template. Expected: Jinja as in a Hugging "
                 f"Face chat_template. Received: a template with an error in line {error.lineno}: "
-                f"{error.message} Correct it, or pass the text of the prompt instead of messages."
+                f"{error.message} Correct it, or pass the prompt as text instead of messages."
             ) from error
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-        """The text of a conversation.
+        """Renders a conversation.
 
         Args:
-            messages: dicts with "role" and "content", the oldest first. An assistant's message
+            messages: Dicts with "role" and "content", the oldest first. An assistant's message
                 may have "tool_calls" in place of "content".
-            variables: what else the template may read: `add_generation_prompt`, `bos_token`,
+            variables: Other variables of the template: `add_generation_prompt`, `bos_token`,
                 `tools`, ...
 
         Returns:
             The text, with the special tokens that the template writes.
 
         Raises:
-            ValueError: if `messages` has another shape, a value is not plain data, or the template
-                itself refuses the conversation.
+            ValueError: If `messages` has another form, a value is not plain data, or the template
+                does not accept the conversation.
         """
         check_messages(messages)
         values = _as_plain_data({"tools": None, "documents": None, **variables})
         values["messages"] = _as_plain_data(list(messages))
         try:
             return self._template.render(values)
-        # A template is foreign code: whatever it raises is a refusal of these messages.
+        # A template is foreign code and may raise anything.
         except Exception as error:
             raise ValueError(
                 "The chat template did not accept the conversation. It raised "
                 f"{type(error).__name__}: {error}. Received: {len(messages)} messages with the "
-                f"roles {[message['role'] for message in messages]}. Change the messages to what "
-                "the template accepts, or pass the variables that it needs."
+                f"roles {[message['role'] for message in messages]}. Change the messages as the "
+                "error says, or pass the variables that the template needs."
             ) from error
 
 
-def check_messages(messages: Any) -> None:
-    """Raises a `ValueError` unless `messages` is a conversation.
+def check_messages(messages: object) -> None:
+    """Raises an error unless `messages` is a conversation.
 
     Args:
-        messages: should be a non-empty list of dicts with "role" and "content" (or "tool_calls").
+        messages: Should be a non-empty list of dicts with "role" and "content" (or "tool_calls").
+
+    Raises:
+        ValueError: If it is not.
     """
     expected = (
         'Expected: a non-empty list of messages such as {"role": "user", "content": "Hello"}. '
@@ -102,7 +105,7 @@ def check_messages(messages: Any) -> None:
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}`: marks the assistant's words for training; renders as its content."""
+    """`{% generation %}`: marks the assistant's text for training; renders as its content."""
 
     tags = {"generation"}
 
@@ -126,7 +129,7 @@ def _make_environment() -> jinja2.Environment:
 
 # Jinja's own tojson escapes HTML and sorts keys; models were trained on plain JSON.
 def _to_json(
-    value: Any,
+    value: object,
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,
@@ -150,12 +153,12 @@ def _strftime_now(format: str) -> str:
 
 
 def _as_plain_data(value: Any) -> Any:
-    # A round trip through JSON: objects with methods of their own could open the sandbox.
+    # A round trip through JSON: methods of other objects could lead out of the sandbox.
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:
         raise ValueError(
             "A chat template reads plain data only. Expected: strings, numbers, lists and dicts. "
-            f"Received: a value of another kind ({error}). Pass tools as JSON schemas and images "
-            "as their addresses."
+            f"Received: a value of another type ({error}). Pass tools as JSON schemas, and images "
+            "as URLs."
         ) from error

@@ -1,19 +1,24 @@
 """Reads the tokenizer of a directory in Hugging Face layout."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from functional_llm.tokenizers.engines import Engine, SentencePieceEngine, TokenizersEngine
+from functional_llm.files.json_files import read_json
+from functional_llm.tokenizers.engines import (
+    Engine,
+    SentencePieceEngine,
+    TokenizerFields,
+    TokenizersEngine,
+)
 from functional_llm.tokenizers.sentencepiece_model import load_sentencepiece
 from functional_llm.tokenizers.stop_tokens import stop_token_ids
 
 
-def facts_from_directory(path: Path) -> dict[str, Any]:
-    """The fields of a `TextTokenizer`, from a directory in Hugging Face layout."""
+def read_directory(path: Path) -> TokenizerFields:
+    """Reads a directory in Hugging Face layout."""
     config, names, generation, model = (
         _read_json(path / f"{name}.json")
         for name in ("tokenizer_config", "special_tokens_map", "generation_config", "config")
@@ -37,7 +42,7 @@ def facts_from_directory(path: Path) -> dict[str, Any]:
         "bos_token_id": bos,
         "eos_token_id": eos,
         "pad_token_id": special_id("pad_token"),
-        "add_bos": bos is not None and config.get("add_bos_token", _begins_texts(engine, bos)),
+        "add_bos": bos is not None and config.get("add_bos_token", _adds_bos(engine, bos)),
         "stop_token_ids": stop_token_ids(engine, stops),
         "chat_template": _read_chat_template(path, config),
     }
@@ -70,7 +75,7 @@ def _engine_from_directory(path: Path, config: Mapping[str, Any]) -> Engine:
 def _engine_from_json(path: Path, added: Mapping[str, tuple[int, bool]]) -> Engine:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    # The library raises nothing more specific.
+    # The library raises no narrower class.
     except Exception as error:
         raise ValueError(
             f"{path} is malformed. Expected: a tokenizer.json of the library tokenizers. "
@@ -86,7 +91,7 @@ def _engine_from_json(path: Path, added: Mapping[str, tuple[int, bool]]) -> Engi
         raise ValueError(
             f"{path} contradicts the files beside it. Expected: the ids in tokenizer_config.json "
             f"and added_tokens.json. Received: other ids for these tokens: {wrong!r:.300}. Fetch "
-            "the files again, all of one revision."
+            "all files again, from one revision."
         )
     return TokenizersEngine(tokenizer)
 
@@ -97,34 +102,20 @@ def _engine_from_sentencepiece(path: Path, added: Mapping[str, tuple[int, bool]]
     beside = {text: (i, special) for text, (i, special) in added.items() if i >= size}
     return SentencePieceEngine(
         processor,
-        always={text: i for text, (i, special) in beside.items() if not special},
+        user_defined={text: i for text, (i, special) in beside.items() if not special},
         special={text: i for text, (i, special) in beside.items() if special},
     )
 
 
-def _begins_texts(engine: Engine, bos: int) -> bool:
-    """Whether a tokenizer puts BOS first where tokenizer_config.json does not say."""
+def _adds_bos(engine: Engine, bos: int) -> bool:
+    """Whether a tokenizer puts BOS first if tokenizer_config.json does not say."""
     if isinstance(engine, TokenizersEngine):
         return engine.tokenizer.encode("").ids[:1] == [bos]
     return True
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is malformed. Expected: JSON. Received: a file with an error ({error}). "
-            "Fetch the file again."
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} is malformed. Expected: a JSON object. Received: {type(content).__name__}. "
-            "Fetch the file again."
-        )
-    return content
+    return read_json(path, default={}, advice="Fetch the file again.")
 
 
 def _read_chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
@@ -139,14 +130,14 @@ def _read_chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
     return template
 
 
-def _as_ids(value: Any) -> list[int]:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
+def _as_ids(value: object) -> list[int]:
+    ids: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
     _check(all(type(x) is int for x in ids), "eos_token_id or the like", "ids of tokens", value)
     return [x for x in ids if x >= 0]  # -1 stands for none in old configs
 
 
-def _check(right: bool, key: str, expected: str, received: Any) -> None:
-    if not right:
+def _check(is_valid: bool, key: str, expected: str, received: object) -> None:
+    if not is_valid:
         raise ValueError(
             f"A file of the tokenizer is malformed. Expected: {expected} under {key!r}. Received: "
             f"{received!r:.200}. Fetch the files again."

@@ -6,10 +6,11 @@ from typing import Any
 
 import tokenizers
 
+from functional_llm.files.json_files import read_json, write_json
 from functional_llm.tokenizers.engines import SentencePieceEngine, TokenizersEngine
 from functional_llm.tokenizers.text import TextTokenizer
 
-# What there may be of a tokenizer in a directory.
+# The files of a tokenizer that a directory may have.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -28,8 +29,11 @@ def save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
     """Writes `tokenizer.json` or `tokenizer.model`, the files beside it, and the stop ids.
 
     Args:
-        tokenizer: Any tokenizer of this library.
+        tokenizer: The tokenizer.
         folder: An existing folder.
+
+    Raises:
+        TypeError: If the tokenizer has an engine of another library.
     """
     engine = tokenizer.engine
 
@@ -61,20 +65,21 @@ def save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
         )
     if tokenizer.chat_template is not None:
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-    _write(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer_config.json", config)
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": sorted(tokenizer.stop_token_ids) or None,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    _write(folder / "generation_config.json", {key: x for key, x in ids.items() if x is not None})
+    ids = {key: x for key, x in ids.items() if x is not None}
+    write_json(folder / "generation_config.json", ids)
 
 
 def _save_tokenizers(tokenizer: TextTokenizer, inner: tokenizers.Tokenizer, path: Path) -> None:
     inner.save(str(path))
     bos = tokenizer.bos_token_id
-    content = json.loads(path.read_text("utf-8"))
-    # Without a postprocessor Transformers would put no BOS first; out of a GGUF there is none.
+    content = read_json(path)
+    # Transformers puts BOS first only with a post-processor, which is not in GGUF files.
     if tokenizer.add_bos and bos is not None and inner.encode("").ids[:1] != [bos]:
         name = inner.id_to_token(bos)
         saved = tokenizers.Tokenizer.from_file(str(path))
@@ -82,8 +87,4 @@ def _save_tokenizers(tokenizer: TextTokenizer, inner: tokenizers.Tokenizer, path
             single=f"{name} $A", pair=f"{name} $A {name}:1 $B:1", special_tokens=[(name, bos)]
         )
         content["post_processor"] = json.loads(saved.to_str())["post_processor"]
-    _write(path, content)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, content)

@@ -1,11 +1,11 @@
-"""Engines, which cut text into tokens and say the bytes of each: one a library."""
+"""Engines: they cut text into tokens and know the bytes of each token. One for each library."""
 
 import json
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import sentencepiece
 import tokenizers
@@ -14,11 +14,16 @@ SPACE = "▁"
 
 
 class Engine(Protocol):
-    """What cuts text into tokens."""
+    """An engine cuts text into tokens.
+
+    Attributes:
+        vocabulary_size: One more than the largest id.
+        special_ids: The ids of BOS, EOS and the like.
+        adds_space: Whether encoding puts a space before a text, which decoding takes off.
+    """
 
     vocabulary_size: int
     special_ids: frozenset[int]
-    # The engine puts a space before a text; decoding takes it off.
     adds_space: bool
 
     def encode(self, text: str, parse_special: bool) -> list[int]: ...
@@ -26,18 +31,30 @@ class Engine(Protocol):
     def token_id(self, token: str) -> int | None: ...
 
 
+class TokenizerFields(TypedDict):
+    """The fields of a `TextTokenizer`, as the readers of files return them."""
+
+    engine: Engine
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+    add_bos: bool
+    stop_token_ids: frozenset[int]
+    chat_template: str | None
+
+
 class TokenizersEngine:
     """The library `tokenizers`.
 
     Args:
-        tokenizer: the library's tokenizer.
+        tokenizer: The library's tokenizer.
 
     Raises:
-        ValueError: if its decoder is of a kind that is not supported.
+        ValueError: If its decoder is of a kind that is not supported.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        # A tokenizer.json may ask to cut and fill texts; here that is the caller's.
+        # A tokenizer.json may ask for truncation and padding, which are the caller's here.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         added = tokenizer.get_added_tokens_decoder()
@@ -49,7 +66,7 @@ class TokenizersEngine:
         self._lock = threading.Lock()
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
-        # The library keeps this choice as a state of the tokenizer.
+        # The library keeps this choice as state of the tokenizer, which threads may share.
         with self._lock:
             self.tokenizer.encode_special_tokens = not parse_special
             return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -57,7 +74,7 @@ class TokenizersEngine:
     def token_bytes(self, token_id: int) -> bytes:
         text = self.tokenizer.id_to_token(token_id) or ""
         for step in self._steps:
-            # An added token is text as it stands, not text in GPT-2's byte alphabet.
+            # An added token is plain text, not text in GPT-2's byte alphabet.
             if step is _byte_level_bytes and token_id in self._added_ids:
                 continue
             result = step(text)
@@ -70,8 +87,10 @@ class TokenizersEngine:
         return self.tokenizer.token_to_id(token)
 
 
-def _decoding_steps(decoder: Any) -> tuple[list[Callable[[str], str | bytes]], bool]:
-    """The decoder of a tokenizer.json, as functions of one token."""
+def _decoding_steps(
+    decoder: tokenizers.decoders.Decoder | None,
+) -> tuple[list[Callable[[str], str | bytes]], bool]:
+    """Returns a decoder as functions of one token, and whether it takes off the first space."""
     state: dict[str, Any] = json.loads(decoder.__getstate__()) if decoder else {"type": None}
     steps: list[Callable[[str], str | bytes]] = []
     adds_space = False
@@ -94,8 +113,8 @@ def _decoding_steps(decoder: Any) -> tuple[list[Callable[[str], str | bytes]], b
                 raise ValueError(
                     "This tokenizer.json has an unknown decoder. Expected: ByteLevel, "
                     "ByteFallback, Replace (of a string), Metaspace, Strip (of one space in "
-                    f"front), Fuse, or a Sequence of them. Received: {part}. Language models that "
-                    "generate text use one of these; take such a checkpoint."
+                    f"front), Fuse, or a Sequence of them. Received: {part}. Use the checkpoint of "
+                    "a model that generates text: such models have these decoders."
                 )
     return steps, adds_space
 
@@ -109,8 +128,8 @@ def _byte_token_bytes(token: str) -> str | bytes:
 
 
 def _make_byte_alphabet() -> dict[str, int]:
-    # GPT-2 writes a byte as the character of the same number if that is printable, and the
-    # others as the characters from 256 on.
+    # GPT-2 writes a byte as the character of the same number if that is printable. It writes the
+    # other bytes as the characters from 256 on.
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     hidden = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -131,19 +150,19 @@ def _byte_level_bytes(token: str) -> bytes:
 class SentencePieceEngine:
     """The library `sentencepiece`.
 
-    It never reads control symbols from text, so the text is split at them first; each part then
-    begins with the space that the model puts before a text.
+    The library never reads control symbols from text, so the text is split at them first. Each part
+    then begins with the space that the model puts before a text.
 
     Args:
-        processor: the library's tokenizer.
-        always: tokens beside the model that are read wherever they stand: text -> id.
-        special: the same, read with `parse_special` only.
+        processor: The library's tokenizer.
+        user_defined: Tokens beside the model that are always read from text: text -> id.
+        special: Tokens beside the model that are read with `parse_special` only: text -> id.
     """
 
     def __init__(
         self,
         processor: sentencepiece.SentencePieceProcessor,
-        always: Mapping[str, int],
+        user_defined: Mapping[str, int],
         special: Mapping[str, int],
     ) -> None:
         size = processor.vocab_size()
@@ -155,9 +174,9 @@ class SentencePieceEngine:
         special = control | dict(special)
         self.processor = processor
         self._size = size
-        self.added = dict(always) | special
+        self.added = dict(user_defined) | special
         self._texts = {token_id: text for text, token_id in self.added.items()}
-        self._splitters = {False: _make_splitter(always), True: _make_splitter(self.added)}
+        self._splitters = {False: _make_splitter(user_defined), True: _make_splitter(self.added)}
         self.vocabulary_size = max([size, *(i + 1 for i in self._texts)])
         self.special_ids = frozenset(special.values())
         self.adds_space = processor.normalize("a").startswith(SPACE)
@@ -165,7 +184,7 @@ class SentencePieceEngine:
     def encode(self, text: str, parse_special: bool) -> list[int]:
         ids: list[int] = []
         for place, part in enumerate(self._splitters[parse_special].split(text)):
-            # The parts at odd places are the tokens that the text was split at.
+            # The parts at odd places are the tokens at which the text was split.
             ids += [self.added[part]] if place % 2 else self.processor.encode(part)
         return ids
 
@@ -186,5 +205,5 @@ class SentencePieceEngine:
 
 def _make_splitter(texts: Iterable[str]) -> re.Pattern[str]:
     longest_first = sorted(filter(None, texts), key=len, reverse=True)
-    # Without tokens, an expression that matches nowhere.
+    # Without tokens, the expression matches nothing.
     return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")

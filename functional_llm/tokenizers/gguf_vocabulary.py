@@ -9,7 +9,13 @@ from typing import Any
 
 import tokenizers
 
-from functional_llm.tokenizers.engines import SPACE, Engine, SentencePieceEngine, TokenizersEngine
+from functional_llm.tokenizers.engines import (
+    SPACE,
+    Engine,
+    SentencePieceEngine,
+    TokenizerFields,
+    TokenizersEngine,
+)
 from functional_llm.tokenizers.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from functional_llm.tokenizers.sentencepiece_model import (
     CONTROL,
@@ -24,9 +30,9 @@ from functional_llm.tokenizers.stop_tokens import END_OF_TURN, stop_token_ids
 _GGUF = "tokenizer.ggml"
 
 
-def facts_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a `TextTokenizer`, from the metadata of a GGUF file."""
-    _check_kinds(metadata)
+def read_gguf_vocabulary(metadata: Mapping[str, Any]) -> TokenizerFields:
+    """Reads the metadata of a GGUF file."""
+    _check_types(metadata)
     kind = _gguf_value(metadata, "model")
     match kind:
         case "gpt2" | "gemma4":
@@ -34,7 +40,7 @@ def facts_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
             engine: Engine = _byte_pair_engine(metadata, pre)
             add_bos, default_ids = pre.add_bos, {}
         case "llama":
-            engine = _score_engine(metadata)
+            engine = _sentencepiece_engine(metadata)
             add_bos, default_ids = True, {"bos": 1, "eos": 2}
         case _:
             raise ValueError(
@@ -46,7 +52,7 @@ def facts_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
         name: metadata.get(f"{_GGUF}.{name}_token_id", default_ids.get(name))
         for name in ("bos", "eos", "eot", "eom", "padding")
     }
-    # Some files name ids that are not in their vocabulary; llama.cpp takes these as absent.
+    # Some files name ids that are not in their vocabulary; llama.cpp ignores these.
     size = engine.vocabulary_size
     ids = {name: i if type(i) is int and 0 <= i < size else None for name, i in ids.items()}
     return {
@@ -60,12 +66,13 @@ def facts_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_kinds(metadata: Mapping[str, Any]) -> None:
-    kinds = {f"{_GGUF}.{name}": list for name in ("tokens", "token_type", "scores", "merges")}
-    texts = ("tokenizer.chat_template", f"{_GGUF}.model", f"{_GGUF}.pre")
-    for key, kind in {**kinds, **dict.fromkeys(texts, str)}.items():
-        if key in metadata and not isinstance(metadata[key], kind):
-            raise _malformed_vocabulary(f"a {kind.__name__} under {key}", f"{metadata[key]!r:.100}")
+def _check_types(metadata: Mapping[str, Any]) -> None:
+    lists = [f"{_GGUF}.{name}" for name in ("tokens", "token_type", "scores", "merges")]
+    texts = ["tokenizer.chat_template", f"{_GGUF}.model", f"{_GGUF}.pre"]
+    for key, expected in {**dict.fromkeys(lists, list), **dict.fromkeys(texts, str)}.items():
+        if key in metadata and not isinstance(metadata[key], expected):
+            received = f"{metadata[key]!r:.100}"
+            raise _malformed_vocabulary(f"a {expected.__name__} under {key}", received)
 
 
 def _gguf_value(metadata: Mapping[str, Any], name: str) -> Any:
@@ -80,7 +87,7 @@ def _gguf_value(metadata: Mapping[str, Any], name: str) -> Any:
 
 
 def _gguf_tokens(metadata: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """All tokens and their types."""
+    """Returns all tokens and their types."""
     tokens = _gguf_value(metadata, "tokens")
     types = metadata.get(f"{_GGUF}.token_type", [NORMAL] * len(tokens))
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
@@ -88,7 +95,7 @@ def _gguf_tokens(metadata: Mapping[str, Any]) -> list[tuple[str, int]]:
             "a type for each of the tokens, and no token twice",
             f"{len(tokens)} tokens, {len(set(tokens))} different ones, {len(types)} types",
         )
-    # Converters got the type of these wrong at times; a turn would then never end.
+    # Some converters gave END_OF_TURN another type; a turn would then never end.
     return [
         (token or f"[EMPTY_{place}]", CONTROL if token in END_OF_TURN else kind)
         for place, (token, kind) in enumerate(zip(tokens, types, strict=True))
@@ -105,14 +112,14 @@ def _malformed_vocabulary(expected: str, received: str) -> ValueError:
 def _pre_tokenizer(name: str | None) -> PreTokenizer:
     if name is None:
         warnings.warn(
-            f"The GGUF file has no {_GGUF}.pre: it does not say how its text was cut into words. "
-            "Taking llama.cpp's default, which is right for few models. Use a newer conversion.",
+            f"The GGUF file has no {_GGUF}.pre, the name of its pre-tokenizer. Text is cut into "
+            "words by llama.cpp's default, which is right for few models. Use a newer conversion.",
             stacklevel=2,
         )
         name = "default"
     if name not in PRE_TOKENIZERS:
         raise ValueError(
-            "The GGUF file has an unknown pre-tokeniser. Expected one of: "
+            "The GGUF file has an unknown pre-tokenizer. Expected one of: "
             f"{', '.join(sorted(PRE_TOKENIZERS))}. Received: {_GGUF}.pre = {name!r}. Take the "
             "tokenizer from the checkpoint's directory in Hugging Face layout."
         )
@@ -130,7 +137,7 @@ def _byte_pair_engine(metadata: Mapping[str, Any], pre: PreTokenizer) -> Engine:
             ignore_merges=pre.ignore_merges,
             byte_fallback=not pre.byte_level,
         )
-    # The library raises nothing more specific.
+    # The library raises no narrower class.
     except Exception as error:
         raise _malformed_vocabulary("merges of tokens into tokens", str(error)) from error
     tokenizer = tokenizers.Tokenizer(model)
@@ -158,12 +165,12 @@ def _byte_pair_engine(metadata: Mapping[str, Any], pre: PreTokenizer) -> Engine:
 
 
 def _split_merge(merge: str) -> tuple[str, str]:
-    # The left token may begin with a space itself: the one that separates comes later.
+    # The left token may begin with a space itself; the separator is a later one.
     cut = merge.index(" ", 1)
     return merge[:cut], merge[cut + 1 :]
 
 
-def _score_engine(metadata: Mapping[str, Any]) -> Engine:
+def _sentencepiece_engine(metadata: Mapping[str, Any]) -> Engine:
     tokens = _gguf_tokens(metadata)
     scores = metadata.get(f"{_GGUF}.scores", [0.0] * len(tokens))
     if len(scores) != len(tokens):
@@ -172,7 +179,7 @@ def _score_engine(metadata: Mapping[str, Any]) -> Engine:
     proto = make_sentencepiece_proto(tokens, scores, adds_space)
     return SentencePieceEngine(
         load_sentencepiece(proto, "The GGUF file's vocabulary"),
-        # llama.cpp splits at these too, and puts the space after them.
-        always={token: i for i, (token, kind) in enumerate(tokens) if kind == USER_DEFINED},
+        # llama.cpp splits text at these too, and puts a space before each part.
+        user_defined={token: i for i, (token, kind) in enumerate(tokens) if kind == USER_DEFINED},
         special={},
     )

@@ -1,8 +1,11 @@
-"""How byte-pair vocabularies of GGUF files cut text into words, by llama.cpp's name for it.
+"""Pre-tokenizers: how the byte-pair vocabulary of a GGUF file cuts text into words.
 
-A GGUF file stores no regular expression, only a name (`tokenizer.ggml.pre`). The expressions are
-those of the models' own tokenizer.json where these are known, in Oniguruma's syntax. They apply in
-turn: each cuts the pieces that the one before it left; matches and what lies between are pieces.
+A GGUF file stores no regular expression, only llama.cpp's name for it (`tokenizer.ggml.pre`). The
+names here are those of models that this library loads or is to load; the name is often that of the
+first model which cut text so: files of SmolLM3 say "smaug-bpe", those of Granite 3 "refact". The
+expressions are those of the models' own tokenizer.json where these are known, in Oniguruma's
+syntax. They apply in turn: each cuts the pieces that the one before it left; its matches, and the
+text between them, are the new pieces.
 
 Reference: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
 """
@@ -15,11 +18,12 @@ class PreTokenizer:
     """The cut into words, and what else llama.cpp derives from its name.
 
     Args:
-        patterns: regular expressions, applied in turn.
-        byte_level: words are written in GPT-2's byte alphabet; otherwise spaces become "▁" and
-            characters outside the vocabulary become byte tokens.
-        ignore_merges: a word that is in the vocabulary is a token, whatever the merges say.
-        add_bos: the model expects a BOS token where the file does not say.
+        patterns: Regular expressions, applied in turn.
+        byte_level: Whether words are written in GPT-2's byte alphabet. Otherwise spaces become "▁"
+            and characters outside the vocabulary become byte tokens.
+        ignore_merges: Whether a word that is in the vocabulary is one token, whatever the merges
+            say.
+        add_bos: Whether the model expects a BOS token if the file does not say.
     """
 
     patterns: tuple[str, ...]
@@ -36,8 +40,7 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _LLAMA3 = (
     _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
 )
-_ONE_DIGIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
-_QWEN2 = _CONTRACTIONS + "|" + _ONE_DIGIT
+_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
 _QWEN35 = (
     _CONTRACTIONS
     + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|"
@@ -58,11 +61,6 @@ _GPT4O = (
     + _SPACES
 )
 _TEKKEN = _cased_words(_UPPER, _LOWER, "") + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _SPACES
-_YOUTU = (
-    _cased_words(_UPPER, _LOWER, _CONTRACTIONS + "?")
-    + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|"
-    + _SPACES
-)
 _KIMI_K2 = (
     r"\p{Han}+|"
     + _cased_words(
@@ -76,26 +74,9 @@ _KIMI_K2 = (
 _ASCII_WORD = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"
 _LETTERS_AND_MARKS = r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
 _DEEPSEEK3 = _ASCII_WORD + _LETTERS_AND_MARKS + r" ?[\p{P}\p{S}]+[\r\n]*|" + _SPACES
-_SPARK = _ASCII_WORD + _LETTERS_AND_MARKS + r" ?[\p{P}\p{S}]+|[\r\n]|\s+(?!\S)|\s+"
 _BLOOM = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
-_JAIS2 = (
-    _CONTRACTIONS
-    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    + "".join(rf"|\s{{{count}}}(?!\S)" for count in (512, 256, 128, 64, 32, 16, 8, 4))
-    + r"|\s{1,2}(?!\S)|\s"
-)
-_BAILING = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]|\s+(?!\S)|\s+"
-)
 _SEED_CODER = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|" + _SPACES
-_EXAONE_MOE = (
-    _CONTRACTIONS
-    + r"|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}"
-    + r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
-)
 _MINICPM5 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
-_LINES = r"[^\n]+|\n+"
 
 # The letters with case of the Unicode version that DeepSeek's tokenizer was made with.
 _DEEPSEEK_LETTERS = (
@@ -115,50 +96,20 @@ _DEEPSEEK_LETTERS = (
 )
 _DEEPSEEK_PUNCTUATION = "!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002"
 _DEEPSEEK_CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
-_AFMOE_ASIAN = (
-    "[\u4e00-\u9fff\u3400-\u4dbf\u8c48-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf"
-    "\u0e40-\u0e7f\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff"
-    "\uac00-\ud7af\u1100-\u11ff]+"
-)
-_YOUTU_ASIAN = (
-    "[\uac00-\ud7a3\u3131-\u318e]+"
-    "|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+"
-    "|[\u3105-\u312f]+|" + _HAN_AND_KANA
-)
-
 _gpt2 = PreTokenizer(patterns=(_GPT2,))
 _digits_then_gpt2 = PreTokenizer(patterns=(r"\p{N}", _GPT2))
 _llama3 = PreTokenizer(patterns=(_LLAMA3,))
 _llama3_bos = PreTokenizer(patterns=(_LLAMA3,), ignore_merges=True, add_bos=True)
-_glm4 = PreTokenizer(patterns=(_LLAMA3,), ignore_merges=True)
 _qwen2 = PreTokenizer(patterns=(_QWEN2,))
 _gpt4o = PreTokenizer(patterns=(_GPT4O,))
 _deepseek3 = PreTokenizer(patterns=(r"\p{N}{1,3}", _HAN_AND_KANA, _DEEPSEEK3))
-_bloom = PreTokenizer(patterns=(_BLOOM,))
-_bailing = PreTokenizer(patterns=(_BAILING,))
-_gemma4 = PreTokenizer(patterns=(_LINES,), byte_level=False, add_bos=True)
-_tiny_aya = PreTokenizer(patterns=(r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O))
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
-    # What llama.cpp takes where the file has no name: files from before there were names.
+    # llama.cpp's choice for a file without a name: files from before there were names.
     "default": PreTokenizer(
         patterns=(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
     ),
-    "afmoe": PreTokenizer(
-        # Groups of three digits counted from the right.
-        patterns=(r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))", _AFMOE_ASIAN, _DEEPSEEK3)
-    ),
-    "chameleon": PreTokenizer(
-        patterns=(
-            r"<sentinel:[0-9]+>",
-            r"(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z",
-            r"([\t\n]|    |  )",
-            r"\p{N}",
-            r"[\p{P}!-/:-@\[-`{-~]",
-            _GPT2,
-        ),
-        add_bos=True,
-    ),
+    "bloom": PreTokenizer(patterns=(_BLOOM,)),
     "deepseek-coder": PreTokenizer(
         patterns=(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_CJK, r"\p{N}")
     ),
@@ -172,48 +123,23 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
             r"\p{N}+",
         )
     ),
-    "exaone-moe": PreTokenizer(patterns=(_EXAONE_MOE,)),
     "falcon": PreTokenizer(patterns=(r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")),
-    "granite-embed-multi-97m": PreTokenizer(patterns=(_GPT4O,), ignore_merges=True),
-    "jais-2": PreTokenizer(patterns=(_JAIS2,)),
+    "gemma4": PreTokenizer(patterns=(r"[^\n]+|\n+",), byte_level=False, add_bos=True),
+    "glm4": PreTokenizer(patterns=(_LLAMA3,), ignore_merges=True),
     "kimi-k2": PreTokenizer(patterns=(_KIMI_K2,)),
-    "laguna": PreTokenizer(patterns=(_LINES, _QWEN2)),
     "minicpm5": PreTokenizer(patterns=(r"\p{N}{1,3}", _MINICPM5), ignore_merges=True),
     "qwen35": PreTokenizer(patterns=(_QWEN35,)),
-    "sarvam-moe": PreTokenizer(patterns=(_LINES,), byte_level=False),
     "seed-coder": PreTokenizer(patterns=(_SEED_CODER,)),
-    "spark2_5": PreTokenizer(patterns=(r"\p{N}{1,3}", _HAN_AND_KANA, _SPARK, r"\p{N}")),
-    "superbpe": PreTokenizer(patterns=(r"\p{N}+", r"(?=(\d{3})+(?!\d))")),
     "tekken": PreTokenizer(patterns=(_TEKKEN,), ignore_merges=True, add_bos=True),
-    "ufakzeka": PreTokenizer(patterns=(_ONE_DIGIT,)),
+    "tiny_aya": PreTokenizer(patterns=(r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O)),
     "viking": PreTokenizer(patterns=(_BLOOM, r"\p{N}")),
-    "youtu": PreTokenizer(patterns=(_YOUTU_ASIAN, _YOUTU), ignore_merges=True),
-    **dict.fromkeys(("bailingmoe", "bailingmoe2", "llada-moe"), _bailing),
-    **dict.fromkeys(("bloom", "gpt3-finnish", "poro-chat"), _bloom),
-    **dict.fromkeys(("chatglm-bpe", "dbrx", "smaug-bpe"), _llama3),
-    **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "hy_v4", "joyai-llm"), _deepseek3),
-    **dict.fromkeys(("gemma4", "granite-embed-multi-311m"), _gemma4),
-    **dict.fromkeys(("glm4", "glm5"), _glm4),
-    **dict.fromkeys(("gpt-4o", "kanana2", "llama4", "minimax-m2", "talkie"), _gpt4o),
-    **dict.fromkeys(("cohere2moe", "tiny_aya"), _tiny_aya),
+    **dict.fromkeys("a.x-4.0 exaone4 gpt-2 mellum mpt olmo phi-2 trillion".split(), _gpt2),
+    **dict.fromkeys("command-r minerva-7b refact smollm starcoder".split(), _digits_then_gpt2),
+    **dict.fromkeys("chatglm-bpe dbrx smaug-bpe".split(), _llama3),
     **dict.fromkeys(
-        "codeshell command-r exaone mellum2 minerva-7b refact smollm starcoder".split(),
-        _digits_then_gpt2,
+        "falcon-h1 falcon3 lfm2 llama-bpe llama-v3 llama3 midm-2.0 pixtral".split(), _llama3_bos
     ),
-    **dict.fromkeys(
-        (
-            "a.x-4.0 exaone4 gigachat gpt-2 granite-docling jais jina-de jina-es jina-v1-en "
-            "jina-v2-code jina-v2-de jina-v2-es mellum modern-bert mpt olmo phi-2 roberta-bpe "
-            "trillion"
-        ).split(),
-        _gpt2,
-    ),
-    **dict.fromkeys(
-        "falcon-h1 falcon3 jina-v5-nano lfm2 llama-bpe llama-v3 llama3 midm-2.0 pixtral".split(),
-        _llama3_bos,
-    ),
-    **dict.fromkeys(
-        "deepseek-r1-qwen f2llmv2 grok-2 hunyuan kormo megrez qwen2 solar-open stablelm2".split(),
-        _qwen2,
-    ),
+    **dict.fromkeys("deepseek-r1-qwen hunyuan kormo megrez qwen2 stablelm2".split(), _qwen2),
+    **dict.fromkeys("gpt-4o llama4".split(), _gpt4o),
+    **dict.fromkeys("deepseek-v3 hunyuan-dense".split(), _deepseek3),
 }

@@ -5,12 +5,20 @@ from collections.abc import Sequence
 
 import sentencepiece
 
-# The types of its tokens; GGUF took them over.
+# The types of its tokens, which GGUF uses too.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
 def load_sentencepiece(proto: bytes, origin: str) -> sentencepiece.SentencePieceProcessor:
-    """The library's tokenizer of a model; `origin` says in messages where it came from."""
+    """Loads a model into the library's tokenizer.
+
+    Args:
+        proto: The model in its own format.
+        origin: The place of the model, for messages.
+
+    Raises:
+        ValueError: If the library cannot read the model.
+    """
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=proto)
     except RuntimeError as error:
@@ -24,12 +32,17 @@ def load_sentencepiece(proto: bytes, origin: str) -> sentencepiece.SentencePiece
 def make_sentencepiece_proto(
     tokens: Sequence[tuple[str, int]], scores: Sequence[float], adds_space: bool
 ) -> bytes:
-    """A sentencepiece model in its own format.
+    """Returns a sentencepiece model in its own format.
+
+    Args:
+        tokens: The text and type of each token.
+        scores: The score of each token.
+        adds_space: Whether the model puts a space before a text.
 
     Reference: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
     """
     kinds = [kind for _, kind in tokens]
-    # The library wants exactly one unknown piece; llama.cpp reads the others as control tokens.
+    # The library needs exactly one unknown token; llama.cpp treats the others as control tokens.
     unknown = kinds.index(UNKNOWN) if UNKNOWN in kinds else 0
     kinds = [CONTROL if kind == UNKNOWN else kind for kind in kinds]
     kinds[unknown] = UNKNOWN

@@ -1,4 +1,4 @@
-"""StreamDecoder: ids to text while they are being made."""
+"""StreamDecoder: ids to text while a model generates them."""
 
 import codecs
 from collections.abc import Callable, Iterable
@@ -6,11 +6,11 @@ from operator import index
 
 
 class StreamDecoder:
-    """Ids to text as they come, never half a character.
+    """Decodes ids one after the other, and never emits half a character.
 
     Args:
-        token_bytes: id -> the bytes that the token stands for.
-        drop_space: leave out a space at the very beginning.
+        token_bytes: A function from an id to the token's bytes.
+        drop_space: Whether to take off a space at the beginning of the text.
     """
 
     def __init__(self, token_bytes: Callable[[int], bytes], drop_space: bool) -> None:
@@ -19,7 +19,7 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that the next ids complete; "" while a character is incomplete."""
+        """Returns the text that the next ids complete: `""` while a character is incomplete."""
         data = b"".join(self._token_bytes(index(token_id)) for token_id in ids)
         if data and self._drop_space:
             data = data.removeprefix(b" ")
@@ -27,5 +27,5 @@ class StreamDecoder:
         return self._utf8.decode(data)
 
     def finish(self) -> str:
-        """What is left: U+FFFD if the ids ended within a character, else ""."""
+        """Returns the rest: U+FFFD if the ids end within a character, else `""`."""
         return self._utf8.decode(b"", final=True)

@@ -1,4 +1,4 @@
-"""TextTokenizer: what every model needs of its tokenizer, whatever cuts the text."""
+"""TextTokenizer: what every model needs of its tokenizer, with any engine."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal, Self, overload
 
 from functional_llm.tokenizers.chat_template import ChatTemplate
-from functional_llm.tokenizers.directory_reader import facts_from_directory
+from functional_llm.tokenizers.directory_reader import read_directory
 from functional_llm.tokenizers.engines import Engine
-from functional_llm.tokenizers.gguf_vocabulary import facts_from_gguf
+from functional_llm.tokenizers.gguf_vocabulary import read_gguf_vocabulary
 from functional_llm.tokenizers.stream import StreamDecoder
 
 
@@ -18,13 +18,13 @@ class TextTokenizer:
     """Text <-> ids.
 
     Args:
-        engine: what cuts text into tokens.
-        bos_token_id: the id that begins a text, if there is one.
-        eos_token_id: the id that ends a text, if there is one.
-        pad_token_id: the id that fills a batch, if there is one.
-        add_bos: the model was trained on texts that begin with `bos_token_id`.
-        stop_token_ids: the ids after which a model has nothing more to say.
-        chat_template: the Jinja template that writes messages as text, if there is one.
+        engine: The engine that cuts text into tokens.
+        bos_token_id: The id that begins a text, if there is one.
+        eos_token_id: The id that ends a text, if there is one.
+        pad_token_id: The id that pads a batch, if there is one.
+        add_bos: Whether the model was trained on texts that begin with `bos_token_id`.
+        stop_token_ids: The ids that end generation.
+        chat_template: The Jinja template that writes messages as text, if there is one.
     """
 
     engine: Engine
@@ -37,10 +37,10 @@ class TextTokenizer:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Self:
-        """The tokenizer of a directory in Hugging Face layout.
+        """Loads the tokenizer of a directory in Hugging Face layout.
 
         Args:
-            path: a directory with tokenizer.json or tokenizer.model (sentencepiece). Read if
+            path: A directory with tokenizer.json or tokenizer.model (sentencepiece). Read if
                 present: tokenizer_config.json, special_tokens_map.json, added_tokens.json,
                 generation_config.json, config.json, chat_template.jinja.
 
@@ -48,24 +48,24 @@ class TextTokenizer:
             The tokenizer.
 
         Raises:
-            ValueError: if there is no tokenizer, or one of the files is malformed.
+            ValueError: If there is no tokenizer, or one of the files is malformed.
         """
-        return cls(**facts_from_directory(Path(path)))
+        return cls(**read_directory(Path(path)))
 
     @classmethod
     def from_gguf_metadata(cls, metadata: Mapping[str, Any]) -> Self:
-        """The tokenizer inside a GGUF file.
+        """Loads the tokenizer of a GGUF file.
 
         Args:
-            metadata: the key-value pairs of the file's header, as plain Python values.
+            metadata: The key-value pairs of the file's header, as plain Python values.
 
         Returns:
             The tokenizer; it cuts text as llama.cpp does.
 
         Raises:
-            ValueError: if a key is missing, or the tokenizer or its pre-tokeniser is unknown.
+            ValueError: If a key is missing, or the tokenizer or its pre-tokenizer is unknown.
         """
-        return cls(**facts_from_gguf(metadata))
+        return cls(**read_gguf_vocabulary(metadata))
 
     @property
     def vocabulary_size(self) -> int:
@@ -73,23 +73,23 @@ class TextTokenizer:
         return self.engine.vocabulary_size
 
     def token_id(self, token: str) -> int | None:
-        """The id of one token's exact text, or None."""
+        """Returns the id of the token with this text, or None."""
         return self.engine.token_id(token)
 
     def encode(self, text: str, add_bos: bool = False, parse_special: bool = False) -> list[int]:
-        """The ids of a text.
+        """Encodes a text.
 
         Args:
-            text: any text.
-            add_bos: put `bos_token_id` first.
-            parse_special: read special tokens written in the text ("<|im_end|>") as these tokens.
-                By default they are plain text, so that a user cannot write them.
+            text: Any text.
+            add_bos: Whether to put `bos_token_id` first.
+            parse_special: Whether to encode the names of special tokens in the text ("<|im_end|>")
+                as these tokens. By default they are plain text, so that users cannot insert them.
 
         Returns:
             A list of ids.
 
         Raises:
-            ValueError: if `text` is not a valid string, or there is no BOS token to add.
+            ValueError: If `text` is not a valid string, or there is no BOS token to add.
         """
         _check_text(text)
         if not add_bos:
@@ -105,19 +105,19 @@ class TextTokenizer:
     def decode(
         self, ids: Iterable[int], skip_special_tokens: bool = True, continues: bool = False
     ) -> str:
-        """The text of ids. Bytes that are no valid UTF-8 become U+FFFD.
+        """Decodes ids. Bytes that are no valid UTF-8 become U+FFFD.
 
         Args:
-            ids: token ids.
-            skip_special_tokens: leave out BOS, EOS and the like.
-            continues: the ids go on from earlier text. Otherwise the space that sentencepiece puts
-                before a text is taken off.
+            ids: Token ids.
+            skip_special_tokens: Whether to leave out BOS, EOS and the like.
+            continues: Whether the ids continue an earlier text. If not, the space that
+                sentencepiece puts before a text is taken off.
 
         Returns:
             The text.
 
         Raises:
-            ValueError: if an id is not in the vocabulary.
+            ValueError: If an id is not in the vocabulary.
         """
         stream = self.stream_decoder(skip_special_tokens, continues)
         return stream.push(ids) + stream.finish()
@@ -125,14 +125,14 @@ class TextTokenizer:
     def stream_decoder(
         self, skip_special_tokens: bool = True, continues: bool = False
     ) -> StreamDecoder:
-        """A decoder that receives ids as they are made.
+        """Returns a decoder for ids that come one after the other.
 
         Args:
-            skip_special_tokens: as in `decode`.
-            continues: as in `decode`.
+            skip_special_tokens: As in `decode`.
+            continues: As in `decode`.
 
         Returns:
-            A decoder whose pieces, joined, are what `decode` gives for all the ids.
+            A decoder. Its pieces, joined, are the text that `decode` returns for all ids.
         """
         skipped = self.engine.special_ids if skip_special_tokens else frozenset()
         return StreamDecoder(
@@ -163,20 +163,21 @@ class TextTokenizer:
         tokenize: bool = False,
         **variables: Any,
     ) -> str | list[int]:
-        """A conversation, as the model was trained to see it.
+        """Writes a conversation in the format of the model's training.
 
         Args:
-            messages: dicts with "role" and "content", the oldest first.
-            add_generation_prompt: end with the words that begin the assistant's answer.
-            tokenize: return ids. They begin with one BOS if the model wants it, also where the
-                template writes none.
-            variables: what else the template may read, such as `tools`.
+            messages: Dicts with "role" and "content", the oldest first.
+            add_generation_prompt: Whether to end with the text that begins the assistant's answer.
+            tokenize: Whether to return ids. They begin with one BOS if the model expects it, even
+                if the template writes none.
+            variables: Other variables of the template, such as `tools`.
 
         Returns:
             The text, or its ids.
 
         Raises:
-            ValueError: if there is no template, it is malformed, or it refuses the messages.
+            ValueError: If there is no template, it is malformed, or it does not accept the
+                messages.
         """
         text = self._compiled_chat_template.render(
             messages,
@@ -215,9 +216,11 @@ class TextTokenizer:
         return b"" if token_id in skipped else self.engine.token_bytes(token_id)
 
 
-def _check_text(text: Any) -> None:
-    problem = None if isinstance(text, str) else f"{type(text).__name__}: {text!r:.100}"
-    if problem is None and not text.isascii():
+def _check_text(text: object) -> None:
+    problem = ""
+    if not isinstance(text, str):
+        problem = f"{type(text).__name__}: {text!r:.100}"
+    elif not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -1,13 +1,12 @@
 """Training: datasets, packing, the loss, and the loop around Keras's own `fit`.
 
-May import: graph, cpu, tokenizers.
+May import: files, graph, cpu, tokenizers.
 
 Offers: `train`, `LossModel`, `make_examples`, `pack`.
 """
 
 from functional_llm.training.callbacks import Checkpoints, History, Progress, TensorBoard
 from functional_llm.training.checkpoints import load_checkpoint, save_checkpoint
-from functional_llm.training.curve import plot_losses
 from functional_llm.training.examples import (
     Example,
     Examples,
@@ -20,10 +19,12 @@ from functional_llm.training.loss import LossModel
 from functional_llm.training.memory import keep_memory
 from functional_llm.training.optimizer import make_optimizer, make_schedule
 from functional_llm.training.packing import Batches, Rows, pack
+from functional_llm.training.plotting import plot_losses
 from functional_llm.training.records import Record, read_records
-from functional_llm.training.rematerialize import SAVING_FLAG
+from functional_llm.training.rematerialize import REMAT_XLA_FLAG, SAVING_FLAG
 
 __all__ = [
+    "REMAT_XLA_FLAG",
     "SAVING_FLAG",
     "Batches",
     "Checkpoints",

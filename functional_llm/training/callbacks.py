@@ -3,23 +3,26 @@
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import keras
 from tqdm import tqdm
 
+from functional_llm.graph.types import JSON
 from functional_llm.training.checkpoints import save_checkpoint
 from functional_llm.training.packing import Batches
 
+Logs: TypeAlias = dict[str, float] | None  # what Keras gives to callbacks
+
 
 class History(keras.callbacks.Callback):
-    """Counts steps over several `fit`s and keeps the losses of a `LossModel`.
+    """Counts steps and collects the losses of a `LossModel`, over several calls of `fit`.
 
     Args:
-        accumulate: Batches that make one step.
+        accumulate: Batches of one step.
         step: Steps done before.
-        losses: Their losses.
-        held_out: `[step, held-out loss]` of the evaluations before.
+        losses: Training loss of each step before.
+        held_out: `[step, held-out loss]` of each evaluation before.
 
     Attributes:
         step: Steps done.
@@ -39,7 +42,7 @@ class History(keras.callbacks.Callback):
         self.losses, self.held_out = list(losses or []), list(held_out or [])
         self._parts: list[float] = []
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         self._parts.append(float((logs or {})["batch_loss"]))
         if len(self._parts) == self.accumulate:
             self.step += 1
@@ -51,38 +54,38 @@ class History(keras.callbacks.Callback):
                     "lower the learning rate, clip the gradient, or use another dtype."
                 )
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         if "val_token_loss" in (logs or {}):
             self.add_held_out(float((logs or {})["val_token_loss"]))
 
     def add_held_out(self, loss: float) -> None:
-        """Notes a held-out loss at the present step."""
+        """Adds a held-out loss at the current step."""
         self.held_out.append([self.step, loss])
 
-    def facts(self) -> dict[str, Any]:
-        """Returns the constructor's arguments that bring it back, as plain data."""
+    def facts(self) -> JSON:
+        """Returns the constructor's arguments that restore it, as plain data."""
         return {"step": self.step, "losses": self.losses, "held_out": self.held_out}
 
 
 class Checkpoints(keras.callbacks.Callback):
-    """Saves the state of training every so many steps.
+    """Saves the state of training at regular steps.
 
     Args:
         path: The file, replaced each time.
         every: Steps from one checkpoint to the next.
-        history: Must come before this one in the list of callbacks.
-        arguments: What the run was started with, as plain data.
+        history: The run's `History`, which must come before this callback.
+        arguments: The arguments of the run, as plain data.
     """
 
-    def __init__(self, path: Path, every: int, history: History, arguments: dict[str, Any]) -> None:
+    def __init__(self, path: Path, every: int, history: History, arguments: JSON) -> None:
         super().__init__()
         self.path, self.every, self.history, self.arguments = path, every, history, arguments
         self._saved = history.step
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         step = self.history.step
         if step != self._saved and step % self.every == 0:
-            self.save(self.model)  # which brings the model's state up to date
+            self.save(self.model)  # Keras's property writes the step's values into the variables
 
     def save(self, model: keras.Model) -> None:
         """Saves now."""
@@ -91,12 +94,12 @@ class Checkpoints(keras.callbacks.Callback):
 
 
 class Progress(keras.callbacks.Callback):
-    """A bar with steps, time left, loss and tokens a second; on a terminal only.
+    """A progress bar with time left, loss and tokens per second; on a terminal only.
 
     Args:
-        steps: All steps.
+        steps: Steps of the whole run.
         batches: The training data.
-        history: Must come before this one in the list of callbacks.
+        history: The run's `History`, which must come before this callback.
     """
 
     def __init__(self, steps: int, batches: Batches, history: History) -> None:
@@ -110,11 +113,11 @@ class Progress(keras.callbacks.Callback):
         self._number = history.step * history.accumulate
         self._first = True
 
-    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
         self._began = time.perf_counter()
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        if not self._first:  # that one compiles
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
+        if not self._first:  # the first batch compiles
             self.seconds += time.perf_counter() - self._began
             self.tokens += self.batches.count_tokens(self._number)
         self._first = False
@@ -126,22 +129,22 @@ class Progress(keras.callbacks.Callback):
 
     @property
     def tokens_per_second(self) -> float:
-        """Training speed, without the first batch, without padding."""
+        """Training speed, without padding and without the first batch."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
+        """Ends the bar."""
         self.bar.close()
 
 
 class TensorBoard(keras.callbacks.Callback):
-    """Writes losses and learning rate for TensorBoard, with the small library tensorboardX.
+    """Writes losses for TensorBoard, with the library tensorboardX.
 
-    (Keras's own callback of this name needs TensorFlow.)
+    Keras's callback of this name needs TensorFlow.
 
     Args:
-        folder: Where the event files go.
-        history: Must come before this one in the list of callbacks.
+        folder: The folder of the event files.
+        history: The run's `History`, which must come before this callback.
 
     Raises:
         ImportError: If tensorboardX is missing.
@@ -157,21 +160,21 @@ class TensorBoard(keras.callbacks.Callback):
                 "pip install 'functional-llm[plots]'."
             ) from None
         self.history, self._written = history, history.step
-        # What a killed run wrote after its last checkpoint is not shown twice.
+        # TensorBoard forgets what a killed run wrote after its last checkpoint.
         self.writer = SummaryWriter(str(folder), purge_step=history.step + 1)
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         step = self.history.step
         if step > self._written:
             self._written = step
             self.writer.add_scalar("loss/train", self.history.losses[-1], step)
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         for step, loss in self.history.held_out[-1:]:
             self.writer.add_scalar("loss/held_out", loss, step)
             self.writer.add_scalar("perplexity/held_out", math.exp(loss), step)
         self.writer.flush()
 
     def close(self) -> None:
-        """Waits until all is on the disk: the library writes in a thread, and `flush` does not."""
+        """Waits until everything is written: the library writes in a thread."""
         self.writer.close()

@@ -1,25 +1,28 @@
 """Training checkpoints: one safetensors file; a kill at any moment leaves a good one."""
 
 import json
-import os
-from collections.abc import Callable
+from glob import escape
 from pathlib import Path
-from typing import Any
 
+import jax
 import keras
-import numpy as np
 import safetensors
 from safetensors.flax import load_file, save_file
 
+from functional_llm.files.replacing import replaced_file
+from functional_llm.graph.types import JSON
+
 
 def training_state(model: keras.Model) -> dict[str, keras.Variable]:
-    """Returns every variable that a training step changes, under a name that the next run has too.
+    """Returns every variable that a training step changes, by a name that is the same in each run.
 
-    These are the trainable variables, the states of random generators, and the optimizer's
-    variables. Frozen weights are not among them.
+    These are the trainable weights, the states of random generators, and the optimizer's variables.
 
     Args:
         model: A compiled model.
+
+    Raises:
+        ValueError: If two trainable weights have the same path.
     """
     model.optimizer.build(model.trainable_variables)
     weights = {id(variable) for variable in model.weights}
@@ -29,13 +32,13 @@ def training_state(model: keras.Model) -> dict[str, keras.Variable]:
         paths = sorted(variable.path for variable in model.trainable_variables)
         twice = sorted({path for path in paths if paths.count(path) > 1})
         raise ValueError(f"Expected variables of different paths, received twice: {twice}.")
-    # Keras numbers the names of these two through a process: only their order is the same again.
+    # Keras numbers the names of these two through a process; only their order stays the same.
     named |= {f"random/{i}": variable for i, variable in enumerate(states)}
     return named | {f"optimizer/{i}": v for i, v in enumerate(model.optimizer.variables)}
 
 
-def save_checkpoint(path: Path, model: keras.Model, facts: dict[str, Any]) -> None:
-    """Writes the state of training. A file that is there is replaced at once, or not at all.
+def save_checkpoint(path: Path, model: keras.Model, facts: JSON) -> None:
+    """Writes the state of training. An earlier file is replaced when the new one is complete.
 
     Args:
         path: The file.
@@ -43,46 +46,27 @@ def save_checkpoint(path: Path, model: keras.Model, facts: dict[str, Any]) -> No
         facts: What else to keep, as plain data.
 
     Raises:
-        OSError: If it cannot be written: the disk is full, say. The earlier file is as it was.
+        OSError: If the file cannot be written, on a full disk for example. An earlier file stays.
     """
     tensors = {name: v.value for name, v in training_state(model).items()}
     metadata = {key: json.dumps(value) for key, value in facts.items()}
-    write_atomically(path, lambda beside: save_file(tensors, beside, metadata=metadata))
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Has a file written beside `path` and puts it there when it is safely on the disk.
-
-    Args:
-        path: The file to make or replace.
-        write: Receives the path to write to.
-
-    Raises:
-        OSError: If writing fails; `path` is as it was.
-    """
-    beside = path.with_name(f"{path.name}.incomplete")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write(beside)
-        _sync(beside)
-        os.replace(beside, path)
+        _remove_unfinished(path)
+        with replaced_file(path) as beside:
+            save_file(tensors, beside, metadata=metadata)
     except (OSError, safetensors.SafetensorError) as error:
-        beside.unlink(missing_ok=True)
         kept = "The one before is as it was." if path.exists() else "There was none before."
         raise OSError(f"{path} could not be written: {error}. {kept}") from error
-    _sync(path.parent)  # the name itself
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove_unfinished(path: Path) -> None:
+    """Removes the files that `replaced_file` left beside when a run was killed while it wrote."""
+    for file in path.parent.glob(f".{escape(path.name)}.*.part"):
+        file.unlink(missing_ok=True)
 
 
-def read_facts(path: Path) -> dict[str, Any]:
-    """Returns the facts of a checkpoint.
+def read_facts(path: Path) -> JSON:
+    """Returns the facts that are kept in a checkpoint.
 
     Raises:
         ValueError: If the file is damaged.
@@ -96,22 +80,22 @@ def read_facts(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def load_checkpoint(path: Path, model: keras.Model) -> dict[str, Any]:
-    """Puts a state back; returns the facts that were kept with it.
+def load_checkpoint(path: Path, model: keras.Model) -> JSON:
+    """Restores the state of training; returns the facts that are kept with it.
 
     Args:
-        path: File of `save_checkpoint`.
-        model: A model compiled as the one that was saved.
+        path: A file of `save_checkpoint`.
+        model: A model compiled like the one that was saved.
 
     Raises:
-        ValueError: If the file is damaged or belongs to another model: every difference is named.
+        ValueError: If the file is damaged or of another model. The message names every difference.
     """
     facts = read_facts(path)
     tensors, variables = load_file(path), training_state(model)
     problems = [f"{name} is not in the file" for name in variables if name not in tensors]
     problems += [f"{name} is not in the model" for name in tensors if name not in variables]
     for name in variables.keys() & tensors.keys():
-        has, needs = describe(tensors[name]), describe(variables[name])
+        has, needs = _dtype_and_shape(tensors[name]), _dtype_and_shape(variables[name])
         if has != needs:
             problems.append(f"{name}: expected {needs}, received {has}")
     if problems:
@@ -122,20 +106,22 @@ def load_checkpoint(path: Path, model: keras.Model) -> dict[str, Any]:
     return facts
 
 
-def describe(x: Any) -> str:
-    """Returns dtype and shape as words."""
-    return f"{np.dtype(x.dtype).name if not isinstance(x.dtype, str) else x.dtype} {tuple(x.shape)}"
+def _dtype_and_shape(x: jax.Array | keras.Variable) -> str:
+    return f"{getattr(x.dtype, 'name', x.dtype)} {tuple(x.shape)}"  # Keras's dtypes are strings
 
 
-def check_arguments(path: Path, kept: dict[str, Any], given: dict[str, Any]) -> None:
-    """Raises a `ValueError` that names every argument which differs from the checkpoint's.
+def check_arguments(path: Path, kept: JSON, given: JSON) -> None:
+    """Compares the arguments of a run with those that are kept in a checkpoint.
 
     Args:
         path: The checkpoint, for the message.
-        kept: The arguments it was made with.
-        given: Those of this run.
+        kept: The arguments of the run that saved it.
+        given: The arguments of this run.
+
+    Raises:
+        ValueError: If they differ. The message names every difference.
     """
-    given = json.loads(json.dumps(given))  # as they come back: tuples are lists
+    given = json.loads(json.dumps(given))  # through JSON, tuples become lists
     names = sorted(kept.keys() | given.keys())
     lines = [
         f"{name}: {kept.get(name)!r} in the checkpoint, {given.get(name)!r} now"
@@ -146,5 +132,5 @@ def check_arguments(path: Path, kept: dict[str, Any], given: dict[str, Any]) -> 
         raise ValueError(
             f"{path} was made with other arguments. Expected the same ones to go on; received:\n  "
             + "\n  ".join(lines)
-            + "\nGive the checkpoint's, or begin anew with another output."
+            + "\nPass the checkpoint's arguments, or begin anew with another output."
         )

@@ -1,4 +1,4 @@
-"""Records -> examples: token ids, and which of them the model is to learn to write."""
+"""Records -> examples: token ids, and which of them are targets."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ class Example:
 
     Args:
         token_ids: (n,) int32.
-        is_target: (n,) bool: the model learns to write this token. Never the first one, which
-            nothing comes before.
+        is_target: (n,) bool: the model learns to predict this token. Never the first one, which
+            follows nothing.
     """
 
     token_ids: np.ndarray
@@ -26,13 +26,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised examples, and what had to be cut.
+    """Tokenised examples, and how many were truncated or dropped.
 
     Args:
         items: The examples.
-        num_truncated: How many were longer than the context and lost their end.
-        num_dropped: How many have no token to learn, most often because the end that was cut off
-            held the whole answer. They are not in `items`.
+        num_truncated: Number of examples that were longer than the context and lost their end.
+        num_dropped: Number of examples without a target, which are not in `items`: most often
+            because truncation cut off the whole answer.
     """
 
     items: list[Example]
@@ -40,7 +40,7 @@ class Examples:
     num_dropped: int
 
     def describe(self, length: int) -> str:
-        """Returns a sentence about what was cut, empty if nothing was."""
+        """Returns a sentence about truncated and dropped examples; `""` if there are none."""
         parts = []
         if self.num_truncated:
             parts.append(f"{self.num_truncated} were cut off after {length} tokens")
@@ -53,15 +53,18 @@ class Examples:
 def split_examples(
     examples: Sequence[Example], fraction: float, seed: int = 0
 ) -> tuple[list[Example], list[Example]]:
-    """Returns examples to train on, and a random share of them to evaluate on, at least one.
+    """Splits examples at random into those to train on and those to hold out.
 
     Args:
         examples: All examples.
-        fraction: Share to hold out; 0 holds out none.
-        seed: Of the choice.
+        fraction: Share to hold out, at least one example; 0 holds out none.
+        seed: Seed of the choice.
+
+    Returns:
+        The examples to train on, and those to evaluate on.
 
     Raises:
-        ValueError: If one of the two would be empty.
+        ValueError: If no example would be left to train on.
     """
     if fraction == 0:
         return list(examples), []
@@ -78,14 +81,14 @@ def split_examples(
 
 
 def check_length(length: int, limit: int | None) -> int:
-    """Returns a context length that a model can use.
+    """Returns `length` if a model can use it.
 
     Args:
         length: Tokens of a row.
         limit: The model's longest context, if it is known.
 
     Raises:
-        ValueError: If it is not positive, or longer than the model's.
+        ValueError: If `length` is below 1 or above `limit`.
     """
     if length < 1 or (limit is not None and length > limit):
         raise ValueError(
@@ -100,26 +103,26 @@ def make_examples(records: Iterable[Record], tokenizer: TextTokenizer, length: i
 
     A record has one of these sets of columns:
 
-    - `messages`: a list of `{"role", "content"}`; the assistant's are learnt.
+    - `messages`: a list of `{"role", "content"}`; the assistant's messages are targets.
     - `prompt` and `completion`; or `instruction`, optionally `input` and `system`, and `output`:
-      a user's turn and the answer to it, which is learnt.
-    - `text`: plain text, learnt as a whole, with the tokenizer's end-of-text after it.
+      a user's message and the answer, which is the target.
+    - `text`: plain text, all of it a target, followed by the tokenizer's end-of-text token.
 
     All but the last go through the tokenizer's chat template. A `.txt` file is one running text,
     cut into examples of `length` tokens; any other example is truncated to `length`.
 
     Args:
         records: From `read_records`.
-        tokenizer: The model's.
-        length: Most tokens of an example that the model is given at once. The last token of an
-            example is only predicted, so that an example has up to `length + 1`.
+        tokenizer: The model's tokenizer.
+        length: Largest number of tokens that the model reads of an example. The last token of an
+            example is only predicted, so an example has up to `length + 1`.
 
     Returns:
         Examples with at least one item.
 
     Raises:
-        ValueError: If the length is below 1, a record lacks columns, a value is of another type,
-            the chat template does not accept it, or no example is left.
+        ValueError: If the length is below 1, a record lacks columns, a value has another type, the
+            chat template does not accept a conversation, or no example is left.
     """
     check_length(length, None)
     items, truncated, dropped = [], 0, 0
@@ -164,11 +167,11 @@ _CHATS = (("messages",), ("prompt", "completion"), ("instruction", "output"))
 
 
 def _messages(record: Record) -> list[dict[str, Any]]:
-    """Returns a record as a conversation that ends with an answer."""
+    """Returns a record as a conversation with an answer of the assistant."""
     fields = record.fields
     if "messages" in fields:
         messages = fields["messages"]
-        roles = [m.get("role") for m in messages] if _is_dicts(messages) else []
+        roles = [m.get("role") for m in messages] if _is_list_of_dicts(messages) else []
         if "assistant" not in roles:
             raise ValueError(
                 f"{record.where}: expected `messages` to be a list of objects with `role` and "
@@ -195,7 +198,7 @@ def _messages(record: Record) -> list[dict[str, Any]]:
     ]
 
 
-def _is_dicts(messages: Any) -> bool:
+def _is_list_of_dicts(messages: object) -> bool:
     return isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
 
 
@@ -212,7 +215,7 @@ def _string(record: Record, column: str) -> str:
 def _chat_example(
     messages: Sequence[dict[str, Any]], tokenizer: TextTokenizer, where: str
 ) -> Example:
-    """Tokenises a conversation; targets are the assistant's words and the token that ends them."""
+    """Tokenises a conversation; targets are the assistant's messages and their end tokens."""
     try:
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=False, tokenize=True)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -221,14 +224,14 @@ def _chat_example(
         raise ValueError(f"{where}: {error}") from error
     if spans[-1] is None:
         raise ValueError(
-            f"{where}: the chat template writes a conversation in another way than its beginning, "
-            "so that the answer cannot be told from the question. Expected: the question with its "
-            "generation prompt is how the whole conversation begins. Use `text`, with the "
-            "template's words written out."
+            f"{where}: the chat template does not show where the answer begins. Expected: a "
+            "conversation begins with the text of its question and generation prompt. Received: a "
+            "template that writes the question in another way once it is answered. Use a `text` "
+            "column that holds the conversation as the model is to see it."
         )
     is_target = np.zeros(len(ids), bool)
     for span in spans:
-        if span is not None:  # some templates drop parts of earlier turns: those are not learnt
+        if span is not None:  # some templates drop parts of earlier turns
             is_target[slice(*span)] = True
     is_target[0] = False
     return Example(np.asarray(ids, "int32"), is_target)
@@ -237,24 +240,25 @@ def _chat_example(
 def _answer_span(
     messages: Sequence[dict[str, Any]], turn: int, ids: list[int], tokenizer: TextTokenizer
 ) -> tuple[int, int] | None:
-    """Returns where the answer of a turn begins and ends in the ids of the whole."""
+    """Returns start and end of a turn's answer in the ids of the whole conversation."""
     before, through = messages[:turn], messages[: turn + 1]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
     question = tokenizer.apply_chat_template(before) if before else ""
     answered = tokenizer.apply_chat_template(through, add_generation_prompt=False)
     if not (text.startswith(answered) and answered.startswith(question)):
         return None
-    # By common beginnings: a token may reach over the border between question and answer.
-    start = _common(ids, tokenizer.apply_chat_template(before, tokenize=True)) if before else 0
-    end = _common(
+    # By common prefixes: a token may reach over the border between question and answer.
+    question_ids = tokenizer.apply_chat_template(before, tokenize=True) if before else []
+    start = _common_prefix(ids, question_ids)
+    end = _common_prefix(
         ids, tokenizer.apply_chat_template(through, add_generation_prompt=False, tokenize=True)
     )
     stops = [i for i in range(start, end) if ids[i] in tokenizer.stop_token_ids]
-    # What a template writes after the end of a turn, a model is never asked to write.
+    # A model never generates what a template writes after the end of a turn.
     return start, (stops[-1] + 1 if stops else end)
 
 
-def _common(first: list[int], second: list[int]) -> int:
+def _common_prefix(first: list[int], second: list[int]) -> int:
     count = 0
     for a, b in zip(first, second, strict=False):
         if a != b:

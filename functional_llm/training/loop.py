@@ -1,12 +1,12 @@
-"""The training run: rounds of Keras's `fit`, evaluation between them, and going on after a kill."""
+"""The training run: calls of Keras's `fit`, evaluations between them, and resuming after a kill."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import keras
 
+from functional_llm.graph.types import JSON
 from functional_llm.training.callbacks import Checkpoints, History, Progress, TensorBoard
 from functional_llm.training.checkpoints import check_arguments, load_checkpoint, read_facts
 from functional_llm.training.loss import LossModel
@@ -18,18 +18,18 @@ CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The numbers of a training run.
+    """The hyperparameters of a training run.
 
     Args:
         steps: Updates of the weights.
         batch_size: Rows of a batch.
         accumulate: Batches whose mean gradient makes one step.
-        learning_rate: The highest.
+        learning_rate: The highest learning rate.
         schedule: `"cosine"`, `"linear"` or `"constant"`.
         warmup_steps: Steps in which the learning rate rises.
-        weight_decay: Of AdamW.
-        clip_norm: Longest gradient; 0 for no limit.
-        seed: Of the order of the data.
+        weight_decay: AdamW's weight decay.
+        clip_norm: Largest norm of the gradient; 0 for no limit.
+        seed: Seed of the order of the data.
         chunk_size: Tokens whose logits exist at a time.
         remat: Compute decoder layers again in the backward pass: less memory, more time.
         checkpoint_every: Steps from one checkpoint to the next; 0 for none.
@@ -59,7 +59,7 @@ class Settings:
                 )
 
     def rounds(self, done: int) -> list[tuple[int, int]]:
-        """Returns the first step and the one after the last of each `fit`, `done` steps on."""
+        """Returns `(start, stop)` for each call of `fit` that remains after `done` steps."""
         every = self.evaluate_every or self.steps
         ends = [*range((done // every + 1) * every, self.steps, every), self.steps]
         return [(a, b) for a, b in zip([done, *ends[:-1]], ends, strict=True) if a < b]
@@ -73,45 +73,46 @@ def train(
     folder: str | Path,
     *,
     resume: bool = False,
-    arguments: dict[str, Any] | None = None,
+    arguments: JSON | None = None,
     tensorboard: bool = False,
     callbacks: Sequence[keras.callbacks.Callback] = (),
     say: Callable[[str], None] = print,
 ) -> History:
     """Trains the trainable weights of a backbone.
 
-    Killed at any moment and called again with `resume`, it ends with the same weights, bit for bit,
-    as if nothing had happened: on the same machine and with the same versions of its libraries.
+    A run that is killed at any moment and resumed ends with the same weights, bit for bit, as one
+    that is not: on the same machine and with the same versions of its libraries.
 
     Args:
         backbone: The model, changed in place.
         rows: Training data, from `pack`.
         held_out: Data to evaluate on, or `None`.
-        settings: The numbers.
-        folder: Where the checkpoint goes, and TensorBoard's logs.
-        resume: Go on from the checkpoint in `folder`; from the beginning if there is none.
-        arguments: What else a resumed run must have in common with the first one, as plain data.
+        settings: The hyperparameters.
+        folder: The folder of the checkpoint and of TensorBoard's logs.
+        resume: Go on from the checkpoint in `folder`, or from the beginning if there is none.
+        arguments: What else must be the same in a resumed run, as plain data.
         tensorboard: Write logs for TensorBoard.
-        callbacks: Of your own, after those of the run.
+        callbacks: More callbacks, which come after those of the run.
         say: Receives a line about each evaluation.
 
     Returns:
-        The losses, of the runs before a resume too.
+        The losses, including those before a resume.
 
     Raises:
-        ValueError: If there is nothing to train, if `folder` has a checkpoint and `resume` is not
-            asked for, or the checkpoint is damaged or made with other arguments.
+        ValueError: If no weight is trainable, `folder` has a checkpoint and `resume` is `False`, or
+            the checkpoint is damaged or of a run with other arguments.
         OSError: If the folder cannot be made, or a checkpoint cannot be written.
     """
     if not backbone.trainable_variables:
         raise ValueError(
-            "Expected trainable weights, received a model whose layers are all frozen."
+            "Expected trainable weights, received a model whose weights are all frozen. Freeze "
+            "fewer of them, or add an adapter with `functional_llm.peft`."
         )
     path = Path(folder) / CHECKPOINT
-    path.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is known at once
+    path.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is known at once
     arguments = _all_arguments(settings, rows, held_out, arguments)
     model = compile_model(backbone, settings)
-    history = _begin(path, model, settings, arguments, resume)
+    history = _start_or_resume(path, model, settings, arguments, resume)
     batches = Batches(rows, settings.batch_size, settings.seed)
     validation = None if held_out is None else Batches(held_out, settings.batch_size)
     progress = Progress(settings.steps, batches, history)
@@ -124,13 +125,13 @@ def train(
             history.add_held_out(
                 model.evaluate(validation, verbose=0, return_dict=True)["token_loss"]
             )
-            say(_sentence(history, progress))
+            say(_status_line(history, progress))
         for start, stop in settings.rounds(history.step):
             part = batches.between(start * settings.accumulate, stop * settings.accumulate)
             model.fit(
                 part, validation_data=validation, shuffle=False, verbose=0, callbacks=all_callbacks
             )
-            say(_sentence(history, progress))
+            say(_status_line(history, progress))
         if settings.checkpoint_every:
             saver.save(model)
     finally:
@@ -159,8 +160,8 @@ def compile_model(backbone: keras.Model, settings: Settings) -> LossModel:
 
 
 def _all_arguments(
-    settings: Settings, rows: Rows, held_out: Rows | None, others: dict[str, Any] | None
-) -> dict[str, Any]:
+    settings: Settings, rows: Rows, held_out: Rows | None, others: JSON | None
+) -> JSON:
     numbers = asdict(settings)
     del numbers["checkpoint_every"]  # changes no weight
     data = {"data": rows.fingerprint()}
@@ -169,8 +170,8 @@ def _all_arguments(
     return {**(others or {}), **numbers, **data}
 
 
-def _begin(
-    path: Path, model: keras.Model, settings: Settings, arguments: dict[str, Any], resume: bool
+def _start_or_resume(
+    path: Path, model: keras.Model, settings: Settings, arguments: JSON, resume: bool
 ) -> History:
     if not path.exists():
         return History(settings.accumulate)
@@ -189,7 +190,7 @@ def _begin(
     )
 
 
-def _sentence(history: History, progress: Progress) -> str:
+def _status_line(history: History, progress: Progress) -> str:
     parts = [f"step {history.step}"]
     if history.losses:
         parts.append(f"loss {history.losses[-1]:.4f}")

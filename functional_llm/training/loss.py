@@ -5,22 +5,36 @@ Shapes: B batch, T tokens, N = B * T tokens in a row, C tokens of a chunk, D mod
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import keras
 
 from functional_llm.cpu.rewriter import optimize_for_cpu
-from functional_llm.training.rematerialize import rematerialize
+from functional_llm.graph.freezing import Freezable, keep_frozen
+from functional_llm.graph.types import Nested, Tensor
+from functional_llm.training.rematerialize import Values, rematerialize
+
+State: TypeAlias = tuple[Values, ...]  # of a compiled model: weights, optimizer, metrics
+Logs: TypeAlias = dict[str, jax.Array]
+# The head's trainable values, hidden states (X, C, D) of X chunks, the head's other values, labels
+# and weights (X, C).
+_Arguments: TypeAlias = tuple[Values, jax.Array, Values, jax.Array, jax.Array]
+# Of the scan over chunks. Each adds to the sum of the head's gradients and renews its states.
+_Carry: TypeAlias = tuple[Values, Values]
+_Chunk: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]  # hidden states, labels, weights
+_ChunkResult: TypeAlias = tuple[jax.Array, jax.Array | None]  # losses, gradient of hidden states
+_Rest: TypeAlias = tuple[jax.Array, Values]  # losses, states
 
 
-class LossModel(keras.Model):
+class LossModel(Freezable, keras.Model):
     """A backbone with its loss, for `fit`, `evaluate` and any Keras callback.
 
-    It is the backbone's own graph, cut in two at the hidden states, and shares its weights:
-    training this model trains the backbone. The head and the cross-entropy run for a few tokens at
-    a time, forward and backward, and only for tokens that have a label.
+    It is the backbone's own graph, cut in two at the hidden states. It shares the backbone's
+    weights and what is frozen among them: training this model trains the backbone. The head and the
+    cross-entropy run for a few tokens at a time, forward and backward, and only for tokens that
+    have a label.
 
     ```python
     model = LossModel(backbone)
@@ -28,15 +42,15 @@ class LossModel(keras.Model):
     model.fit(batches, validation_data=held_out)
     ```
 
-    Data are those that `backbone.fit` takes too: inputs, labels (B, T), weights (B, T). The loss is
-    the weighted mean over the tokens of a batch; the metric `token_loss` the one over all tokens
-    seen since the metrics were reset, and `batch_loss` that of the last batch.
+    It takes the data that `backbone.fit` takes: inputs, labels (B, T), weights (B, T). The loss is
+    the weighted mean over the tokens of a batch. The metric `token_loss` is the mean over all
+    tokens since the metrics were reset; `batch_loss` is the loss of the last batch.
 
     Args:
         backbone: A model with the inputs and outputs of a Backbone.
-        chunk_size: C.
-        remat: Compute each decoder layer again in the backward pass instead of keeping what is
-            inside it: less memory, about a third more time. On CPUs, see `SAVING_FLAG`.
+        chunk_size: C, the tokens whose logits exist at a time.
+        remat: Compute each decoder layer again in the backward pass instead of keeping its inner
+            activations: less memory, about a third more time. On CPUs, see `REMAT_XLA_FLAG`.
     """
 
     def __init__(self, backbone: keras.Model, chunk_size: int = 512, remat: bool = False) -> None:
@@ -52,47 +66,31 @@ class LossModel(keras.Model):
         self.token_loss = keras.metrics.Mean(name="token_loss")
         self.batch_loss = Latest(name="batch_loss")
         self.built = True
+        keep_frozen(backbone, self, freeze=None)
 
-    # What is frozen in a model is the model's own affair (see `rewire`).
-    @property
-    def trainable_variables(self) -> list[keras.Variable]:
-        return self.backbone.trainable_variables
-
-    @property
-    def non_trainable_variables(self) -> list[keras.Variable]:
-        trainable = {id(variable) for variable in self.trainable_variables}
-        return [variable for variable in self.variables if id(variable) not in trainable]
-
-    @property
-    def trainable_weights(self) -> list[keras.Variable]:
-        return self.backbone.trainable_weights
-
-    @property
-    def non_trainable_weights(self) -> list[keras.Variable]:
-        trainable = {id(variable) for variable in self.trainable_weights}
-        return [variable for variable in self.weights if id(variable) not in trainable]
-
-    def call(self, inputs: Any, training: bool | None = None) -> Any:
+    def call(self, inputs: Nested, training: bool | None = None) -> Tensor:
         """Returns the hidden states (B, T, D)."""
         return self.trunk(self.backbone.complete_inputs(inputs), training=training)
 
-    def train_step(self, state: Any, data: Any) -> Any:
+    def train_step(
+        self, state: tuple[Values, ...], data: Nested
+    ) -> tuple[Logs, tuple[Values, ...]]:
         """Returns the logs and the state after a step; Keras compiles it."""
         return optimize_for_cpu(super().train_step)(state, data)
 
-    def test_step(self, state: Any, data: Any) -> Any:
+    def test_step(self, state: State, data: Nested) -> tuple[Logs, State]:
         """Returns the logs and the state after an evaluation; Keras compiles it."""
         return optimize_for_cpu(super().test_step)(state, data)
 
     def compute_loss(
         self,
-        x: Any = None,
-        y: Any = None,
-        y_pred: Any = None,
-        sample_weight: Any = None,
+        x: Nested = None,
+        y: Tensor = None,
+        y_pred: Tensor = None,
+        sample_weight: Tensor | None = None,
         training: bool = True,
-    ) -> Any:
-        """Returns the mean loss of a batch, other losses of the layers added."""
+    ) -> jax.Array:
+        """Returns the mean loss of a batch, plus the losses that layers add."""
         weights_BT = (jnp.asarray(y) >= 0).astype("float32")
         if sample_weight is not None:
             weights_BT = weights_BT * jnp.asarray(sample_weight, "float32")
@@ -107,37 +105,37 @@ class LossModel(keras.Model):
 class Latest(keras.metrics.Metric):
     """The last value, where `Mean` gives the mean since the last reset."""
 
-    def __init__(self, name: str | None = None, dtype: Any = None) -> None:
+    def __init__(self, name: str | None = None, dtype: str | None = None) -> None:
         super().__init__(name=name, dtype=dtype)
         self.value = self.add_variable((), initializer="zeros", name="value")
 
-    def update_state(self, value: Any, sample_weight: Any = None) -> None:
+    def update_state(self, value: Tensor, sample_weight: Tensor | None = None) -> None:
         self.value.assign(value)
 
-    def result(self) -> Any:
+    def result(self) -> jax.Array:
         return self.value.value
 
 
 def cross_entropy(
     head: keras.Model,
-    hidden_BTD: Any,
-    labels_BT: Any,
-    weights_BT: Any,
+    hidden_BTD: Tensor,
+    labels_BT: Tensor,
+    weights_BT: Tensor,
     chunk_size: int,
     training: bool,
-) -> tuple[Any, Any]:
+) -> tuple[jax.Array, jax.Array]:
     """Returns the weighted sum of the tokens' cross-entropies, and each of them (B, T), in float32.
 
-    The sum has gradients, computed with it, while a chunk's logits are at hand: the backward pass
-    only scales them. The tokens' own losses are for looking at, and have none.
+    The sum has gradients. They are computed with it, while a chunk's logits exist; the backward
+    pass only scales them. The losses of the tokens have no gradients.
 
     Args:
         head: Functional model from hidden states (1, C, D) to logits (1, C, V).
         hidden_BTD: Hidden states.
-        labels_BT: Integers; negative where nothing is to be learnt: the loss is 0 there.
+        labels_BT: Integers; negative for tokens without a label, whose loss is 0.
         weights_BT: Factors of the tokens' losses in the sum.
-        chunk_size: C: the logits of so many tokens exist at a time.
-        training: Whether layers of the head that care (dropout) are training.
+        chunk_size: C, the tokens whose logits exist at a time.
+        training: Whether dropout in the head is active.
 
     Reference:
         [Liger Kernel](https://arxiv.org/abs/2410.10989), section 3.2, FusedLinearCrossEntropy.
@@ -164,16 +162,18 @@ def cross_entropy(
     return loss, jnp.reshape(losses_N, (batch, length))
 
 
-def _chunks(head: keras.Model, training: bool) -> Callable[..., Any]:
-    """Returns a function of all chunks, one after the other, with gradients of its own.
+def _chunks(head: keras.Model, training: bool) -> Callable[[*_Arguments], tuple[jax.Array, _Rest]]:
+    """Returns a function that runs the chunks one after the other and has its own gradients.
 
-    It takes the head's trainable values, hidden states (X, C, D) of X chunks, the head's other
-    values, labels and weights (X, C); and returns the sum, and (losses (X, C), states). Gradients
-    that nobody asks for, as those of a frozen embedding, are left out when the step is compiled.
+    It returns the weighted sum of the losses; and, without gradients, each loss (X, C) and the
+    head's new states. XLA leaves out the gradients that nobody asks for, such as those of a frozen
+    embedding.
     """
     states = _state_indices(head)
 
-    def logits(state: Any, fixed: Any, trainable: Any, hidden_CD: Any) -> tuple[Any, Any]:
+    def logits(
+        state: Values, fixed: Values, trainable: Values, hidden_CD: jax.Array
+    ) -> tuple[jax.Array, Values]:
         values = list(fixed)
         for index, value in zip(states, state, strict=True):
             values[index] = value
@@ -182,10 +182,12 @@ def _chunks(head: keras.Model, training: bool) -> Callable[..., Any]:
         )
         return logits_1CV[0].astype("float32"), [values[index] for index in states]
 
-    def run(is_training_step: bool, *arguments: Any) -> tuple[Any, Any]:
+    def run(
+        is_training_step: bool, *arguments: *_Arguments
+    ) -> tuple[tuple[jax.Array, _Rest], tuple[Values, jax.Array | None]]:
         trainable, hidden_XCD, fixed, labels_XC, weights_XC = arguments
 
-        def chunk(carry: Any, inputs: Any) -> Any:
+        def chunk(carry: _Carry, inputs: _Chunk) -> tuple[_Carry, _ChunkResult]:
             hidden_CD, labels_C, weights_C = inputs
             sums, state = carry
             function = partial(logits, state, fixed)
@@ -197,12 +199,12 @@ def _chunks(head: keras.Model, training: bool) -> Callable[..., Any]:
             gradients, gradient_CD = pull(gradient_CV)
             return (jax.tree.map(jnp.add, sums, gradients), state), (losses_C, gradient_CD)
 
-        def skip(carry: Any, inputs: Any) -> Any:
+        def skip(carry: _Carry, inputs: _Chunk) -> tuple[_Carry, _ChunkResult]:
             hidden_CD, labels_C, _ = inputs
             gradient_CD = jnp.zeros_like(hidden_CD) if is_training_step else None
             return carry, (jnp.zeros(labels_C.shape, "float32"), gradient_CD)
 
-        def step(carry: Any, inputs: Any) -> Any:
+        def step(carry: _Carry, inputs: _Chunk) -> tuple[_Carry, _ChunkResult]:
             return jax.lax.cond(jnp.any(inputs[1] >= 0), chunk, skip, carry, inputs)
 
         sums = jax.tree.map(jnp.zeros_like, trainable if is_training_step else [])
@@ -212,18 +214,23 @@ def _chunks(head: keras.Model, training: bool) -> Callable[..., Any]:
         return (jnp.sum(losses_XC * weights_XC), (losses_XC, state)), (sums, gradient_XCD)
 
     @jax.custom_vjp
-    def chunks(*arguments: Any) -> Any:
+    def chunks(*arguments: *_Arguments) -> tuple[jax.Array, _Rest]:
         return run(False, *arguments)[0]
 
-    def backward(gradients: Any, cotangents: Any) -> Any:
+    def backward(
+        gradients: tuple[Values, jax.Array], cotangents: tuple[jax.Array, _Rest]
+    ) -> tuple[Values, jax.Array, None, None, None]:
         scale = cotangents[0]  # that of the sum
-        return *jax.tree.map(lambda x: x * scale.astype(x.dtype), gradients), None, None, None
+        scaled, scaled_XCD = jax.tree.map(lambda x: x * scale.astype(x.dtype), gradients)
+        return scaled, scaled_XCD, None, None, None
 
     chunks.defvjp(partial(run, True), backward)
     return chunks
 
 
-def _losses(logits_CV: Any, labels_C: Any, weights_C: Any) -> tuple[Any, Any]:
+def _losses(
+    logits_CV: jax.Array, labels_C: jax.Array, weights_C: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Returns each token's cross-entropy, and the gradient of their weighted sum."""
     labels_C1 = labels_C[:, None]
     picked_C = jnp.take_along_axis(logits_CV, jnp.maximum(labels_C1, 0), 1)[:, 0]

@@ -1,4 +1,4 @@
-"""What the process does with memory that it needs again in the next step."""
+"""Memory that a training step frees and the next step needs again."""
 
 import ctypes
 import os
@@ -8,15 +8,14 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 def keep_memory() -> bool:
-    """Lets the process keep freed memory for its own use; returns whether it does.
+    """Makes the process keep the memory that it frees; returns whether it does.
 
-    On CPUs, XLA frees the gigabytes of a training step after it and asks for them anew in the next
-    one. glibc hands them back to the system, which clears every page again: a sixth of the time of
-    a LoRA step of SmolLM2. Small programs may not gain anything. To be called before JAX computes
-    anything, for each thread keeps the rules it began with. The process then holds its peak until
-    it ends.
+    On CPUs, XLA frees the gigabytes of a training step and allocates them again in the next one.
+    glibc gives them back to the system, which then clears every page: a sixth of the time of a LoRA
+    step of SmolLM2. Small programs may gain nothing. The process keeps its peak until it ends.
 
-    Nothing happens without glibc, or if a `MALLOC_` variable in the environment says otherwise.
+    Call it before JAX computes anything: a thread keeps the settings that it starts with. It does
+    nothing without glibc, or if the environment has a variable that begins with `MALLOC_`.
 
     Reference:
         [mallopt](https://man7.org/linux/man-pages/man3/mallopt.3.html).

@@ -1,39 +1,43 @@
 """Learning-rate schedules with warm-up, and the optimizer they go into."""
 
-from typing import Any
+from typing import TypeAlias
 
 import keras
 from keras import ops
+
+from functional_llm.graph.types import JSON, Tensor
+
+Schedule: TypeAlias = keras.optimizers.schedules.LearningRateSchedule
 
 SCHEDULES = ("cosine", "linear", "constant")
 
 
 @keras.saving.register_keras_serializable("functional_llm")
 class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
-    """Rises in a straight line to where another schedule begins, then follows it.
+    """Rises linearly to the first rate of another schedule, then follows that schedule.
 
     Args:
         schedule: The schedule after the warm-up, from its step 0.
-        warmup_steps: Steps before it. The first is no zero, which would be a step for nothing.
-        accumulate: Batches that make one step: it is those that Keras counts here.
+        warmup_steps: Steps of the warm-up. The rate of the first is above 0, so that it learns.
+        accumulate: Batches of one step. Keras calls a schedule with the number of the batch.
     """
 
-    def __init__(self, schedule: Any, warmup_steps: int, accumulate: int = 1) -> None:
+    def __init__(self, schedule: Schedule, warmup_steps: int, accumulate: int = 1) -> None:
         self.schedule, self.warmup_steps, self.accumulate = schedule, warmup_steps, accumulate
 
-    def __call__(self, step: Any) -> Any:
+    def __call__(self, step: Tensor) -> Tensor:
         step = ops.cast(ops.cast(step, "int32") // self.accumulate, "float32")
         rising = self.schedule(0.0) * (step + 1.0) / float(self.warmup_steps + 1)
         after = self.schedule(ops.maximum(step - float(self.warmup_steps), 0.0))
         return ops.where(step < float(self.warmup_steps), rising, after)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> JSON:
         schedule = keras.saving.serialize_keras_object(self.schedule)
         numbers = {"warmup_steps": self.warmup_steps, "accumulate": self.accumulate}
         return {"schedule": schedule, **numbers}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "WarmUp":
+    def from_config(cls, config: JSON) -> "WarmUp":
         schedule = keras.saving.deserialize_keras_object(config["schedule"])
         return cls(**{**config, "schedule": schedule})
 
@@ -41,17 +45,17 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
 def make_schedule(
     kind: str, learning_rate: float, steps: int, warmup_steps: int = 0, accumulate: int = 1
 ) -> WarmUp:
-    """Returns a schedule that ends at 0 after `steps`, or never falls.
+    """Returns a schedule with a warm-up; it falls to 0 at the end, unless it is constant.
 
     Args:
         kind: `"cosine"`, `"linear"` or `"constant"`.
-        learning_rate: The highest, reached after the warm-up.
+        learning_rate: The highest rate, reached after the warm-up.
         steps: All steps, those of the warm-up included.
-        warmup_steps: Steps in which the rate rises in a straight line.
-        accumulate: Batches that make one step.
+        warmup_steps: Steps in which the rate rises linearly.
+        accumulate: Batches of one step.
 
     Raises:
-        ValueError: At an unknown kind, or no step left after the warm-up.
+        ValueError: If the kind is unknown, or no step is left after the warm-up.
     """
     if kind not in SCHEDULES:
         raise ValueError(f"Expected a schedule of {', '.join(SCHEDULES)}, received {kind!r}.")
@@ -69,18 +73,18 @@ def make_schedule(
 
 
 def make_optimizer(
-    learning_rate: Any,
+    learning_rate: float | Schedule,
     accumulate: int = 1,
     clip_norm: float | None = None,
     weight_decay: float = 0.0,
 ) -> keras.optimizers.Optimizer:
-    """Returns AdamW as language models are usually tuned with it.
+    """Returns AdamW with the settings that are usual for language models.
 
     Args:
-        learning_rate: A number or a schedule, which Keras asks for the rate of each batch.
+        learning_rate: A number, or a schedule over batches.
         accumulate: Batches whose mean gradient makes one step.
-        clip_norm: Longest the gradient may be, all variables together; `None` for no limit.
-        weight_decay: Not applied to biases and norms.
+        clip_norm: Largest norm of the gradient of all variables together; `None` for no limit.
+        weight_decay: AdamW's weight decay. Biases and norms have none.
     """
     optimizer = keras.optimizers.AdamW(
         learning_rate,

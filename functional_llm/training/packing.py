@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import keras
 import numpy as np
@@ -18,13 +17,13 @@ from functional_llm.training.examples import Example
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of several examples each, which do not see one another.
+    """Rows of tokens. A row holds several examples, which do not attend to one another.
 
     Args:
         token_ids: (R, T) int32.
         positions: (R, T) int32, from 0 in each example; -1 for padding.
         segment_ids: (R, T) int32, the number of the example in its row; -1 for padding.
-        labels: (R, T) int32, the token to write after this one; -1 where there is none to learn.
+        labels: (R, T) int32, the token to predict after this one; -1 for no label.
     """
 
     token_ids: np.ndarray
@@ -36,7 +35,7 @@ class Rows:
         return len(self.token_ids)
 
     def fingerprint(self) -> str:
-        """Returns a SHA-256 of everything."""
+        """Returns a SHA-256 of all arrays."""
         digest = hashlib.sha256(str(self.token_ids.shape).encode())
         for array in (self.token_ids, self.positions, self.segment_ids, self.labels):
             digest.update(array.tobytes())
@@ -44,16 +43,16 @@ class Rows:
 
 
 def pack(examples: Sequence[Example], length: int, join: bool = True) -> Rows:
-    """Lays examples into rows, the longest first, each where it leaves least room.
+    """Packs examples into rows: the longest first, each into the fullest row that has room for it.
 
     Args:
-        examples: Of at most `length + 1` tokens: the last one is only a label.
+        examples: Examples of at most `length + 1` tokens: the last token is only a label.
         length: T.
-        join: `False` gives each example a row of its own, and makes rows no longer than the longest
-            example needs, rounded up to a multiple of 32.
+        join: Whether a row may hold several examples. If not, rows are as long as the longest
+            example, rounded up to a multiple of 32, and at most `length`.
 
     Returns:
-        Rows, as few as that order needs.
+        The rows.
 
     Raises:
         ValueError: If there is no example, or one is too long.
@@ -103,18 +102,17 @@ def _fill_rows(examples: Sequence[Example], length: int) -> list[list[Example]]:
 
 
 class Batches(keras.utils.PyDataset):
-    """Batches for `fit` and `evaluate`: inputs, labels, and weights that are 0 where no label is.
+    """Batches for `fit` and `evaluate`: inputs, labels, and weights that are 0 without a label.
 
-    Which rows a batch holds is a function of its number alone, so that training goes on anywhere.
+    The number of a batch alone decides its rows, so that training can resume at any batch.
 
     Args:
         rows: From `pack`.
         batch_size: B.
-        seed: Shuffles the rows anew in each pass over them; batches then go on without end from
-            one pass to the next. `None` for one pass in order; its last batch is filled up with
-            padding.
+        seed: Seed that shuffles the rows anew in each epoch; a batch may then reach over the end of
+            an epoch. `None` for one epoch in order, whose last batch is filled with padding.
         start: Number of the first batch.
-        stop: Number after the last batch. Defaults to one pass.
+        stop: Number after the last batch. Defaults to the end of the first epoch.
     """
 
     def __init__(
@@ -129,11 +127,11 @@ class Batches(keras.utils.PyDataset):
         if batch_size < 1:
             raise ValueError(f"Expected a batch size of at least 1, received {batch_size}.")
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        one_pass = -(-len(rows) // batch_size)
-        self.start, self.stop = start, one_pass if stop is None else stop
+        epoch = -(-len(rows) // batch_size)
+        self.start, self.stop = start, epoch if stop is None else stop
 
     def between(self, start: int, stop: int) -> "Batches":
-        """Returns the batches from number `start` up to, without, `stop`."""
+        """Returns the batches from number `start` to number `stop - 1`."""
         return Batches(self.rows, self.batch_size, self.seed, start, stop)
 
     @property
@@ -158,7 +156,7 @@ class Batches(keras.utils.PyDataset):
         return taken, labels, (labels >= 0).astype("float32")
 
     def count_tokens(self, number: int) -> int:
-        """Returns how many tokens batch `number` holds, padding left out."""
+        """Returns the number of tokens in batch `number`, without padding."""
         return int((self.rows.positions[self._chosen(number)] >= 0).sum())
 
     def _chosen(self, number: int) -> np.ndarray:
@@ -175,5 +173,5 @@ class Batches(keras.utils.PyDataset):
 
 
 @lru_cache(maxsize=4)
-def _order(seed: int, turn: int, size: int) -> Any:
+def _order(seed: int, turn: int, size: int) -> np.ndarray:
     return np.random.default_rng([seed, turn]).permutation(size)

@@ -1,11 +1,18 @@
-"""Datasets -> records: what a file or a hub dataset holds, each with the place it came from."""
+"""Datasets -> records: the entries of a file or of a dataset on the hub."""
 
 import csv
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from functional_llm.files.json_files import parse_json_object
+from functional_llm.graph.types import JSON
+
+if TYPE_CHECKING:
+    import datasets
 
 FORMATS = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 
@@ -15,12 +22,12 @@ class Record:
     """One entry of a dataset.
 
     Args:
-        where: The place it came from, for messages: `"data.jsonl, line 3"`.
+        where: Its place, for messages: `"data.jsonl, line 3"`.
         fields: Column -> value.
     """
 
     where: str
-    fields: dict[str, Any]
+    fields: JSON
 
 
 def read_records(source: str | Path, split: str = "train") -> list[Record]:
@@ -29,14 +36,15 @@ def read_records(source: str | Path, split: str = "train") -> list[Record]:
     Args:
         source: A local `.jsonl`, `.json` (a list of objects), `.csv`, `.parquet` or `.txt` file
             (one running text), or what `datasets.load_dataset` takes: a hub name, a folder.
-        split: Which split of a dataset that is no single file.
+        split: The split of a dataset that is no single file.
 
     Returns:
         A list with at least one record.
 
     Raises:
-        ValueError: If the file is empty, malformed (the line is named) or of another kind.
-        FileNotFoundError: If the source looks like a file and is not there.
+        ValueError: If the file is empty, malformed (the message names the line) or of an unknown
+            format.
+        FileNotFoundError: If the source is named like a file and does not exist.
         ImportError: If the `datasets` library is needed and missing.
     """
     path = Path(source)
@@ -62,30 +70,30 @@ def _read_lines(path: Path) -> list[Record]:
     records = []
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
-            where, line = f"{path}, line {number}", _decode(raw, f"{path}, line {number}")
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"{where} is no valid JSON: {error}. Received: {line.strip():.80} Expected "
-                    "one JSON object a line."
-                ) from None
-            records.append(Record(where, _check_object(fields, where)))
+            where = f"{path}, line {number}"
+            line = _decode(raw, where)
+            if line.strip():
+                advice = f"Received: {line.strip():.80} Expected one JSON object a line."
+                records.append(Record(where, parse_json_object(line, where, advice=advice)))
     return records
 
 
 def _read_json(path: Path) -> list[Record]:
     text = _decode(path.read_bytes(), str(path))
     if text.lstrip()[:1] != "[":
-        return _read_lines(path)  # many datasets call JSON lines `.json`
+        return _read_lines(path)  # many datasets are JSON lines in a `.json` file
     try:
         items = json.loads(text)
     except ValueError as error:  # says line and column
         raise ValueError(f"{path} is no valid JSON: {error}.") from None
-    places = ((f"{path}, example {i}", fields) for i, fields in enumerate(items, 1))
-    return [Record(where, _check_object(fields, where)) for where, fields in places]
+    records = []
+    for number, fields in enumerate(items, 1):
+        where = f"{path}, example {number}"
+        if not isinstance(fields, dict):
+            kind = type(fields).__name__
+            raise ValueError(f"{where}: expected a JSON object, received {kind}.")
+        records.append(Record(where, fields))
+    return records
 
 
 def _read_text(path: Path) -> list[Record]:
@@ -94,9 +102,9 @@ def _read_text(path: Path) -> list[Record]:
 
 
 def _read_table(path: Path) -> list[Record]:
-    def load(library: Any) -> Any:
-        options: dict[str, Any] = {"data_files": [str(path)], "split": "train"}
-        if path.suffix == ".csv":  # whose cells are text: "4" is no number, and "None" an answer
+    def load(library: ModuleType) -> "datasets.Dataset":
+        options: JSON = {"data_files": [str(path)], "split": "train"}
+        if path.suffix == ".csv":  # cells are text: "4" is no number, and "None" may be an answer
             with path.open(encoding="utf-8-sig", newline="") as file:
                 columns = next(csv.reader(file))
             options["features"] = library.Features(dict.fromkeys(columns, library.Value("string")))
@@ -106,7 +114,7 @@ def _read_table(path: Path) -> list[Record]:
     return _load(str(path), load)
 
 
-def _load(source: str, load: Callable[[Any], Any]) -> list[Record]:
+def _load(source: str, load: Callable[[ModuleType], "datasets.Dataset"]) -> list[Record]:
     try:
         import datasets
     except ImportError:
@@ -116,7 +124,7 @@ def _load(source: str, load: Callable[[Any], Any]) -> list[Record]:
         ) from None
     try:
         dataset = load(datasets)
-    # A dataset library has its own kinds of errors for each format and network.
+    # The library raises errors of its own for each format and network.
     except Exception as error:
         cause = error.__cause__ or error
         raise ValueError(
@@ -137,12 +145,6 @@ def _decode(raw: bytes, where: str) -> str:
         raise ValueError(
             f"{where} is no valid UTF-8 (byte {error.start}). Convert the file to UTF-8."
         ) from None
-
-
-def _check_object(fields: Any, where: str) -> dict[str, Any]:
-    if not isinstance(fields, dict):
-        raise ValueError(f"{where}: expected a JSON object, received {type(fields).__name__}.")
-    return fields
 
 
 _READERS: dict[str, Callable[[Path], list[Record]]] = {

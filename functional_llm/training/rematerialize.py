@@ -1,29 +1,34 @@
-"""Layers that are computed again in the backward pass instead of remembered."""
+"""Rematerialisation: layers that are computed again in the backward pass."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import keras
 
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.rewiring import rewire
+from functional_llm.graph.types import JSON, Layer, Nested
 
-# On CPUs, XLA's default order of work starts all of it as early as it can: what is computed again
-# would be kept all the same. A flag of XLA's, for the environment variable XLA_FLAGS.
-SAVING_FLAG = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+# For the environment variable XLA_FLAGS, before JAX starts. On CPUs, XLA's default scheduler starts
+# everything as early as it can: it computes layers again before the backward pass needs them, and
+# keeps the results.
+REMAT_XLA_FLAG = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+SAVING_FLAG = REMAT_XLA_FLAG  # the name of 0.1
+
+Values: TypeAlias = list[jax.Array]  # of variables, in their model's order
 
 
 def rematerialize(graph: keras.Model) -> keras.Model:
     """Returns the same graph, whose CompositeLayers keep only their inputs for the backward pass.
 
-    `keras.RematScope` does this for layers as they are made; here they are made already. On CPUs
-    it saves memory only with `SAVING_FLAG`.
+    `keras.RematScope` does this for layers that are made inside it; these exist already. On CPUs,
+    memory is saved only with `REMAT_XLA_FLAG`.
 
     Args:
         graph: Functional model. Only its outermost CompositeLayers, the decoder layers, change.
     """
 
-    def is_outermost(layer: keras.layers.Layer, path: str) -> bool:
+    def is_outermost(layer: Layer, path: str) -> bool:
         return isinstance(layer, CompositeLayer) and "/" not in path
 
     return rewire(graph, lambda layer, path: Rematerialized(layer), where=is_outermost)
@@ -31,21 +36,22 @@ def rematerialize(graph: keras.Model) -> keras.Model:
 
 @keras.saving.register_keras_serializable("functional_llm")
 class Rematerialized(keras.layers.Layer):
-    """Computes a layer, and again when its gradients are wanted.
+    """A layer that keeps only its inputs, and is computed again for its gradients.
 
     Args:
-        layer: A built layer. Its weights stay its own.
+        layer: A built layer, whose weights it uses.
+        **kwargs: As for `keras.layers.Layer`.
     """
 
-    def __init__(self, layer: keras.layers.Layer, **kwargs: Any) -> None:
+    def __init__(self, layer: Layer, **kwargs: Any) -> None:
         super().__init__(**{"name": layer.name, "dtype": layer.dtype_policy, **kwargs})
         self.layer = layer
         self.built = True
 
-    def call(self, inputs: Any, training: bool | None = None) -> Any:
-        # Variables go in and come out: what a layer writes inside must not stay inside.
+    def call(self, inputs: Nested, training: bool | None = None) -> Nested:
+        # Values go in and come out: no variable may keep a value of the trace.
         @jax.checkpoint
-        def run(trainable: list[Any], fixed: list[Any], inputs: Any) -> tuple[Any, list[Any]]:
+        def run(trainable: Values, fixed: Values, inputs: Nested) -> tuple[Nested, Values]:
             return self.layer.stateless_call(trainable, fixed, inputs, training=training)
 
         variables = self.layer.non_trainable_variables
@@ -60,14 +66,14 @@ class Rematerialized(keras.layers.Layer):
                 variable.assign(value)
         return outputs
 
-    def compute_output_spec(self, inputs: Any, **kwargs: Any) -> Any:
+    def compute_output_spec(self, inputs: Nested, **kwargs: Any) -> Nested:
         return self.layer.compute_output_spec(inputs)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> JSON:
         layer = keras.saving.serialize_keras_object(self.layer)
         return {**super().get_config(), "layer": layer}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "Rematerialized":
+    def from_config(cls, config: JSON) -> "Rematerialized":
         layer = keras.saving.deserialize_keras_object(config["layer"])
         return cls(**{**config, "layer": layer})

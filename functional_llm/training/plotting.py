@@ -1,11 +1,11 @@
-"""The loss curve as a picture."""
+"""A plot of the losses."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 
 def plot_losses(path: Path, losses: Sequence[float], held_out: Sequence[Sequence[float]]) -> None:
-    """Draws training and held-out loss over the steps into a PNG file.
+    """Plots training and held-out loss over the steps, as a PNG file.
 
     Args:
         path: The file.
