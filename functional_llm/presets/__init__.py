@@ -2,7 +2,7 @@
 
 May import: every room above.
 
-Offers: `Backbone`, `Tokenizer`, `list_presets`, handles.
+Offers: `Backbone`, `Tokenizer`, `list_presets`, handles, the options of the commands.
 """
 
 from functional_llm.presets.backbone import Backbone, Tokenizer
