@@ -10,7 +10,8 @@ from functional_llm import peft, training
 from functional_llm.edits.fusing import fuse_projections
 from functional_llm.edits.quantization import quantize
 from functional_llm.generation import samplers
-from functional_llm.generation.text_generator import PromptCache, TextGenerator
+from functional_llm.generation.prompt_cache import PromptCache
+from functional_llm.generation.text_generator import TextGenerator
 from functional_llm.graph.capturing import capture
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.drawing import plot, tree_view

@@ -262,7 +262,7 @@ def test_bad_text(generator: TextGenerator) -> None:
         with pytest.raises(ValueError, match="non-empty stop strings"):
             generator.generate("a", stop=stop)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a text or a list of texts, received None"):
-        generator.generate(None)  # type: ignore[arg-type]
+        generator.generate(None)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="finite"):
         flm.samplers.make(temperature=float("nan"))
     with pytest.raises(ValueError, match="no tokenizer"):

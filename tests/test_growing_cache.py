@@ -12,7 +12,7 @@ import pytest
 import functional_llm as flm
 from configs import CONFIGS
 from functional_llm.generation import text_generator as generate
-from functional_llm.generation.programs import Programs
+from functional_llm.generation.programs import CompiledPrograms, DecodeState
 from functional_llm.generation.text_generator import TextGenerator
 from functional_llm.layers.cache import num_slots
 from reference import save_reference
@@ -26,7 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "full_and_rings_that_grow": {**CONFIGS["gemma2_soft_caps"], "sliding_window": 100},
 }
 # 16 slots to begin with, then 32, 64, 128 and 256: past a ring of 100.
-STEPS = {"_SMALLEST_CACHE": 16, "_ROOM": 4}
+STEPS = {"_SMALLEST_CACHE": 16, "_SLOTS_AHEAD": 4}
 ROWS = [[5, 9, 20], [7], list(range(30, 51))]
 
 
@@ -46,13 +46,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sizes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The number of slots at every run of the decode loop."""
     seen: list[int] = []
-    decode = Programs.decode
+    decode = CompiledPrograms.decode
 
-    def note(self: Programs, values: Any, state: Any, *arguments: Any) -> Any:
-        seen.append(num_slots(state["cache"]))
-        return decode(self, values, state, *arguments)
+    def note(self: CompiledPrograms, weights: Any, state: DecodeState, *arguments: Any) -> Any:
+        seen.append(num_slots(state.cache))
+        return decode(self, weights, state, *arguments)
 
-    monkeypatch.setattr(Programs, "decode", note)
+    monkeypatch.setattr(CompiledPrograms, "decode", note)
     yield seen
 
 
@@ -87,7 +87,7 @@ def endless(folder: Path, monkeypatch: pytest.MonkeyPatch) -> TextGenerator:
 def test_a_stream_grows_at_the_last_moment(
     endless: TextGenerator, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "_PAUSE", 1e-9)  # a token at a time
+    monkeypatch.setattr(generate, "_SECONDS_PER_PIECE", 1e-9)  # a token at a time
     prompt = list(range(30, 51))
     expected = list(endless.stream(prompt, 180))
     sizes.clear()
@@ -98,12 +98,12 @@ def test_a_stream_grows_at_the_last_moment(
     assert sizes == fits
 
 
-def test_a_stream_takes_as_many_tokens_at_once_as_its_pause_allows(
+def test_a_piece_of_a_stream_has_as_many_tokens_as_its_time_allows(
     endless: TextGenerator, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = []
-    for pause, runs in ((1e-9, 70), (1e9, 4)):  # 1 from the prompt, then 1, 32, 32 and 5
-        monkeypatch.setattr(generate, "_PAUSE", pause)
+    for seconds, runs in ((1e-9, 70), (1e9, 4)):  # 1 from the prompt, then 1, 32, 32 and 5
+        monkeypatch.setattr(generate, "_SECONDS_PER_PIECE", seconds)
         sizes.clear()
         texts.append("".join(endless.stream([5, 9, 20], 71)))
         assert len(sizes) == runs
@@ -120,8 +120,8 @@ def test_a_conversation_grows_within_and_between_its_turns(
         ids += list(range(30, 40))
         fresh = generator.generate_ids([ids], count)[0]
         again: list[int] = []
-        for chunk in generator._run([ids], count, "greedy", [], None, past, pause=1e-9):
-            again += chunk.new_ids[0]
+        for new in generator._run([ids], count, "greedy", [], None, past, seconds=1e-9):
+            again += new.ids[0]
         assert again == fresh
         assert (generator.stats.prefill_tokens < len(ids)) == (len(ids) > 13)
         assert past.ids == ids + again[:-1]

@@ -2,6 +2,9 @@
 
 import importlib.util
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +114,7 @@ def test_matrices_of_bytes(
             super().__init__(backbone, *args)
             backbones.append(backbone)
 
-    monkeypatch.setattr("functional_llm.TextGenerator", Recorded)
+    monkeypatch.setattr("functional_llm.generation.text_generator.TextGenerator", Recorded)
     monkeypatch.setattr("sys.stdin", io.StringIO("The quick"))
     options = ["--preset", tiny, "--max-new-tokens", "4", "--dtype", "bfloat16"]
     assert run(repository, monkeypatch, name, *options, "--quantize", "int8") == 0
@@ -120,11 +123,38 @@ def test_matrices_of_bytes(
     assert quantized_paths(backbone)
 
 
+@pytest.mark.parametrize(("name", "code"), [("generate", 130), ("chat", 0)])
 def test_interrupt_is_no_traceback(
-    repository: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    repository: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
 ) -> None:
     def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("functional_llm.TextGenerator.stream", interrupt)
-    assert run(repository, monkeypatch, "generate", "--preset", tiny) == 130
+    monkeypatch.setattr("sys.stdin", io.StringIO("The quick"))
+    assert run(repository, monkeypatch, name, "--preset", tiny) == code
+
+
+@pytest.mark.parametrize("name", ["generate", "chat", "finetune"])
+@pytest.mark.parametrize(("option", "code"), [("--help", 0), ("--bogus", 2)])
+def test_options_are_parsed_before_anything_slow_is_imported(
+    repository: Path, name: str, option: str, code: int
+) -> None:
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{name}.py', '{option}']\n"
+        "try:\n"
+        f"    runpy.run_path({str(repository / 'scripts' / name) + '.py'!r}, run_name='__main__')\n"
+        "except SystemExit as stop:\n"
+        "    slow = sorted({'functional_llm', 'keras', 'jax', 'numpy'} & set(sys.modules))\n"
+        "    print(stop.code, slow)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == f"{code} []"
+    assert f"usage: {name}.py" in done.stdout + done.stderr

@@ -1,16 +1,46 @@
-"""Family: what the file of a family says of its models, as one value."""
+"""Family: what the file of a family says of its models, as one value; what many families share."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from functional_llm.blocks.language_model import Graph
+from functional_llm.blocks.rope import RopeScaling
+from functional_llm.graph.types import JSON
 
 Row: TypeAlias = tuple[str, str, str]
 ModelConfig: TypeAlias = Any  # the frozen `Config` of a family
 
 
-def _nothing(_: Any) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The numbers that every model has. The file of a family adds its own."""
+
+    vocabulary_size: int
+    num_layers: int
+    hidden_dim: int
+    intermediate_dim: int
+    layer_norm_epsilon: float
+    max_sequence_length: int
+    activation: str
+    tie_word_embeddings: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig(ModelConfig):
+    """The numbers of a model with grouped queries and RoPE: most families have all of them."""
+
+    num_query_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_max_wavelength: float
+    rope_scaling: RopeScaling | None
+
+
+AnyConfig = TypeVar("AnyConfig", bound=DecoderConfig)  # the same one throughout a signature
+
+
+def _nothing(_: Any) -> JSON:
     return {}
 
 
@@ -21,18 +51,18 @@ class Family:
     Args:
         model_type: Its name in the `config.json` of a checkpoint.
         architecture: The class of Transformers that loads such a checkpoint.
-        config_class: The frozen dataclass with a model's numbers.
+        config_class: The family's own frozen dataclass with a model's numbers.
         build: Config -> inputs and outputs of the graph.
         config_keys: Key of a `config.json` -> field of the config; `None` for a key that only
             `complete_keys` reads. RoPE's keys are known to the reader.
         config_aliases: Outdated key -> the key that says the same.
-        complete_keys: Given keys -> all keys, with what absent and outdated ones mean.
+        complete_keys: Given keys -> all keys, with the values that absent and outdated keys mean.
         config_constants: Key -> the one value for which the graph is right.
         written_keys: Config -> what Transformers needs in a `config.json` beside `config_keys`.
         weights: Rows (tensor of a checkpoint, path of a variable, name of a transform); `{}` stands
             for the layer. Rows that name one tensor are its parts, in order.
-        ignored: Patterns of tensors that checkpoints carry and nobody needs.
-        base_prefix: What the names of tensors lack in checkpoints of the bare model, if anything.
+        ignored: Patterns of tensors that checkpoints carry and that the model does not need.
+        base_prefix: Prefix that the names of tensors lack in checkpoints of the bare model.
         gguf_architecture: Its name in GGUF files; `None` if they have none of their own.
         gguf_keys: Key of a GGUF file, without the architecture -> key of a `config.json`, where
             they are not those of a Llama.
@@ -44,19 +74,19 @@ class Family:
 
     model_type: str
     architecture: str
-    config_class: type
+    config_class: type[ModelConfig]
     build: Callable[[Any], Graph]
     config_keys: Mapping[str, str | None]
     config_aliases: Mapping[str, str] = field(default_factory=dict)
-    complete_keys: Callable[[dict[str, Any]], dict[str, Any]]
+    complete_keys: Callable[[JSON], JSON]
     config_constants: Mapping[str, Any] = field(default_factory=dict)
-    written_keys: Callable[[Any], dict[str, Any]] = _nothing
+    written_keys: Callable[[Any], JSON] = _nothing
     weights: Sequence[Row]
     ignored: Sequence[str] = ()
     base_prefix: str = "model."
     gguf_architecture: str | None = None
     gguf_keys: Mapping[str, str] = field(default_factory=dict)
-    gguf_defaults: Callable[[dict[str, Any]], dict[str, Any]] = _nothing
+    gguf_defaults: Callable[[JSON], JSON] = _nothing
     gguf_permuted: Mapping[str, str] = field(default_factory=dict)
     gguf_transposed: Sequence[str] = ()
     gguf_offset: Sequence[str] = ()
@@ -80,7 +110,7 @@ def layer_norm_rows(source: str, target: str) -> list[Row]:
     ]
 
 
-# What most families call their numbers in a `config.json`.
+# What most families call the fields of `DecoderConfig` in a `config.json`, those of RoPE aside.
 COMMON_KEYS: dict[str, str | None] = {
     "vocab_size": "vocabulary_size",
     "num_hidden_layers": "num_layers",
@@ -96,8 +126,8 @@ COMMON_KEYS: dict[str, str | None] = {
 }
 
 
-def complete_common_keys(keys: dict[str, Any]) -> dict[str, Any]:
-    """Adds what Transformers takes for most families where a `config.json` is silent."""
+def complete_common_keys(keys: JSON) -> JSON:
+    """Adds Transformers' defaults for keys of most families that a `config.json` leaves out."""
     num_heads = keys["num_attention_heads"]
     return {
         "num_key_value_heads": num_heads,

@@ -3,68 +3,60 @@
 The head size is a number of its own. Reference: [Gemma](https://arxiv.org/abs/2403.08295).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 
 from functional_llm.backbones import llama
-from functional_llm.backbones.family import COMMON_KEYS, Family, complete_common_keys
-from functional_llm.blocks.attention import Part, attention, heads, key_value_shapes
+from functional_llm.backbones.family import (
+    COMMON_KEYS,
+    AnyConfig,
+    DecoderConfig,
+    Family,
+    complete_common_keys,
+)
+from functional_llm.blocks.attention import attention, heads, key_value_shapes
 from functional_llm.blocks.decoder import pre_norm
-from functional_llm.blocks.language_model import Graph, LayerType, causal_lm, scale
+from functional_llm.blocks.language_model import Graph, LayerType, causal_lm, scale, soft_cap
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.blocks.norm import offset_rms_norm
-from functional_llm.blocks.rope import Rope, RopeScaling, rotary
+from functional_llm.blocks.rope import Rope, rotary
 from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.types import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """The numbers of a Gemma."""
-
-    vocabulary_size: int
-    num_layers: int
-    hidden_dim: int
-    intermediate_dim: int
-    num_query_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rope_max_wavelength: float
-    rope_scaling: RopeScaling | None
-    layer_norm_epsilon: float
-    max_sequence_length: int
-    activation: str
-    tie_word_embeddings: bool
+class Config(DecoderConfig):
+    """The numbers of a Gemma, which are those of `DecoderConfig`."""
 
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
     rope = Rope(config.head_dim, config.rope_max_wavelength, config.rope_scaling)
-    layers = [build_decoder(config, f"decoder_{i}") for i in range(config.num_layers)]
     kinds = ["full_attention"] * config.num_layers
-    return build_stack(config, kinds, layers, {"full_attention": LayerType(rope)})
+    return build_stack(config, build_decoder, kinds, {"full_attention": LayerType(rope)})
 
 
 def build_stack(
-    config: Any,
+    config: AnyConfig,
+    build_decoder: Callable[[AnyConfig, str], CompositeLayer],
     kinds: Sequence[str],
-    layers: Sequence[CompositeLayer],
     layer_types: Mapping[str, LayerType],
-    logit_parts: Sequence[Part] = (),
+    final_logit_soft_cap: float | None = None,
 ) -> Graph:
     """Returns the graph around decoder layers, `kinds` their types, for this family and its kin."""
+    layers = [(kind, build_decoder(config, f"decoder_{i}")) for i, kind in enumerate(kinds)]
     return causal_lm(
         vocabulary_size=config.vocabulary_size,
         hidden_dim=config.hidden_dim,
         embedding_parts=[scale(config.hidden_dim**0.5)],
         layer_types=layer_types,
-        layers=list(zip(kinds, layers, strict=True)),
+        layers=layers,
         keeps=key_value_shapes(config.num_key_value_heads, config.head_dim),
         final_norm=offset_rms_norm(config.layer_norm_epsilon, "final_norm"),
         tie_word_embeddings=config.tie_word_embeddings,
-        logit_parts=logit_parts,
+        logit_parts=[soft_cap(cap) for cap in [final_logit_soft_cap] if cap is not None],
     )
 
 
@@ -84,8 +76,8 @@ def build_decoder(config: Config, name: str) -> CompositeLayer:
 CONSTANTS = {"attention_bias": False, "use_bidirectional_attention": False}
 
 
-def complete_keys(keys: dict[str, Any]) -> dict[str, Any]:
-    """Adds what Transformers takes where a `config.json` is silent."""
+def complete_keys(keys: JSON) -> JSON:
+    """Adds Transformers' defaults for keys that a `config.json` leaves out."""
     own = {
         "num_key_value_heads": 16,
         "head_dim": 256,
@@ -93,7 +85,7 @@ def complete_keys(keys: dict[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": True,
     }
     activation = keys.get("hidden_activation") or keys.get("hidden_act", "gelu_pytorch_tanh")
-    if activation == "gelu":  # the first releases say so, and mean its approximation by tanh
+    if activation == "gelu":  # of the first releases, which mean its approximation by tanh
         activation = "gelu_pytorch_tanh"
     both = {"hidden_act": activation, "hidden_activation": activation}
     return complete_common_keys(own | keys | both)

@@ -3,61 +3,43 @@
 The scale of scores is a number of its own. Reference: [Gemma 2](https://arxiv.org/abs/2408.00118).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 
 from functional_llm.backbones import gemma
-from functional_llm.backbones.family import COMMON_KEYS, Family
+from functional_llm.backbones.family import COMMON_KEYS, DecoderConfig, Family
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import sandwich
-from functional_llm.blocks.language_model import Graph, LayerType, soft_cap
+from functional_llm.blocks.language_model import Graph, LayerType
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.blocks.norm import offset_rms_norm
-from functional_llm.blocks.rope import Rope, RopeScaling, rotary
+from functional_llm.blocks.rope import Rope, rotary
 from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.types import JSON
 from functional_llm.layers.attention import AttentionDotProduct
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """The numbers of a Gemma 2."""
+class Config(DecoderConfig):
+    """The numbers of a Gemma 2, beside those of `DecoderConfig`."""
 
-    vocabulary_size: int
-    num_layers: int
-    hidden_dim: int
-    intermediate_dim: int
-    num_query_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rope_max_wavelength: float
-    rope_scaling: RopeScaling | None
-    layer_norm_epsilon: float
-    max_sequence_length: int
-    activation: str
     query_pre_attention_scalar: float
     attention_logit_soft_cap: float | None
     final_logit_soft_cap: float | None
     layer_types: tuple[str, ...]
     sliding_window: int | None
-    tie_word_embeddings: bool
 
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
     rope = Rope(config.head_dim, config.rope_max_wavelength, config.rope_scaling)
-    layers = [build_decoder(config, f"decoder_{i}") for i in range(config.num_layers)]
-    return build_stack(config, layers, full=rope, sliding=rope)
-
-
-def build_stack(config: Any, layers: Sequence[CompositeLayer], full: Rope, sliding: Rope) -> Graph:
-    """Returns the graph around decoder layers of two types, for this family and Gemma 3."""
-    windowed = LayerType(sliding, config.sliding_window)
-    types = {"full_attention": LayerType(full), "sliding_attention": windowed}
-    caps = [soft_cap(bound) for bound in [config.final_logit_soft_cap] if bound is not None]
-    return gemma.build_stack(config, config.layer_types, layers, types, caps)
+    types = {
+        "full_attention": LayerType(rope),
+        "sliding_attention": LayerType(rope, config.sliding_window),
+    }
+    cap = config.final_logit_soft_cap
+    return gemma.build_stack(config, build_decoder, config.layer_types, types, cap)
 
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:
@@ -87,16 +69,16 @@ CONFIG_KEYS: dict[str, str | None] = {
 }
 
 
-def complete_keys(keys: dict[str, Any]) -> dict[str, Any]:
-    """Adds what Transformers takes where a `config.json` is silent."""
+def complete_keys(keys: JSON) -> JSON:
+    """Adds Transformers' defaults for keys that a `config.json` leaves out."""
     kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(keys[_LAYERS])]
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
     own = {"num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096}
     return gemma.complete_keys(own | caps | {"layer_types": kinds} | keys)
 
 
-def gguf_defaults(keys: dict[str, Any]) -> dict[str, Any]:
-    """What llama.cpp takes: only the 27B models scale by another number than the head size."""
+def gguf_defaults(keys: JSON) -> JSON:
+    """Returns llama.cpp's defaults: only the 27B models do not scale by the head size."""
     share = keys["hidden_size"] // keys["num_attention_heads"]
     return {"query_pre_attn_scalar": share if keys[_LAYERS] in (46, 62) else keys["head_dim"]}
 

@@ -1,56 +1,47 @@
 """Gemma 3, text: a Gemma 2 that normalises queries and keys instead of capping their scores.
 
-Of six layers, five see a window and turn by a RoPE of their own. Reference:
+Of six layers, five see a window and have a RoPE of their own. Reference:
 [Gemma 3](https://arxiv.org/abs/2503.19786).
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 
-from functional_llm.backbones import gemma2, qwen3
-from functional_llm.backbones.family import Family
+from functional_llm.backbones import gemma, gemma2, qwen3
+from functional_llm.backbones.family import DecoderConfig, Family
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import sandwich
-from functional_llm.blocks.language_model import Graph
+from functional_llm.blocks.language_model import Graph, LayerType
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.blocks.norm import offset_rms_norm
-from functional_llm.blocks.rope import Rope, RopeScaling, rotary
+from functional_llm.blocks.rope import Rope, rotary
 from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.types import JSON
 from functional_llm.layers.attention import AttentionDotProduct
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """The numbers of a Gemma 3."""
+class Config(DecoderConfig):
+    """The numbers of a Gemma 3, beside those of `DecoderConfig`."""
 
-    vocabulary_size: int
-    num_layers: int
-    hidden_dim: int
-    intermediate_dim: int
-    num_query_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rope_max_wavelength: float
-    rope_scaling: RopeScaling | None
     local_rope_max_wavelength: float
-    layer_norm_epsilon: float
-    max_sequence_length: int
-    activation: str
     query_pre_attention_scalar: float
     final_logit_soft_cap: float | None
     layer_types: tuple[str, ...]
     sliding_window: int | None
-    tie_word_embeddings: bool
 
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
     full = Rope(config.head_dim, config.rope_max_wavelength, config.rope_scaling)
     sliding = Rope(config.head_dim, config.local_rope_max_wavelength)
-    layers = [build_decoder(config, f"decoder_{i}") for i in range(config.num_layers)]
-    return gemma2.build_stack(config, layers, full, sliding)
+    types = {
+        "full_attention": LayerType(full),
+        "sliding_attention": LayerType(sliding, config.sliding_window),
+    }
+    cap = config.final_logit_soft_cap
+    return gemma.build_stack(config, build_decoder, config.layer_types, types, cap)
 
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:
@@ -68,8 +59,8 @@ def build_decoder(config: Config, name: str) -> CompositeLayer:
     return sandwich(name, lambda part: offset_rms_norm(epsilon, part), self_attention, mlp)
 
 
-def complete_keys(keys: dict[str, Any]) -> dict[str, Any]:
-    """Adds what Transformers takes where a `config.json` is silent."""
+def complete_keys(keys: JSON) -> JSON:
+    """Adds Transformers' defaults for keys that a `config.json` leaves out."""
     pattern, num_layers = keys.get("sliding_window_pattern", 6), keys["num_hidden_layers"]
     own = {
         "final_logit_softcapping": None,

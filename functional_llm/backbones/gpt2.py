@@ -5,32 +5,24 @@ Checkpoints hold queries, keys and values as one tensor, and kernels as (in, out
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 
-from functional_llm.backbones.family import Family, dense_rows, layer_norm_rows
+from functional_llm.backbones.family import Family, ModelConfig, dense_rows, layer_norm_rows
 from functional_llm.blocks.attention import attention, heads, key_value_shapes
 from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph, LayerType, causal_lm, learned_positions
 from functional_llm.blocks.mlp import mlp
 from functional_llm.blocks.norm import layer_norm
 from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.types import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """The numbers of a GPT-2."""
+class Config(ModelConfig):
+    """The numbers of a GPT-2, beside those of `ModelConfig`."""
 
-    vocabulary_size: int
-    num_layers: int
-    hidden_dim: int
-    intermediate_dim: int
     num_heads: int
-    layer_norm_epsilon: float
-    max_sequence_length: int
-    activation: str
-    tie_word_embeddings: bool
 
 
 def build(config: Config) -> Graph:
@@ -61,8 +53,8 @@ def build_decoder(config: Config, name: str) -> CompositeLayer:
     return pre_norm(name, lambda part: layer_norm(epsilon, part), self_attention, plain)
 
 
-def complete_keys(keys: dict[str, Any]) -> dict[str, Any]:
-    """Adds what Transformers takes where a `config.json` is silent."""
+def complete_keys(keys: JSON) -> JSON:
+    """Adds Transformers' defaults for keys that a `config.json` leaves out."""
     own = {"n_positions": 1024, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}
     inner = keys.get("n_inner") or 4 * keys["n_embd"]
     return own | {"tie_word_embeddings": True} | keys | {"n_inner": inner}

@@ -5,47 +5,40 @@ the embedding. References: [Llama 2](https://arxiv.org/abs/2307.09288),
 [Llama 3](https://arxiv.org/abs/2407.21783), [SmolLM2](https://arxiv.org/abs/2502.02737).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 
-from functional_llm.backbones.family import COMMON_KEYS, Family, complete_common_keys, dense_rows
+from functional_llm.backbones.family import (
+    COMMON_KEYS,
+    AnyConfig,
+    DecoderConfig,
+    Family,
+    complete_common_keys,
+    dense_rows,
+)
 from functional_llm.blocks.attention import attention, heads, key_value_shapes
 from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph, LayerType, causal_lm
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.blocks.norm import rms_norm
-from functional_llm.blocks.rope import Rope, RopeScaling, rotary
+from functional_llm.blocks.rope import Rope, rotary
 from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.types import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """The numbers of a Llama."""
+class Config(DecoderConfig):
+    """The numbers of a Llama, beside those of `DecoderConfig`."""
 
-    vocabulary_size: int
-    num_layers: int
-    hidden_dim: int
-    intermediate_dim: int
-    num_query_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rope_max_wavelength: float
-    rope_scaling: RopeScaling | None
-    layer_norm_epsilon: float
-    max_sequence_length: int
-    activation: str
     attention_bias: bool
     mlp_bias: bool
-    tie_word_embeddings: bool
 
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    layers = [build_decoder(config, f"decoder_{i}") for i in range(config.num_layers)]
-    return build_stack(config, [("full_attention", layer) for layer in layers])
+    return build_stack(config, build_decoder, ["full_attention"] * config.num_layers)
 
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:
@@ -63,12 +56,16 @@ def build_decoder(config: Config, name: str) -> CompositeLayer:
 
 
 def build_stack(
-    config: Any, layers: Sequence[tuple[str, CompositeLayer]], window: int | None = None
+    config: AnyConfig,
+    build_decoder: Callable[[AnyConfig, str], CompositeLayer],
+    kinds: Sequence[str],
+    window: int | None = None,
 ) -> Graph:
     """Returns the graph around decoder layers that share one RoPE, for this family and its kin.
 
-    A layer comes with its type, "full_attention" or "sliding_attention", which sees the window.
+    `kinds` has the type of each layer: "full_attention", or "sliding_attention" for the window.
     """
+    layers = [(kind, build_decoder(config, f"decoder_{i}")) for i, kind in enumerate(kinds)]
     rope = Rope(config.head_dim, config.rope_max_wavelength, config.rope_scaling)
     return causal_lm(
         vocabulary_size=config.vocabulary_size,
@@ -84,8 +81,8 @@ def build_stack(
     )
 
 
-def complete_keys(keys: dict[str, Any]) -> dict[str, Any]:
-    """Adds what Transformers takes where a `config.json` is silent."""
+def complete_keys(keys: JSON) -> JSON:
+    """Adds Transformers' defaults for keys that a `config.json` leaves out."""
     return complete_common_keys({"attention_bias": False, "mlp_bias": False} | keys)
 
 

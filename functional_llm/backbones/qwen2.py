@@ -9,43 +9,28 @@ from typing import Any
 import keras
 
 from functional_llm.backbones import llama
-from functional_llm.backbones.family import COMMON_KEYS, Family, complete_common_keys
+from functional_llm.backbones.family import COMMON_KEYS, DecoderConfig, Family, complete_common_keys
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.blocks.norm import rms_norm
-from functional_llm.blocks.rope import RopeScaling, rotary
+from functional_llm.blocks.rope import rotary
 from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.types import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """The numbers of a Qwen 2."""
+class Config(DecoderConfig):
+    """The numbers of a Qwen 2, beside those of `DecoderConfig`."""
 
-    vocabulary_size: int
-    num_layers: int
-    hidden_dim: int
-    intermediate_dim: int
-    num_query_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rope_max_wavelength: float
-    rope_scaling: RopeScaling | None
-    layer_norm_epsilon: float
-    max_sequence_length: int
-    activation: str
     layer_types: tuple[str, ...]
     sliding_window: int | None
-    tie_word_embeddings: bool
 
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    layers = [
-        (kind, build_decoder(config, f"decoder_{i}")) for i, kind in enumerate(config.layer_types)
-    ]
-    return llama.build_stack(config, layers, config.sliding_window)
+    return llama.build_stack(config, build_decoder, config.layer_types, config.sliding_window)
 
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:
@@ -70,8 +55,8 @@ CONFIG_KEYS: dict[str, str | None] = {
 }
 
 
-def complete_keys(keys: dict[str, Any]) -> dict[str, Any]:
-    """Adds what Transformers takes where a `config.json` is silent."""
+def complete_keys(keys: JSON) -> JSON:
+    """Adds Transformers' defaults for keys that a `config.json` leaves out."""
     num_layers = keys["num_hidden_layers"]
     window = keys.get("sliding_window", 4096) if keys.get("use_sliding_window") else None
     full = num_layers if window is None else keys.get("max_window_layers", 28)
@@ -80,8 +65,8 @@ def complete_keys(keys: dict[str, Any]) -> dict[str, Any]:
     return complete_common_keys(own | keys | {"sliding_window": window})
 
 
-def written_keys(config: Any) -> dict[str, Any]:
-    """What Transformers wants to be told beside the window."""
+def written_keys(config: Any) -> JSON:
+    """Returns what Transformers must be told beside the window."""
     return {"use_sliding_window": config.sliding_window is not None}
 
 
@@ -91,7 +76,7 @@ FAMILY = Family(
     config_class=Config,
     build=build,
     config_keys=CONFIG_KEYS,
-    config_constants={"use_mrope": False},  # of the models that see
+    config_constants={"use_mrope": False},  # true in models with vision
     complete_keys=complete_keys,
     written_keys=written_keys,
     weights=llama.WEIGHTS,

@@ -4,49 +4,33 @@ The head size is a number of its own. Reference: [Qwen3](https://arxiv.org/abs/2
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 
 from functional_llm.backbones import llama, qwen2
-from functional_llm.backbones.family import Family
+from functional_llm.backbones.family import DecoderConfig, Family
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.blocks.norm import rms_norm
-from functional_llm.blocks.rope import RopeScaling, rotary
+from functional_llm.blocks.rope import rotary
 from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.types import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """The numbers of a Qwen 3."""
+class Config(DecoderConfig):
+    """The numbers of a Qwen 3, beside those of `DecoderConfig`."""
 
-    vocabulary_size: int
-    num_layers: int
-    hidden_dim: int
-    intermediate_dim: int
-    num_query_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rope_max_wavelength: float
-    rope_scaling: RopeScaling | None
-    layer_norm_epsilon: float
-    max_sequence_length: int
-    activation: str
     attention_bias: bool
     layer_types: tuple[str, ...]
     sliding_window: int | None
-    tie_word_embeddings: bool
 
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    layers = [
-        (kind, build_decoder(config, f"decoder_{i}")) for i, kind in enumerate(config.layer_types)
-    ]
-    return llama.build_stack(config, layers, config.sliding_window)
+    return llama.build_stack(config, build_decoder, config.layer_types, config.sliding_window)
 
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:
@@ -63,8 +47,8 @@ def build_decoder(config: Config, name: str) -> CompositeLayer:
     return pre_norm(name, lambda part: rms_norm(epsilon, part), self_attention, mlp)
 
 
-def complete_keys(keys: dict[str, Any]) -> dict[str, Any]:
-    """Adds what Transformers takes where a `config.json` is silent."""
+def complete_keys(keys: JSON) -> JSON:
+    """Adds Transformers' defaults for keys that a `config.json` leaves out."""
     return qwen2.complete_keys({"head_dim": 128, "attention_bias": False} | keys)
 
 

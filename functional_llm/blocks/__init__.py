@@ -1,4 +1,4 @@
-"""Blocks: the parts that models are built of, as functions that return layers and graphs.
+"""Blocks: the parts that models are built from, as functions that return layers and graphs.
 
 May import: graph, layers.
 

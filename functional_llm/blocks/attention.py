@@ -5,33 +5,37 @@ Shapes: B batch, T tokens, D model, N query heads, K key/value heads, H head siz
 A *part* is a layer, or a function `(x, inputs) -> x` that may use the block's other inputs.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import keras
 
 from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.types import Nested, Tensor
 from functional_llm.layers.attention import AttentionDotProduct, KVCacheLookup
 
-Part: TypeAlias = keras.layers.Layer | Callable[[Any, dict[str, Any]], Any]
+Inputs: TypeAlias = dict[str, Nested]
+PartFunction: TypeAlias = Callable[[Tensor, Inputs], Tensor]
+Part: TypeAlias = keras.layers.Layer | PartFunction
+Shapes: TypeAlias = Mapping[str, "tuple[int, ...] | Shapes"]  # what is kept of one token
 
 
-def apply_parts(parts: Sequence[Part], x: Any, inputs: dict[str, Any]) -> Any:
+def apply_parts(parts: Sequence[Part], x: Tensor, inputs: Inputs) -> Tensor:
     """Returns `x` after the parts, in the order written."""
     for part in parts:
         x = part(x) if isinstance(part, keras.layers.Layer) else part(x, inputs)
     return x
 
 
-def heads(num_heads: int, head_dim: int, name: str, use_bias: bool = False) -> Part:
+def heads(num_heads: int, head_dim: int, name: str, use_bias: bool = False) -> PartFunction:
     """Projects (B, T, D) to (B, T, num_heads, H) by one Dense called `name`."""
     project = keras.layers.Dense(num_heads * head_dim, use_bias=use_bias, name=name)
     split = keras.layers.Reshape((-1, num_heads, head_dim), name=f"{name}_heads")
     return lambda x, inputs: split(project(x))
 
 
-def key_value_shapes(num_heads: int, head_dim: int) -> dict[str, Any]:
-    """What a decoder layer with one `attention` keeps of a token: a key and a value a head."""
+def key_value_shapes(num_heads: int, head_dim: int) -> Shapes:
+    """Returns what a decoder layer with one `attention` keeps of a token: keys and values."""
     shape = (num_heads, head_dim)
     return {"attention": {"key": shape, "value": shape}}
 
@@ -43,14 +47,14 @@ def attention(
     output: keras.layers.Layer,
     product: AttentionDotProduct | None = None,
 ) -> CompositeLayer:
-    """Self-attention over the new tokens and what the cache holds.
+    """Self-attention over the new tokens and those in the cache.
 
     Args:
         query: Parts from (B, T, D) to (B, T, N, H).
         key: Parts from (B, T, D) to (B, T, K, H).
         value: Parts from (B, T, D) to (B, T, K, H).
         output: Layer from (B, T, N * H) to (B, T, D).
-        product: The attention itself. Defaults to `AttentionDotProduct()`.
+        product: The layer that attends. Defaults to `AttentionDotProduct()`.
 
     Returns:
         Layer from `{"x": (B, T, D), "positions", "mask", "rotation", "cache"}` to
@@ -58,7 +62,7 @@ def attention(
     """
     product = product or AttentionDotProduct(name="dot_product")
 
-    def body(inputs: dict[str, Any]) -> dict[str, Any]:
+    def body(inputs: Inputs) -> dict[str, Nested]:
         x = inputs["x"]
         q_BTNH = apply_parts(query, x, inputs)
         new = {"key": apply_parts(key, x, inputs), "value": apply_parts(value, x, inputs)}

@@ -1,17 +1,17 @@
 """The decoder layer: residual branches in order."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from functional_llm.blocks.attention import Part, apply_parts
+from functional_llm.blocks.attention import Inputs, Part, apply_parts
 from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.types import Nested
 
 
 def decoder(name: str, branches: Sequence[Sequence[Part]]) -> CompositeLayer:
     """Residual branches in order: `x = x + branch(x)` for each.
 
-    A branch is a list of parts, such as `[rms_norm(...), attention(...)]`; a part that is a
-    CompositeLayer with a cache receives the block's inputs, any other only `x`.
+    A branch is a list of parts, such as `[rms_norm(...), attention(...)]`. A CompositeLayer whose
+    name is in the cache receives all inputs of the block, every other layer only `x`.
 
     Args:
         name: Name of the layer.
@@ -21,7 +21,7 @@ def decoder(name: str, branches: Sequence[Sequence[Part]]) -> CompositeLayer:
         Layer from `{"x", "positions", "mask", "rotation", "cache"}` to `{"x", "cache"}`.
     """
 
-    def body(inputs: dict[str, Any]) -> dict[str, Any]:
+    def body(inputs: Inputs) -> dict[str, Nested]:
         x, caches = inputs["x"], {}
         for branch in branches:
             y = x
@@ -44,9 +44,9 @@ def pre_norm(
 
     Args:
         name: Name of the layer.
-        norm: Name -> a norm.
-        attention: Named "attention".
-        mlp: Named "mlp".
+        norm: Makes a norm of a given name.
+        attention: Layer named "attention".
+        mlp: Layer named "mlp".
     """
     return decoder(name, [[norm(f"{part.name}_norm"), part] for part in (attention, mlp)])
 
@@ -58,9 +58,9 @@ def sandwich(
 
     Args:
         name: Name of the layer.
-        norm: Name -> a norm.
-        attention: Named "attention".
-        mlp: Named "mlp".
+        norm: Makes a norm of a given name.
+        attention: Layer named "attention".
+        mlp: Layer named "mlp".
     """
 
     def branch(part: CompositeLayer) -> list[Part]:

@@ -5,18 +5,18 @@ Shapes: B batch, T tokens, S slots, W positions of a window, D model, V vocabula
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import keras
 from keras import ops
 
-from functional_llm.blocks.attention import Part, apply_parts
+from functional_llm.blocks.attention import Inputs, Part, PartFunction, Shapes, apply_parts
 from functional_llm.blocks.rope import Rope, rotation
 from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.types import Nested, Tensor
 from functional_llm.layers.attention import AttentionMask, KVCacheLookup
 
-Shapes: TypeAlias = Mapping[str, Any]
-Graph: TypeAlias = tuple[dict[str, Any], dict[str, Any]]  # symbolic inputs and outputs
+Graph: TypeAlias = tuple[dict[str, Nested], dict[str, Nested]]  # symbolic inputs and outputs
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class LayerType:
     """What the layers of one type share.
 
     Args:
-        rope: How their queries and keys turn; `None` for not at all.
-        window: How many positions a token sees, itself included; `None` for all before it. Layers
-            with a window keep a ring of that many slots.
+        rope: The rotary embedding of their queries and keys; `None` for none.
+        window: Number of positions a token sees, itself included; `None` for all up to itself.
+            Layers with a window keep a ring of that many slots.
     """
 
     rope: Rope | None = None
@@ -50,12 +50,12 @@ def causal_lm(
     Args:
         vocabulary_size: V.
         hidden_dim: D.
-        layer_types: What the layers of each type share, by the type's name.
-        layers: Type and decoder layer, in order.
-        keeps: What each layer keeps of a token in the cache: nested dict of shapes.
+        layer_types: Name of a type -> what its layers share.
+        layers: Decoder layers in order, each with the name of its type.
+        keeps: What each layer keeps of a token in the cache.
         final_norm: Part before the head.
-        tie_word_embeddings: Whether the head is the embedding, transposed.
-        embedding_parts: Parts after the embedding; they may use the inputs "positions".
+        tie_word_embeddings: Whether the head is the transposed embedding.
+        embedding_parts: Parts after the embedding; they may use the input "positions".
         logit_parts: Parts after the head.
 
     Returns:
@@ -74,7 +74,7 @@ def causal_lm(
     x = apply_parts(embedding_parts, embedding(inputs["token_ids"]), inputs)
     shared, cache = {}, {}
     for kind, layer_type in used.items():
-        shared[kind], slot_positions = share(kind, layer_type, inputs)
+        shared[kind], slot_positions = shared_inputs(kind, layer_type, inputs)
         cache[kind] = {"positions": slot_positions}
     for kind, layer in layers:
         result = layer({"x": x, "cache": inputs["cache"][kind][layer.name], **shared[kind]})
@@ -88,11 +88,11 @@ def causal_lm(
     return inputs, {"logits": logits, "hidden": hidden, "cache": cache}
 
 
-def make_inputs(groups: Mapping[str, tuple[int | None, Shapes]]) -> dict[str, Any]:
+def make_inputs(groups: Mapping[str, tuple[int | None, Shapes]]) -> Inputs:
     """Returns the symbolic inputs of a language model.
 
     Args:
-        groups: Type of layers -> number of slots (`None` for any), and what its layers keep.
+        groups: Name of a type -> number of slots (`None` for any), and what its layers keep.
 
     Returns:
         `token_ids` and `positions` (B, T) int32; `segment_ids` (B, T) int32, optional; `cache`,
@@ -101,7 +101,7 @@ def make_inputs(groups: Mapping[str, tuple[int | None, Shapes]]) -> dict[str, An
     """
     dtype = keras.config.dtype_policy().compute_dtype
 
-    def make(name: str, slots: int | None, shape: Any) -> Any:
+    def make(name: str, slots: int | None, shape: tuple[int, ...] | Shapes) -> Nested:
         if isinstance(shape, Mapping):
             return {key: make(f"{name}_{key}", slots, inner) for key, inner in shape.items()}
         return keras.Input((slots, *shape), dtype=dtype, name=name, optional=True)
@@ -119,7 +119,9 @@ def make_inputs(groups: Mapping[str, tuple[int | None, Shapes]]) -> dict[str, An
     }
 
 
-def share(kind: str, layer_type: LayerType, inputs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+def shared_inputs(
+    kind: str, layer_type: LayerType, inputs: Inputs
+) -> tuple[dict[str, Nested], Tensor]:
     """Returns what layers of a type receive beside `x`, and their cache's positions afterwards."""
     positions = inputs["positions"]
     slot_positions, kept = KVCacheLookup(name=f"{kind}_positions")(
@@ -138,13 +140,13 @@ def share(kind: str, layer_type: LayerType, inputs: dict[str, Any]) -> tuple[dic
     return shared, kept
 
 
-def scale(factor: float) -> Part:
+def scale(factor: float) -> PartFunction:
     """Part that multiplies by a number."""
     return lambda x, inputs: x * factor
 
 
-def soft_cap(bound: float) -> Part:
-    """Part that bounds numbers to (-bound, bound) by tanh.
+def soft_cap(bound: float) -> PartFunction:
+    """Part that bounds values to (-bound, bound) by tanh.
 
     Reference:
         [Gemma 2](https://arxiv.org/abs/2408.00118), section 2.
@@ -152,8 +154,8 @@ def soft_cap(bound: float) -> Part:
     return lambda x, inputs: ops.tanh(x / bound) * bound
 
 
-def learned_positions(max_sequence_length: int, hidden_dim: int) -> Part:
+def learned_positions(max_sequence_length: int, hidden_dim: int) -> PartFunction:
     """Part that adds a learned vector for each position."""
     embedding = keras.layers.Embedding(max_sequence_length, hidden_dim, name="position_embedding")
-    # Padding has position -1; whatever it gets, nobody sees it.
+    # Padding has position -1. It may get any vector, for no token sees it.
     return lambda x, inputs: x + embedding(ops.maximum(inputs["positions"], 0))

@@ -1,13 +1,14 @@
 """Feed-forward blocks."""
 
-from typing import Any
+from collections.abc import Callable
 
 import keras
 from keras import ops
 
 from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.types import Tensor
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": ops.silu,
     "gelu": lambda x: ops.gelu(x, approximate=False),
     "gelu_approximate": lambda x: ops.gelu(x, approximate=True),
@@ -33,7 +34,7 @@ def gated_mlp(
     up = keras.layers.Dense(intermediate_dim, use_bias=use_bias, name="up")
     down = keras.layers.Dense(hidden_dim, use_bias=use_bias, name="down")
 
-    def body(x: Any) -> Any:
+    def body(x: Tensor) -> Tensor:
         return down(ACTIVATIONS[activation](gate(x)) * up(x))
 
     return CompositeLayer(body, name="mlp")

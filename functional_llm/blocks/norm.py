@@ -1,11 +1,10 @@
-"""Normalisation layers under the names that configs use."""
-
-from typing import Any
+"""Normalisation layers."""
 
 import keras
 from keras import ops
 
-from functional_llm.blocks.attention import Part
+from functional_llm.blocks.attention import Inputs, PartFunction
+from functional_llm.graph.types import Tensor
 
 
 def rms_norm(epsilon: float, name: str) -> keras.layers.Layer:
@@ -17,17 +16,18 @@ def rms_norm(epsilon: float, name: str) -> keras.layers.Layer:
     return keras.layers.RMSNormalization(epsilon=epsilon, name=name)
 
 
-def offset_rms_norm(epsilon: float, name: str) -> Part:
+def offset_rms_norm(epsilon: float, name: str) -> PartFunction:
     """Root mean square norm whose learned scale is an offset from one: norm(x) * (1 + scale).
 
-    The scale stays as checkpoints store it: 1 + scale in bfloat16 would lose most of its digits.
+    The variable is the offset, as in checkpoints: 1 + scale in bfloat16 would lose most digits of
+    the scale.
 
     Reference:
         [gemma_pytorch](https://github.com/google/gemma_pytorch), `RMSNorm`.
     """
     scaled = rms_norm(epsilon, name)
 
-    def norm(x: Any, inputs: dict[str, Any]) -> Any:
+    def norm(x: Tensor, inputs: Inputs) -> Tensor:
         return scaled(x) + ops.rms_normalization(x, epsilon=epsilon)
 
     return norm

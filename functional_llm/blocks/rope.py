@@ -1,31 +1,38 @@
-"""Rotary position embedding: how fast each pair of channels turns, and the turning.
+"""Rotary position embedding: the frequency of each pair of channels, and the rotation.
 
 Shapes: B batch, T tokens, H head size.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from keras import ops
 
+from functional_llm.blocks.attention import Inputs, PartFunction
+from functional_llm.graph.types import Tensor
+
 
 class RopeScaling(Protocol):
-    """How a model stretches RoPE beyond the length it was trained at first."""
+    """How a model stretches RoPE beyond the length that it was trained on at first."""
 
     @property
     def magnitude(self) -> float:
         """Factor on cosine and sine."""
 
     def frequencies(self, base: np.ndarray, max_wavelength: float) -> np.ndarray:
-        """Returns the scaled angles per position (H/2), from the unscaled ones."""
+        """Returns the scaled angles per position, (H/2).
+
+        Args:
+            base: The unscaled ones.
+            max_wavelength: As for `Rope`.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScaling:
-    """Positions divided by a factor.
+    """Divides all positions by a factor.
 
     Reference:
         [Position Interpolation](https://arxiv.org/abs/2306.15595).
@@ -40,7 +47,7 @@ class LinearScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Long wavelengths divided by a factor, short ones kept, a linear ramp between.
+    """Divides low frequencies by a factor, keeps high ones, and ramps linearly between them.
 
     Reference:
         [The Llama 3 Herd of Models](https://arxiv.org/abs/2407.21783); the formula is in Meta's
@@ -54,7 +61,8 @@ class Llama3Scaling:
     magnitude = 1.0
 
     def frequencies(self, base: np.ndarray, max_wavelength: float) -> np.ndarray:
-        turns = self.original_max_sequence_length / (2 * math.pi / base)  # within that length
+        # How often each pair turns within the original length.
+        turns = self.original_max_sequence_length / (2 * math.pi / base)
         ramp = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = np.clip(ramp, 0.0, 1.0)
         return ((1 - kept) * base / self.factor + kept * base).astype("float32")
@@ -62,7 +70,7 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """Channels interpolated by how often they turn within the original length.
+    """Divides the frequency of a channel the more, the less often it turns in the original length.
 
     Reference:
         [YaRN](https://arxiv.org/abs/2309.00071), section 3.
@@ -101,14 +109,17 @@ class YarnScaling:
         return (base / self.factor * (1 - kept) + base * kept).astype("float32")
 
     def _channel(self, turns: float, dim: int, max_wavelength: float) -> float:
-        """The channel that turns so many times within the original length."""
+        """Returns the channel that turns so many times within the original length."""
         length = self.original_max_sequence_length
         return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(max_wavelength))
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrequencyFactors:
-    """A divisor for each pair of channels, as GGUF files store any scaling (`rope_freqs`)."""
+    """Divides the frequency of each pair of channels by a number of its own.
+
+    GGUF files store every scaling so (`rope_freqs`).
+    """
 
     factors: tuple[float, ...]
     magnitude = 1.0
@@ -119,12 +130,12 @@ class FrequencyFactors:
 
 @dataclass(frozen=True)
 class Rope:
-    """How fast each pair of channels turns.
+    """The frequencies of a rotary position embedding.
 
     Args:
         head_dim: H, even.
-        max_wavelength: Wavelength of the slowest channel, divided by 2 pi (theta, base).
-        scaling: How frequencies are stretched; `None` for not at all.
+        max_wavelength: The base (theta): wavelengths go from 2 pi to nearly 2 pi times this.
+        scaling: How frequencies are scaled; `None` for not at all.
 
     Raises:
         ValueError: If `head_dim` is odd.
@@ -151,13 +162,13 @@ class Rope:
     @property
     def frequencies(self) -> np.ndarray:
         """Angles per position, (H/2), float32."""
-        # Rounded where torch rounds: an ulp more or less moves far positions by 1e-4.
+        # Rounded where torch rounds: one ulp moves the angles of far positions by 1e-4.
         exponents = np.arange(0, self.head_dim, 2, dtype="float32") / np.float32(self.head_dim)
         wavelengths = np.float64(self.max_wavelength) ** exponents.astype("float64")
         frequencies = np.float32(1.0) / wavelengths.astype("float32")
         if self.scaling is None:
             return frequencies
-        with np.errstate(all="ignore"):  # what they spoil is found here
+        with np.errstate(all="ignore"):  # checked below
             frequencies = self.scaling.frequencies(frequencies, self.max_wavelength)
         if not np.isfinite(frequencies).all():
             raise ValueError(
@@ -166,12 +177,12 @@ class Rope:
         return frequencies
 
 
-def rotation(positions_BT: Any, rope: Rope) -> dict[str, Any]:
+def rotation(positions_BT: Tensor, rope: Rope) -> dict[str, Tensor]:
     """Returns cosine and signed sine of every position's angles, for `rotary`.
 
     Args:
         positions_BT: (B, T) integers.
-        rope: How fast channels turn.
+        rope: The frequencies.
 
     Returns:
         `{"cos": (B, T, 1, H), "sin": (B, T, 1, H)}`, float32. The first half of `sin` is negative.
@@ -184,10 +195,10 @@ def rotation(positions_BT: Any, rope: Rope) -> dict[str, Any]:
     }
 
 
-def rotary() -> Callable[[Any, dict[str, Any]], Any]:
-    """Part that turns (B, T, heads, H) by the block's input "rotation"."""
+def rotary() -> PartFunction:
+    """Part that rotates (B, T, heads, H) by the block's input "rotation"."""
 
-    def rotate(x: Any, inputs: dict[str, Any]) -> Any:
+    def rotate(x: Tensor, inputs: Inputs) -> Tensor:
         cos, sin = inputs["rotation"]["cos"], inputs["rotation"]["sin"]
         return x * cos + ops.roll(x, x.shape[-1] // 2, axis=-1) * sin
 

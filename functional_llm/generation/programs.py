@@ -1,16 +1,17 @@
 """The compiled programs of generation: prefill, and a loop that decodes.
 
-The graph is the one that trains. It is cut in two at the hidden states, so that a prefill computes
-the head for the last position only; both halves share the backbone's layers.
+They run the graph that trains, cut in two at the hidden states, so that a prefill computes the head
+for the last position only. Both halves share the backbone's layers.
 
 Shapes: B rows, T tokens of a padded prompt, S cache slots, C tokens of one run of the decode loop,
 V vocabulary, D model.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,12 @@ import numpy as np
 
 from functional_llm.cpu.rewriter import compiler_options, optimize_for_cpu
 from functional_llm.generation.samplers import Sampler
-from functional_llm.layers.attention import store
-from functional_llm.layers.cache import grow_cache, make_cache, num_slots
+from functional_llm.layers.cache import Cache, grow_cache, make_cache, num_slots, store_tokens
 
-CHUNK = 32  # C: most tokens between two looks of the host
+Weights: TypeAlias = list[jax.Array]
+Program: TypeAlias = Callable[..., Any]
+
+TOKENS_PER_RUN = 32  # C: the decode loop returns to Python after so many, if not earlier
 
 
 @dataclass
@@ -43,9 +46,56 @@ class Stats:
     decode_seconds: float = 0.0
     decode_tokens: int = 0
 
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the seconds of a block to the field of this name."""
+        started = time.perf_counter()
+        yield
+        setattr(self, name, getattr(self, name) + time.perf_counter() - started)
 
-class Programs:
-    """Prefill and decode of one model, compiled at first sight of a shape.
+
+class Prompt(NamedTuple):
+    """What a prefill reads: padded prompts, and what to begin with.
+
+    Args:
+        tokens: (B, T) int32.
+        positions: (B, T) int32, -1 for padding.
+        last: (B,) int32, the index of each row's last token.
+        seen: (B, V) bool, the tokens that occur in each row.
+        keys: (B,) random keys.
+        cache: The cache of an earlier turn, or `None`.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    last: np.ndarray
+    seen: np.ndarray
+    keys: jax.Array
+    cache: Cache | None
+
+
+class DecodeState(NamedTuple):
+    """What one step of the decode loop hands to the next.
+
+    Args:
+        token: (B,) int32, the last token written, which is not in the cache yet.
+        position: (B,) int32, its position.
+        step: () int32, how many tokens have been written.
+        seen: (B, V) bool, the tokens that occur in each row.
+        keys: (B,) random keys.
+        cache: The cache.
+    """
+
+    token: jax.Array
+    position: jax.Array
+    step: jax.Array
+    seen: jax.Array
+    keys: jax.Array
+    cache: Cache
+
+
+class CompiledPrograms:
+    """Prefill and decode of one model, compiled when arguments of new shapes come.
 
     Args:
         backbone: A functional model with the inputs and outputs of a Backbone.
@@ -58,129 +108,146 @@ class Programs:
         self._trunk = keras.Model(backbone.input, kept)
         self._head = keras.Model(outputs["hidden"], outputs["logits"])
         self._variables = backbone.variables
-        self.compiled: dict[Any, Callable[..., Any]] = {}
+        self.compiled: dict[tuple[object, ...], Program] = {}
         self.stats = Stats()
 
-    def values(self) -> list[Any]:
+    def weights(self) -> Weights:
         """Returns the present values of the weights."""
         return [variable.value for variable in self._variables]
 
     def prefill(
-        self, slots: int, values: list[Any], arguments: dict[str, Any], sampler: Any
-    ) -> tuple[Any, dict[str, Any]]:
-        """Runs the prompt; returns the first token of each row and the state of the loop."""
-        has_cache = arguments["cache"] is not None
-        key = ("prefill", arguments["tokens"].shape, slots, has_cache)
-        program = self._compiled(key, self._prefill_program(slots), (), values, arguments, sampler)
-        started = time.perf_counter()
-        result = jax.block_until_ready(program(values, arguments, sampler))
-        self.stats.prefill_seconds += time.perf_counter() - started
-        return result
+        self, slots: int, weights: Weights, prompt: Prompt, sampler: Sampler
+    ) -> tuple[jax.Array, DecodeState]:
+        """Runs the prompts; returns the first token of each row and the state of the loop."""
+        key = ("prefill", prompt.tokens.shape, slots, prompt.cache is not None)
+        program = self._compiled(key, self._prefill_program(slots), (), weights, prompt, sampler)
+        with self.stats.timed("prefill_seconds"):
+            return jax.block_until_ready(program(weights, prompt, sampler))
 
     def decode(
-        self, values: list[Any], state: dict[str, Any], sampler: Any, *arguments: Any
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Runs the loop once; returns the new ids (B, C), as many as were written."""
-        done_B, stops, _ = arguments
-        key = ("decode", done_B.shape, num_slots(state["cache"]), stops.shape)
-        program = self._compiled(key, self._decode_program, 1, values, state, sampler, *arguments)
-        started = time.perf_counter()
-        new_BC, count, state = program(values, state, sampler, *arguments)
-        new_BC = np.asarray(new_BC)[:, : int(count)]
-        self.stats.decode_seconds += time.perf_counter() - started
+        self,
+        weights: Weights,
+        state: DecodeState,
+        sampler: Sampler,
+        done_B: np.ndarray,
+        stop_ids: np.ndarray,
+        limit: int,
+    ) -> tuple[np.ndarray, DecodeState]:
+        """Runs the loop once, for at most `limit` tokens a row; the state is used up.
+
+        Returns:
+            The new ids (B, C), as many as were written, -1 in rows that are done; the new state.
+        """
+        arguments = (weights, state, sampler, done_B, stop_ids, np.int32(limit))
+        key = ("decode", done_B.shape, num_slots(state.cache), stop_ids.shape)
+        program = self._compiled(key, self._decode_program, 1, *arguments)
+        with self.stats.timed("decode_seconds"):
+            new_BC, count, state = program(*arguments)
+            new_BC = np.asarray(new_BC)[:, : int(count)]
         self.stats.decode_tokens += int((new_BC >= 0).sum())
         return new_BC, state
 
-    def grow(self, cache: Any, slots: int) -> Any:
+    def grow(self, cache: Cache, slots: int) -> Cache:
         """Returns the cache with more slots, copied by one program: the peak is old and new."""
 
-        def copy(cache: Any) -> Any:
+        def copy(cache: Cache) -> Cache:
             return grow_cache(self._backbone, cache, slots)
 
         rows = next(iter(cache.values()))["positions"].shape[0]
         program = self._compiled(("grow", rows, num_slots(cache), slots), copy, (), cache)
-        started = time.perf_counter()
-        grown = jax.block_until_ready(program(cache))
-        # Only the cache of an earlier turn grows before the prefill.
+        # Before the prefill, only the cache of an earlier turn grows.
         phase = "decode_seconds" if self.stats.prefill_seconds else "prefill_seconds"
-        setattr(self.stats, phase, getattr(self.stats, phase) + time.perf_counter() - started)
-        return grown
+        with self.stats.timed(phase):
+            return jax.block_until_ready(program(cache))
 
     def _compiled(
-        self, key: Any, function: Callable[..., Any], donated: Any, *arguments: Any
-    ) -> Callable[..., Any]:
+        self,
+        key: tuple[object, ...],
+        function: Program,
+        donated: int | tuple[int, ...],
+        *arguments: object,
+    ) -> Program:
         key = (*key, jax.tree.structure(arguments[2:3]))  # the kind of sampler
         if key not in self.compiled:
-            started = time.perf_counter()
-            program = jax.jit(
-                optimize_for_cpu(function),
-                donate_argnums=donated,
-                compiler_options=compiler_options(),
-            )
-            lowered = program.lower(*arguments)
-            self.compiled[key] = lowered.compile()
-            self.stats.compile_seconds += time.perf_counter() - started
+            with self.stats.timed("compile_seconds"):
+                program = jax.jit(
+                    optimize_for_cpu(function),
+                    donate_argnums=donated,
+                    compiler_options=compiler_options(),
+                )
+                self.compiled[key] = program.lower(*arguments).compile()
         return self.compiled[key]
 
-    def _forward(self, values: list[Any], inputs: dict[str, Any], last_B: Any) -> tuple[Any, Any]:
-        """Runs the graph; the head only at one position a row."""
+    def _forward(
+        self, weights: Weights, inputs: Mapping[str, Any], last_B: jax.Array | np.ndarray
+    ) -> tuple[jax.Array, Cache]:
+        """Runs the graph; the head at one position of each row only."""
         inputs = self._backbone.complete_inputs(inputs)
-        with keras.StatelessScope(state_mapping=list(zip(self._variables, values, strict=True))):
+        with keras.StatelessScope(state_mapping=list(zip(self._variables, weights, strict=True))):
             outputs = self._trunk(inputs, training=False)
             hidden_B1D = jnp.take_along_axis(outputs["hidden"], last_B[:, None, None], axis=1)
             logits_B1V = self._head(hidden_B1D, training=False)
         return logits_B1V[:, 0].astype("float32"), outputs["cache"]
 
-    def _prefill_program(self, slots: int) -> Callable[..., Any]:
-        def prefill(values: Any, arguments: dict[str, Any], sampler: Sampler) -> Any:
-            tokens_BT, positions_BT = arguments["tokens"], arguments["positions"]
-            inputs = {"token_ids": tokens_BT, "positions": positions_BT}
-            if arguments["cache"] is not None:
-                inputs["cache"] = arguments["cache"]
-            logits_BV, cache = self._forward(values, inputs, arguments["last"])
-            if arguments["cache"] is None:  # what the graph returned is the prompt's own tokens
-                empty = make_cache(self._backbone, tokens_BT.shape[0], slots)
-                cache = jax.tree.map(lambda n, c: store(n, c, positions_BT), cache, empty)
-            state = {"cache": cache, "keys": arguments["keys"], "step": jnp.int32(0)}
-            state["position"] = jnp.max(positions_BT, axis=1) + 1
-            token_B, seen_BV = _sample(sampler, logits_BV, state, arguments["seen"])
-            return token_B, {**state, "token": token_B, "seen": seen_BV, "step": jnp.int32(1)}
+    def _prefill_program(self, slots: int) -> Program:
+        def prefill(
+            weights: Weights, prompt: Prompt, sampler: Sampler
+        ) -> tuple[jax.Array, DecodeState]:
+            inputs: dict[str, Any] = {"token_ids": prompt.tokens, "positions": prompt.positions}
+            if prompt.cache is not None:
+                inputs["cache"] = prompt.cache
+            logits_BV, cache = self._forward(weights, inputs, prompt.last)
+            if prompt.cache is None:  # the graph returned what it keeps of the prompt's tokens
+                empty = make_cache(self._backbone, prompt.tokens.shape[0], slots)
+                cache = jax.tree.map(
+                    lambda new, slots: store_tokens(new, slots, prompt.positions), cache, empty
+                )
+            seen_BV = jnp.asarray(prompt.seen)
+            token_B, seen_BV = _sample(sampler, logits_BV, prompt.keys, jnp.int32(0), seen_BV)
+            return token_B, DecodeState(
+                token=token_B,
+                position=jnp.max(prompt.positions, axis=1) + 1,
+                step=jnp.int32(1),
+                seen=seen_BV,
+                keys=prompt.keys,
+                cache=cache,
+            )
 
         return prefill
 
     def _decode_program(
-        self, values: Any, state: Any, sampler: Any, done_B: Any, stop_ids: Any, limit: Any
-    ) -> Any:
+        self,
+        weights: Weights,
+        state: DecodeState,
+        sampler: Sampler,
+        done_B: jax.Array,
+        stop_ids: jax.Array,
+        limit: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, DecodeState]:
         """Writes up to `limit` tokens; -1 in rows that are done."""
+        Loop: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, DecodeState]
 
-        def go_on(loop: Any) -> Any:
+        def go_on(loop: Loop) -> jax.Array:
             i, _, done_B, _ = loop
             return (i < limit) & ~jnp.all(done_B)
 
-        def write(loop: Any) -> Any:
+        def write(loop: Loop) -> Loop:
             i, new_BC, done_B, state = loop
-            position_B = jnp.where(done_B, jnp.int32(-1), state["position"])
+            position_B = jnp.where(done_B, jnp.int32(-1), state.position)
             inputs = {
-                "token_ids": state["token"][:, None],
+                "token_ids": state.token[:, None],
                 "positions": position_B[:, None],
-                "cache": state["cache"],
+                "cache": state.cache,
             }
-            first = jnp.zeros_like(state["token"])
-            logits_BV, cache = self._forward(values, inputs, first)
-            token_B, seen_BV = _sample(sampler, logits_BV, state, state["seen"])
+            logits_BV, cache = self._forward(weights, inputs, jnp.zeros_like(state.token))
+            token_B, seen_BV = _sample(sampler, logits_BV, state.keys, state.step, state.seen)
             new_BC = new_BC.at[:, i].set(jnp.where(done_B, jnp.int32(-1), token_B))
-            state = {
-                **state,
-                "cache": cache,
-                "token": token_B,
-                "seen": seen_BV,
-                "step": state["step"] + 1,
-                "position": state["position"] + 1,
-            }
             done_B = done_B | jnp.any(token_B[:, None] == stop_ids, axis=1)
+            position_B = state.position + 1
+            state = DecodeState(token_B, position_B, state.step + 1, seen_BV, state.keys, cache)
             return i + 1, new_BC, done_B, state
 
-        new_BC = jnp.full((done_B.shape[0], CHUNK), -1, "int32")
+        new_BC = jnp.full((done_B.shape[0], TOKENS_PER_RUN), -1, "int32")
         count, new_BC, _, state = jax.lax.while_loop(
             go_on, write, (jnp.int32(0), new_BC, done_B, state)
         )
@@ -188,9 +255,9 @@ class Programs:
 
 
 def _sample(
-    sampler: Sampler, logits_BV: Any, state: dict[str, Any], seen_BV: Any
-) -> tuple[Any, Any]:
-    """Draws a token a row, and notes it as seen."""
-    keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state["keys"], state["step"])
+    sampler: Sampler, logits_BV: jax.Array, keys_B: jax.Array, step: jax.Array, seen_BV: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns a token for each row, and the tokens seen so far with it."""
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, step)
     token_B = sampler(logits_BV, keys_B, seen_BV)
     return token_B, seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)

@@ -1,6 +1,6 @@
 """Samplers: frozen values that turn the logits of one step into one token a row.
 
-A sampler is a list of logit transforms, applied in the order written, and a draw:
+A sampler has a list of logit transforms, which it applies in the order written, and then chooses:
 
 ```python
 Categorical(parts=(RepetitionPenalty(1.1), Temperature(0.7), TopK(50), TopP(0.9)))
@@ -8,48 +8,55 @@ Categorical(parts=(RepetitionPenalty(1.1), Temperature(0.7), TopK(50), TopP(0.9)
 
 Samplers and transforms are JAX pytrees. Their numbers are leaves, which a compiled program takes as
 arguments: another temperature does not recompile, another list of parts does. A transform of your
-own is a frozen dataclass under `@register_part`, with the same standing as those below.
+own is a frozen dataclass under `@register_part`, with the same standing as the built-in ones.
 
 Shape suffixes: B batch, V vocabulary. An axis written 1 is kept for broadcasting.
 """
 
 import dataclasses
 import difflib
-import numbers
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from functional_llm.generation.sampling_math import (
-    draw,
-    integer_probabilities,
-    largest_image,
-    ordered_image,
-    relative_probabilities,
+from functional_llm.generation.logit_transforms import (
+    LogitTransform,
+    MinP,
+    Number,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+    register_part,
 )
+from functional_llm.generation.sampling_math import draw, integer_probabilities
 
-Number = float | jax.Array
-_Class = TypeVar("_Class", bound=type)
-
-
-class LogitTransform(Protocol):
-    """Logits in, logits out, -inf for a removed token; `needs_seen`: whether it reads `seen_BV`."""
-
-    needs_seen: ClassVar[bool]
-
-    def __call__(self, logits_BV: jax.Array, seen_BV: jax.Array | None) -> jax.Array: ...
+__all__ = [
+    "Categorical",
+    "Greedy",
+    "LogitTransform",
+    "MinP",
+    "Number",
+    "RepetitionPenalty",
+    "Sampler",
+    "Temperature",
+    "TopK",
+    "TopP",
+    "get",
+    "make",
+    "register_part",
+]
 
 
 class Sampler(Protocol):
-    """Chooses a token a row, which depends on that row's logits, key and seen tokens only.
+    """Chooses a token for each row, from that row's logits, key and seen tokens only.
 
     Args:
         logits_BV: Floating-point logits of the next token. Sampling computes in float32.
         keys_B: One typed JAX key a row (`jax.random.key`). May be `None` if the draw is not random.
-        seen_BV: Bool, the tokens that occur in the row's prompt or text so far. May be `None`
+        seen_BV: Bool, the tokens that occur in the row's prompt and text so far. May be `None`
             unless `needs_seen` is true.
 
     Returns:
@@ -64,173 +71,25 @@ class Sampler(Protocol):
     ) -> jax.Array: ...
 
 
-def register_part(cls: _Class) -> _Class:
-    """Registers a frozen dataclass as a pytree whose fields are all children.
-
-    Unflattening does not run the constructor, whose checks could not judge a tracer or placeholder.
-    """
-    names = tuple(field.name for field in dataclasses.fields(cls))
-
-    def flatten_with_keys(part: Any) -> tuple[tuple[tuple[Any, Any], ...], None]:
-        keys = (jax.tree_util.GetAttrKey(name) for name in names)
-        return tuple(zip(keys, (getattr(part, name) for name in names), strict=True)), None
-
-    def unflatten(_: None, children: Any) -> Any:
-        part: Any = object.__new__(cls)
-        for name, child in zip(names, children, strict=True):
-            object.__setattr__(part, name, child)
-        return part
-
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
-    return cls
-
-
-@register_part
 @dataclasses.dataclass(frozen=True)
-class RepetitionPenalty:
-    """Divides the positive logits of seen tokens by the penalty and multiplies the negative ones.
+class _TransformingSampler:
+    """Applies its parts to the logits. How the token is then chosen, a subclass says."""
 
-    Args:
-        penalty: Above 0; 1 changes nothing.
-
-    Reference:
-        [CTRL](https://arxiv.org/abs/1909.05858)
-    """
-
-    penalty: Number
-    needs_seen: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _check(self, "penalty", "1.0 changes nothing.")
-
-    def __call__(self, logits_BV: jax.Array, seen_BV: jax.Array | None) -> jax.Array:
-        if seen_BV is None:
-            raise ValueError(
-                "RepetitionPenalty expected `seen_BV`, a bool array of the tokens so far. "
-                "Received: None. Pass it whenever `sampler.needs_seen` is true."
-            )
-        logits_BV = logits_BV.astype(jnp.float32)
-        penalty = jnp.asarray(self.penalty, jnp.float32)
-        penalised_BV = jnp.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
-        return jnp.where(seen_BV, penalised_BV, logits_BV)
-
-
-@register_part
-@dataclasses.dataclass(frozen=True)
-class Temperature:
-    """Divides the logits by the temperature.
-
-    Args:
-        temperature: Above 0. Below 1 sharpens the distribution, above 1 flattens it.
-    """
-
-    temperature: Number
-    needs_seen: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        _check(self, "temperature", 'For the most likely token use sampler="greedy".')
-
-    def __call__(self, logits_BV: jax.Array, seen_BV: jax.Array | None) -> jax.Array:
-        return logits_BV.astype(jnp.float32) / jnp.asarray(self.temperature, jnp.float32)
-
-
-@register_part
-@dataclasses.dataclass(frozen=True)
-class TopK:
-    """Keeps the k largest logits, and what ties with the smallest of them.
-
-    Args:
-        k: At least 1. With k ≥ V every token stays.
-    """
-
-    k: int | jax.Array
-    needs_seen: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        _check(self, "k", "To keep every token leave TopK out.", whole=True)
-
-    def __call__(self, logits_BV: jax.Array, seen_BV: jax.Array | None) -> jax.Array:
-        logits_BV = logits_BV.astype(jnp.float32)
-        image_BV = ordered_image(logits_BV)
-        k = jnp.minimum(jnp.asarray(self.k, jnp.int32), jnp.int32(logits_BV.shape[-1]))
-
-        def k_are_left(image_B1: jax.Array) -> jax.Array:
-            return jnp.sum(image_BV >= image_B1, axis=-1, keepdims=True, dtype=jnp.int32) >= k
-
-        threshold_B1 = largest_image(k_are_left, logits_BV.shape[0])
-        return jnp.where(image_BV >= threshold_B1, logits_BV, -jnp.inf)
-
-
-@register_part
-@dataclasses.dataclass(frozen=True)
-class TopP:
-    """Keeps the fewest most likely tokens that together have a probability of p, at least one.
-
-    What ties with the last of them stays too.
-
-    Args:
-        p: Above 0 and at most 1. With 1 every token stays.
-
-    Reference:
-        [The Curious Case of Neural Text Degeneration](https://arxiv.org/abs/1904.09751)
-    """
-
-    p: Number
-    tail: Number = dataclasses.field(init=False, repr=False, compare=False)
-    needs_seen: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        _check(self, "p", "To keep every token leave TopP out.", largest=1)
-        # Taken in double precision: 1 - float32(p) is off by more than a rare token's probability.
-        object.__setattr__(self, "tail", 1 - self.p)
-
-    def __call__(self, logits_BV: jax.Array, seen_BV: jax.Array | None) -> jax.Array:
-        logits_BV = logits_BV.astype(jnp.float32)
-        image_BV = ordered_image(logits_BV)
-        relative_BV = relative_probabilities(logits_BV)
-        tail = jnp.asarray(self.tail, jnp.float32)
-        tail_B1 = tail * jnp.sum(relative_BV, axis=-1, keepdims=True)
-
-        def tail_is_below(image_B1: jax.Array) -> jax.Array:
-            below_BV = jnp.where(image_BV < image_B1, relative_BV, jnp.float32(0))
-            return jnp.sum(below_BV, axis=-1, keepdims=True) <= tail_B1
-
-        threshold_B1 = largest_image(tail_is_below, logits_BV.shape[0])
-        # A tiny p leaves a tail of everything: the most likely token stays all the same.
-        threshold_B1 = jnp.minimum(threshold_B1, jnp.max(image_BV, axis=-1, keepdims=True))
-        return jnp.where((image_BV >= threshold_B1) | (tail <= 0), logits_BV, -jnp.inf)
-
-
-@register_part
-@dataclasses.dataclass(frozen=True)
-class MinP:
-    """Keeps the tokens at least p times as likely as the most likely one.
-
-    Args:
-        p: Above 0 and at most 1.
-
-    Reference:
-        [Min-p sampling](https://arxiv.org/abs/2407.01082)
-    """
-
-    p: Number
-    needs_seen: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        _check(self, "p", "To keep every token leave MinP out.", largest=1)
-
-    def __call__(self, logits_BV: jax.Array, seen_BV: jax.Array | None) -> jax.Array:
-        logits_BV = logits_BV.astype(jnp.float32)
-        keep_BV = relative_probabilities(logits_BV) >= jnp.asarray(self.p, jnp.float32)
-        return jnp.where(keep_BV, logits_BV, -jnp.inf)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Chain:
     parts: tuple[LogitTransform, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_parts(self)
+        parts = self.parts
+        is_right = isinstance(parts, tuple | list) and all(
+            callable(part) and hasattr(part, "needs_seen") and not jax.tree_util.all_leaves([part])
+            for part in parts
+        )
+        if not is_right:
+            raise ValueError(
+                f"{type(self).__name__} expected `parts` to be a tuple of logit transforms, such "
+                f"as `parts=(Temperature(0.7),)`. Received: {parts!r}. A transform of your own is "
+                "a frozen dataclass with `needs_seen` and `__call__`, under `@register_part`."
+            )
+        object.__setattr__(self, "parts", tuple(parts))
 
     @property
     def needs_seen(self) -> bool:
@@ -251,7 +110,7 @@ class _Chain:
 
 @register_part
 @dataclasses.dataclass(frozen=True)
-class Greedy(_Chain):
+class Greedy(_TransformingSampler):
     """The token with the largest logit after the parts; the lowest id of those that tie.
 
     Args:
@@ -271,7 +130,7 @@ class Greedy(_Chain):
 
 @register_part
 @dataclasses.dataclass(frozen=True)
-class Categorical(_Chain):
+class Categorical(_TransformingSampler):
     """A token drawn with the probabilities that the logits have after the parts.
 
     Args:
@@ -289,7 +148,7 @@ class Categorical(_Chain):
         return draw(integer_probabilities(self.transform(logits_BV, seen_BV)), keys_B)
 
 
-_PARTS: dict[str, Callable[[Any], LogitTransform]] = {
+_PARTS: dict[str, Callable[[Any], LogitTransform]] = {  # by the name of their number, in order
     "repetition_penalty": RepetitionPenalty,
     "temperature": Temperature,
     "top_k": TopK,
@@ -305,7 +164,7 @@ def make(
     min_p: Number | None = None,
     repetition_penalty: Number | None = None,
 ) -> Categorical:
-    """Makes a random sampler of the numbers that are given, its parts in the order of Transformers.
+    """Makes a random sampler with a part for each given number, in the order of Transformers.
 
     Args:
         temperature: Of `Temperature`.
@@ -332,7 +191,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def get(identifier: str | Sampler, **numbers: Any) -> Sampler:
+def get(identifier: str | Sampler, **numbers: Number | None) -> Sampler:
     """Finds a sampler by its name.
 
     Args:
@@ -369,44 +228,5 @@ def get(identifier: str | Sampler, **numbers: Any) -> Sampler:
             f"{', '.join(unknown)}. Leave them out or choose another sampler."
         )
     given = {name: value for name, value in numbers.items() if value is not None}
-    chain = make(**(_DEFAULTS[identifier] | given))
-    return Greedy(chain.parts) if identifier == "greedy" else chain
-
-
-def _check(
-    part: Any, field: str, advice: str, largest: float = np.inf, whole: bool = False
-) -> None:
-    """Checks a number that Python holds; arrays and tracers pass as they are."""
-    value = getattr(part, field)
-    if isinstance(value, jax.Array):
-        return
-    kind = numbers.Integral if whole else numbers.Real
-    is_right = isinstance(value, kind) and not isinstance(value, bool)
-    if is_right:
-        with np.errstate(over="ignore"):
-            rounded = np.float32(value)  # what the program will receive: 1e-50 is 0 there
-        is_right = bool(0 < rounded < np.inf) and value <= (2**31 - 1 if whole else largest)
-    if not is_right:
-        expected = "an integer of at least 1" if whole else "a finite number above 0"
-        at_most = "" if np.isinf(largest) else f" and at most {largest}"
-        raise ValueError(
-            f"{type(part).__name__} expected `{field}` to be {expected}{at_most}. "
-            f"Received: {value!r}. {advice}"
-        )
-    # One Python type for every spelling, so that 1 and np.float64(1) share a compiled program.
-    object.__setattr__(part, field, int(value) if whole else float(value))
-
-
-def _check_parts(sampler: Any) -> None:
-    parts = sampler.parts
-    is_right = isinstance(parts, tuple | list) and all(
-        callable(part) and hasattr(part, "needs_seen") and not jax.tree_util.all_leaves([part])
-        for part in parts
-    )
-    if not is_right:
-        raise ValueError(
-            f"{type(sampler).__name__} expected `parts` to be a tuple of logit transforms, such as "
-            f"`parts=(Temperature(0.7),)`. Received: {parts!r}. A transform of your own is a "
-            "frozen dataclass with `needs_seen` and `__call__`, under `@register_part`."
-        )
-    object.__setattr__(sampler, "parts", tuple(parts))
+    sampler = make(**(_DEFAULTS[identifier] | given))
+    return Greedy(sampler.parts) if identifier == "greedy" else sampler

@@ -13,7 +13,8 @@ _BLOCK = 256
 
 
 def ordered_image(logits_BV: jax.Array) -> jax.Array:
-    """Float32 as uint32 in the same order: the sign bit set, or all bits turned if it was set."""
+    """Returns float32 numbers as uint32 in the same order."""
+    # The sign bit of positive numbers is set; all bits of negative ones are flipped.
     logits_BV = jnp.where(logits_BV == 0, jnp.float32(0), logits_BV)  # -0.0 equals 0.0
     bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
     sign = jnp.uint32(1 << 31)
@@ -21,9 +22,9 @@ def ordered_image(logits_BV: jax.Array) -> jax.Array:
 
 
 def largest_image(holds: Callable[[jax.Array], jax.Array], batch_size: int) -> jax.Array:
-    """Finds each row's largest uint32 for which `holds`, which is true up to some number only."""
+    """Returns each row's largest uint32 for which `holds`, which must be true up to some number."""
 
-    # One reduction over the vocabulary a bit: a sort of 49152 logits takes twenty times as long.
+    # One reduction over the vocabulary a bit: to sort 49152 logits takes twenty times as long.
     def add_bit(step: jax.Array, image_B1: jax.Array) -> jax.Array:
         candidate_B1 = image_B1 | (jnp.uint32(1 << 31) >> step.astype(jnp.uint32))
         return jnp.where(holds(candidate_B1), candidate_B1, image_B1)
@@ -32,23 +33,24 @@ def largest_image(holds: Callable[[jax.Array], jax.Array], batch_size: int) -> j
 
 
 def relative_probabilities(logits_BV: jax.Array) -> jax.Array:
-    """Probabilities divided by the largest one."""
+    """Returns the probabilities divided by the largest one."""
     top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     # The top is 1 even where a tiny temperature made it infinite.
     return jnp.where(logits_BV == top_B1, jnp.float32(1), jnp.exp(logits_BV - top_B1))
 
 
 def integer_probabilities(logits_BV: jax.Array) -> jax.Array:
-    """Probabilities in units of 2^-31, as uint32; a token rarer than 2^-32 counts as impossible."""
-    # Their sums are exact: a cumulative sum never drifts, and its last entry is the total.
+    """Returns probabilities in units of 2^-31, as uint32; one below 2^-32 becomes 0."""
+    # Sums of integers are exact, so that the last entry of a cumulative sum is the total.
     relative_BV = relative_probabilities(logits_BV)
     scale_B1 = jnp.float32(2**31) / jnp.sum(relative_BV, axis=-1, keepdims=True)
     return jnp.round(relative_BV * scale_B1).astype(jnp.uint32)
 
 
 def draw(mass_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
-    """Draws by inverting the cumulative sum: first the block, then the token within it."""
-    # One random number a row. `jax.random.categorical` needs V of them, and ten times as long.
+    """Draws a token for each row, with these probabilities."""
+    # By inverting the cumulative sum, first for the block, then for the token within it. That takes
+    # one random number a row; `jax.random.categorical` takes V of them, and ten times as long.
     padding = -mass_BV.shape[-1] % _BLOCK
     mass_BCW = jnp.pad(mass_BV, ((0, 0), (0, padding))).reshape(mass_BV.shape[0], -1, _BLOCK)
     end_BC = jnp.cumsum(jnp.sum(mass_BCW, axis=-1), axis=-1)
@@ -62,6 +64,6 @@ def draw(mass_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
     start_B1 = jnp.take_along_axis(end_BC, block_B1, axis=1) - jnp.sum(mass_BW, -1, keepdims=True)
     end_BW = start_B1 + jnp.cumsum(mass_BW, axis=-1)
     token_B1 = jnp.sum(end_BW <= point_B1, axis=-1, keepdims=True, dtype=jnp.int32)
-    # NaN logits have no sum to draw from; an id outside the vocabulary would do harm further on.
+    # NaN logits have no sum to draw from; they must not give an id outside the vocabulary.
     last = jnp.int32(mass_BV.shape[-1] - 1)
     return jnp.clip(block_B1 * jnp.int32(_BLOCK) + token_B1, 0, last)[:, 0]

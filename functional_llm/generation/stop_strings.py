@@ -1,4 +1,4 @@
-"""From new ids to text: characters whole, stop strings held back until they are certain."""
+"""From new ids to text, in whole characters, up to a stop string."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,22 @@ from functional_llm.tokenizers import TextTokenizer
 
 
 class StoppingDecoder:
-    """One row's text: ids in, text out, up to a stop string that may span tokens."""
+    """Decodes the ids of one row as they come, up to a stop string, which may span tokens.
+
+    The end of a text may be the beginning of a stop string. It is held back until the next ids show
+    whether it is one.
+
+    Args:
+        tokenizer: What decodes.
+        stop: A stop string or several.
+        continues: Whether the text goes on from another one, as for `tokenizer.stream_decoder`.
+
+    Attributes:
+        stopped: Whether a stop string was found.
+
+    Raises:
+        ValueError: If a stop string is empty, or not a string.
+    """
 
     def __init__(
         self, tokenizer: TextTokenizer, stop: str | Sequence[str], continues: bool
@@ -20,11 +35,11 @@ class StoppingDecoder:
         self._held = ""
 
     def push(self, ids: list[int]) -> str:
-        """Returns the text that is certain: no stop string can begin in it."""
+        """Returns the text up to now that cannot belong to a stop string."""
         return "" if self.stopped else self._take(self._decoder.push(ids), final=False)
 
     def finish(self) -> str:
-        """Returns what was held back."""
+        """Returns the text that was held back: no ids come any more."""
         return "" if self.stopped else self._take(self._decoder.finish(), final=True)
 
     def _take(self, text: str, final: bool) -> str:
@@ -39,6 +54,6 @@ class StoppingDecoder:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of the text could be the beginning of the stop string."""
+    """Returns how many characters at the end of the text could begin the stop string."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,18 +1,22 @@
-"""The three layers that depend on whether an input is there. Everything else is stock Keras.
+"""The three layers that depend on whether an input is given. All other layers are stock Keras.
 
 Shapes: B batch, T query tokens, S key slots, N query heads, K key/value heads, G = N / K queries
 per key head, H head size.
 
-A *slot* holds the key and value of one token, and carries that token's position as a tag: -1 if
-the slot is empty. A query sees a slot by comparing positions, nothing else: so padding, ragged
+A *slot* holds the key and value of one token, and that token's position: -1 if the slot is empty.
+Whether a query sees a slot depends on their positions (and segments) alone, so that padding, ragged
 batches, chunks and rings need no masks of their own. A padding token has position -1: it sees
-nothing, and nobody sees it.
+nothing, and no token sees it.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 from keras import ops, tree
+
+from functional_llm.graph.types import JSON, Nested, Tensor
+from functional_llm.layers.cache import store_token, store_tokens
 
 PACKAGE = "functional_llm"
 
@@ -22,20 +26,20 @@ class AttentionMask(keras.layers.Layer):
     """Which slots each query token sees: causal, within a window, within its own segment.
 
     Args:
-        window: Number of positions a token sees, itself included; `None` for all before it.
+        window: Number of positions a token sees, itself included; `None` for all up to itself.
     """
 
     def __init__(self, window: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.window = window
 
-    def call(self, inputs: dict[str, Any]) -> Any:
+    def call(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Compares positions.
 
         Args:
             inputs: `query_positions` (B, T) int32; `slot_positions` (B, S) int32, -1 where empty;
-                `segment_ids` (B, T) int32 or `None`: packed examples do not see each other
-                (only where the slots are the query tokens themselves).
+                `segment_ids` (B, T) int32 or `None`: a token sees only its own segment. With
+                segments, the slots must be the query tokens themselves.
 
         Returns:
             Boolean mask (B, T, S).
@@ -51,11 +55,11 @@ class AttentionMask(keras.layers.Layer):
             mask_BTS = ops.logical_and(mask_BTS, same_BTT)
         return mask_BTS
 
-    def compute_output_spec(self, inputs: dict[str, Any]) -> keras.KerasTensor:
+    def compute_output_spec(self, inputs: Mapping[str, Tensor]) -> keras.KerasTensor:
         batch, queries = inputs["query_positions"].shape
         return keras.KerasTensor((batch, queries, inputs["slot_positions"].shape[1]), dtype="bool")
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> JSON:
         return {**super().get_config(), "window": self.window}
 
 
@@ -63,11 +67,11 @@ class AttentionMask(keras.layers.Layer):
 class KVCacheLookup(keras.layers.Layer):
     """Joins what was computed for the new tokens with what the cache holds of earlier ones.
 
-    The token at position p belongs into slot p modulo the number of slots. A cache with fewer
-    slots than tokens is thereby a ring that keeps the latest ones. Padding is not stored.
+    The token at position p belongs in slot p modulo the number of slots, so that a cache with fewer
+    slots than tokens is a ring, which keeps the latest ones. Padding is not stored.
     """
 
-    def call(self, inputs: dict[str, Any]) -> tuple[Any, Any]:
+    def call(self, inputs: Mapping[str, Nested]) -> tuple[Nested, Nested]:
         """Looks up and stores.
 
         Args:
@@ -79,74 +83,33 @@ class KVCacheLookup(keras.layers.Layer):
             What the queries may look at, (B, S', ...), and the cache after the new tokens. Without
             a cache both are the new tokens (S' = T). With one new token both are the updated
             cache (S' = S). With several, the queries look at the old cache and the new tokens side
-            by side (S' = S + T), for a ring may lose in this very call what the first of them
-            still see.
+            by side (S' = S + T): storing the last of them in a ring may overwrite what the first
+            of them still see.
         """
         new, cache = inputs["new"], inputs["cache"]
         if all(x is None for x in tree.flatten(cache)):
             return new, new
         positions_BT = inputs["positions"]
         if positions_BT.shape[1] == 1:
-            updated = tree.map_structure(lambda n, c: _store_one(n, c, positions_BT), new, cache)
+            updated = tree.map_structure(lambda n, c: store_token(n, c, positions_BT), new, cache)
             return updated, updated
         visible = tree.map_structure(lambda n, c: ops.concatenate([c, n], axis=1), new, cache)
-        updated = tree.map_structure(lambda n, c: store(n, c, positions_BT), new, cache)
+        updated = tree.map_structure(lambda n, c: store_tokens(n, c, positions_BT), new, cache)
         return visible, updated
 
-    def compute_output_spec(self, inputs: dict[str, Any]) -> tuple[Any, Any]:
+    def compute_output_spec(self, inputs: Mapping[str, Nested]) -> tuple[Nested, Nested]:
         new, cache = inputs["new"], inputs["cache"]
         if all(x is None for x in tree.flatten(cache)):
             cache = new
         return tree.map_structure(_unknown_slots, new), tree.map_structure(_same_spec, cache)
 
 
-def _same_spec(x: Any) -> keras.KerasTensor:
+def _same_spec(x: Tensor) -> keras.KerasTensor:
     return keras.KerasTensor(x.shape, x.dtype)
 
 
-def _unknown_slots(x: Any) -> keras.KerasTensor:
+def _unknown_slots(x: Tensor) -> keras.KerasTensor:
     return keras.KerasTensor((x.shape[0], None, *x.shape[2:]), x.dtype)
-
-
-def _store_one(new: Any, cache: Any, positions_B1: Any) -> Any:
-    """Writes one token a row in place; where it is padding, what was there is written back."""
-    batch, slots = ops.shape(cache)[:2]
-    position_B = positions_B1[:, 0]
-    index_B2 = ops.stack([ops.arange(batch, dtype="int32"), position_B % slots], axis=1)
-    old = ops.take_along_axis(
-        cache, ops.reshape(index_B2[:, 1], (batch, 1) + (1,) * (cache.ndim - 2)), axis=1
-    )
-    keep = ops.reshape(position_B >= 0, (batch,) + (1,) * (cache.ndim - 1))
-    value = ops.where(keep, ops.cast(new, cache.dtype), old)
-    return ops.scatter_update(cache, index_B2, value[:, 0])
-
-
-def store(new: Any, cache: Any, positions_BT: Any) -> Any:
-    """Fills every slot with the last new token that belongs there, if any does.
-
-    By gathering rather than scattering: two tokens of one call may belong into the same slot of
-    a ring, and which write of a scatter comes last is not defined.
-
-    Args:
-        new: (B, T, ...).
-        cache: (B, S, ...).
-        positions_BT: Positions of the new tokens, -1 for padding.
-
-    Returns:
-        (B, S, ...), in the cache's dtype.
-    """
-    slots = ops.shape(cache)[1]
-    latest_B1 = ops.max(positions_BT, axis=1, keepdims=True)
-    stays_BT = ops.logical_and(positions_BT >= 0, positions_BT > latest_B1 - slots)
-    slot_BT = ops.where(stays_BT, positions_BT % slots, -1)
-    hits_BST = ops.expand_dims(slot_BT, 1) == ops.reshape(
-        ops.arange(slots, dtype="int32"), (1, slots, 1)
-    )
-    trailing = (1,) * (cache.ndim - 2)
-    source_BS = ops.reshape(ops.argmax(hits_BST, axis=2), (-1, slots, *trailing))
-    filled_BS = ops.reshape(ops.any(hits_BST, axis=2), (-1, slots, *trailing))
-    moved = ops.take_along_axis(ops.cast(new, cache.dtype), source_BS, axis=1)
-    return ops.where(filled_BS, moved, cache)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -170,12 +133,12 @@ class AttentionDotProduct(keras.layers.Layer):
         self.scale = scale
         self.soft_cap = soft_cap
 
-    def call(self, inputs: dict[str, Any]) -> Any:
+    def call(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Attends.
 
         Args:
-            inputs: `query` (B, T, N, H); `key` and `value` (B, S, K, H), query head n uses
-                key head n // G; `mask` (B, T, S) boolean.
+            inputs: `query` (B, T, N, H); `key` and `value` (B, S, K, H), of which query head n uses
+                head n // G; `mask` (B, T, S) boolean.
 
         Returns:
             (B, T, N, H).
@@ -185,21 +148,21 @@ class AttentionDotProduct(keras.layers.Layer):
         groups = q_BTNH.shape[2] // kv_heads
         q_BTKGH = _reshape(q_BTNH, (kv_heads, groups, head_dim))
         scale = head_dim**-0.5 if self.scale is None else self.scale
-        # Keys and values first: in the other order `jnp.einsum` makes the result turned round
-        # and transposes it, all the scores here. So it would if groups came before tokens.
+        # With keys and values first, and tokens before groups, `jnp.einsum` computes the result in
+        # the order that is written. In other orders it transposes the result: all the scores here.
         scores_BKTGS = ops.einsum("bskh,btkgh->bktgs", k_BSKH, q_BTKGH * scale)
         # Softmax in float32 whatever the model's precision, as the reference implementations do.
         scores_BKTGS = ops.cast(scores_BKTGS, "float32")
         if self.soft_cap is not None:
             scores_BKTGS = ops.tanh(scores_BKTGS / self.soft_cap) * self.soft_cap
         mask_B1T1S = ops.expand_dims(inputs["mask"], (1, 3))
-        # Finite, so that a padding token, which sees nothing, gives numbers and not NaN.
+        # A finite number: a padding token sees nothing, and its softmax would be NaN with -inf.
         scores_BKTGS = ops.where(mask_B1T1S, scores_BKTGS, -1e30)
-        # Softmax, divided after the product: the sum over slots is all that the gradient needs,
-        # and what is divided is small. The maximum only keeps the exponentials in range.
+        # The softmax is divided after the product with the values: the product is small, and the
+        # gradient needs no more than the sums. The maximum only keeps the exponentials in range.
         highest_BKTG1 = ops.max(ops.stop_gradient(scores_BKTGS), axis=-1, keepdims=True)
-        # Rounded first and summed up then, in float32: what is divided by is the sum of the very
-        # weights that are multiplied with, and the unrounded ones never go to memory.
+        # The divisor is the sum, in float32, of the rounded weights, for those are multiplied with
+        # the values. So the unrounded weights never go to memory.
         weights_BKTGS = ops.cast(ops.exp(scores_BKTGS - highest_BKTG1), v_BSKH.dtype)
         sums_BKTG = ops.sum(ops.cast(weights_BKTGS, "float32"), axis=-1)
         attended_BTKGH = ops.einsum("bskh,bktgs->btkgh", v_BSKH, weights_BKTGS)
@@ -208,16 +171,17 @@ class AttentionDotProduct(keras.layers.Layer):
         attended_BTKGH = ops.cast(attended_BTKGH, v_BSKH.dtype)
         return _reshape(attended_BTKGH, (kv_heads * groups, v_BSKH.shape[3]))
 
-    def compute_output_spec(self, inputs: dict[str, Any]) -> keras.KerasTensor:
+    def compute_output_spec(self, inputs: Mapping[str, Tensor]) -> keras.KerasTensor:
         shape = (*inputs["query"].shape[:3], inputs["value"].shape[3])
         return keras.KerasTensor(shape, dtype=self.compute_dtype)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> JSON:
         return {**super().get_config(), "scale": self.scale, "soft_cap": self.soft_cap}
 
 
-def _reshape(x: Any, sizes: tuple[int, ...]) -> Any:
-    """Returns (B, T, *sizes). Symbolically `ops.reshape` cannot leave both B and T open."""
+def _reshape(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Returns (B, T, *sizes)."""
+    # Of a KerasTensor, `ops.reshape` cannot leave both B and T open.
     if isinstance(x, keras.KerasTensor):
         return keras.layers.Reshape((-1, *sizes), dtype=x.dtype)(x)
     return ops.reshape(x, (*ops.shape(x)[:2], *sizes))

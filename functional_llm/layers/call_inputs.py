@@ -1,50 +1,54 @@
-"""What a language model is called with: checked, and completed.
+"""The inputs that a language model is called with: checked and completed.
 
 Shapes: B batch, T tokens.
 """
 
-from typing import Any
+from collections.abc import Mapping
 
 import keras
 import numpy as np
 from keras import ops, tree
 
-from functional_llm.layers.cache import latest_position
+from functional_llm.graph.types import Nested, Tensor
+from functional_llm.layers.cache import Cache, latest_position
 
 
-def as_tensors(inputs: Any) -> Any:
+def as_tensors(inputs: Nested) -> Nested:
     """Returns nested inputs without NumPy arrays: Keras refuses a mixture of those and tensors."""
 
-    def convert(x: Any) -> Any:
+    def convert(x: Tensor) -> Tensor:
         return x if x is None or isinstance(x, keras.KerasTensor) else ops.convert_to_tensor(x)
 
     return tree.map_structure(convert, inputs)
 
 
-def complete_inputs(specs: dict[str, Any], vocabulary_size: int, inputs: Any) -> dict[str, Any]:
+def complete_inputs(
+    specs: Mapping[str, Nested], vocabulary_size: int, inputs: Nested
+) -> dict[str, Nested]:
     """Returns the full dict of inputs: positions filled in, `None` for what is absent.
 
     Args:
         specs: The symbolic inputs of the graph.
-        vocabulary_size: Token ids are below.
+        vocabulary_size: Token ids must be below it.
         inputs: Token ids (B, T), or a dict with `token_ids` and any optional inputs.
 
     Raises:
-        ValueError: At an unknown key, a wrong rank, token ids that are no integers or out of range,
-            or a cache together with segment ids.
+        ValueError: If a key is unknown, a shape is wrong, token ids are not integers or out of
+            range, or a cache comes together with segment ids.
     """
     given = dict(inputs) if isinstance(inputs, dict) else {"token_ids": inputs}
     unknown = sorted(set(given) - set(specs))
     if unknown or given.get("token_ids") is None:
         raise ValueError(f"Expected token_ids and any of {list(specs)}, received {sorted(given)}.")
-    token_ids = _check_tokens(given["token_ids"], vocabulary_size)
+    token_ids = _checked_token_ids(given["token_ids"], vocabulary_size)
     cache, positions = given.get("cache"), given.get("positions")
     if cache is not None and given.get("segment_ids") is not None:
         raise ValueError(
             "Expected `segment_ids` or `cache`, received both: a cache does not keep the segments "
             "of its tokens. Pack examples for training, without a cache."
         )
-    _check_beside(token_ids, positions, cache, specs)
+    _check_positions(positions, token_ids)
+    _check_cache(cache, specs["cache"], token_ids.shape[0])
     if positions is None:
         positions = _default_positions(token_ids, cache)
     empty = tree.map_structure(lambda _: None, specs["cache"])
@@ -56,16 +60,17 @@ def complete_inputs(specs: dict[str, Any], vocabulary_size: int, inputs: Any) ->
     }
 
 
-def _check_tokens(token_ids: Any, vocabulary_size: int) -> Any:
+def _checked_token_ids(token_ids: Tensor, vocabulary_size: int) -> Tensor:
+    """Returns the token ids as int32."""
     shape, dtype = getattr(token_ids, "shape", ()), getattr(token_ids, "dtype", None)
     if len(shape) != 2 or not keras.backend.is_int_dtype(dtype):
         raise ValueError(
             "Expected token_ids, an array of shape (batch, tokens) and an integer dtype, received "
             f"a {type(token_ids).__name__} of shape {tuple(shape)}, dtype {dtype}."
         )
-    numbers = _numbers(token_ids)
-    if numbers is not None and numbers.size:
-        lowest, highest = int(numbers.min()), int(numbers.max())
+    ids = _values(token_ids)
+    if ids is not None and ids.size:
+        lowest, highest = int(ids.min()), int(ids.max())
         if lowest < 0 or highest >= vocabulary_size:
             raise ValueError(
                 f"Expected token ids from 0 to {vocabulary_size - 1}, received ids from {lowest} "
@@ -74,36 +79,38 @@ def _check_tokens(token_ids: Any, vocabulary_size: int) -> Any:
     return ops.cast(token_ids, "int32")
 
 
-def _check_beside(token_ids: Any, positions: Any, cache: Any, specs: dict[str, Any]) -> None:
-    """Compares what comes along with the token ids."""
+def _check_positions(positions: Tensor | None, token_ids: Tensor) -> None:
     shape = tuple(token_ids.shape)
     if positions is not None and tuple(positions.shape) != shape:
         raise ValueError(
             f"Expected positions of the shape of token_ids, {shape}, received "
             f"{tuple(positions.shape)}."
         )
+
+
+def _check_cache(cache: Cache | None, spec: Nested, batch: int | None) -> None:
     if cache is None:
         return
-    same = isinstance(cache, dict) and set(cache) == set(specs["cache"])
+    same = isinstance(cache, dict) and set(cache) == set(spec)
     rows = next(iter(cache.values()))["positions"].shape[0] if same else None
-    if rows is None or None not in (rows, shape[0]) and rows != shape[0]:
+    if rows is None or None not in (rows, batch) and rows != batch:
         raise ValueError(
-            f"Expected a cache of `make_cache` or of an earlier call, for {shape[0]} rows, "
+            f"Expected a cache of `make_cache` or of an earlier call, for {batch} rows, "
             f"received one for {rows} with the keys {sorted(cache)}."
         )
 
 
-def _numbers(x: Any) -> np.ndarray | None:
-    """The numbers of an array; `None` where only its shape is known."""
+def _values(x: Tensor) -> np.ndarray | None:
+    """Returns the values of an array; `None` while only its shape is known."""
     if isinstance(x, keras.KerasTensor):
         return None
     try:
         return ops.convert_to_numpy(x)
-    except (TypeError, NotImplementedError, RuntimeError):  # traced by a compiler
+    except (TypeError, NotImplementedError, RuntimeError):  # while a compiler traces
         return None
 
 
-def _default_positions(token_ids: Any, cache: Any) -> Any:
+def _default_positions(token_ids: Tensor, cache: Cache | None) -> Tensor:
     batch, length = ops.shape(token_ids)
     positions_1T = ops.expand_dims(ops.arange(length, dtype="int32"), 0)
     if cache is None:

@@ -1,0 +1,92 @@
+"""The arguments of a generation: checked, and turned into lists and arrays.
+
+Shapes: B rows.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+from typing import Any
+
+import jax
+import numpy as np
+
+_STOP_IDS = 8  # stop ids are padded to a multiple of this, so that few programs serve all numbers
+
+
+def check_request(
+    rows: Sequence[Sequence[int]], max_new_tokens: int, vocabulary_size: int, context: int | None
+) -> None:
+    """Checks prompts and the number of new tokens.
+
+    Args:
+        rows: Token ids of each prompt.
+        max_new_tokens: Most tokens to write.
+        vocabulary_size: Token ids must be below it.
+        context: Most tokens of prompt and text together; `None` for no limit.
+
+    Raises:
+        ValueError: If there is no prompt, one is empty, has other ids or is too long, or the number
+            is not a whole number above 0.
+    """
+    if not is_whole(max_new_tokens) or max_new_tokens < 1:
+        raise ValueError(f"Expected max_new_tokens of at least 1, received {max_new_tokens!r}.")
+    if not rows:
+        raise ValueError("Expected at least one prompt, received an empty list.")
+    for i, row in enumerate(rows):
+        if not row:
+            raise ValueError(f"Prompt {i} is empty. Expected at least one token.")
+        check_ids(f"Prompt {i}", row, vocabulary_size)
+        if context is not None and len(row) + max_new_tokens > context:
+            raise ValueError(
+                f"Prompt {i} has {len(row)} tokens, {max_new_tokens} more are asked for; the "
+                f"model's context holds {context}. Shorten the prompt or ask for fewer."
+            )
+
+
+def check_ids(name: str, ids: Sequence[int], vocabulary_size: int) -> None:
+    """Checks that ids are in the vocabulary; `name` begins the message."""
+    wrong = [x for x in ids if not (is_whole(x) and 0 <= x < vocabulary_size)]
+    if wrong:
+        raise ValueError(
+            f"{name}: expected token ids from 0 to {vocabulary_size - 1}, received {wrong[:5]}."
+        )
+
+
+def as_rows(prompts: Iterable[Iterable[int]]) -> list[list[int]]:
+    """Returns rows of ids as lists, whatever arrays or sequences they were."""
+    rows: Iterable[Any] = prompts if hasattr(prompts, "__iter__") else [prompts]
+    return [as_ids(f"Prompt {i}", row) for i, row in enumerate(rows)]
+
+
+def as_ids(name: str, ids: Iterable[int]) -> list[int]:
+    """Returns ids as a list; `name` begins the message if they are not one row."""
+    given: Any = list(ids) if isinstance(ids, (set, frozenset)) else ids
+    if isinstance(given, str) or np.ndim(given) != 1:
+        raise ValueError(
+            f"{name}: expected a list of token ids, received {ids!r:.100}. Prompts are a list of "
+            "such lists, also where there is only one."
+        )
+    return np.asarray(given).tolist()
+
+
+def padded_stop_ids(ids: Sequence[int]) -> np.ndarray:
+    """Returns stop ids as int32, padded with -1."""
+    return np.array([*ids, *[-1] * (_STOP_IDS - len(ids) % _STOP_IDS)], "int32")
+
+
+def make_keys(seed: int | Sequence[int] | None, num_rows: int) -> jax.Array:
+    """Returns a random key for each row, (B,): of `seed + i`, or of its own seed."""
+    seeds: Any = int.from_bytes(os.urandom(4), "little") if seed is None else seed
+    if is_whole(seeds):
+        seeds = [int(seeds) + i for i in range(num_rows)]
+    if np.ndim(seeds) != 1 or len(seeds) != num_rows or not all(map(is_whole, seeds)):
+        raise ValueError(
+            f"Expected an integer seed, or one for each of {num_rows} rows, received {seed!r}."
+        )
+    return jax.vmap(jax.random.key)(np.array([int(s) % 2**32 for s in seeds], "uint32"))
+
+
+def is_whole(x: object) -> bool:
+    """Whether x is an integer of any type; True and False are not."""
+    return isinstance(x, Integral) and not isinstance(x, bool)

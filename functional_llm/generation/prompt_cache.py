@@ -1,0 +1,36 @@
+"""The cache of a conversation, which the next turn reuses."""
+
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+from functional_llm.layers.cache import Cache, can_truncate, truncate_cache
+
+
+@dataclass
+class PromptCache:
+    """What a conversation keeps between its turns: the tokens of one row, and their cache.
+
+    Args:
+        ids: The tokens so far, prompts and answers.
+        cache: The cache that holds them; `None` before the first turn.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    cache: Cache | None = None
+
+    def reuse(self, row: list[int]) -> tuple[int, Cache | None]:
+        """Gives up the cache, as far as its tokens agree with those of a new row.
+
+        Args:
+            row: The ids of the new turn, earlier turns included.
+
+        Returns:
+            How many of the row's tokens are in the cache, and the cache; `None` if no token is. At
+            least one token is left out: the model must be fed one to give logits.
+        """
+        pairs = zip(self.ids, row[:-1], strict=False)
+        known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        cache, self.ids, self.cache = self.cache, list(row), None
+        if cache is None or known == 0 or not can_truncate(cache, known):
+            return 0, None
+        return known, truncate_cache(cache, known)
