@@ -9,7 +9,6 @@ from functional_llm.blocks.rope import RopeScaling
 from functional_llm.graph.types import JSON
 
 Row: TypeAlias = tuple[str, str, str]
-ModelConfig: TypeAlias = Any  # the frozen `Config` of a family
 
 
 @dataclass(frozen=True, kw_only=True)

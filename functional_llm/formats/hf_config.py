@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, get_args, get_type_hints
 
-from functional_llm.backbones.family import Family, ModelConfig
+from functional_llm.backbones.family import DecoderConfig, Family, ModelConfig
 from functional_llm.formats.rope_config import (
     LAYER_TYPES,
     SCALINGS,
@@ -156,7 +156,7 @@ def write_config(config: ModelConfig, family: Family, dtype: str) -> JSON:
         if field is not None:
             value = getattr(config, field)
             keys[key] = names[value] if field == "activation" else value
-    if _has_rope(family):
+    if isinstance(config, DecoderConfig):
         # The older spelling: all versions of Transformers read it, and so does KerasHub.
         keys["rope_theta"] = config.rope_max_wavelength
         keys["rope_scaling"] = write_rope_scaling(config)
@@ -193,7 +193,7 @@ def decode_config(values: Mapping[str, Any], family: Family) -> ModelConfig:
 def encode_config(config: ModelConfig) -> JSON:
     """Returns the fields of a config as JSON: what `decode_config` reads."""
     values = asdict(config)
-    if values.get("rope_scaling"):
+    if isinstance(config, DecoderConfig) and config.rope_scaling is not None:
         names = {kind: name for name, (kind, _) in SCALINGS.items()}
         values["rope_scaling"]["rope_type"] = names[type(config.rope_scaling)]
     return values

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from functional_llm.backbones.family import ModelConfig
+from functional_llm.backbones.family import DecoderConfig
 from functional_llm.blocks.rope import (
     FrequencyFactors,
     LinearScaling,
@@ -115,7 +115,7 @@ def _read_long_rope(parameters: dict[str, Any]) -> FrequencyFactors:
     return FrequencyFactors(factors=tuple(short))
 
 
-def write_rope_scaling(config: ModelConfig) -> JSON | None:
+def write_rope_scaling(config: DecoderConfig) -> JSON | None:
     """Returns the scaling of a config as Hugging Face's `rope_scaling`."""
     scaling = config.rope_scaling
     if scaling is None:

@@ -57,11 +57,11 @@ class Backbone(Freezable, keras.Model):
         outputs: Nested,
         name: str | None = None,
         *,
-        config: ModelConfig = None,
+        config: ModelConfig | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(inputs=inputs, outputs=outputs, name=name, **kwargs)
-        self.config = config
+        self.config: Any = config  # each family has fields of its own
         self.preset: str | None = None  # the handle that the weights came from
 
     @property

@@ -205,7 +205,7 @@ def load_generator(arguments: argparse.Namespace) -> "TextGenerator":
     """Returns a generator with the model, quantised if asked for, and its tokenizer."""
     from functional_llm.edits.quantization import quantize
     from functional_llm.generation.text_generator import TextGenerator
-    from functional_llm.presets.backbone import Backbone, Tokenizer
+    from functional_llm.presets import Backbone, Tokenizer
 
     backbone = Backbone.from_preset(arguments.preset, dtype=arguments.dtype)
     if arguments.quantize:
