@@ -2,5 +2,5 @@
 
 May import: no other room.
 
-Offers: `replaced` (a folder), `share`, `read_json`, `write_json`.
+Offers: `replaced` (a folder), `replaced_file`, `share`, `read_json`, `write_json`.
 """

@@ -47,6 +47,27 @@ def replaced(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Yields a path beside; what is written there replaces `path` when the block ends.
+
+    The new file is on the disk before it takes the old one's place, with the permissions of any new
+    file. If anything fails, the old file stays as it was and nothing of the new one is left.
+
+    Args:
+        path: The file to replace, or to make.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        share(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def share(path: Path) -> None:
     """Gives a file the permissions of any new file; safetensors keeps all others from reading."""
     path.chmod(0o666 & ~_umask())

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from functional_llm.backbones.family import Family
-from functional_llm.edits.quantization import quantized_paths, without_values
+from functional_llm.edits.quantization import quantized_paths, with_uninitialized_int8
 from functional_llm.files.json_files import read_json, write_json
 from functional_llm.files.replacing import replaced
 from functional_llm.formats.gguf_file import open_gguf
@@ -25,7 +25,7 @@ from functional_llm.graph.freezing import Freezable
 from functional_llm.graph.keras_private import uninitialized
 from functional_llm.layers.call_inputs import as_tensors, complete_inputs
 from functional_llm.peft.adapter import origin_of
-from functional_llm.peft.adapter_config import attach_described, describe_adapters
+from functional_llm.peft.serialization import adapters_to_config, attach_from_config
 from functional_llm.presets.checkpoint import (
     FAMILIES,
     TOKEN_IDS,
@@ -163,14 +163,14 @@ class Backbone(Freezable, keras.Model):
         config = decode_config(description["config"], family)
         with uninitialized() if load_weights else nullcontext():
             backbone = cls._build(family, config, dtype)
-        backbone = without_values(backbone, description.get("quantized", []))
+        backbone = with_uninitialized_int8(backbone, description.get("quantized", []))
         if not load_weights:
-            return attach_described(backbone, description["adapters"])
+            return attach_from_config(backbone, description["adapters"])
         adapted = {layer for one in description["adapters"] for layer in one["layers"]}
         for variable in backbone.variables:
             if variable.path.rpartition("/")[0] in adapted:  # methods look at what they adapt
                 variable.assign(np.zeros(variable.shape, "float32"))
-        backbone = attach_described(backbone, description["adapters"])
+        backbone = attach_from_config(backbone, description["adapters"])
         backbone.load_weights(path)
         return backbone
 
@@ -234,7 +234,7 @@ class Backbone(Freezable, keras.Model):
                 "edited": not same_graph(self, self._original(family), origin_of),
                 "config": encode_config(self.config),
                 "quantized": quantized_paths(self, origin_of),
-                "adapters": describe_adapters(self),
+                "adapters": adapters_to_config(self),
             }
         stock = Lowering(self).model
         write_keras_file(stock, path, description, self._tokenizer_files(tokenizer))
