@@ -7,7 +7,6 @@ import os
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 from functional_llm import peft, training
-from functional_llm.edits.fusing import fuse_projections
 from functional_llm.edits.quantization import quantize
 from functional_llm.generation import samplers
 from functional_llm.generation.prompt_cache import PromptCache
@@ -42,7 +41,6 @@ __all__ = [
     "Tokenizer",
     "list_presets",
     "capture",
-    "fuse_projections",
     "make_cache",
     "peft",
     "plot",

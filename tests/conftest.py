@@ -20,7 +20,6 @@ _OPTIMIZED = {
     "test_products",
     "test_generate",
     "test_growing_cache",
-    "test_fusing",
     "test_quantizing",
     "test_training_loss",
 }

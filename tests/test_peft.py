@@ -1,5 +1,6 @@
 """PEFT methods on a tiny model of every family, and what they refuse."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -229,6 +230,76 @@ def test_a_method_of_the_users(one: Any, tmp_path: Path) -> None:
     np.testing.assert_allclose(_logits(loaded), moved, atol=1e-5)
     with pytest.raises(ValueError, match=r"class 'Shift', which is not known.*methods="):
         flm.peft.load_adapter(one, tmp_path)
+
+
+class Blend(flm.peft.Adapter):
+    """Declares its options as attributes; one is inherited."""
+
+    power: int = 2
+    offset: keras.Variable  # has no default: not an option
+
+    def make_weights(self, linear: flm.peft.Linear) -> None:
+        self.rows = self.add_weight((linear.in_size, 1), "zeros", name="rows")
+
+    def kernel_change(self) -> Any:
+        return self.linear.kernel() * self.rows**self.power
+
+
+class Louder(Blend):
+    factor: float = 1.0
+
+    def kernel_change(self) -> Any:
+        return super().kernel_change() * self.factor
+
+
+def test_options_are_attributes_with_a_default(one: Any, tmp_path: Path) -> None:
+    powers = {"decoder_0/**": 1, "**": 3}
+    model = flm.peft.attach(one, Louder, ["query", "up"], power=powers, dtype="float32")
+    options = {path: x.get_options() for path, x in flm.select(model, Louder).items()}
+    assert options == {
+        f"decoder_{i}/{name}": {"power": (1, 3)[i], "factor": 1.0}
+        for i in range(2)
+        for name in ("attention/query", "mlp/up")
+    }
+    _move(model)
+    flm.peft.save_adapter(model, tmp_path)
+    loaded = flm.peft.load_adapter(one, tmp_path, methods=[Louder])
+    np.testing.assert_allclose(_logits(loaded), _logits(model), atol=1e-5)
+    (layer, *_) = flm.select(model, Louder).values()
+    again = Louder.from_config(layer.get_config())
+    assert again.get_options() == layer.get_options()
+    assert Louder.power == 2
+    with pytest.raises(ValueError, match="powr"):
+        flm.peft.attach(one, Louder, "query", powr=3)
+    with pytest.raises(ValueError, match=r"No pattern of `power` matches 'decoder_0/.*up'"):
+        flm.peft.attach(one, Louder, ["query", "up"], power={"query": 3})
+
+
+SIGNATURES = {
+    "lora": "rank=8 alpha=16 targets=None dropout=0.0 rslora=False init='zeros' "
+    "adapter_name='default' dtype='float32' seed=None",
+    "dora": "rank=8 alpha=16 targets=None dropout=0.0 rslora=False adapter_name='default' "
+    "dtype='float32' seed=None",
+    "svf": "targets=('query', 'value') adapter_name='default' dtype='float32'",
+    "ia3": "targets=('key', 'value', 'down') feedforward='down' adapter_name='default' "
+    "dtype='float32'",
+    "bitfit": "targets='all' adapter_name='default' dtype='float32'",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_and_saved_options(one: Any, name: str) -> None:
+    parameters = list(inspect.signature(getattr(flm.peft, name)).parameters.values())
+    assert parameters[0].name == "model"
+    assert SIGNATURES[name] == " ".join(f"{p.name}={p.default!r}" for p in parameters[1:])
+    (layer, *_) = flm.select(getattr(flm.peft, name)(one), flm.peft.Adapter).values()
+    low_rank = {"rank": 8, "alpha": 16, "dropout": 0.0, "rslora": False}
+    expected: dict[str, dict[str, Any]] = {
+        "lora": {**low_rank, "init": "zeros", "seed": None},
+        "dora": {**low_rank, "seed": None},
+        "ia3": {"scales_inputs": False},
+    }
+    assert list(layer.get_options().items()) == list(expected.get(name, {}).items())
 
 
 # Layers of other kinds

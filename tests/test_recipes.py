@@ -96,6 +96,15 @@ def test_rewiring_page(repository: Path, folder: Path) -> None:
     names = run(blocks(repository / "docs" / "rewiring.md"), folder, {})
     assert list(names["queries"]) == ["decoder_0/attention/query", "decoder_1/attention/query"]
     assert set(names["queries"]) < set(names["dense"])
+    fused, backbone = names["fused"], names["backbone"]
+    assert type(fused) is flm.Backbone
+    assert fused.count_params() == backbone.count_params()
+    np.testing.assert_allclose(logits_of(fused), logits_of(backbone), atol=1e-4)
+    paths = {path.rpartition("/")[2] for path in flm.select(fused, "decoder_*/attention/*")}
+    assert "query_key_value" in paths and not {"query", "key", "value"} & paths
+    ids = [IDS[0].tolist()]
+    written, expected = (flm.TextGenerator(x).generate_ids(ids, 8) for x in (fused, backbone))
+    assert written == expected
 
 
 def test_peft_page(
@@ -105,8 +114,14 @@ def test_peft_page(
     names = run(blocks(repository / "docs" / "peft.md"), folder, {})
     base = logits_of(names["backbone"])
     models = [names[x] for x in ("lora_backbone", "wide", "mixed", "pissa", "biases", "adapted")]
-    for model in (*models, *names["others"], names["mine"], names["merged_mine"], names["merged"]):
+    own = [names[x] for x in ("mine", "merged_mine", "by_pattern", "by_function")]
+    for model in (*models, *names["others"], *own, names["merged"]):
         np.testing.assert_allclose(logits_of(model), base, atol=1e-5)
+    strengths = {
+        path.rpartition("/")[2]: layer.strength
+        for path, layer in flm.select(names["by_function"], flm.peft.Adapter).items()
+    }
+    assert strengths == {"gate": 0.5, "up": 2.0, "down": 0.5}
     move(names["mine"])
     flm.peft.save_adapter(names["mine"], "row_scale")
     loaded = flm.peft.load_adapter(names["backbone"], "row_scale")

@@ -2,5 +2,5 @@
 
 May import: graph, stock.
 
-Offers: `quantize`, `fuse_projections`.
+Offers: `quantize`.
 """

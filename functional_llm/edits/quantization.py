@@ -1,15 +1,14 @@
 """Quantising: a model whose matrices are int8, as a rewiring.
 
-Stock Dense layers and embeddings can hold int8: a scale for each output channel, found once, that
-the output is divided by. All else is in the model's own precision, the inputs too: language models
-have a few that are far larger than the rest, and rounded to int8 beside those, the rest is lost
-(of a perplexity of 82.5, 3.5 more; with int8 in the matrices alone, 0.3).
+Stock Dense layers and embeddings can hold int8, with one scale for each output channel, by which
+the output is divided. Everything else stays in the model's own precision, the inputs too: some
+inputs of language models are far larger than the rest, and beside those, int8 rounds the rest away
+(a perplexity of 82.5 rose by 3.5; with int8 in the matrices alone, by 0.3).
 
-On CPUs, several rows of inputs are rounded to bfloat16, see `products`.
+On CPUs, several rows of inputs are rounded to bfloat16: see `functional_llm/cpu`.
 """
 
 from collections.abc import Callable, Collection
-from typing import Any
 
 import keras
 from keras import ops
@@ -17,64 +16,65 @@ from keras import ops
 from functional_llm.graph.keras_private import quantized_embeddings, uninitialized
 from functional_llm.graph.rewiring import rewire
 from functional_llm.graph.selection import Where, select, walk
+from functional_llm.graph.types import Layer, Tensor
 from functional_llm.stock.lowering import register_lowering
 
-_LAYERS = (keras.layers.Dense, keras.layers.Embedding)
+_QUANTIZABLE = (keras.layers.Dense, keras.layers.Embedding)
 
 
 @keras.saving.register_keras_serializable("functional_llm")
 class QuantizedDense(keras.layers.Dense):
-    """Keras's own, but for what it leaves to JAX: how float32 goes with int8 (see `_product`)."""
+    """Keras's Dense, except that it multiplies float32 by int8 as `_int8_product` does."""
 
-    def quantized_call(self, inputs: Any, training: bool | None = None) -> Any:
+    def quantized_call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         if self.lora_enabled:
             return super().quantized_call(inputs)
-        outputs = _product(inputs, self.kernel, self.kernel_scale)
+        outputs = _int8_product(inputs, self.kernel, self.kernel_scale)
         outputs = outputs if self.bias is None else ops.add(outputs, self.bias)
         return outputs if self.activation is None else self.activation(outputs)
 
 
 @keras.saving.register_keras_serializable("functional_llm")
 class QuantizedReversibleEmbedding(keras.layers.ReversibleEmbedding):
-    """Keras's own, likewise where it is the head."""
+    """Keras's ReversibleEmbedding, with the same exception when it is the head."""
 
-    def quantized_call(self, inputs: Any, reverse: bool = False) -> Any:
+    def quantized_call(self, inputs: Tensor, reverse: bool = False) -> Tensor:
         if not reverse:
             return super().quantized_call(inputs)
         if self.tie_weights:
             kernel = ops.transpose(quantized_embeddings(self))
-            logits = _product(inputs, kernel, self.embeddings_scale)
+            logits = _int8_product(inputs, kernel, self.embeddings_scale)
         else:
-            logits = _product(inputs, self.reverse_embeddings, self.reverse_embeddings_scale)
+            logits = _int8_product(inputs, self.reverse_embeddings, self.reverse_embeddings_scale)
         cap = self.logit_soft_cap
         return logits if cap is None else ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)
 
 
-def _product(x: Any, kernel: Any, scale: Any) -> Any:
+def _int8_product(x: Tensor, kernel: Tensor, scale: Tensor) -> Tensor:
     """Returns `x @ (kernel / scale)` of an int8 matrix.
 
-    Keras multiplies by int8 as it is, which JAX refuses where it is told to promote no dtype by
-    itself; and for the gradient, Keras divides the whole matrix by its scale.
+    Keras multiplies by int8 without a cast, which strict dtype promotion in JAX refuses; and for
+    the gradient, Keras divides the whole matrix by its scale.
     """
     return ops.divide(ops.matmul(x, ops.cast(kernel, x.dtype)), ops.cast(scale, x.dtype))
 
 
-_CLASSES = {
+_QUANTIZED_CLASSES = {
     keras.layers.Dense: QuantizedDense,
     keras.layers.ReversibleEmbedding: QuantizedReversibleEmbedding,
 }
 
 
-def quantize(model: Any, mode: str = "int8", where: Where | None = None) -> Any:
+def quantize(model: keras.Model, mode: str = "int8", where: Where | None = None) -> keras.Model:
     """Returns a model with quantised matrices; what is not quantised is shared with the original.
 
-    Only weights are, inputs stay as they are: of each output channel `round(column * scale)` is
-    kept, where `scale = 127 / max(abs(column))` (absmax quantisation, section 2 of
+    Only weights are quantised: each output channel becomes `round(column * scale)` with
+    `scale = 127 / max(abs(column))` (absmax quantisation, section 2 of
     [LLM.int8()](https://arxiv.org/abs/2208.07339)). A stock file of the model multiplies float32 by
-    int8, which JAX refuses where `jax_numpy_dtype_promotion` is "strict".
+    int8, which JAX refuses if `jax_numpy_dtype_promotion` is "strict".
 
-    Quantised weights do not train. Adapters can be attached on top, and merging those gives the
-    layers they are on back in the original precision.
+    Quantised weights do not train. Adapters can be attached on top; merging them turns the layers
+    under them back to the original precision.
 
     Args:
         model: A functional model without adapters. It stays as it is.
@@ -82,13 +82,13 @@ def quantize(model: Any, mode: str = "int8", where: Where | None = None) -> Any:
         where: Which layers, as for `flm.select`. Defaults to all that can be.
 
     Raises:
-        ValueError: At another mode, or if no layer can be quantised, or one is already, or
-            computes in float16, or the model has adapters.
+        ValueError: At another mode, or if no layer can be quantised, or a layer is quantised
+            already or computes in float16, or the model has adapters.
     """
     if mode != "int8":
         raise ValueError(f"Expected mode 'int8'. Received: {mode!r}.")
     found = dict(walk(model)) if where is None else select(model, where)
-    layers = {path: layer for path, layer in found.items() if isinstance(layer, _LAYERS)}
+    layers = {path: layer for path, layer in found.items() if isinstance(layer, _QUANTIZABLE)}
     if adapted := [path for path, layer in walk(model) if hasattr(layer, "adapter_weights")]:
         raise ValueError(
             f"Expected a model without adapters. Received one with adapters at "
@@ -106,31 +106,35 @@ def quantize(model: Any, mode: str = "int8", where: Where | None = None) -> Any:
             f"of float16. Received float16 at {', '.join(half[:8])}: load the model in another "
             "dtype."
         )
-    return rewire(model, _quantized, where=lambda _, path: path in layers)
+    return rewire(model, _quantize_layer, where=lambda _, path: path in layers)
 
 
-def quantized_paths(model: Any, origin: Callable[[Any], Any] = lambda layer: layer) -> list[str]:
+def quantized_paths(
+    model: keras.Model, origin: Callable[[Layer], Layer] = lambda layer: layer
+) -> list[str]:
     """Returns the paths of the layers that are quantised.
 
     Args:
         model: A functional model.
-        origin: What to look at for a layer, if not the layer itself.
+        origin: `origin(layer)` is the layer to look at in the place of `layer`.
     """
     return [p for p, x in walk(model) if getattr(origin(x), "quantization_mode", None) == "int8"]
 
 
-def without_values(model: Any, paths: Collection[str]) -> Any:
-    """Returns the model with quantised layers at these paths, whose values are yet to come."""
-    return rewire(model, _empty, where=lambda _, path: path in paths) if paths else model
+def with_uninitialized_int8(model: keras.Model, paths: Collection[str]) -> keras.Model:
+    """Returns the model with int8 layers at these paths, whose weights are still to be loaded."""
+    if not paths:
+        return model
+    return rewire(model, _uninitialized_int8, where=lambda _, path: path in paths)
 
 
-def _quantized(layer: Any, path: str) -> Any:
-    """By hand: `layer.quantize` collects garbage each time, and takes ten times as long."""
-    new = _empty(layer, path)
+def _quantize_layer(layer: Layer, path: str) -> Layer:
+    """Keras's `layer.quantize` collects garbage at each call, and takes ten times as long."""
+    new = _uninitialized_int8(layer, path)
     values = {variable.name: variable for variable in layer.weights}
     for variable in new.weights:
         original = values.get(variable.name)
-        if original is None:  # a scale, found with its matrix
+        if original is None:  # a scale, which is set with its matrix
             continue
         if variable.dtype != "int8":
             variable.assign(ops.copy(original))  # training one would delete the other's array
@@ -143,7 +147,8 @@ def _quantized(layer: Any, path: str) -> Any:
     return new
 
 
-def _empty(layer: Any, path: str) -> Any:
+def _uninitialized_int8(layer: Layer, path: str) -> Layer:
+    """Returns an int8 layer like this one, without values."""
     weights_only = keras.quantizers.Int8QuantizationConfig(activation_quantizer=None)
     config = {
         **layer.get_config(),
@@ -153,8 +158,8 @@ def _empty(layer: Any, path: str) -> Any:
     new = type(layer).from_config(config)
     with uninitialized():
         new.build_from_config(layer.get_build_config())
-    # Not the subclasses of others, which may compute something else.
-    new.__class__ = _CLASSES.get(type(new), type(new))
+    # A user's subclass keeps its class: it may compute something else.
+    new.__class__ = _QUANTIZED_CLASSES.get(type(new), type(new))
     return new
 
 

@@ -2,5 +2,6 @@
 
 May import: no other room.
 
-Offers: `replaced_file`, `replaced` (a folder), `share`, `read_json`, `write_json`.
+Offers: `replaced_file`, `replaced_folder`, `share`, `read_json`,
+`write_json`, `parse_json_object`.
 """

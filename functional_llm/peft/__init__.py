@@ -6,7 +6,7 @@ Offers: `lora`, `dora`, `svf`, `ia3`, `bitfit`, `attach` for a method of your ow
 `unmerge`; `save_adapter`, `load_adapter`.
 """
 
-import functional_llm.peft.lowering  # noqa: F401  (says how adapters are written in stock Keras)
+import functional_llm.peft.stock_export  # noqa: F401  (registers how adapters are lowered)
 from functional_llm.peft.adapter import Adapter, activate, adapter_names, attach
 from functional_llm.peft.adapter_files import load_adapter, save_adapter
 from functional_llm.peft.bitfit import BitFit, bitfit

@@ -1,22 +1,25 @@
 """What all methods have in common: an Adapter stands in the place of a layer and changes it.
 
 A method of your own is a subclass of `Adapter` with `make_weights` and `kernel_change`, and
-`attach` to put it into a model. It saves, loads and merges like those in this folder.
+`attach` puts it into a model. It saves, loads and merges like those in this folder.
 """
 
-import zlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import keras
 from keras import ops
 
 from functional_llm.graph.rewiring import rewire, shared_copy
 from functional_llm.graph.selection import Where, matches, select, walk
+from functional_llm.graph.types import JSON, Layer, Tensor
 from functional_llm.peft.initializers import ones
 from functional_llm.peft.linear import LINEAR_LAYERS, Linear
 
-QUERY_AND_VALUE = ("query", "value")
+DEFAULT_TARGETS = ("query", "value")
+
+Value = TypeVar("Value")
 
 
 class Adapter(keras.layers.Layer):
@@ -24,28 +27,38 @@ class Adapter(keras.layers.Layer):
 
     Changes are relative to the layer that was there first, so those of several adapters add up.
 
+    A method declares its options as a dataclass does, as annotated attributes with a default:
+    `rank: int = 8`. Each is an argument of the constructor, and is saved.
+
     Args:
         base: A built Dense or EinsumDense, or another Adapter.
         adapter_name: Names the adapter in a model that has several.
         gate: A variable that all layers of one adapter share: 1 if it is active, 0 if not.
-        **kwargs: Of `keras.layers.Layer`. The dtype, float32 unless given, is that of the weights
-            and of the change.
+        **kwargs: The method's options, and those of `keras.layers.Layer`. The dtype, float32 unless
+            given, is that of the weights and of the change.
     """
 
-    peft_type: str | None = None  # what PEFT calls the method; the methods it knows set it
+    peft_type: str | None = None  # PEFT's name of the method; `None` if PEFT does not know it
 
     def __init__(
-        self, base: Any, adapter_name: str = "default", gate: Any = None, **kwargs: Any
+        self,
+        base: Layer,
+        adapter_name: str = "default",
+        gate: keras.Variable | None = None,
+        **kwargs: Any,
     ) -> None:
+        options = {name: kwargs.pop(name) for name in option_names(type(self)) if name in kwargs}
         kwargs = {"dtype": "float32", "name": base.name, **kwargs}
         super().__init__(autocast=False, **kwargs)  # the base gets its inputs as they are
+        for name, value in options.items():
+            setattr(self, name, value)
         self.supports_masking = True
         self.adapter_name = adapter_name
         self.activation = base.activation
         self.base = shared_copy(base)
-        self.base.activation = keras.activations.linear  # comes last, after the change
-        self.gate = gate
-        self._constants: list[Any] = []
+        self.base.activation = keras.activations.linear  # the adapter applies it after the change
+        self.gate: keras.Variable = gate
+        self._constants: list[keras.Variable] = []
 
     # What a method implements.
 
@@ -53,47 +66,52 @@ class Adapter(keras.layers.Layer):
         """Adds the adapter's weights. `kernel_change` must be 0 with their initial values."""
         raise NotImplementedError(f"{type(self).__name__} has no `make_weights`.")
 
-    def kernel_change(self) -> Any:
+    def kernel_change(self) -> Tensor | None:
         """Returns what is added to the matrix (in, out); `None` for nothing."""
-        return
+        return None
 
-    def bias_change(self) -> Any:
+    def bias_change(self) -> Tensor | None:
         """Returns what is added to the bias (out); `None` for nothing."""
-        return
+        return None
 
-    def change(self, x: Any, training: bool | None = None) -> Any:
-        """Returns what is added to the output. Override it where there is a shorter way."""
+    def change(self, x: Tensor, training: bool | None = None) -> Tensor:
+        """Returns what is added to the output. Override it if there is a cheaper way."""
         kernel, bias = self.kernel_change(), self.bias_change()
         changed = 0.0 if kernel is None else self.linear.apply(x, kernel)
         return changed if bias is None else changed + self.linear.as_output(bias)
 
-    def get_options(self) -> dict[str, Any]:
+    def get_options(self) -> JSON:
         """Returns the constructor's arguments that are the method's own, as JSON."""
-        return {}
+        return {name: getattr(self, name) for name in option_names(type(self))}
+
+    @classmethod
+    def for_layer(cls, layer: Layer, path: str, **kwargs: Any) -> Self:
+        """Makes the adapter of one layer. Override it if an option depends on the layer."""
+        return cls(layer, **kwargs)
 
     # What it gets.
 
-    def add_constant(self, value: Any, name: str) -> Any:
-        """Adds a weight that does not train and is not saved: it follows from the base."""
+    def add_constant(self, value: Tensor, name: str) -> keras.Variable:
+        """Adds a weight that neither trains nor is saved, because it follows from the base."""
         variable = self.add_weight(shape=value.shape, name=name, trainable=False)
         variable.assign(value)
         self._constants = [*self._constants, variable]
         return variable
 
     @property
-    def origin(self) -> Any:
+    def origin(self) -> Layer:
         """The layer that was there first."""
-        return self.base.origin if isinstance(self.base, Adapter) else self.base
+        return origin_of(self.base)
 
     @property
-    def adapter_weights(self) -> dict[str, Any]:
+    def adapter_weights(self) -> dict[str, keras.Variable]:
         """The weights of this adapter, by name, without those of the base."""
         others = [*self.base.weights, *self._constants, self.gate]
         foreign = set(map(id, others))
         prefix = f"{self.path}/"
         return {v.path.removeprefix(prefix): v for v in self.weights if id(v) not in foreign}
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
         if not self.base.built:
             self.base.build(input_shape)
         self.linear = Linear(self.origin)
@@ -101,16 +119,16 @@ class Adapter(keras.layers.Layer):
             self.gate = make_gate()
         self.make_weights(self.linear)
 
-    def call(self, x: Any, training: bool | None = None) -> Any:
+    def call(self, x: Tensor, training: bool | None = None) -> Tensor:
         y = self.base(x)
         change = self.gate * self.change(ops.cast(x, self.compute_dtype), training)
         changed = ops.cast(ops.cast(y, self.compute_dtype) + change, y.dtype)
         return self.activation(changed)
 
-    def compute_output_spec(self, x: Any, training: bool | None = None) -> Any:
+    def compute_output_spec(self, x: Tensor, training: bool | None = None) -> keras.KerasTensor:
         return self.base.compute_output_spec(x)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> JSON:
         config = {key: x for key, x in super().get_config().items() if key != "autocast"}
         base = keras.saving.serialize_keras_object(self.base)
         activation = keras.activations.serialize(self.activation)
@@ -118,7 +136,7 @@ class Adapter(keras.layers.Layer):
         return {**config, **own, **self.get_options()}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
+    def from_config(cls, config: JSON) -> Self:
         config = dict(config)
         activation = keras.activations.deserialize(config.pop("base_activation"))
         new = cls(keras.saving.deserialize_keras_object(config.pop("base")), **config)
@@ -126,14 +144,21 @@ class Adapter(keras.layers.Layer):
         return new
 
     def chain(self) -> "Iterator[Adapter]":
-        """Yields this adapter, and those in its base."""
+        """Yields this adapter and those under it, the last attached first."""
         layer = self
         while isinstance(layer, Adapter):
             yield layer
             layer = layer.base
 
 
-def origin_of(layer: Any) -> Any:
+def option_names(method: type[Adapter]) -> list[str]:
+    """Returns the names of a method's options: its annotated attributes that have a default."""
+    classes = [x for x in reversed(method.__mro__) if issubclass(x, Adapter) and x is not Adapter]
+    names = (name for x in classes for name in inspect.get_annotations(x) if name in vars(x))
+    return [name for name in dict.fromkeys(names) if not hasattr(Adapter, name)]
+
+
+def origin_of(layer: Layer) -> Layer:
     """Returns the layer under all adapters; any other layer as it is."""
     return layer.origin if isinstance(layer, Adapter) else layer
 
@@ -144,19 +169,24 @@ def make_gate() -> keras.Variable:
 
 
 def attach(
-    model: Any,
-    make: Callable[..., Adapter],
+    model: keras.Model,
+    make: type[Adapter] | Callable[..., Adapter],
     targets: Where,
     adapter_name: str = "default",
-) -> Any:
+    **options: Any,
+) -> keras.Model:
     """Returns a model with adapters in it; nothing else trains there.
 
     Args:
         model: A functional model; it stays as it is, and its weights are shared.
-        make: `make(layer, path, adapter_name=..., gate=...)` returns the Adapter for a layer.
-        targets: Which layers, as for `select`, or `"all"` for every Dense and EinsumDense but those
-            that make the model's output. Of what matches, only these and adapters count.
+        make: A subclass of `Adapter`, or `make(layer, path, adapter_name=..., gate=...)`, which
+            returns the Adapter for a layer.
+        targets: Which layers, as for `select`, or `"all"` for every Dense and EinsumDense except
+            those that make the model's output. Of the layers that match, only these two kinds and
+            adapters count.
         adapter_name: Another name for each adapter in one model.
+        **options: What else `make` gets: options of the subclass, or `dtype`. A dict has one for
+            each pattern of paths: `rank={"query": 16, "value": 4}`.
 
     Raises:
         ValueError: If the targets match no such layer, or the model has an adapter of this name.
@@ -166,15 +196,36 @@ def attach(
             f"The model has an adapter '{adapter_name}' already. Expected another `adapter_name`."
         )
     layers = find_targets(model, targets)
+    make_adapter: Callable[..., Adapter] = make
+    if isinstance(make, type) and issubclass(make, Adapter):
+        make_adapter = make.for_layer
     gate = make_gate()
 
-    def replace(layer: Any, path: str) -> Any:
-        return make(layer, path, adapter_name=adapter_name, gate=gate)
+    def replace(layer: Layer, path: str) -> Adapter:
+        values = {name: _value_for(path, value, name) for name, value in options.items()}
+        return make_adapter(layer, path, adapter_name=adapter_name, gate=gate, **values)
 
     return rewire(model, replace, where=lambda _, path: path in layers, freeze=True)
 
 
-def find_targets(model: Any, targets: Where) -> dict[str, Any]:
+def _value_for(path: str, value: Value | dict[str, Value], option: str) -> Value:
+    """Returns an option for one layer: the option itself, or the first whose pattern matches."""
+    if not isinstance(value, dict):
+        return value
+    for pattern, one in value.items():
+        if matches(path, pattern):
+            return one
+    raise ValueError(f"No pattern of `{option}` matches '{path}'. It has {list(value)}.")
+
+
+def targets_for(targets: Where | None, rank: int | dict[str, int]) -> Where:
+    """Returns the targets: those given, those that `rank` has patterns for, or the default."""
+    if targets is not None:
+        return targets
+    return list(rank) if isinstance(rank, dict) else DEFAULT_TARGETS
+
+
+def find_targets(model: keras.Model, targets: Where) -> dict[str, Layer]:
     """Returns the layers, by path, that `targets` (as for `attach`) stands for."""
     if isinstance(targets, str) and targets == "all":
         found = {path: x for path, x in walk(model) if not _is_head(model, path, x)}
@@ -190,7 +241,7 @@ def find_targets(model: Any, targets: Where) -> dict[str, Any]:
     return fitting
 
 
-def _is_head(model: Any, path: str, layer: Any) -> bool:
+def _is_head(model: keras.Model, path: str, layer: Layer) -> bool:
     """Whether a layer makes the model's output; a soft cap may follow it in a language model."""
     outputs = getattr(model, "output", None)
     if isinstance(outputs, dict) and "logits" in outputs:
@@ -199,7 +250,7 @@ def _is_head(model: Any, path: str, layer: Any) -> bool:
     return path in getattr(model, "output_names", ())
 
 
-def find_adapters(model: Any) -> Iterator[tuple[str, Adapter]]:
+def find_adapters(model: keras.Model) -> Iterator[tuple[str, Adapter]]:
     """Yields (path, adapter) for every adapter in a model."""
     for path, layer in walk(model):
         if isinstance(layer, Adapter):
@@ -207,13 +258,13 @@ def find_adapters(model: Any) -> Iterator[tuple[str, Adapter]]:
                 yield path, adapter
 
 
-def adapter_names(model: Any) -> list[str]:
+def adapter_names(model: keras.Model) -> list[str]:
     """Returns the names of the adapters in a model, sorted."""
     return sorted({adapter.adapter_name for _, adapter in find_adapters(model)})
 
 
-def activate(model: Any, names: str | Sequence[str] | None) -> None:
-    """Switches adapters: those named act, the others do not. Nothing is compiled again.
+def activate(model: keras.Model, names: str | Sequence[str] | None) -> None:
+    """Switches on the adapters of these names, and all others off. Nothing is compiled again.
 
     Args:
         model: A model with adapters.
@@ -226,46 +277,6 @@ def activate(model: Any, names: str | Sequence[str] | None) -> None:
     unknown = sorted(set(chosen) - set(adapter_names(model)))
     if unknown:
         raise ValueError(f"No adapter {unknown}. The model has {adapter_names(model)}.")
-    for gate, name in {
-        id(x.gate): (x.gate, x.adapter_name) for _, x in find_adapters(model)
-    }.values():
-        gate.assign(float(name in chosen))
-
-
-def value_for(path: str, value: Any, what: str) -> Any:
-    """Returns an option for one layer: the option itself, or the first whose pattern matches."""
-    if not isinstance(value, dict):
-        return value
-    for pattern, one in value.items():
-        if matches(path, pattern):
-            return one
-    raise ValueError(f"No pattern of `{what}` matches '{path}'. It has {list(value)}.")
-
-
-def rank_for(path: str, rank: Any, layer: Any) -> int:
-    """Returns the rank for one layer.
-
-    Raises:
-        ValueError: Unless 1 <= rank <= the smaller side of the layer's matrix.
-    """
-    rank = value_for(path, rank, "rank")
-    linear = Linear(origin_of(layer))
-    limit = min(linear.in_size, linear.out_size)
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= limit:
-        raise ValueError(
-            f"Expected a rank from 1 to {limit} for '{path}', a matrix {linear.in_size} x "
-            f"{linear.out_size}. Received: {rank!r}."
-        )
-    return rank
-
-
-def targets_for(targets: Any, rank: Any) -> Any:
-    """Returns the targets: those given, those that `rank` has patterns for, or the default."""
-    if targets is not None:
-        return targets
-    return list(rank) if isinstance(rank, dict) else QUERY_AND_VALUE
-
-
-def seed_for(path: str, seed: int | None) -> int | None:
-    """Returns a seed for one layer; `None` for another at every call."""
-    return None if seed is None else (seed + zlib.crc32(path.encode())) % 2**31
+    one_per_gate = {id(adapter.gate): adapter for _, adapter in find_adapters(model)}
+    for adapter in one_per_gate.values():
+        adapter.gate.assign(float(adapter.adapter_name in chosen))

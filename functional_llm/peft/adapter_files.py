@@ -1,8 +1,7 @@
 """Adapters on disk: PEFT's own format, and the same two files for methods that PEFT lacks."""
 
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from functional_llm.files.json_files import read_json
-from functional_llm.files.replacing import share
+from functional_llm.files.replacing import replaced_file
 from functional_llm.formats.safetensors_reader import open_safetensors
 from functional_llm.graph.selection import walk
+from functional_llm.graph.types import JSON, Layer, Tensor
 from functional_llm.peft.adapter import (
     Adapter,
     adapter_names,
@@ -24,12 +24,12 @@ from functional_llm.peft.adapter import (
     origin_of,
 )
 from functional_llm.peft.linear import LINEAR_LAYERS, Linear
-from functional_llm.peft.peft_format import Stored, from_peft, to_peft
+from functional_llm.peft.peft_format import SavedAdapter, from_peft, to_peft
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
 
-def save_adapter(model: Any, folder: str | Path, adapter_name: str | None = None) -> None:
+def save_adapter(model: keras.Model, folder: str | Path, adapter_name: str | None = None) -> None:
     """Saves an adapter: `adapter_config.json` and `adapter_model.safetensors`.
 
     LoRA, rsLoRA, PiSSA, DoRA and IA3 are what PEFT loads with `PeftModel.from_pretrained`. Any
@@ -54,46 +54,32 @@ def save_adapter(model: Any, folder: str | Path, adapter_name: str | None = None
     if len(classes) > 1:
         raise ValueError(f"Adapter '{adapter_name}' mixes {classes}. Expected one class.")
     if next(iter(adapters.values())).peft_type is None:
-        config, tensors = _by_path(adapters)
+        config, tensors = _to_paths(adapters)
     else:
-        config, tensors = to_peft(adapters, _module_names(model, adapters), _linears(model))
+        config, tensors = to_peft(adapters, _module_of(model, adapters), _linear_at(model))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config, indent=2) + "\n"
-    _write(folder / WEIGHTS_NAME, lambda path: save_file(tensors, path, {"format": "pt"}))
-    _write(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    with replaced_file(folder / WEIGHTS_NAME) as path:
+        try:
+            save_file(tensors, path, {"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder / WEIGHTS_NAME} could not be written: {error}.") from error
+    with replaced_file(folder / CONFIG_NAME) as path:
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _write(path: Path, write: Any) -> None:
-    """A file is replaced when it is complete: a full disk leaves the old one as it was."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write(part)
-        share(part)
-        os.replace(part, path)
-    except SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}.") from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _module_names(model: Any, layers: Any) -> dict[str, str]:
-    """Path -> name of the module; a model that belongs to no family has only paths."""
+def _module_of(model: keras.Model, paths: Iterable[str]) -> dict[str, str]:
+    """Returns path -> name of the module; a model that belongs to no family has only paths."""
     names = dict(getattr(model, "module_names", {}))
-    return {**{path: path.replace("/", ".") for path in layers if path not in names}, **names}
+    return {**{path: path.replace("/", ".") for path in paths if path not in names}, **names}
 
 
-def _linears(model: Any) -> Callable[[str], Linear]:
+def _linear_at(model: keras.Model) -> Callable[[str], Linear]:
     layers = dict(walk(model))
-
-    def linear(path: str) -> Linear:
-        layer = layers[path]
-        return Linear(origin_of(layer))
-
-    return linear
+    return lambda path: Linear(origin_of(layers[path]))
 
 
-def _by_path(adapters: Mapping[str, Adapter]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _to_paths(adapters: Mapping[str, Adapter]) -> tuple[JSON, dict[str, np.ndarray]]:
     cls = type(next(iter(adapters.values())))
     config = {
         "peft_type": cls.__name__,
@@ -109,12 +95,12 @@ def _by_path(adapters: Mapping[str, Adapter]) -> tuple[dict[str, Any], dict[str,
 
 
 def load_adapter(
-    model: Any,
+    model: keras.Model,
     folder: str | Path,
     adapter_name: str = "default",
     methods: Sequence[type[Adapter]] = (),
     dtype: str = "float32",
-) -> Any:
+) -> keras.Model:
     """Returns a model with an adapter from disk; nothing else trains in it.
 
     Args:
@@ -135,49 +121,49 @@ def load_adapter(
     tensors = {name: source.read(name, "float32") for name in source.shapes}
     layers = [path for path, x in walk(model) if isinstance(x, (*LINEAR_LAYERS, Adapter))]
     if "registered_name" in config:
-        stored, problems = _from_paths(config, tensors, methods)
+        saved, problems = _from_paths(config, tensors, methods)
     elif config.get("peft_type") in ("LORA", "IA3"):
-        stored, problems = from_peft(config, tensors, _module_names(model, layers), _linears(model))
+        saved, problems = from_peft(config, tensors, _module_of(model, layers), _linear_at(model))
     else:
         raise ValueError(
             f"{folder / CONFIG_NAME}: peft_type is {config.get('peft_type')!r}. Expected LORA or "
             "IA3, or a file from `save_adapter`."
         )
-    problems += [f"the model has no linear layer '{path}'" for path in stored if path not in layers]
-    if not stored and not problems:
+    problems += [f"the model has no linear layer '{path}'" for path in saved if path not in layers]
+    if not saved and not problems:
         problems.append("it has no tensors")
-    _raise(folder, problems)
+    _raise_at(problems, folder)
 
-    def make(layer: Any, path: str, **kwargs: Any) -> Adapter:
+    def make(layer: Layer, path: str, **kwargs: Any) -> Adapter:
         try:
-            return stored[path].cls(layer, dtype=dtype, **stored[path].options, **kwargs)
+            return saved[path].cls(layer, **saved[path].options, **kwargs)
         except (TypeError, ValueError) as error:
             problems.append(f"{path}: {error}")
-            return _Unfit(layer, **kwargs)
+            return _Placeholder(layer, **kwargs)
 
-    new_model = attach(model, make, lambda _, path: path in stored, adapter_name)
+    new_model = attach(model, make, lambda _, path: path in saved, adapter_name, dtype=dtype)
     adapters = {p: x for p, x in find_adapters(new_model) if x.adapter_name == adapter_name}
     for path, adapter in adapters.items():
-        problems += _check_weights(path, adapter, stored[path].weights)
-    _raise(folder, problems)
+        problems += _check_weights(path, adapter, saved[path].weights)
+    _raise_at(problems, folder)
     for path, adapter in adapters.items():
         for name, variable in adapter.adapter_weights.items():
-            variable.assign(stored[path].weights[name])
+            variable.assign(saved[path].weights[name])
     return new_model
 
 
-class _Unfit(Adapter):
-    """Stands where no adapter could be made, until all that is wrong is known."""
+class _Placeholder(Adapter):
+    """Stands in the place of an adapter that could not be made, until all problems are known."""
 
-    def make_weights(self, linear: Any) -> None:
+    def make_weights(self, linear: Linear) -> None:
         pass
 
-    def change(self, x: Any, training: bool | None = None) -> Any:
+    def change(self, x: Tensor, training: bool | None = None) -> Tensor:
         return 0.0
 
 
 def _check_weights(path: str, adapter: Adapter, weights: Mapping[str, np.ndarray]) -> list[str]:
-    if isinstance(adapter, _Unfit):
+    if isinstance(adapter, _Placeholder):
         return []
     expected = {name: tuple(v.shape) for name, v in adapter.adapter_weights.items()}
     received = {name: array.shape for name, array in weights.items()}
@@ -191,8 +177,9 @@ def _check_weights(path: str, adapter: Adapter, weights: Mapping[str, np.ndarray
 
 
 def _from_paths(
-    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], methods: Sequence[type]
-) -> tuple[dict[str, Stored], list[str]]:
+    config: JSON, tensors: Mapping[str, np.ndarray], methods: Sequence[type[Adapter]]
+) -> tuple[dict[str, SavedAdapter], list[str]]:
+    """Reads an adapter of a method that PEFT lacks; returns as `from_peft`."""
     name = str(config["registered_name"])
     known = {cls.__name__: cls for cls in methods}
     cls = known.get(name.rpartition(">")[2]) or keras.saving.get_registered_object(name)
@@ -205,18 +192,18 @@ def _from_paths(
     layers = config.get("layers")
     if not isinstance(layers, dict) or not all(isinstance(x, dict) for x in layers.values()):
         raise ValueError(f"Expected 'layers' to map paths to options, received {layers!r:.200}.")
-    stored = {path: Stored(cls, dict(options), {}) for path, options in layers.items()}
+    saved = {path: SavedAdapter(cls, dict(options), {}) for path, options in layers.items()}
     problems = []
     for key, array in tensors.items():
         path = next((p for p in sorted(layers, key=len) if key.startswith(f"{p}/")), None)
         if path is None:
             problems.append(f"tensor '{key}' belongs to none of the layers in the config")
         else:
-            stored[path].weights[key.removeprefix(f"{path}/")] = array
-    return stored, problems
+            saved[path].weights[key.removeprefix(f"{path}/")] = array
+    return saved, problems
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> JSON:
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             hint = ""
@@ -226,7 +213,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG_NAME)
 
 
-def _raise(folder: Path, problems: Sequence[str]) -> None:
+def _raise_at(problems: Sequence[str], folder: Path) -> None:
     if problems:
         shown = "\n  ".join(problems[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""

@@ -5,39 +5,32 @@ from typing import Any
 import keras
 
 from functional_llm.graph.selection import Where
+from functional_llm.graph.types import Layer, Tensor
 from functional_llm.peft.adapter import Adapter, attach, find_targets
 from functional_llm.peft.linear import Linear
 
 
 @keras.saving.register_keras_serializable("functional_llm")
 class IA3(Adapter):
-    """`l * (x W + b)`, or `(l * x) W + b` where the inputs are scaled; l is 1 at first.
-
-    Args:
-        base: As for `Adapter`.
-        scales_inputs: Whether l is for the inputs (of the last layer of an MLP).
-        **kwargs: As for `Adapter`.
-    """
+    """`l * (x W + b)`, or `(l * x) W + b` if it scales the inputs; l is 1 at first."""
 
     peft_type = "IA3"
 
-    def __init__(self, base: Any, scales_inputs: bool = False, **kwargs: Any) -> None:
-        super().__init__(base, **kwargs)
-        self.scales_inputs = scales_inputs
+    scales_inputs: bool = False
 
     def make_weights(self, linear: Linear) -> None:
         size = linear.in_size if self.scales_inputs else linear.out_size
         self.scale = self.add_weight((size,), "ones", name="scale")
 
-    def kernel_change(self) -> Any:
+    def kernel_change(self) -> Tensor:
         scale = self.scale[:, None] if self.scales_inputs else self.scale
         return self.linear.kernel() * (scale - 1)
 
-    def bias_change(self) -> Any:
+    def bias_change(self) -> Tensor | None:
         bias = self.linear.bias()
         return None if bias is None or self.scales_inputs else bias * (self.scale - 1)
 
-    def change(self, x: Any, training: bool | None = None) -> Any:
+    def change(self, x: Tensor, training: bool | None = None) -> Tensor:
         if self.scales_inputs:
             return self.linear.product(x * self.linear.as_input(self.scale - 1))
         bias = self.linear.bias()
@@ -45,22 +38,19 @@ class IA3(Adapter):
         output = output if bias is None else output + self.linear.as_output(bias)
         return output * self.linear.as_output(self.scale - 1)
 
-    def get_options(self) -> dict[str, Any]:
-        return {"scales_inputs": self.scales_inputs}
-
 
 def ia3(
-    model: Any,
+    model: keras.Model,
     targets: Where = ("key", "value", "down"),
     feedforward: Where = "down",
     adapter_name: str = "default",
     dtype: str = "float32",
-) -> Any:
+) -> keras.Model:
     """Returns a model in which only a factor for each output, or input, of some layers trains.
 
     Args:
         model: A functional model. It stays as it is, and its weights are shared.
-        targets: Which layers, as for `flm.select`; `"all"` for every linear layer but the head.
+        targets: Which layers, as for `flm.select`; `"all"` for every linear layer except the head.
         feedforward: Which of them have their inputs scaled; an empty list for none.
         adapter_name: Another name for each adapter in one model.
         dtype: Of the adapter's weights.
@@ -68,10 +58,9 @@ def ia3(
     Reference:
         [IA3](https://arxiv.org/abs/2205.05638), section 3.3.
     """
-    last = [] if isinstance(feedforward, list) and not feedforward else feedforward
-    scaled = find_targets(model, last) if last else {}
+    scaled = find_targets(model, feedforward) if feedforward else {}
 
-    def make(layer: Any, path: str, **kwargs: Any) -> Any:
-        return IA3(layer, scales_inputs=path in scaled, dtype=dtype, **kwargs)
+    def make(layer: Layer, path: str, **kwargs: Any) -> IA3:
+        return IA3(layer, scales_inputs=path in scaled, **kwargs)
 
-    return attach(model, make, targets, adapter_name)
+    return attach(model, make, targets, adapter_name, dtype=dtype)

@@ -1,27 +1,27 @@
 """First values of adapters, made by NumPy and put on the device as they are.
 
-JAX would compile a program for each shape, which takes more time and memory than the weights; even
-`ops.convert_to_tensor` does.
+JAX would compile a program for each shape, even in `ops.convert_to_tensor`, which takes more time
+and memory than the weights.
 """
 
+import zlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 
 
-def zeros(shape: tuple[int, ...], dtype: Any = None) -> Any:
+def zeros(shape: tuple[int, ...], dtype: str | None = None) -> jax.Array:
     """An initializer."""
     return jax.device_put(np.zeros(shape, dtype))
 
 
-def ones(shape: tuple[int, ...], dtype: Any = None) -> Any:
+def ones(shape: tuple[int, ...], dtype: str | None = None) -> jax.Array:
     """An initializer."""
     return jax.device_put(np.ones(shape, dtype))
 
 
-def uniform(bound: float, seed: int | None) -> Callable[..., Any]:
+def uniform(bound: float, seed: int | None) -> Callable[..., jax.Array]:
     """Returns an initializer: numbers from -bound to bound.
 
     Args:
@@ -29,8 +29,13 @@ def uniform(bound: float, seed: int | None) -> Callable[..., Any]:
         seed: Of the numbers; `None` for those that `keras.utils.set_random_seed` leads to.
     """
 
-    def make(shape: tuple[int, ...], dtype: Any = None) -> Any:
+    def initialize(shape: tuple[int, ...], dtype: str | None = None) -> jax.Array:
         random = np.random.default_rng(np.random.randint(2**31) if seed is None else seed)
         return jax.device_put(random.uniform(-bound, bound, shape).astype(dtype))
 
-    return make
+    return initialize
+
+
+def seed_for(path: str, seed: int | None) -> int | None:
+    """Returns a seed for one layer; `None`, for another at every call, stays `None`."""
+    return None if seed is None else (seed + zlib.crc32(path.encode())) % 2**31

@@ -1,10 +1,12 @@
 """Dense and EinsumDense seen as one thing: a matrix (in, out) and a bias (out)."""
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import keras
 from keras import ops
+
+from functional_llm.graph.types import Layer, Tensor
 
 LINEAR_LAYERS = (keras.layers.Dense, keras.layers.EinsumDense)
 
@@ -17,10 +19,10 @@ class Linear:
 
     Raises:
         TypeError: If it is another layer.
-        ValueError: If the kernel of an EinsumDense is no matrix product.
+        ValueError: If an EinsumDense computes something else than a product with one matrix.
     """
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Layer) -> None:
         if not isinstance(layer, LINEAR_LAYERS):
             raise TypeError(
                 f"Expected a Dense or EinsumDense, received {type(layer).__name__} '{layer.name}'."
@@ -33,14 +35,14 @@ class Linear:
         self.in_size, self.out_size = math.prod(shape[:num_inputs]), math.prod(shape[num_inputs:])
         self._out_shape = tuple(shape[num_inputs:])
 
-    def kernel(self) -> Any:
+    def kernel(self) -> Tensor:
         """Returns the matrix (in, out), float32."""
         kernel = ops.cast(self.layer.kernel, "float32")
         if self.layer.quantization_mode == "int8":
             kernel = kernel / ops.cast(self.layer.kernel_scale, "float32")
         return ops.reshape(ops.transpose(kernel, self._axes[1]), (self.in_size, self.out_size))
 
-    def bias(self) -> Any:
+    def bias(self) -> Tensor | None:
         """Returns the bias (out), float32; `None` if there is none."""
         bias = self.layer.bias
         if bias is None:
@@ -48,30 +50,32 @@ class Linear:
         full = ops.broadcast_to(ops.cast(bias, "float32"), self._out_shape)
         return ops.reshape(full, (self.out_size,))
 
-    def apply(self, x: Any, matrix: Any) -> Any:
-        """Returns what the layer would return with another matrix (in, out), and no bias."""
+    def apply(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """Returns what the layer would return with another matrix (in, out) and no bias."""
         if isinstance(self.layer, keras.layers.Dense):
             return ops.matmul(x, matrix)
         return ops.einsum(self.layer.equation, x, self.as_kernel(matrix))
 
-    def product(self, x: Any) -> Any:
+    def product(self, x: Tensor) -> Tensor:
         """Returns what the layer returns, without the bias."""
         return self.apply(x, self.kernel())
 
-    def as_kernel(self, matrix: Any) -> Any:
+    def as_kernel(self, matrix: Tensor) -> Tensor:
         """Returns a matrix (in, out) in the shape of the layer's kernel."""
         order = self._axes[1]
         return ops.transpose(ops.reshape(matrix, self._shape), _inverse(order))
 
-    def as_output(self, vector: Any) -> Any:
+    def as_output(self, vector: Tensor) -> Tensor:
         """Returns a vector (out) in the shape of the last axes of the layer's output."""
         return ops.reshape(vector, self._out_shape)
 
-    def as_input(self, vector: Any) -> Any:
+    def as_input(self, vector: Tensor) -> Tensor:
         """Returns a vector (in) in the shape of the last axes of the layer's input."""
         return ops.reshape(vector, tuple(self._shape[: self._axes[0]]))
 
-    def make_layer(self, kernel: Any, bias: Any, activation: Any) -> Any:
+    def make_layer(
+        self, kernel: Tensor, bias: Tensor | None, activation: Callable[..., Tensor]
+    ) -> Layer:
         """Returns a layer of the same class and config with other weights.
 
         Args:
@@ -80,7 +84,7 @@ class Linear:
             activation: The layer's activation.
         """
         config = self.layer.get_config()
-        if self.layer.quantization_mode is not None:  # of which a change would be lost
+        if self.layer.quantization_mode is not None:  # int8 would round small changes away
             config["dtype"] = self.layer.dtype_policy.name.rpartition("_from_")[2]
         if bias is not None and isinstance(self.layer, keras.layers.Dense):
             config["use_bias"] = True
@@ -89,7 +93,7 @@ class Linear:
         config["activation"] = keras.activations.serialize(activation)
         new = type(self.layer).from_config(config)
         new.build_from_config(self.layer.get_build_config())
-        # Copies: an array in two variables would be lost to one when the other trains.
+        # Copies: training donates a variable's array, which another variable must not hold.
         new.kernel.assign(ops.copy(self.as_kernel(kernel)))
         if bias is not None:
             if math.prod(new.bias.shape) != self.out_size:
@@ -101,8 +105,8 @@ class Linear:
         return new
 
 
-def _kernel_axes(layer: Any) -> tuple[int, list[int]]:
-    """The number of input axes of a kernel, and the order that puts them first."""
+def _kernel_axes(layer: Layer) -> tuple[int, list[int]]:
+    """Returns the number of input axes of a kernel, and the order of axes that puts them first."""
     if isinstance(layer, keras.layers.Dense):
         return 1, [0, 1]
     inputs, kernel, outputs = _letters(layer)
@@ -117,13 +121,13 @@ def _kernel_axes(layer: Any) -> tuple[int, list[int]]:
     return len(contracted), [kernel.index(x) for x in contracted + free]
 
 
-def _letters(layer: Any) -> tuple[str, str, str]:
+def _letters(layer: Layer) -> tuple[str, str, str]:
     left, outputs = layer.equation.replace(" ", "").replace("...", "").split("->")
     inputs, kernel = left.split(",")
     return inputs, kernel, outputs
 
 
-def _output_letters(layer: Any) -> str:
+def _output_letters(layer: Layer) -> str:
     inputs, _, outputs = _letters(layer)
     return "".join(x for x in outputs if x not in inputs)
 

@@ -4,58 +4,58 @@ Shapes: R rank; A is (in, R), B is (R, out).
 """
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
 from keras import ops
 
 from functional_llm.graph.selection import Where
-from functional_llm.peft.adapter import Adapter, attach, rank_for, seed_for, targets_for, value_for
-from functional_llm.peft.initializers import uniform, zeros
+from functional_llm.graph.types import Layer, Tensor
+from functional_llm.peft.adapter import Adapter, attach, origin_of, targets_for
+from functional_llm.peft.initializers import seed_for, uniform, zeros
 from functional_llm.peft.linear import Linear
 
 
 @keras.saving.register_keras_serializable("functional_llm")
 class LoRA(Adapter):
-    """`W + alpha / R * A B`, B zero at first.
-
-    Args:
-        base: As for `Adapter`.
-        rank: R.
-        alpha: Numerator of the scale.
-        dropout: Share of the inputs that A does not see in training.
-        rslora: Whether the scale is alpha / sqrt(R).
-        init: `"zeros"`, or `"pissa"`: A and B are the R largest singular directions, and what they
-            were at first is subtracted.
-        seed: Of the random A.
-    """
+    """`W + alpha / R * A B`, B zero at first. For the options see `lora`."""
 
     peft_type = "LORA"
 
-    def __init__(
-        self,
-        base: Any,
-        rank: int = 8,
-        alpha: float = 16,
-        dropout: float = 0.0,
-        rslora: bool = False,
-        init: str = "zeros",
-        seed: int | None = None,
-        **kwargs: Any,
-    ) -> None:
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    rslora: bool = False
+    init: str = "zeros"
+    seed: int | None = None
+
+    def __init__(self, base: Layer, **kwargs: Any) -> None:
         super().__init__(base, **kwargs)
-        if not isinstance(rank, int) or rank < 1:  # a file may have more than `lora` allows
+        rank = self.rank
+        if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"Expected a rank of at least 1 for '{self.name}', received {rank!r}.")
-        if init not in ("zeros", "pissa"):
-            raise ValueError(f"Expected init 'zeros' or 'pissa', received {init!r}.")
-        if not alpha > 0:
-            raise ValueError(f"Expected alpha above 0 for '{self.name}', received {alpha!r}.")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"Expected dropout from 0 to below 1, received {dropout!r}.")
-        self.rank, self.alpha, self.rslora, self.init = rank, alpha, rslora, init
-        self.dropout_rate, self.seed = dropout, seed
-        self.dropout = keras.layers.Dropout(dropout, seed=seed) if dropout else None
+        if self.init not in ("zeros", "pissa"):
+            raise ValueError(f"Expected init 'zeros' or 'pissa', received {self.init!r}.")
+        if not self.alpha > 0:
+            raise ValueError(f"Expected alpha above 0 for '{self.name}', received {self.alpha!r}.")
+        rate = self.dropout
+        if not 0 <= rate < 1:
+            raise ValueError(f"Expected dropout from 0 to below 1, received {rate!r}.")
+        self.dropout_layer = keras.layers.Dropout(rate, seed=self.seed) if rate else None
+
+    @classmethod
+    def for_layer(cls, layer: Layer, path: str, **kwargs: Any) -> Self:
+        """Refuses a rank above the layer's size, and gives every layer a seed of its own."""
+        rank, seed = kwargs.get("rank", cls.rank), kwargs.get("seed", cls.seed)
+        linear = Linear(origin_of(layer))
+        limit = min(linear.in_size, linear.out_size)  # a file may have more
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= limit:
+            raise ValueError(
+                f"Expected a rank from 1 to {limit} for '{path}', a matrix {linear.in_size} x "
+                f"{linear.out_size}. Received: {rank!r}."
+            )
+        return cls(layer, **{**kwargs, "seed": seed_for(path, seed)})
 
     @property
     def scale(self) -> float:
@@ -75,31 +75,33 @@ class LoRA(Adapter):
             self.a0 = self.add_constant(ops.copy(self.a), "initial_a")
             self.b0 = self.add_constant(ops.copy(self.b), "initial_b")
 
-    def factors(self) -> tuple[Any, Any]:
+    def factors(self) -> tuple[Tensor, Tensor]:
         """Returns A and B of the plain LoRA that this amounts to; of rank 2 R with PiSSA."""
         if self.a0 is None or self.b0 is None:
             return self.a, self.b
         return ops.concatenate([self.a, self.a0], 1), ops.concatenate([self.b, -self.b0], 0)
 
-    def kernel_change(self) -> Any:
+    def kernel_change(self) -> Tensor:
         a, b = self.factors()
         return ops.matmul(a, b) * self.scale
 
-    def change(self, x: Any, training: bool | None = None) -> Any:
-        if self.dropout is not None:
-            x = self.dropout(x, training=training)
-        if not isinstance(self.linear.layer, keras.layers.Dense):
-            return self.linear.apply(x, self.kernel_change())
-        a, b = self.factors()
-        return ops.matmul(ops.matmul(x, a), b) * self.scale
+    def change(self, x: Tensor, training: bool | None = None) -> Tensor:
+        return self.low_rank_product(self.drop(x, training))
 
-    def get_options(self) -> dict[str, Any]:
-        options = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout_rate}
-        return {**options, "rslora": self.rslora, "init": self.init, "seed": self.seed}
+    def drop(self, x: Tensor, training: bool | None) -> Tensor:
+        """Returns the inputs, some of them dropped in training."""
+        return x if self.dropout_layer is None else self.dropout_layer(x, training=training)
+
+    def low_rank_product(self, x: Tensor) -> Tensor:
+        """Returns `alpha / R * x A B`."""
+        a, b = self.factors()
+        if isinstance(self.linear.layer, keras.layers.Dense):
+            return ops.matmul(ops.matmul(x, a), b) * self.scale
+        return self.linear.apply(x, ops.matmul(a, b) * self.scale)
 
 
 def lora(
-    model: Any,
+    model: keras.Model,
     rank: int | dict[str, int] = 8,
     alpha: float | dict[str, float] = 16,
     targets: Where | None = None,
@@ -109,21 +111,22 @@ def lora(
     adapter_name: str = "default",
     dtype: str = "float32",
     seed: int | None = None,
-) -> Any:
+) -> keras.Model:
     """Returns a model with LoRA; nothing else trains in it.
 
     Args:
         model: A functional model. It stays as it is, and its weights are shared.
         rank: R, or one for each pattern of paths: `{"query": 16, "value": 4}`.
         alpha: The scale is alpha / R. Or one for each pattern.
-        targets: Which layers, as for `flm.select`; `"all"` for every linear layer but the head. By
-            default those that `rank` has patterns for, or the queries and values.
-        dropout: Share of the inputs that are dropped in training.
+        targets: Which layers, as for `flm.select`; `"all"` for every linear layer except the head.
+            By default those that `rank` has patterns for, or the queries and values.
+        dropout: Share of the inputs that A does not see in training.
         rslora: Whether the scale is alpha / sqrt(R).
-        init: `"zeros"`, or `"pissa"` to begin with the largest singular directions.
+        init: `"zeros"`, or `"pissa"`: A and B start as the R largest singular directions, and
+            their product at the start is subtracted.
         adapter_name: Another name for each adapter in one model.
         dtype: Of the adapter's weights.
-        seed: Of the random numbers at first.
+        seed: Of the random A.
 
     Raises:
         ValueError: At a rank below 1 or above a layer's size, or targets that match nothing.
@@ -132,18 +135,16 @@ def lora(
         [LoRA](https://arxiv.org/abs/2106.09685), [rsLoRA](https://arxiv.org/abs/2312.03732),
         [PiSSA](https://arxiv.org/abs/2404.02948).
     """
-
-    def make(layer: Any, path: str, **kwargs: Any) -> Any:
-        return LoRA(
-            layer,
-            rank=rank_for(path, rank, layer),
-            alpha=value_for(path, alpha, "alpha"),
-            dropout=dropout,
-            rslora=rslora,
-            init=init,
-            seed=seed_for(path, seed),
-            dtype=dtype,
-            **kwargs,
-        )
-
-    return attach(model, make, targets_for(targets, rank), adapter_name)
+    return attach(
+        model,
+        LoRA,
+        targets_for(targets, rank),
+        adapter_name,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        rslora=rslora,
+        init=init,
+        seed=seed,
+        dtype=dtype,
+    )

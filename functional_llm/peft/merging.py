@@ -1,32 +1,32 @@
 """Folding adapters into the weights they change, and back."""
 
-from typing import Any
-
+import keras
 from keras import ops
 
 from functional_llm.graph.freezing import freeze_variables
 from functional_llm.graph.rewiring import rewire, shared_copy
 from functional_llm.graph.selection import walk
+from functional_llm.graph.types import Layer
 from functional_llm.peft.adapter import Adapter, find_adapters
 
 
-class _Before:
-    """What stood in the place of a merged layer. Not a layer: nobody shall track or save it."""
+class _MergedAdapter:
+    """Holds the adapter that a layer was made from, which Keras then neither tracks nor saves."""
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
 
 
-def merge(model: Any, keep: bool = True) -> Any:
+def merge(model: keras.Model, keep: bool = True) -> keras.Model:
     """Returns a model without adapters that computes the same: stock layers, as before.
 
-    The active adapters are folded into copies of the weights that they change, in float32; all
-    other weights are shared with `model`. Everything trains in it.
+    The active adapters are folded, in float32, into copies of the weights that they change; the new
+    model shares all other weights with `model`. Everything trains in it.
 
     Args:
         model: A model with adapters.
         keep: Whether the new model remembers the adapters and the weights under them, for
-            `unmerge`. `False` lets go of that memory.
+            `unmerge`. With `False` their memory is freed.
 
     Raises:
         ValueError: If there are no adapters.
@@ -34,7 +34,7 @@ def merge(model: Any, keep: bool = True) -> Any:
     if not list(find_adapters(model)):
         raise ValueError(f"'{model.name}' has no adapters. Expected a model with some.")
 
-    def fold(adapter: Any, path: str) -> Any:
+    def fold(adapter: Adapter, path: str) -> Layer:
         linear, kernel, bias = adapter.linear, adapter.linear.kernel(), adapter.linear.bias()
         for one in reversed(list(adapter.chain())):
             if float(ops.convert_to_numpy(one.gate.value)) == 0:
@@ -45,13 +45,13 @@ def merge(model: Any, keep: bool = True) -> Any:
                 bias = bias_change if bias is None else bias + bias_change
         layer = linear.make_layer(kernel, bias, adapter.activation)
         if keep:
-            layer.before_merging = _Before(adapter)
+            layer.merged_adapter = _MergedAdapter(adapter)
         return layer
 
     return rewire(model, fold, where=Adapter, freeze=False)
 
 
-def unmerge(model: Any) -> Any:
+def unmerge(model: keras.Model) -> keras.Model:
     """Returns the model with its adapters again, exactly as they were merged.
 
     Args:
@@ -60,14 +60,14 @@ def unmerge(model: Any) -> Any:
     Raises:
         ValueError: If nothing in it remembers an adapter.
     """
-    merged = {p: x for p, x in walk(model) if hasattr(x, "before_merging")}
+    merged = {p: x for p, x in walk(model) if hasattr(x, "merged_adapter")}
     if not merged:
         raise ValueError(
             f"'{model.name}' has nothing to unmerge. Expected a model from `merge(..., keep=True)`."
         )
     new_model = rewire(
         model,
-        lambda layer, path: shared_copy(layer.before_merging.adapter),
+        lambda layer, path: shared_copy(layer.merged_adapter.adapter),
         where=lambda _, path: path in merged,
     )
     own = [v for _, x in find_adapters(new_model) for v in x.adapter_weights.values()]

@@ -5,14 +5,14 @@ Shapes: R rank. PEFT keeps matrices as torch does, (out, in).
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 from keras import ops
 
+from functional_llm.graph.types import JSON, Tensor
 from functional_llm.peft.adapter import Adapter
 from functional_llm.peft.dora import DoRA, column_lengths
 from functional_llm.peft.ia3 import IA3
@@ -32,29 +32,36 @@ _LORA_KEYS = {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern"
 _LORA_KEYS |= {"use_rslora", "use_dora", "init_lora_weights"}
 _IA3_KEYS = {"feedforward_modules", "init_ia3_weights"}
 
+_Targets: TypeAlias = str | list[str] | None
+
 
 @dataclass(frozen=True)
-class Stored:
-    """One layer's adapter in a file: how to make it, and its tensors by the adapter's own names."""
+class SavedAdapter:
+    """One layer's adapter in a file: how to make it, and its weights by the adapter's own names."""
 
     cls: type[Adapter]
-    options: dict[str, Any]
+    options: JSON
     weights: dict[str, np.ndarray]
 
 
+# To PEFT
+
+
 def to_peft(
-    adapters: Mapping[str, Adapter], names: Mapping[str, str], linears: Callable[[str], Linear]
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    adapters: Mapping[str, Adapter],
+    module_of: Mapping[str, str],
+    linear_at: Callable[[str], Linear],
+) -> tuple[JSON, dict[str, np.ndarray]]:
     """Returns the config and the tensors of an adapter in PEFT's format.
 
     Args:
         adapters: Path -> adapter, all of one class that PEFT knows.
-        names: Path -> name of the module; a fused one has several paths, in order.
-        linears: Path -> the layer of the model.
+        module_of: Path -> name of the module; a fused module has several paths, in order.
+        linear_at: Path -> the layer of the model.
     """
     modules = {
-        module: _joined([adapters.get(path) for path in paths], paths, linears)
-        for module, paths in _parts(names).items()
+        module: _join([adapters.get(path) for path in paths], paths, linear_at)
+        for module, paths in _group_paths(module_of).items()
         if any(path in adapters for path in paths)
     }
     first = next(iter(adapters.values()))
@@ -65,24 +72,24 @@ def to_peft(
         "inference_mode": True,
         "fan_in_fan_out": False,
         "modules_to_save": None,
-        "target_modules": _target_modules(set(modules), names.values()),
+        "target_modules": _target_modules(set(modules), module_of.values()),
     }
     if isinstance(first, IA3):
         scaled = {m for m, x in modules.items() if x.tensors["ia3_l"].shape[0] == 1}
-        config |= {"feedforward_modules": _target_modules(scaled, names.values())}
+        config |= {"feedforward_modules": _target_modules(scaled, module_of.values())}
     else:
         config |= _lora_config(modules, first)
     tensors = {
-        f"{PREFIX}{module}.{name}": np.ascontiguousarray(array)
+        f"{PREFIX}{module}.{suffix}": np.ascontiguousarray(array)
         for module, joined in modules.items()
-        for name, array in joined.tensors.items()
+        for suffix, array in joined.tensors.items()
     }
     return config, tensors
 
 
 @dataclass(frozen=True)
-class _Module:
-    """What is stored for one module: tensors by PEFT's names, and the scale of LoRA's product."""
+class _ModuleTensors:
+    """What a file has for one module: tensors by PEFT's suffixes, and the scale of LoRA."""
 
     tensors: dict[str, np.ndarray]
     scale: float = 1.0
@@ -92,22 +99,25 @@ class _Module:
         return self.tensors["lora_A.weight"].shape[0]
 
 
-def _parts(names: Mapping[str, str]) -> dict[str, list[str]]:
-    parts: dict[str, list[str]] = {}
-    for path, module in names.items():
-        parts.setdefault(module, []).append(path)
-    return parts
+def _group_paths(module_of: Mapping[str, str]) -> dict[str, list[str]]:
+    """Returns module -> its paths."""
+    paths_of: dict[str, list[str]] = {}
+    for path, module in module_of.items():
+        paths_of.setdefault(module, []).append(path)
+    return paths_of
 
 
-def _joined(adapters: list[Any], paths: list[str], linears: Callable[[str], Linear]) -> _Module:
-    """One adapter for the outputs of several layers side by side (or of one)."""
+def _join(
+    adapters: Sequence[Adapter | None], paths: list[str], linear_at: Callable[[str], Linear]
+) -> _ModuleTensors:
+    """Makes one adapter for the outputs of several layers side by side (or of one)."""
     present = [x for x in adapters if x is not None]
     if isinstance(present[0], IA3):
-        return _Module({"ia3_l": _joined_ia3(adapters, paths, linears)})
+        return _ModuleTensors({"ia3_l": _join_ia3(adapters, paths, linear_at)})
     scale = present[0].scale
-    factors = [None if x is None else [_array(f) for f in x.factors()] for x in adapters]
+    factors = [None if x is None else [_to_numpy(f) for f in x.factors()] for x in adapters]
     a = np.concatenate([f[0] for f in factors if f is not None], axis=1)
-    sizes = [1] if len(paths) == 1 else [linears(path).out_size for path in paths]
+    sizes = [1] if len(paths) == 1 else [linear_at(path).out_size for path in paths]
     blocks, row = [], 0
     for adapter, pair, size in zip(adapters, factors, sizes, strict=True):
         if pair is None or adapter is None:
@@ -120,19 +130,20 @@ def _joined(adapters: list[Any], paths: list[str], linears: Callable[[str], Line
     tensors = {"lora_A.weight": a.T, "lora_B.weight": np.concatenate(blocks, axis=1).T}
     if isinstance(present[0], DoRA):
         lengths = [
-            column_lengths(linears(path).kernel()) if x is None else x.magnitude
+            column_lengths(linear_at(path).kernel()) if x is None else x.magnitude
             for path, x in zip(paths, adapters, strict=True)
         ]
-        tensors["lora_magnitude_vector"] = np.concatenate([_array(x) for x in lengths])
-    return _Module(tensors, scale)
+        tensors["lora_magnitude_vector"] = np.concatenate([_to_numpy(x) for x in lengths])
+    return _ModuleTensors(tensors, scale)
 
 
-def _joined_ia3(
-    adapters: list[Any], paths: list[str], linears: Callable[[str], Linear]
+def _join_ia3(
+    adapters: Sequence[Adapter | None], paths: list[str], linear_at: Callable[[str], Linear]
 ) -> np.ndarray:
-    if not any(x is not None and x.scales_inputs for x in adapters):
+    present = [x for x in adapters if x is not None]
+    if not any(x.scales_inputs for x in present):
         scales = [
-            np.ones(linears(path).out_size, "float32") if x is None else _array(x.scale)
+            np.ones(linear_at(path).out_size, "float32") if x is None else _to_numpy(x.scale)
             for path, x in zip(paths, adapters, strict=True)
         ]
         return np.concatenate(scales)[:, None]
@@ -141,10 +152,10 @@ def _joined_ia3(
             f"PEFT's files keep {paths} as one module, whose inputs cannot be scaled one by one. "
             "Leave them out of `feedforward`."
         )
-    return _array(adapters[0].scale)[None, :]
+    return _to_numpy(present[0].scale)[None, :]
 
 
-def _lora_config(modules: Mapping[str, _Module], first: Any) -> dict[str, Any]:
+def _lora_config(modules: Mapping[str, _ModuleTensors], first: Adapter) -> JSON:
     ranks = {m: x.rank for m, x in modules.items()}
     # PiSSA and fused modules raise the rank, and the scale stays.
     alphas = {m: x.scale * (x.rank**0.5 if first.rslora else x.rank) for m, x in modules.items()}
@@ -152,7 +163,7 @@ def _lora_config(modules: Mapping[str, _Module], first: Any) -> dict[str, Any]:
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": first.dropout_rate,
+        "lora_dropout": first.dropout,
         "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
         "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
         "use_rslora": first.rslora,
@@ -163,7 +174,7 @@ def _lora_config(modules: Mapping[str, _Module], first: Any) -> dict[str, Any]:
 
 
 def _target_modules(modules: set[str], known: Iterable[str]) -> list[str]:
-    """Last names where all modules of that name are meant, else full names."""
+    """Returns the last name if all modules that end in it are meant, else full names."""
     known, targets = set(known), []
     for last in sorted({name.rpartition(".")[2] for name in modules}):
         same = {name for name in known if name.rpartition(".")[2] == last}
@@ -171,11 +182,14 @@ def _target_modules(modules: set[str], known: Iterable[str]) -> list[str]:
     return targets
 
 
-def _array(x: Any) -> np.ndarray:
+def _to_numpy(x: Tensor) -> np.ndarray:
     return np.asarray(ops.convert_to_numpy(ops.cast(x, "float32")))
 
 
-_SUFFIXES = {
+# From PEFT
+
+# What a tensor's name ends in -> the adapter's own name of the weight.
+_WEIGHT_OF_SUFFIX = {
     "lora_A.weight": "lora_a",
     "lora_B.weight": "lora_b",
     "lora_magnitude_vector": "magnitude",
@@ -184,60 +198,64 @@ _SUFFIXES = {
 
 
 def from_peft(
-    config: Mapping[str, Any],
+    config: JSON,
     tensors: Mapping[str, np.ndarray],
-    names: Mapping[str, str],
-    linears: Callable[[str], Linear],
-) -> tuple[dict[str, Stored], list[str]]:
+    module_of: Mapping[str, str],
+    linear_at: Callable[[str], Linear],
+) -> tuple[dict[str, SavedAdapter], list[str]]:
     """Reads an adapter in PEFT's format.
 
     Args:
         config: The `adapter_config.json`.
         tensors: The file's tensors.
-        names: Path -> name of the module; a fused one has several paths, in order.
-        linears: Path -> the layer of the model.
+        module_of: Path -> name of the module; a fused module has several paths, in order.
+        linear_at: Path -> the layer of the model.
 
     Returns:
-        Path -> what is stored for it, and what does not fit.
+        Path -> what the file has for it, and what does not fit.
     """
-    kind = config.get("peft_type")
-    problems = _check_keys(config, _LORA_KEYS if kind == "LORA" else _IA3_KEYS)
-    parts = _parts(names)
-    grouped: dict[str, dict[str, np.ndarray]] = {}
-    for key, array in tensors.items():
-        suffix = next((x for x in _SUFFIXES if key.endswith(f".{x}")), None)
-        if not key.startswith(PREFIX) or suffix is None:
-            problems.append(f"unknown tensor '{key}' of shape {array.shape}")
-            continue
-        module = key.removeprefix(PREFIX).removesuffix(f".{suffix}")
-        if module not in parts:
-            if f"the model has no module '{module}'" not in problems:
-                problems.append(f"the model has no module '{module}'")
-            continue
-        own_layout = array.T if suffix.endswith("weight") else array.reshape(-1)
-        grouped.setdefault(module, {})[_SUFFIXES[suffix]] = own_layout
-        if suffix == "ia3_l":  # its shape tells which side it scales
-            grouped[module]["is_row"] = np.array(array.ndim == 2 and array.shape[0] == 1)
+    is_lora = config.get("peft_type") == "LORA"
+    paths_of = _group_paths(module_of)
+    grouped, tensor_problems = _group_tensors(tensors, paths_of)
+    problems = _check_keys(config, _LORA_KEYS if is_lora else _IA3_KEYS) + tensor_problems
     problems += [
         f"module '{module}' is one of the adapter's targets, and has no tensors"
-        for module in parts
+        for module in paths_of
         if module not in grouped and _is_target(config, module)
     ]
-    stored: dict[str, Stored] = {}
-    make = _stored_ia3 if kind == "IA3" else partial(_stored_lora, config)
-    for module, weights in grouped.items():
-        whole = make(module, weights)
-        sizes = [] if len(parts[module]) == 1 else [linears(x).out_size for x in parts[module]]
+    saved: dict[str, SavedAdapter] = {}
+    for module, found in grouped.items():
+        whole = _read_lora(config, module, found) if is_lora else _read_ia3(found)
+        paths = paths_of[module]
         try:
-            pieces = _split(whole, sizes)
+            pieces = _split(whole, [linear_at(x).out_size for x in paths] if paths[1:] else [])
         except ValueError as error:
             problems.append(f"module '{module}': {error}")
             continue
-        stored |= dict(zip(parts[module], pieces, strict=True))
-    return stored, problems
+        saved |= dict(zip(paths, pieces, strict=True))
+    return saved, problems
 
 
-def _is_target(config: Mapping[str, Any], module: str) -> bool:
+def _group_tensors(
+    tensors: Mapping[str, np.ndarray], modules: Collection[str]
+) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
+    """Returns module -> suffix -> tensor, and what does not fit."""
+    grouped: dict[str, dict[str, np.ndarray]] = {}
+    problems = []
+    for name, array in tensors.items():
+        suffix = next((x for x in _WEIGHT_OF_SUFFIX if name.endswith(f".{x}")), None)
+        if not name.startswith(PREFIX) or suffix is None:
+            problems.append(f"unknown tensor '{name}' of shape {array.shape}")
+            continue
+        module = name.removeprefix(PREFIX).removesuffix(f".{suffix}")
+        if module in modules:
+            grouped.setdefault(module, {})[suffix] = array
+        else:
+            problems.append(f"the model has no module '{module}'")
+    return grouped, list(dict.fromkeys(problems))
+
+
+def _is_target(config: JSON, module: str) -> bool:
     """Whether PEFT puts an adapter on a module: `check_target_module_exists` in its tuners."""
     named = _is_named(config.get("target_modules"), module)
     if not named or _is_named(config.get("exclude_modules"), module):
@@ -251,20 +269,53 @@ def _is_target(config: Mapping[str, Any], module: str) -> bool:
     return any(x is not None and int(x[1]) in numbers for x in found)
 
 
-def _is_named(targets: Any, module: str) -> bool:
-    """`targets` is a regular expression, or a list of names or of their ends."""
+def _is_named(targets: _Targets, module: str) -> bool:
+    """Whether `targets` names a module: a regular expression, or a list of names or their ends."""
     if isinstance(targets, str):
         return re.fullmatch(targets, module) is not None
     return module in (targets or ()) or _is_suffix(targets, module)
 
 
-def _is_suffix(targets: Any, module: str) -> bool:
-    is_list = isinstance(targets, list)
-    return is_list and any(module.endswith(f".{x}") for x in targets if module not in targets)
+def _is_suffix(targets: _Targets, module: str) -> bool:
+    if not isinstance(targets, list) or module in targets:
+        return False
+    return any(module.endswith(f".{x}") for x in targets)
 
 
-def _split(whole: Stored, sizes: list[int]) -> list[Stored]:
-    """The adapters of the layers that one fused module stands for."""
+def _read_lora(config: JSON, module: str, tensors: Mapping[str, np.ndarray]) -> SavedAdapter:
+    cls = DoRA if config.get("use_dora") else LoRA
+    options = {
+        "rank": _by_pattern(config.get("rank_pattern"), module, config.get("r", 8)),
+        "alpha": _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)),
+        "dropout": config.get("lora_dropout", 0.0),
+        "rslora": bool(config.get("use_rslora")),
+    }
+    if config.get("init_lora_weights") == "pissa":  # the tensors stand beside what is left of W
+        options["init"] = "pissa"
+    return SavedAdapter(cls, options, _own_weights(tensors))
+
+
+def _read_ia3(tensors: Mapping[str, np.ndarray]) -> SavedAdapter:
+    scale = tensors.get("ia3_l")
+    scales_inputs = scale is not None and scale.ndim == 2 and scale.shape[0] == 1
+    return SavedAdapter(IA3, {"scales_inputs": scales_inputs}, _own_weights(tensors))
+
+
+def _own_weights(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the tensors under the adapter's own names, in its layout."""
+    return {
+        _WEIGHT_OF_SUFFIX[suffix]: array.T if suffix.endswith("weight") else array.reshape(-1)
+        for suffix, array in tensors.items()
+    }
+
+
+def _split(whole: SavedAdapter, sizes: list[int]) -> list[SavedAdapter]:
+    """Returns the adapters of the layers that one fused module stands for.
+
+    Args:
+        whole: The module's.
+        sizes: Outputs of each layer; empty if the module stands for one layer.
+    """
     if not sizes:
         return [whole]
     shared = "scale" if whole.options.get("scales_inputs") else "lora_a"
@@ -276,36 +327,18 @@ def _split(whole: Stored, sizes: list[int]) -> list[Stored]:
         arrays = [array] * len(sizes) if name == shared else np.split(array, ends, axis=-1)
         for piece, part in zip(pieces, arrays, strict=True):
             piece[name] = np.ascontiguousarray(part)
-    return [Stored(whole.cls, whole.options, piece) for piece in pieces]
+    return [SavedAdapter(whole.cls, whole.options, piece) for piece in pieces]
 
 
-def _stored_ia3(module: str, weights: dict[str, np.ndarray]) -> Stored:
-    is_row = bool(weights.pop("is_row", False))
-    return Stored(IA3, {"scales_inputs": is_row}, weights)
-
-
-def _stored_lora(config: Mapping[str, Any], module: str, weights: dict[str, np.ndarray]) -> Stored:
-    cls = DoRA if config.get("use_dora") else LoRA
-    options = {
-        "rank": _by_pattern(config.get("rank_pattern"), module, config.get("r", 8)),
-        "alpha": _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)),
-        "dropout": config.get("lora_dropout", 0.0),
-        "rslora": bool(config.get("use_rslora")),
-    }
-    if config.get("init_lora_weights") == "pissa":  # the tensors stand beside what is left of W
-        options["init"] = "pissa"
-    return Stored(cls, options, weights)
-
-
-def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
+def _by_pattern(patterns: dict[str, float] | None, module: str, default: float) -> float:
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
 
 
-def _check_keys(config: Mapping[str, Any], known: set[str]) -> list[str]:
-    """A key that nobody reads must not ask for anything."""
+def _check_keys(config: JSON, known: set[str]) -> list[str]:
+    """Returns a line for each key that asks for something and that nobody reads."""
     problems = []
     for key, value in config.items():
         neutral = value in (None, False, {}, [], "none")

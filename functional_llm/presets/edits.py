@@ -4,11 +4,11 @@ import keras
 import numpy as np
 
 from functional_llm.backbones.family import Family
-from functional_llm.edits.quantization import quantized_paths, without_values
+from functional_llm.edits.quantization import quantized_paths, with_uninitialized_int8
 from functional_llm.formats.source import Edits
 from functional_llm.graph.equality import same_graph
 from functional_llm.peft.adapter import origin_of
-from functional_llm.peft.adapter_config import attach_described, describe_adapters
+from functional_llm.peft.serialization import adapters_to_config, attach_from_config
 
 
 def edits_of(model: keras.Model, plain: keras.Model) -> Edits | None:
@@ -20,7 +20,7 @@ def edits_of(model: keras.Model, plain: keras.Model) -> Edits | None:
     """
     if not same_graph(model, plain, origin_of):
         return None
-    return Edits(quantized=quantized_paths(model, origin_of), adapters=describe_adapters(model))
+    return Edits(quantized=quantized_paths(model, origin_of), adapters=adapters_to_config(model))
 
 
 def apply_edits(model: keras.Model, edits: Edits, has_values: bool) -> keras.Model:
@@ -31,13 +31,13 @@ def apply_edits(model: keras.Model, edits: Edits, has_values: bool) -> keras.Mod
         edits: From `Source.edits`.
         has_values: Whether the model's variables have values.
     """
-    model = without_values(model, edits.quantized)
+    model = with_uninitialized_int8(model, edits.quantized)
     if not has_values:
         adapted = {layer for adapter in edits.adapters for layer in adapter["layers"]}
         for variable in model.variables:
             if variable.path.rpartition("/")[0] in adapted:  # methods look at what they adapt
                 variable.assign(np.zeros(variable.shape, "float32"))
-    return attach_described(model, edits.adapters)
+    return attach_from_config(model, edits.adapters)
 
 
 def check_unedited(model: keras.Model, family: Family, plain: keras.Model) -> None:

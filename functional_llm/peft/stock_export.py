@@ -1,17 +1,16 @@
-"""Adapters in stock Keras: their weights become tensors, and all methods' formulas stay theirs."""
-
-from typing import Any
+"""Lowers adapters to stock Keras: their weights become tensors; methods keep their own formulas."""
 
 import keras
 from keras import ops
 
+from functional_llm.graph.types import Layer, Tensor
 from functional_llm.peft.adapter import Adapter
 from functional_llm.peft.linear import Linear
 from functional_llm.stock.lowering import indices, register_lowering
 
 
-class _CalledLinear(Linear):
-    """A view of a stock layer that can be called only: its weights are told by what it returns.
+class _ProbedLinear(Linear):
+    """A view of a stock layer that can only be called: its outputs for unit vectors are its matrix.
 
     Args:
         linear: The view of the original.
@@ -19,27 +18,27 @@ class _CalledLinear(Linear):
         x: A tensor of the graph.
     """
 
-    def __init__(self, linear: Linear, layer: Any, x: Any) -> None:
+    def __init__(self, linear: Linear, layer: Layer, x: Tensor) -> None:
         vars(self).update(vars(linear))
         self.layer = layer
-        self._row = ops.one_hot(indices(self.in_size, x), self.in_size, dtype="float32")
+        self._unit_vectors = ops.one_hot(indices(self.in_size, x), self.in_size, dtype="float32")
 
-    def kernel(self) -> Any:
-        matrix = self.product(ops.reshape(self._row, self._in_shape(self.in_size)))
+    def kernel(self) -> Tensor:
+        matrix = self.product(ops.reshape(self._unit_vectors, self._in_shape(self.in_size)))
         return ops.reshape(matrix, (self.in_size, self.out_size))
 
-    def bias(self) -> Any:
+    def bias(self) -> Tensor | None:
         if self.layer.bias is None:
             return None
-        nothing = ops.reshape(ops.sum(self._row * 0, axis=0), self._in_shape(1))
+        nothing = ops.reshape(ops.sum(self._unit_vectors * 0, axis=0), self._in_shape(1))
         return ops.reshape(ops.cast(self.layer(nothing), "float32"), (self.out_size,))
 
-    def product(self, x: Any) -> Any:
+    def product(self, x: Tensor) -> Tensor:
         output, bias = ops.cast(self.layer(x), "float32"), self.bias()
         return output if bias is None else output - self.as_output(bias)
 
     def _in_shape(self, rows: int) -> tuple[int, ...]:
-        """The shape of so many inputs; all axes before those of a row but one are 1."""
+        """Returns the shape of that many inputs; all other axes before those of a row are 1."""
         if isinstance(self.layer, keras.layers.Dense):
             return rows, self.in_size
         sizes = self._shape[: self._axes[0]]
@@ -47,9 +46,9 @@ class _CalledLinear(Linear):
         return (*(1,) * (others - 1), rows, *sizes)
 
 
-def _lower_adapter(adapter: Any, x: Any, training: bool | None = None) -> Any:
-    """Calls the method's own code; an adapter keeps its switch as it is now."""
-    adapter.linear = _CalledLinear(adapter.linear, adapter.place(adapter.linear.layer), x)
+def _lower_adapter(adapter: Adapter, x: Tensor, training: bool | None = None) -> Tensor:
+    """Calls the method's own code; whether the adapter is active stays as it is now."""
+    adapter.linear = _ProbedLinear(adapter.linear, adapter.place(adapter.linear.layer), x)
     return type(adapter).call(adapter, x, training=training)
 
 

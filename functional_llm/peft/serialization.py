@@ -1,24 +1,25 @@
 """A model's adapters as JSON, and the same adapters on another model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from graphlib import TopologicalSorter
 from typing import Any
 
 import keras
 from keras import ops
 
+from functional_llm.graph.types import JSON, Layer
 from functional_llm.peft.adapter import Adapter, activate, attach, find_adapters
 
 _PACKAGE = "functional_llm>"
 
 
-def describe_adapters(model: Any) -> list[dict[str, Any]]:
+def adapters_to_config(model: keras.Model) -> list[JSON]:
     """Returns name, class, layers and options of each adapter, in the order of attaching."""
-    described: dict[str, dict[str, Any]] = {}
-    below: dict[str, set[str]] = {}  # names that must be attached before
+    configs: dict[str, JSON] = {}
+    below: dict[str, set[str]] = {}  # the names that must be attached before
     for path, adapter in find_adapters(model):
         name = adapter.adapter_name
-        one = described.setdefault(
+        config = configs.setdefault(
             name,
             {
                 "adapter_name": name,
@@ -28,31 +29,37 @@ def describe_adapters(model: Any) -> list[dict[str, Any]]:
                 "layers": {},
             },
         )
-        one["layers"][path] = adapter.get_options()
+        config["layers"][path] = adapter.get_options()
         below.setdefault(name, set()).update(x.adapter_name for x in list(adapter.chain())[1:])
-    return [described[name] for name in TopologicalSorter(below).static_order()]
+    return [configs[name] for name in TopologicalSorter(below).static_order()]
 
 
-def attach_described(model: Any, described: Sequence[Mapping[str, Any]]) -> Any:
-    """Returns a model with adapters as `describe_adapters` has described them.
+def attach_from_config(model: keras.Model, configs: Sequence[JSON]) -> keras.Model:
+    """Returns a model with the adapters that `adapters_to_config` has written down.
 
     Raises:
-        ValueError: At a class that is not known here, or that the model has no such layers.
+        ValueError: If a class is not known here, or the model has no such layers.
     """
-    for one in described:
-        model = _attach_one(model, _find_class(one["method"]), one)
-    if described:
-        activate(model, [one["adapter_name"] for one in described if one["active"]])
+    for config in configs:
+        model = _attach_one(model, _find_class(config["method"]), config)
+    if configs:
+        activate(model, [config["adapter_name"] for config in configs if config["active"]])
     return model
 
 
-def _attach_one(model: Any, cls: type[Adapter], one: Mapping[str, Any]) -> Any:
-    layers = one["layers"]
+def _attach_one(model: keras.Model, method: type[Adapter], config: JSON) -> keras.Model:
+    layers = config["layers"]
 
-    def make(layer: Any, path: str, **kwargs: Any) -> Adapter:
-        return cls(layer, dtype=one["dtype"], **layers[path], **kwargs)
+    def make(layer: Layer, path: str, **kwargs: Any) -> Adapter:
+        return method(layer, **layers[path], **kwargs)
 
-    return attach(model, make, lambda _, path: path in layers, one["adapter_name"])
+    return attach(
+        model,
+        make,
+        lambda _, path: path in layers,
+        config["adapter_name"],
+        dtype=config["dtype"],
+    )
 
 
 def _find_class(name: str) -> type[Adapter]:
