@@ -17,7 +17,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _OPTIMIZED = {
-    "test_products",
+    "test_cpu_rewriter",
     "test_generate",
     "test_growing_cache",
     "test_quantizing",

@@ -2,5 +2,6 @@
 
 May import: no other room.
 
-Offers: `optimize_for_cpu`, `compiler_options`.
+Offers: `optimize_for_cpu`, `compiler_options`; `jax_private`, all that the package uses of JAX
+under names that JAX does not promise to keep.
 """

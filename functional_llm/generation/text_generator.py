@@ -33,6 +33,7 @@ _SMALLEST_PROMPT = 32
 _SMALLEST_CACHE = 256
 _SLOTS_AHEAD = 256  # slots that a cache has for new tokens from the beginning
 _SECONDS_PER_PIECE = 0.1  # of a stream; a piece has at least one token
+_CACHE_FOLDER = "jax_compilation_cache_dir"
 _LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 
 SamplerOrName: TypeAlias = samplers.Sampler | str
@@ -343,7 +344,7 @@ def _use_compilation_cache() -> None:
     JAX keeps what took a second or more to compile. The prefill of a small model takes about as
     long, and would be kept on one machine and made in each process on another.
     """
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
-    if jax.config.values[_LEAST_SECONDS] == 1.0:
+    if getattr(jax.config, _CACHE_FOLDER) is None:
+        jax.config.update(_CACHE_FOLDER, str(cache_directory() / "xla"))
+    if getattr(jax.config, _LEAST_SECONDS) == 1.0:
         jax.config.update(_LEAST_SECONDS, 0.1)
