@@ -262,6 +262,10 @@ def test_only_what_is_trainable_trains(backbone: Backbone) -> None:
     }
     model = LossModel(frozen)
     model.compile("sgd")
+    for name in ("trainable_variables", "trainable_weights"):  # in the order that optimizers keep
+        ours, theirs = ([id(v) for v in getattr(x, name)] for x in (model, frozen))
+        assert ours == theirs
+    assert len(model.variables) == 1 + len(model.non_trainable_variables)
     before = {v.path: np.asarray(v) for v in model.variables}
     model.fit(Batches(pack(_examples(), 32), 2), verbose=0, shuffle=False)
     moved = [v.path for v in model.variables if (before[v.path] != np.asarray(v)).any()]
