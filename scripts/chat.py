@@ -28,7 +28,7 @@ def load_command_line() -> Any:
 
 def run(arguments: argparse.Namespace, command_line: Any) -> None:
     """Loads; reads a line, streams the answer, and again."""
-    sampler = command_line.make_sampler(arguments)  # first, for it may be wrong
+    sampler = command_line.make_sampler(arguments)  # first: it may be wrong
     generator = command_line.load_generator(arguments)
     from functional_llm import PromptCache
 

@@ -177,7 +177,7 @@ def test_weights_that_changed_are_used(folder: str) -> None:
 
 
 def test_a_conversation_reuses_its_cache(generator: TextGenerator) -> None:
-    past = flm.PromptCache()
+    prompt_cache = flm.PromptCache()
     messages: list[dict[str, str]] = []
     tokenizer = _tokenizer(generator)
     for turn in ("One", "Two?", "Three " * 40):  # the last outgrows the cache
@@ -185,7 +185,7 @@ def test_a_conversation_reuses_its_cache(generator: TextGenerator) -> None:
         ids = tokenizer.apply_chat_template(messages, tokenize=True)
         fresh = "".join(generator.stream(ids, 20))
         fed = generator.stats.prefill_tokens
-        again = "".join(generator.stream(ids, 20, past=past))
+        again = "".join(generator.stream(ids, 20, past=prompt_cache))
         assert again == fresh
         assert fed == len(ids)
         assert (generator.stats.prefill_tokens < len(ids)) == (len(messages) > 1)
@@ -193,17 +193,17 @@ def test_a_conversation_reuses_its_cache(generator: TextGenerator) -> None:
 
 
 def test_a_conversation_survives_another_beginning(generator: TextGenerator) -> None:
-    past = flm.PromptCache()
-    list(generator.stream([1, 2, 3, 4, 5, 6], 8, past=past))
+    prompt_cache = flm.PromptCache()
+    list(generator.stream([1, 2, 3, 4, 5, 6], 8, past=prompt_cache))
     expected = "".join(generator.stream([1, 2, 3, 9, 9], 8))
-    stream = generator.stream([1, 2, 3, 9, 9], 8, past=past)
+    stream = generator.stream([1, 2, 3, 9, 9], 8, past=prompt_cache)
     assert "".join(stream) == expected
     assert generator.stats.prefill_tokens == 2
-    abandoned = generator.stream([1, 2, 3, 9, 9, 4], 8, past=past)
+    abandoned = generator.stream([1, 2, 3, 9, 9, 4], 8, past=prompt_cache)
     next(abandoned)
     abandoned.close()
     expected = "".join(generator.stream([1, 2, 3, 7], 8))
-    assert "".join(generator.stream([1, 2, 3, 7], 8, past=past)) == expected
+    assert "".join(generator.stream([1, 2, 3, 7], 8, past=prompt_cache)) == expected
 
 
 def test_exactly_as_many_as_asked_for(generator: TextGenerator) -> None:

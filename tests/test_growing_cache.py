@@ -115,25 +115,25 @@ def test_a_conversation_grows_within_and_between_its_turns(
 ) -> None:
     generator = TextGenerator(backbone)
     _in_steps(monkeypatch)
-    past, ids = flm.PromptCache(), [5, 9, 20]
+    prompt_cache, ids = flm.PromptCache(), [5, 9, 20]
     for count in (10, 60, 3, 90):
         ids += list(range(30, 40))
         fresh = generator.generate_ids([ids], count)[0]
         again: list[int] = []
-        for new in generator._run([ids], count, "greedy", [], None, past, seconds=1e-9):
+        for new in generator._run([ids], count, "greedy", [], None, prompt_cache, seconds=1e-9):
             again += new.ids[0]
         assert again == fresh
         assert (generator.stats.prefill_tokens < len(ids)) == (len(ids) > 13)
-        assert past.ids == ids + again[:-1]
+        assert prompt_cache.ids == ids + again[:-1]
         ids += again
 
 
 def test_the_cache_of_an_earlier_turn_is_let_go(folder: Path) -> None:
     generator = TextGenerator(flm.Backbone.from_preset(str(folder)))
-    past = flm.PromptCache()
-    list(generator._run([[5, 9]], 8, "greedy", [], 0, past))
-    before = [weakref.ref(x) for x in jax.tree.leaves(past.cache)]
-    run = generator._run([[*past.ids, 7]], 8, "greedy", [], 0, past)
+    prompt_cache = flm.PromptCache()
+    list(generator._run([[5, 9]], 8, "greedy", [], 0, prompt_cache))
+    before = [weakref.ref(x) for x in jax.tree.leaves(prompt_cache.cache)]
+    run = generator._run([[*prompt_cache.ids, 7]], 8, "greedy", [], 0, prompt_cache)
     next(run)
     assert generator.stats.prefill_tokens == 1
     assert [ref() for ref in before] == [None] * len(before)

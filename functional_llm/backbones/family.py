@@ -63,8 +63,8 @@ class Family:
         ignored: Patterns of tensors that checkpoints carry and that the model does not need.
         base_prefix: Prefix that the names of tensors lack in checkpoints of the bare model.
         gguf_architecture: Its name in GGUF files; `None` if they have none of their own.
-        gguf_keys: Key of a GGUF file, without the architecture -> key of a `config.json`, where
-            they are not those of a Llama.
+        gguf_keys: Key of a GGUF file, without the architecture -> key of a `config.json`, if they
+            are not those of a Llama.
         gguf_defaults: Given keys -> what a GGUF file does not say.
         gguf_permuted: Projection whose rows llama.cpp reorders -> field with their number of heads.
         gguf_transposed: Patterns of tensors that GGUF files hold transposed.

@@ -157,5 +157,5 @@ def soft_cap(bound: float) -> PartFunction:
 def learned_positions(max_sequence_length: int, hidden_dim: int) -> PartFunction:
     """Part that adds a learned vector for each position."""
     embedding = keras.layers.Embedding(max_sequence_length, hidden_dim, name="position_embedding")
-    # Padding has position -1. It may get any vector, for no token sees it.
+    # Padding has position -1. It may get any vector, because no token sees it.
     return lambda x, inputs: x + embedding(ops.maximum(inputs["positions"], 0))

@@ -35,7 +35,7 @@ def largest_image(holds: Callable[[jax.Array], jax.Array], batch_size: int) -> j
 def relative_probabilities(logits_BV: jax.Array) -> jax.Array:
     """Returns the probabilities divided by the largest one."""
     top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-    # The top is 1 even where a tiny temperature made it infinite.
+    # The top is 1 even if a tiny temperature made it infinite.
     return jnp.where(logits_BV == top_B1, jnp.float32(1), jnp.exp(logits_BV - top_B1))
 
 

@@ -233,7 +233,7 @@ class TextGenerator:
         sampler: SamplerOrName,
         stop_token_ids: Collection[int],
         seed: Seeds,
-        past: PromptCache | None = None,
+        prompt_cache: PromptCache | None = None,
         seconds: float = math.inf,
     ) -> Iterator["_NewTokens"]:
         """Prefills, then decodes until every row has ended; yields what is new.
@@ -247,7 +247,7 @@ class TextGenerator:
         chosen_sampler = jax.tree.map(_as_array, samplers.get(sampler))
         stop_ids = padded_stop_ids(sorted(stop_token_ids))
         weights = self._programs.weights()
-        prompt, slots = self._prompt(rows, max_new_tokens, make_keys(seed, len(rows)), past)
+        prompt, slots = self._prompt(rows, max_new_tokens, make_keys(seed, len(rows)), prompt_cache)
         token_B, state = self._programs.prefill(slots, weights, prompt, chosen_sampler)
         del prompt  # and with it the cache of an earlier turn
         lengths_B = np.array([len(row) for row in rows])
@@ -259,8 +259,8 @@ class TextGenerator:
             while True:
                 done_B |= np.isin(new_BC, stop_ids[stop_ids >= 0]).any(axis=1)
                 yield _NewTokens([[int(i) for i in ids if i >= 0] for ids in new_BC], done_B)
-                if past is not None:
-                    past.ids += [int(i) for i in new_BC[0] if i >= 0]
+                if prompt_cache is not None:
+                    prompt_cache.ids += [int(i) for i in new_BC[0] if i >= 0]
                 if written >= max_new_tokens or done_B.all():
                     break
                 fitting = max(1, int(min(seconds / token_seconds, TOKENS_PER_RUN)))
@@ -275,19 +275,19 @@ class TextGenerator:
                 token_seconds = (self.stats.decode_seconds - before) / new_BC.shape[1]
                 written += new_BC.shape[1]
         finally:
-            if past is not None:  # the last token written is not in the cache yet
-                past.cache, past.ids = state.cache, past.ids[:-1]
+            if prompt_cache is not None:  # the last token written is not in the cache yet
+                prompt_cache.cache, prompt_cache.ids = state.cache, prompt_cache.ids[:-1]
 
     def _prompt(
         self,
         rows: list[list[int]],
         max_new_tokens: int,
         keys_B: jax.Array,
-        past: PromptCache | None,
+        prompt_cache: PromptCache | None,
     ) -> tuple[Prompt, int]:
         """Returns what the prefill reads, padded to few shapes, and the number of slots."""
         slots = self._num_slots(max(map(len, rows)) + min(max_new_tokens, _SLOTS_AHEAD))
-        known, cache = (0, None) if past is None else past.reuse(rows[0])
+        known, cache = (0, None) if prompt_cache is None else prompt_cache.reuse(rows[0])
         if cache is not None:
             cache = self._grown(cache, slots)
             slots = num_slots(cache)

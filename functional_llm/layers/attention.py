@@ -37,7 +37,7 @@ class AttentionMask(keras.layers.Layer):
         """Compares positions.
 
         Args:
-            inputs: `query_positions` (B, T) int32; `slot_positions` (B, S) int32, -1 where empty;
+            inputs: `query_positions` (B, T) int32; `slot_positions` (B, S) int32, -1 if empty;
                 `segment_ids` (B, T) int32 or `None`: a token sees only its own segment. With
                 segments, the slots must be the query tokens themselves.
 
@@ -156,13 +156,13 @@ class AttentionDotProduct(keras.layers.Layer):
         if self.soft_cap is not None:
             scores_BKTGS = ops.tanh(scores_BKTGS / self.soft_cap) * self.soft_cap
         mask_B1T1S = ops.expand_dims(inputs["mask"], (1, 3))
-        # A finite number: a padding token sees nothing, and its softmax would be NaN with -inf.
+        # Not -inf: a padding token sees nothing, and its softmax would be NaN.
         scores_BKTGS = ops.where(mask_B1T1S, scores_BKTGS, -1e30)
         # The softmax is divided after the product with the values: the product is small, and the
         # gradient needs no more than the sums. The maximum only keeps the exponentials in range.
         highest_BKTG1 = ops.max(ops.stop_gradient(scores_BKTGS), axis=-1, keepdims=True)
-        # The divisor is the sum, in float32, of the rounded weights, for those are multiplied with
-        # the values. So the unrounded weights never go to memory.
+        # The divisor is the sum, in float32, of the rounded weights, because those are multiplied
+        # with the values. So the unrounded weights never go to memory.
         weights_BKTGS = ops.cast(ops.exp(scores_BKTGS - highest_BKTG1), v_BSKH.dtype)
         sums_BKTG = ops.sum(ops.cast(weights_BKTGS, "float32"), axis=-1)
         attended_BTKGH = ops.einsum("bskh,bktgs->btkgh", v_BSKH, weights_BKTGS)
