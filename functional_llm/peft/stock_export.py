@@ -14,7 +14,7 @@ class _ProbedLinear(Linear):
 
     Args:
         linear: The view of the original.
-        layer: Its shared copy in the stock graph.
+        layer: The stock layer in the place of the original.
         x: A tensor of the graph.
     """
 
