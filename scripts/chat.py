@@ -2,31 +2,18 @@
 
 import argparse
 import sys
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import Any
+
+import command_line
 
 
 def main() -> int:
     """Parses, then talks until the end of input."""
-    command_line = load_command_line()
     arguments = command_line.parse_chat(__doc__)
-    return command_line.run_command("chat.py", lambda: run(arguments, command_line), interrupted=0)
+    return command_line.run_command("chat.py", lambda: run(arguments), interrupted=0)
 
 
-def load_command_line() -> Any:
-    """Returns the package's module of options, and imports no more of the package.
-
-    All of it takes seconds to import; --help and mistakes are answered at once.
-    """
-    package = Path(find_spec("functional_llm").origin).parent
-    spec = spec_from_file_location("command_line", package / "presets" / "command_line.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(arguments: argparse.Namespace, command_line: Any) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Loads; reads a line, streams the answer, and again."""
     sampler = command_line.make_sampler(arguments)  # first: it may be wrong
     generator = command_line.load_generator(arguments)

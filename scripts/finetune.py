@@ -4,35 +4,22 @@ import argparse
 import math
 import os
 import sys
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import Any
+
+import command_line
 
 
 def main() -> int:
     """Parses, then trains."""
-    command_line = load_command_line()
     arguments = command_line.parse_finetune(__doc__)
     return command_line.run_command(
         "finetune.py",
-        lambda: run(arguments, command_line),
+        lambda: run(arguments),
         advice="stopped. --resume goes on from the last checkpoint.",
     )
 
 
-def load_command_line() -> Any:
-    """Returns the package's module of options, and imports no more of the package.
-
-    All of it takes seconds to import; --help and mistakes are answered at once.
-    """
-    package = Path(find_spec("functional_llm").origin).parent
-    spec = spec_from_file_location("command_line", package / "presets" / "command_line.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(arguments: argparse.Namespace, command_line: Any) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Loads, trains, saves."""
     import functional_llm as flm  # before Keras, whose backend it chooses
 

@@ -4,33 +4,20 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import Any
+
+import command_line
 
 STARTED = time.perf_counter()
 
 
 def main() -> int:
     """Parses, then writes."""
-    command_line = load_command_line()
     arguments = command_line.parse_generate(__doc__)
-    return command_line.run_command("generate.py", lambda: run(arguments, command_line))
+    return command_line.run_command("generate.py", lambda: run(arguments))
 
 
-def load_command_line() -> Any:
-    """Returns the package's module of options, and imports no more of the package.
-
-    All of it takes seconds to import; --help and mistakes are answered at once.
-    """
-    package = Path(find_spec("functional_llm").origin).parent
-    spec = spec_from_file_location("command_line", package / "presets" / "command_line.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(arguments: argparse.Namespace, command_line: Any) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Loads, writes."""
     # First what needs no model: it may be wrong.
     text = command_line.read_prompt(arguments)

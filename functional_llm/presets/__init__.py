@@ -2,8 +2,7 @@
 
 May import: every room above.
 
-Offers: `Backbone`, `Tokenizer`; `open_source`, from a handle to what is behind it; `list_presets`;
-the options of the commands.
+Offers: `Backbone`, `Tokenizer`; `open_source`, from a handle to what is behind it; `list_presets`.
 """
 
 from functional_llm.presets.backbone import Backbone

@@ -1,8 +1,8 @@
-"""The options of the commands, what they describe, and how a command ends.
+"""The options of the scripts, what they describe, and how a script ends.
 
-Importing this file alone imports nothing of the library, nor JAX: a command parses its options
-first, so that `--help` and mistakes are answered at once. The functions that make something of the
-options import what they need.
+Importing this file imports nothing of the library, nor JAX: a script parses its options first, so
+that `--help` and mistakes are answered at once. The functions that make something of the options
+import what they need.
 """
 
 import argparse
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from functional_llm import Backbone
     from functional_llm.generation.samplers import Sampler
     from functional_llm.generation.text_generator import TextGenerator
-    from functional_llm.presets.backbone import Backbone
     from functional_llm.training import Settings
 
 METHODS = ("lora", "dora", "svf", "ia3", "bitfit", "full")
