@@ -113,6 +113,15 @@ def test_a_copy_shares_all_but_the_state_of_each() -> None:
     nodes = len(layer._inbound_nodes)
     model_of(new)
     assert len(layer._inbound_nodes) == nodes and len(new._inbound_nodes) == 1
+    shared = {
+        key
+        for key, x in vars(layer).items()
+        if isinstance(x, (list, set, dict)) and vars(new)[key] is x
+    }
+    # Of calls, none of these says anything. What Keras adds may: then it belongs on the page.
+    of_class = {"_call_context_args", "_call_has_context_arg", "call_signature_parameters"}
+    of_state = {"_layers", "_metrics", "_seed_generators", "_build_shapes_dict"}
+    assert shared == of_class | of_state | {"_trainable_variables", "_non_trainable_variables"}
     for wrapper in (new.build, new.quantize):  # which `__new__` has made around the class's own
         assert any(cell.cell_contents is new for cell in wrapper.__closure__)
 
@@ -167,6 +176,7 @@ def test_arguments_are_recorded_and_copied() -> None:
     assert other.get_config()["units"] == 3
 
 
+# With torch, tests/test_composite.py::test_torch sees whether `own_attributes` finds layers.
 def test_keras_sets_no_attributes_on_layers_that_look_like_a_users() -> None:
     layer = CompositeLayer([layers.Dense(4, activity_regularizer="l2")])
     names = page.names_on_layer(CompositeLayer(name="any"))
