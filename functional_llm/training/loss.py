@@ -72,9 +72,7 @@ class LossModel(Freezable, keras.Model):
         """Returns the hidden states (B, T, D)."""
         return self.trunk(self.backbone.complete_inputs(inputs), training=training)
 
-    def train_step(
-        self, state: tuple[Values, ...], data: Nested
-    ) -> tuple[Logs, tuple[Values, ...]]:
+    def train_step(self, state: State, data: Nested) -> tuple[Logs, State]:
         """Returns the logs and the state after a step; Keras compiles it."""
         return optimize_for_cpu(super().train_step)(state, data)
 
