@@ -23,6 +23,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(repository: Path, monkeypatch: pytest.MonkeyPatch, name: str, *options: Any) -> Any:
     """Runs a script's `main` in this process; returns its exit code."""
     path = repository / "scripts" / f"{name}.py"
+    monkeypatch.syspath_prepend(str(path.parent))  # as Python does with a script's folder
     spec = importlib.util.spec_from_file_location(f"script_{name}", path)
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
@@ -143,6 +144,7 @@ def test_options_are_parsed_before_anything_slow_is_imported(
     program = (
         "import runpy, sys\n"
         f"sys.argv = ['{name}.py', '{option}']\n"
+        f"sys.path.insert(0, {str(repository / 'scripts')!r})\n"
         "try:\n"
         f"    runpy.run_path({str(repository / 'scripts' / name) + '.py'!r}, run_name='__main__')\n"
         "except SystemExit as stop:\n"

@@ -324,6 +324,9 @@ def test_the_script_says_what_is_wrong(
 
     given = [str(x) for x in [*tuned.arguments, *changes]]
     monkeypatch.setattr(sys, "argv", ["finetune.py", *given])
+    monkeypatch.syspath_prepend(
+        str(REPOSITORY / "scripts")
+    )  # as Python does with a script's folder
     monkeypatch.setattr(keras.utils, "set_random_seed", lambda seed: None)  # other tests' affair
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(REPOSITORY / "scripts" / "finetune.py"), run_name="__main__")
