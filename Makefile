@@ -11,11 +11,12 @@ PYTEST_ARGS ?=
 export PROMPT
 
 .DELETE_ON_ERROR:
-.PHONY: help generate test bench lint types clean
+.PHONY: help generate test mutation bench lint types clean
 
 help:
 	@echo "make generate   write text with the default preset (PROMPT='...' to choose the prompt)"
 	@echo "make test       run every test (PYTEST_ARGS='-m \"not real\"' for the fast ones)"
+	@echo "make mutation   put faults into the library: the property tests must see each"
 	@echo "make bench      measure against KerasHub, Transformers, ... (BENCH_ARGS='--help' for choices)"
 	@echo "make lint       ruff: rules and format"
 	@echo "make types      mypy"
@@ -55,6 +56,10 @@ $(STOCK_VENV)/installed: tests/stock_requirements.txt
 test: $(VENV)/installed-dev $(STOCK_VENV)/installed
 	FLM_STOCK_PYTHON=$(abspath $(STOCK_VENV))/bin/python \
 		$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+
+mutation: $(VENV)/installed-dev $(STOCK_VENV)/installed
+	FLM_STOCK_PYTHON=$(abspath $(STOCK_VENV))/bin/python \
+		$(BIN)/python -m pytest -n 2 -m mutation -rP tests/test_mutations.py $(PYTEST_ARGS)
 
 bench: $(BENCH_VENV)/installed
 	$(BENCH_VENV)/bin/python -m benchmarks $(BENCH_ARGS)

@@ -159,3 +159,5 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "activation_function": "relu",
     },
 }
+# The first config of each family, for what no config changes.
+ONE_OF_EACH_FAMILY = list({x["model_type"]: name for name, x in reversed(CONFIGS.items())}.values())

@@ -7,11 +7,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # torch's threads would wait for one an
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import keras
 import pytest
+
+from configs import CONFIGS
+from stock import BACKENDS, StockKeras
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -26,7 +32,7 @@ _OPTIMIZED = {
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Puts the tests that need downloaded material last: what is quick fails first.
 
     The longest of them, one that trains, comes before the others: at the end one process would wait
@@ -35,15 +41,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Tests of one tiny model stay in one process of several (`-n 2 --dist loadgroup`), as do those of
     one file else: they share what it took long to make.
     """
+    if "mutation" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("mutation")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
     def place(item: pytest.Item) -> tuple[bool, bool]:
         is_real = item.get_closest_marker("real") is not None
         return is_real, item.path.stem != "test_finetune_real"
 
     items.sort(key=place)
-    for item in items:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        item.add_marker(pytest.mark.xdist_group(parameters.get("pair", item.path.stem)))
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
+
+
+def _group(item: pytest.Item) -> str:
+    """Returns the name of what an item shares: a config's models, or the fixtures of its file."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if "pair" in parameters:
+        return str(parameters["pair"])
+    models = [parameters[name] for name in ("backbone", "folder") if name in parameters]
+    return "-".join([item.path.stem, *models])
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures make models
@@ -117,3 +136,35 @@ def identity_file() -> Path:
 def llama_cpp_models(llama_cpp: Path) -> Path:
     """llama.cpp's folder models/."""
     return llama_cpp / "models"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name of a config -> a folder with a random checkpoint of it, made once."""
+    from reference import save_reference
+
+    @cache
+    def save(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        save_reference(CONFIGS[name], folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session", params=CONFIGS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny Transformers model, and ours loaded from what it saved."""
+    from pair import Pair
+
+    return Pair(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def stock_keras(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, StockKeras]]:
+    """Backend -> a process without this library, which measures stock files."""
+    folder = tmp_path_factory.mktemp("logs")
+    processes = {backend: StockKeras(backend, folder / backend) for backend in BACKENDS}
+    yield processes
+    for process in processes.values():
+        process.close()

@@ -1,8 +1,10 @@
 """An interpreter with plain Keras and its backends, in which this library cannot be imported."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,17 @@ def stock_python() -> str:
     return str(path)
 
 
+def _environment(backend: str) -> dict[str, str]:
+    names = ("PATH", "HOME", "LANG", "TMPDIR")
+    environment = {name: os.environ[name] for name in names if name in os.environ}
+    return environment | {
+        "KERAS_BACKEND": backend,
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "OMP_NUM_THREADS": "1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # they take longer than what they save
+    }
+
+
 def run_stock(backend: str, *arguments: str, folder: str | Path = "/") -> str:
     """Returns what a script prints there.
 
@@ -26,10 +39,53 @@ def run_stock(backend: str, *arguments: str, folder: str | Path = "/") -> str:
         *arguments: Of the interpreter.
         folder: Where to run it.
     """
-    names = ("PATH", "HOME", "LANG", "TMPDIR")
-    environment = {name: os.environ[name] for name in names if name in os.environ}
-    environment |= {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1"}
     command = [stock_python(), *arguments]
-    run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    run = subprocess.run(
+        command, env=_environment(backend), cwd=folder, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
+
+
+class StockKeras:
+    """A process there that measures stock files, one after the other (stock_check.py).
+
+    Args:
+        backend: What Keras uses.
+        log: File for what the process writes to stderr.
+    """
+
+    def __init__(self, backend: str, log: Path) -> None:
+        self._log = log
+        self._found: dict[str, dict[str, Any]] = {}
+        with log.open("w") as stderr:
+            self._process = subprocess.Popen(
+                [stock_python(), str(TESTS / "stock_check.py")],
+                env=_environment(backend),
+                cwd="/",
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+
+    def send(self, path: Path) -> None:
+        """Asks for a file to be measured; `result` waits for it."""
+        assert self._process.stdin is not None
+        print(path, file=self._process.stdin, flush=True)
+
+    def result(self, path: Path) -> dict[str, Any]:
+        """Returns what `stock_check.check` has found out about a file that was sent."""
+        assert self._process.stdout is not None
+        while str(path) not in self._found:
+            line = self._process.stdout.readline()
+            assert line, self._log.read_text()[-3000:]
+            if line.startswith("{"):
+                self._found |= json.loads(line)
+        found = self._found[str(path)]
+        assert "error" not in found, found["error"]
+        return found
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()

@@ -1,18 +1,22 @@
 """Runs where functional_llm is not: loads stock files, and prints what it measured as JSON lines.
 
-    python stock_check.py folder
+    python stock_check.py
 
-A file `name.keras` comes with `name.npz`: token ids (B, T), the logits that they should give, and
-whether to train it, too.
+Every line of its input is the path of a file `name.keras`. Beside it lies `name.npz`: token ids
+(B, T), the logits that they should give, and how to train the model: "" for not at all, "briefly",
+or "fully", which is as users do it, and writes a file again.
 """
 
 import json
 import sys
+import traceback
 from pathlib import Path
 
 import keras
 import numpy as np
 from keras import ops, tree
+
+EAGER = keras.backend.backend() == "tensorflow"  # tracing takes longer than computing
 
 
 def difference(received, expected):
@@ -25,7 +29,7 @@ def difference(received, expected):
 def decode(decoder, token_ids, expected, num_slots):
     """Returns the largest difference of logits; rows begin with prompts of different lengths."""
     batch, length = token_ids.shape
-    prompts = 1 + np.arange(batch) % (length - 1)
+    prompts = np.linspace(1, length - 4, batch).astype(int)
     padded = np.zeros((batch, prompts.max()), "int32")
     for row, ids, count in zip(padded, token_ids, prompts, strict=True):
         row[:count] = ids[:count]
@@ -55,24 +59,29 @@ def decode(decoder, token_ids, expected, num_slots):
 def check(path):
     """Returns what one file shows."""
     with np.load(path.with_suffix(".npz")) as arrays:
-        token_ids, expected, trains = (arrays[key] for key in ("token_ids", "logits", "trains"))
+        token_ids, expected = arrays["token_ids"], arrays["logits"]
+        training = str(arrays["training"])
     model = keras.saving.load_model(path)
     decoder = model.get_layer("decoder")
+    model.run_eagerly = decoder.run_eagerly = EAGER
     found = {
-        "name": path.stem,
         "logits": difference(model.predict_on_batch(token_ids), expected),
         "decoded": decode(decoder, token_ids, expected, token_ids.shape[1] + 3),
         "inputs": sorted(decoder.input),
     }
-    return {**found, **train(model, token_ids, path)} if trains else found
+    if training:
+        found |= train(model, token_ids, EAGER and training == "briefly")
+    if training == "fully":
+        found |= write_again(model, token_ids, path)
+    return found
 
 
-def train(model, token_ids, path):
-    """Returns what three steps of training do, and a file written after them."""
+def train(model, token_ids, eagerly):
+    """Returns what three steps of training do."""
     found = {"frozen": sum(not v.trainable for v in model.variables)}
     before = [ops.convert_to_numpy(v) for v in model.variables]
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(1e-3), loss)
+    model.compile(keras.optimizers.Adam(1e-3), loss, run_eagerly=eagerly)
     fitted = model.fit(token_ids[:, :-1], token_ids[:, 1:], epochs=3, verbose=0)
     found["losses"] = fitted.history["loss"]
     now = [ops.convert_to_numpy(v) for v in model.variables]
@@ -81,17 +90,24 @@ def train(model, token_ids, path):
     found["frozen_changed"] = sum(
         moved and not v.trainable for moved, v in zip(changed, model.variables, strict=True)
     )
-    trained = model.predict_on_batch(token_ids[:2, :7])
-    again = path.with_name(f"again_{keras.backend.backend()}.keras")
-    model.save(again)
-    loaded = keras.saving.load_model(again)
-    found["again"] = difference(loaded.predict_on_batch(token_ids[:2, :7]), trained)
-    again.unlink()
     return found
 
 
+def write_again(model, token_ids, path):
+    """Returns how far a file of the trained model is from it."""
+    again = path.with_name(f"again_{keras.backend.backend()}.keras")
+    model.save(again)
+    loaded = keras.saving.load_model(again)
+    again.unlink()
+    trained = ops.convert_to_numpy(model.predict_on_batch(token_ids))
+    return {"again": difference(loaded.predict_on_batch(token_ids), trained)}
+
+
 if __name__ == "__main__":
-    assert "functional_llm" not in sys.modules
-    for file in sorted(Path(sys.argv[1]).glob("[!a]*.keras")):
-        print(json.dumps(check(file)), flush=True)
-    assert "functional_llm" not in sys.modules
+    for line in sys.stdin:
+        try:
+            found = check(Path(line.strip()))
+        except Exception:
+            found = {"error": traceback.format_exc()}
+        assert "functional_llm" not in sys.modules
+        print(json.dumps({line.strip(): found}), flush=True)

@@ -1,134 +1,151 @@
-"""Properties that hold for every model of the zoo, over the one list of tiny configs."""
+"""Properties that hold for every model of the zoo, over the one list of tiny configs.
 
-from collections.abc import Callable
+What only the family's code decides runs for one config of each family.
+"""
+
+import copy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from configs import CONFIGS
+from configs import ONE_OF_EACH_FAMILY
 from functional_llm.backbones.families import FAMILIES
 from functional_llm.formats.safetensors_reader import open_safetensors
 from functional_llm.formats.weight_table import expand_table, export_weights
 from functional_llm.generation.text_generator import TextGenerator
 from functional_llm.layers.cache import make_cache
 from functional_llm.presets.backbone import Backbone
-from reference import reference_greedy, reference_logits, save_reference
+from pair import LENGTH, ROWS, SLOTS, TOKENS, Pair, compiled, random_tokens
+from reference import reference_greedy, reference_logits
+
+JUNK = random_tokens(ROWS, LENGTH, seed=1)  # stands where padding is
+one_of_each_family = pytest.mark.parametrize("pair", ONE_OF_EACH_FAMILY, indirect=True)
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A tiny Transformers model, and ours loaded from what it saved.
-
-    `run` is our model in one compiled program a shape: eager calls compile every operation.
-    """
-    folder = tmp_path_factory.mktemp(request.param)
-    reference = save_reference(CONFIGS[request.param], folder)
-    ours = Backbone.from_preset(str(folder))
-    return SimpleNamespace(reference=reference, ours=ours, run=_compiled(ours), folder=Path(folder))
+def _assert_near(received: Any, expected: Any) -> None:
+    np.testing.assert_allclose(received, expected, atol=1e-4, rtol=0)
 
 
-def _compiled(backbone: Backbone) -> Callable[[Any], Any]:
-    values = [variable.value for variable in backbone.variables]
-    program = jax.jit(lambda values, inputs: backbone.stateless_call(values, [], inputs)[0])
-    return lambda inputs: jax.tree.map(np.asarray, program(values, inputs))
+def test_logits_equal_the_reference(pair: Pair) -> None:
+    _assert_near(pair.logits, pair.expected)
 
 
-def _tokens(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 128, shape).astype("int32")
+@one_of_each_family
+def test_logits_of_a_long_text_equal_the_reference(pair: Pair) -> None:
+    token_ids = random_tokens(2, 300)
+    _assert_near(compiled(pair.ours)(token_ids), reference_logits(pair.reference, token_ids))
 
 
-def test_a_plain_call_gives_logits(pair: Any) -> None:
-    token_ids = _tokens(2, 9)
+@one_of_each_family
+def test_an_eager_call_equals_the_reference(pair: Pair) -> None:
+    token_ids = TOKENS[:, :9]
     expected = reference_logits(pair.reference, token_ids)
-    np.testing.assert_allclose(np.asarray(pair.ours(token_ids)), expected, atol=1e-4, rtol=0)
+    _assert_near(np.asarray(pair.ours(token_ids)), expected)
 
 
-@pytest.mark.parametrize("length", [40, 300])
-def test_logits_equal_the_reference(pair: Any, length: int) -> None:
-    token_ids = _tokens(2, length, seed=length)
-    expected = reference_logits(pair.reference, token_ids)
-    np.testing.assert_allclose(pair.run(token_ids), expected, atol=1e-4, rtol=0)
+@one_of_each_family
+def test_padding_is_what_transformers_means_by_it(pair: Pair) -> None:
+    import torch
+
+    mask = np.ones((ROWS, LENGTH), int)
+    mask[0, :40], mask[2, :-1] = 0, 0
+    positions = np.where(mask, np.cumsum(mask, axis=1) - 1, -1).astype("int32")
+    expected = reference_logits(
+        pair.reference,
+        TOKENS,
+        attention_mask=torch.tensor(mask),
+        position_ids=torch.tensor(np.maximum(positions, 0)),
+    )
+    logits = pair.run({"token_ids": TOKENS, "positions": positions})
+    _assert_near(logits[mask == 1], expected[mask == 1])
 
 
-def test_greedy_text_equals_the_reference(pair: Any) -> None:
-    prompts = [_tokens(n, seed=n).tolist() for n in (1, 7, 33)]
+@one_of_each_family
+def test_positions_follow_what_the_cache_holds(pair: Pair) -> None:
+    cache = make_cache(pair.ours, ROWS, 2 * LENGTH)
+    result = pair.run({"token_ids": TOKENS, "cache": cache})
+    _assert_near(result["logits"], pair.logits)
+    again = pair.run({"token_ids": TOKENS, "cache": result["cache"]})
+    twice = np.tile(TOKENS, 2)
+    expected = reference_logits(pair.reference, twice)[:, LENGTH:]
+    _assert_near(again["logits"], expected)
+
+
+@one_of_each_family
+def test_greedy_text_equals_the_reference(pair: Pair) -> None:
+    prompts = [random_tokens(n, seed=n).tolist() for n in (1, 7, 33)]
     expected = [reference_greedy(pair.reference, ids, 20) for ids in prompts]
     assert TextGenerator(pair.ours).generate_ids(prompts, max_new_tokens=20) == expected
 
 
-def test_left_padding_equals_the_reference(pair: Any) -> None:
-    import torch
-
-    lengths, size = [9, 30, 1], 30
-    token_ids, mask = _tokens(3, size), np.zeros((3, size), int)
-    for row, length in enumerate(lengths):
-        mask[row, size - length :] = 1
-    positions = np.where(mask, np.cumsum(mask, axis=1) - 1, -1).astype("int32")
-    expected = reference_logits(
-        pair.reference,
-        token_ids,
-        attention_mask=torch.tensor(mask),
-        position_ids=torch.tensor(np.maximum(positions, 0)),
-    )
-    logits = pair.run({"token_ids": token_ids, "positions": positions})
-    np.testing.assert_allclose(logits[mask == 1], expected[mask == 1], atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("chunks", [[40], [1] * 40, [5, 1, 20, 1, 1, 12], [32, 8]])
-def test_chunks_through_the_cache_equal_the_full_forward(pair: Any, chunks: list[int]) -> None:
-    token_ids = _tokens(2, 40, seed=3)
-    expected = pair.run(token_ids)
-    cache, start = make_cache(pair.ours, 2, 64), 0
+@pytest.mark.parametrize(
+    "chunks",
+    [[LENGTH], [1] * 20, [20, 1, 31, 1, 1, 18]],
+    ids=["whole", "token_by_token", "mixed"],
+)
+def test_chunks_through_the_cache_equal_the_full_forward(pair: Pair, chunks: list[int]) -> None:
+    cache, start = make_cache(pair.ours, ROWS, SLOTS), 0
     for size in chunks:
-        chunk = token_ids[:, start : start + size]
-        result = pair.run({"token_ids": chunk, "cache": cache})
-        cache = result["cache"]
-        np.testing.assert_allclose(
-            result["logits"], expected[:, start : start + size], atol=1e-4, rtol=0
-        )
-        start += size
+        here = slice(start, start + size)
+        inputs = {"token_ids": TOKENS[:, here], "cache": cache}
+        if size > 1:
+            rows = [(row[here], np.arange(start, start + size)) for row in TOKENS]
+            inputs |= _padded(rows, ["right"] * ROWS)
+        result = pair.run(inputs)
+        _assert_near(result["logits"][:, :size], pair.logits[:, here])
+        cache, start = result["cache"], start + size
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_ragged_rows_equal_each_row_alone(pair: Any, side: str) -> None:
-    lengths, size = [5, 13, 8], 16
-    rows = [_tokens(1, 20, seed=n) for n in lengths]
-    alone = [pair.run(row)[0] for row in rows]
-    token_ids, positions = _tokens(3, size, seed=9), np.full((3, size), -1, "int32")
+def _padded(rows: list[Any], sides: list[str]) -> dict[str, np.ndarray]:
+    """Returns token ids and positions of (ids, positions) a row, with padding on a side of each."""
+    token_ids, positions = JUNK.copy(), np.full((ROWS, LENGTH), -1, "int32")
+    for i, (ids, at) in enumerate(rows):
+        here = _place(len(ids), sides[i])
+        token_ids[i, here], positions[i, here] = ids, at
+    return {"token_ids": token_ids, "positions": positions}
+
+
+def _place(length: int, side: str) -> slice:
+    return slice(0, length) if side == "right" else slice(LENGTH - length, LENGTH)
+
+
+@pytest.mark.parametrize(
+    "sides", [["left"] * ROWS, ["right", "left", "right"]], ids=["left", "both"]
+)
+def test_ragged_rows_equal_each_row_alone(pair: Pair, sides: list[str]) -> None:
+    lengths = [5, 40, 17]
+    rows = [(TOKENS[i, :n], np.arange(n)) for i, n in enumerate(lengths)]
+    cache = make_cache(pair.ours, ROWS, SLOTS)
+    result = pair.run({**_padded(rows, sides), "cache": cache})
     for i, length in enumerate(lengths):
-        at = slice(0, length) if side == "right" else slice(size - length, size)
-        token_ids[i, at], positions[i, at] = rows[i][0, :length], np.arange(length)
-    cache = make_cache(pair.ours, 3, 24)
-    result = pair.run({"token_ids": token_ids, "positions": positions, "cache": cache})
+        _assert_near(result["logits"][i, _place(length, sides[i])], pair.logits[i, :length])
     for step in range(4):  # four more tokens come one at a time
-        following = [row[0, n + step : n + step + 1] for row, n in zip(rows, lengths, strict=True)]
+        following = [row[n + step : n + step + 1] for row, n in zip(TOKENS, lengths, strict=True)]
         result = pair.run({"token_ids": np.stack(following), "cache": result["cache"]})
         for i, length in enumerate(lengths):
-            logits = result["logits"][i, 0]
-            np.testing.assert_allclose(logits, alone[i][length + step], atol=1e-4, rtol=0)
+            _assert_near(result["logits"][i, 0], pair.logits[i, length + step])
 
 
-def test_a_ring_keeps_no_more_than_its_window(pair: Any) -> None:
+def test_a_cache_keeps_no_more_than_its_windows_in_the_models_dtype(pair: Pair) -> None:
     config, cache = pair.ours.config, make_cache(pair.ours, 2, 64)
     window = getattr(config, "sliding_window", None)
     for kind, group in cache.items():
         slots = window if kind == "sliding_attention" and window else 64
         assert {x.shape[:2] for x in jax.tree.leaves(group)} == {(2, slots)}
+        kept = {name: x for name, x in group.items() if name != "positions"}
+        assert {x.dtype.name for x in jax.tree.leaves(kept)} == {"float32"}
 
 
-def test_influence(pair: Any) -> None:
+def test_influence(pair: Pair) -> None:
     """Changing token i moves exactly the positions that may see it, through all layers."""
-    token_ids, at, size = _tokens(1, 40, seed=5), 11, 40
-    changed = token_ids.copy()
-    changed[0, at] = (changed[0, at] + 1) % 128
-    difference = np.abs(pair.run(changed) - pair.run(token_ids))
-    moved = difference.max(axis=(0, 2)) > 1e-6
-    distance = np.arange(size)[:, None] - np.arange(size)
-    expected = np.arange(size) == at
+    changed, at = TOKENS.copy(), 11
+    changed[:, at] = (changed[:, at] + 1) % 128
+    moved = np.abs(pair.run(changed) - pair.logits).max(axis=(0, 2)) > 1e-6
+    distance = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
+    expected = np.arange(LENGTH) == at
     for window in _windows(pair.ours.config):
         sees = (distance >= 0) & (distance < window)
         expected = (sees & expected).any(axis=1)
@@ -142,20 +159,23 @@ def _windows(config: Any) -> list[float]:
     return [window if kind == "sliding_attention" else np.inf for kind in kinds]
 
 
-def test_packed_segments_do_not_see_each_other(pair: Any) -> None:
-    lengths = [6, 1, 6]
-    rows = [_tokens(1, n, seed=n) for n in lengths]
-    packed = {
-        "token_ids": np.concatenate(rows, axis=1),
-        "positions": np.concatenate([np.arange(n) for n in lengths])[None].astype("int32"),
-        "segment_ids": np.repeat(np.arange(3), lengths)[None].astype("int32"),
-    }
-    logits = pair.run(packed)
-    alone = np.concatenate([pair.run(row) for row in rows], axis=1)
-    np.testing.assert_allclose(logits, alone, atol=1e-4)
+def test_packed_segments_do_not_see_each_other(pair: Pair) -> None:
+    positions, segments, places = np.full_like(TOKENS, -1), np.zeros_like(TOKENS), []
+    for i, lengths in enumerate([[30, 1, 41], [72], [8, 20, 32]]):  # the last ends in padding
+        for number, length in enumerate(lengths):
+            here = slice(sum(lengths[:number]), sum(lengths[: number + 1]))
+            positions[i, here], segments[i, here] = np.arange(length), number
+            places.append((i, here))
+    packed = pair.run({"token_ids": TOKENS, "positions": positions, "segment_ids": segments})
+    alone = np.concatenate([JUNK] * 3)
+    for row, place in enumerate(places):
+        alone[row, : TOKENS[place].size] = TOKENS[place]
+    expected = np.concatenate([pair.run(rows) for rows in np.split(alone, 3)])
+    for row, place in enumerate(places):
+        _assert_near(packed[place], expected[row, : TOKENS[place].size])
 
 
-def test_table_there_and_back_is_the_identity(pair: Any) -> None:
+def test_table_there_and_back_is_the_identity(pair: Pair) -> None:
     variables, config = pair.ours.variables, pair.ours.config
     family = next(f for f in FAMILIES.values() if isinstance(config, f.config_class))
     tensors = expand_table(family.weights, [v.path for v in variables], config.num_layers)
@@ -166,7 +186,7 @@ def test_table_there_and_back_is_the_identity(pair: Any) -> None:
         np.testing.assert_array_equal(array, source.read(name, "float32"))
 
 
-def test_transformers_loads_what_save_preset_wrote(pair: Any, tmp_path: Path) -> None:
+def test_transformers_loads_what_save_preset_wrote(pair: Pair, tmp_path: Path) -> None:
     import transformers
 
     saved = tmp_path / "saved"
@@ -175,24 +195,20 @@ def test_transformers_loads_what_save_preset_wrote(pair: Any, tmp_path: Path) ->
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         saved, attn_implementation="eager", dtype="float32"
     ).eval()
-    token_ids = _tokens(2, 100, seed=4)
-    expected = reference_logits(pair.reference, token_ids)
-    np.testing.assert_allclose(reference_logits(theirs, token_ids), expected, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(reference_logits(theirs, TOKENS), pair.expected, atol=1e-5, rtol=0)
     again = Backbone.from_preset(str(saved))
     assert again.config == pair.ours.config
     for ours, read in zip(pair.ours.variables, again.variables, strict=True):
         np.testing.assert_array_equal(ours.value, read.value)
 
 
-def test_bfloat16_is_as_near_as_the_reference(pair: Any) -> None:
+def test_bfloat16_is_as_near_as_the_reference(pair: Pair) -> None:
     import torch
 
-    token_ids = _tokens(2, 40, seed=8)
-    exact = reference_logits(pair.reference, token_ids)
-    ours = Backbone.from_preset(str(pair.folder), dtype="bfloat16")
+    ours = Backbone.from_preset(pair.folder, dtype="bfloat16")
     assert {v.dtype for v in ours.variables} == {"bfloat16"}
-    logits = _compiled(ours)(token_ids).astype("float32")
-    rounded = pair.reference.to(torch.bfloat16)
-    theirs = reference_logits(rounded, token_ids)
-    pair.reference.to(torch.float32)
-    assert np.abs(logits - exact).mean() <= 1.5 * np.abs(theirs - exact).mean()
+    cache = jax.tree.leaves(make_cache(ours, 1, 4))
+    assert {x.dtype.name for x in cache} == {"int32", "bfloat16"}
+    logits = compiled(ours)(TOKENS).astype("float32")
+    theirs = reference_logits(copy.deepcopy(pair.reference).to(torch.bfloat16), TOKENS)
+    assert np.abs(logits - pair.expected).mean() <= 1.5 * np.abs(theirs - pair.expected).mean()

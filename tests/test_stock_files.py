@@ -4,23 +4,21 @@ import json
 import re
 import zipfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
 import functional_llm as flm
-from configs import CONFIGS
+from configs import ONE_OF_EACH_FAMILY
 from functional_llm.graph.equality import same_graph
 from functional_llm.stock import lowering
 from functional_llm.stock.lowering import Lowering
-from reference import save_reference
-from stock import BACKENDS, TESTS, run_stock
+from pair import TOKENS, Pair, compiled, random_tokens
+from stock import BACKENDS, StockKeras, run_stock
 from tiny import save_tiny
 
 ADAPTERS: dict[str, Callable[[Any], Any]] = {
@@ -36,20 +34,10 @@ ADAPTERS: dict[str, Callable[[Any], Any]] = {
 }
 ADAPTED = "qwen2_tied"  # it has biases
 QUANTIZED = {"int8": ADAPTED, "int8_soft_caps": "gemma2_soft_caps"}
-ONE_OF_EACH_FAMILY = {x["model_type"]: name for name, x in reversed(CONFIGS.items())}.values()
-TRAINED = [*ONE_OF_EACH_FAMILY, *ADAPTERS]
 
 
 def _tokens(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 100, shape).astype("int32")
-
-
-def compiled(model: Any) -> Callable[[Any], np.ndarray]:
-    """The model as one program: eager calls compile every operation."""
-    trained = [variable.value for variable in model.trainable_variables]
-    others = [variable.value for variable in model.non_trainable_variables]
-    program = jax.jit(lambda inputs: model.stateless_call(trained, others, inputs)[0])
-    return lambda inputs: np.asarray(program(inputs))
+    return random_tokens(*shape, seed=seed) % 100
 
 
 def _with_noise(model: Any, seed: int = 1) -> Any:
@@ -60,42 +48,66 @@ def _with_noise(model: Any, seed: int = 1) -> Any:
     return model
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny checkpoint of every config."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    for name, config in CONFIGS.items():
-        save_reference(config, folder / name)
-    return {name: folder / name for name in CONFIGS}
+class StockFile:
+    """A saved model beside the logits that it gives, sent to plain Keras on three backends.
+
+    Args:
+        model: What to save.
+        path: Where to.
+        logits: What the model makes of TOKENS.
+        training: How plain Keras is to train it: "", "briefly" or "fully".
+        processes: Backend -> who measures.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        path: Path,
+        logits: np.ndarray,
+        training: str,
+        processes: dict[str, StockKeras],
+    ) -> None:
+        self.model, self.path, self.logits, self._processes = model, path, logits, processes
+        model.save(path)
+        np.savez(path.with_suffix(".npz"), token_ids=TOKENS, logits=logits, training=training)
+        for process in processes.values():
+            process.send(path)
+
+    def measured(self, backend: str) -> dict[str, Any]:
+        """Returns what the backend's process has found out."""
+        return self._processes[backend].result(self.path)
+
+
+@pytest.fixture(scope="session")
+def stock_file(
+    pair: Pair, stock_keras: dict[str, StockKeras], tmp_path_factory: pytest.TempPathFactory
+) -> StockFile:
+    """One of each config."""
+    path = tmp_path_factory.mktemp("stock") / "model.keras"
+    training = "briefly" if pair.name in ONE_OF_EACH_FAMILY else ""
+    training = "fully" if pair.name == ONE_OF_EACH_FAMILY[0] else training
+    return StockFile(pair.ours, path, pair.logits, training, stock_keras)
 
 
 @pytest.fixture(scope="module")
-def stock_files(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stock file of every config and of every method, beside the logits it should give."""
+def edited_files(
+    checkpoint: Callable[[str], Path],
+    stock_keras: dict[str, StockKeras],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, StockFile]:
+    """One of each method, and of models in int8."""
+    base = flm.Backbone.from_preset(checkpoint(ADAPTED))
+    models = {name: _with_noise(make(base)) for name, make in ADAPTERS.items()}
+    for name, original in QUANTIZED.items():
+        models[name] = flm.quantize(flm.Backbone.from_preset(checkpoint(original)))
     folder = tmp_path_factory.mktemp("stock")
-    models = {name: flm.Backbone.from_preset(path) for name, path in checkpoints.items()}
-    models |= {name: _with_noise(make(models[ADAPTED])) for name, make in ADAPTERS.items()}
-    models |= {name: flm.quantize(models[original]) for name, original in QUANTIZED.items()}
-    for seed, (name, model) in enumerate(models.items()):
-        token_ids = _tokens(3, 11, seed=seed)
-        model.save(folder / f"with_{name}.keras")
-        logits = compiled(model)(token_ids)
-        trains = name in TRAINED
-        np.savez(folder / f"with_{name}.npz", token_ids=token_ids, logits=logits, trains=trains)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def measured(stock_files: Path) -> dict[str, Any]:
-    """What processes without this library have measured, for each backend and file."""
-    script = [str(TESTS / "stock_check.py"), str(stock_files)]
-    with ThreadPoolExecutor() as pool:  # they run at the same time
-        outputs = list(pool.map(lambda backend: run_stock(backend, *script), BACKENDS))
-    found: dict[Any, Any] = {}
-    for backend, output in zip(BACKENDS, outputs, strict=True):
-        lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-        found |= {(backend, one["name"]): one for one in lines}
-    return found
+    training = dict.fromkeys(QUANTIZED, "") | dict.fromkeys(ADAPTERS, "briefly") | {"lora": "fully"}
+    return {
+        name: StockFile(
+            model, folder / f"{name}.keras", compiled(model)(TOKENS), training[name], stock_keras
+        )
+        for name, model in models.items()
+    }
 
 
 def test_the_library_is_not_there() -> None:
@@ -103,24 +115,60 @@ def test_the_library_is_not_there() -> None:
         run_stock("jax", "-c", "import functional_llm")
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, *ADAPTERS, *QUANTIZED])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_stock_keras_computes_the_same(measured: Any, backend: str, name: str) -> None:
-    found = measured[backend, f"with_{name}"]
+def _assert_the_same(found: dict[str, Any]) -> None:
     assert found["logits"] < 1e-4
     assert found["decoded"] < 1e-4
     assert found["inputs"] == ["cache", "cache_length", "token_ids"]
 
 
-@pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_stock_keras_trains_and_saves(measured: Any, backend: str, name: str) -> None:
-    found = measured[backend, f"with_{name}"]
-    assert found["again"] < 1e-4
+def test_stock_keras_computes_the_same(stock_file: StockFile, backend: str) -> None:
+    _assert_the_same(stock_file.measured(backend))
+
+
+@pytest.mark.parametrize("name", [*ADAPTERS, *QUANTIZED])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stock_keras_computes_the_same_when_edited(
+    edited_files: dict[str, StockFile], backend: str, name: str
+) -> None:
+    _assert_the_same(edited_files[name].measured(backend))
+
+
+def _assert_trained(found: dict[str, Any]) -> None:
     assert found["losses"][-1] < found["losses"][0] - 1e-4
     assert found["changed"] > 0
     assert found["frozen_changed"] == 0
-    assert (found["frozen"] > 0) == (name in ADAPTERS)
+
+
+@pytest.mark.parametrize("pair", ONE_OF_EACH_FAMILY, indirect=True)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stock_keras_trains(stock_file: StockFile, backend: str) -> None:
+    found = stock_file.measured(backend)
+    _assert_trained(found)
+    assert found["frozen"] == 0
+
+
+@pytest.mark.parametrize("pair", ONE_OF_EACH_FAMILY[:1], indirect=True)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stock_keras_saves_what_it_trained(stock_file: StockFile, backend: str) -> None:
+    assert stock_file.measured(backend)["again"] < 1e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stock_keras_saves_an_adapter_that_it_trained(
+    edited_files: dict[str, StockFile], backend: str
+) -> None:
+    assert edited_files["lora"].measured(backend)["again"] < 1e-4
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stock_keras_trains_adapters(
+    edited_files: dict[str, StockFile], backend: str, name: str
+) -> None:
+    found = edited_files[name].measured(backend)
+    _assert_trained(found)
+    assert found["frozen"] > 0
 
 
 def _modules(config: Any) -> Any:
@@ -136,60 +184,71 @@ def _modules(config: Any) -> Any:
             yield from _modules(value)
 
 
-def test_no_file_names_code_that_is_not_keras(stock_files: Path) -> None:
-    for path in stock_files.glob("*.keras"):
-        with zipfile.ZipFile(path) as archive:
-            assert sorted(archive.namelist()) == [
-                "config.json",
-                "metadata.json",
-                "model.weights.h5",
-            ]
-            text = archive.read("config.json").decode() + archive.read("metadata.json").decode()
-            config = json.loads(archive.read("config.json"))
-        assert "functional_llm" not in text
-        names = set(_modules(config))
-        assert {name for name in names if "." in name and not name.startswith("keras.")} == set()
-        assert not names & {"Lambda", "function", "__lambda__", "CompositeLayer", "Backbone"}
-        assert "Functional" in names
+def _assert_only_keras(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        members = ["config.json", "metadata.json", "model.weights.h5"]
+        assert sorted(archive.namelist()) == members
+        text = archive.read("config.json").decode() + archive.read("metadata.json").decode()
+        config = json.loads(archive.read("config.json"))
+    assert "functional_llm" not in text
+    names = set(_modules(config))
+    assert {name for name in names if "." in name and not name.startswith("keras.")} == set()
+    assert not names & {"Lambda", "function", "__lambda__", "CompositeLayer", "Backbone"}
+    assert "Functional" in names
 
 
-def test_the_config_says_which_model_it_is(checkpoints: dict[str, Path], stock_files: Path) -> None:
-    for name, path in checkpoints.items():
-        raw = json.loads((path / "config.json").read_text())
-        with zipfile.ZipFile(stock_files / f"with_{name}.keras") as archive:
-            said = json.loads(archive.read("config.json"))["language_model"]
-        assert said["family"] == raw["model_type"]
-        assert said["config"]["vocabulary_size"] == raw["vocab_size"]
-        assert not said["edited"]
+def test_no_file_names_code_that_is_not_keras(stock_file: StockFile) -> None:
+    _assert_only_keras(stock_file.path)
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, *ADAPTERS, *QUANTIZED])
-def test_the_way_back(checkpoints: dict[str, Path], stock_files: Path, name: str) -> None:
-    source = ADAPTED if name in ADAPTERS else QUANTIZED.get(name, name)
-    base = flm.Backbone.from_preset(checkpoints[source])
-    original = flm.quantize(base) if name in QUANTIZED else ADAPTERS.get(name, lambda m: m)(base)
-    model = flm.Backbone.from_preset(stock_files / f"with_{name}.keras")
+def test_no_edited_file_names_code_that_is_not_keras(edited_files: dict[str, StockFile]) -> None:
+    for file in edited_files.values():
+        _assert_only_keras(file.path)
+
+
+def test_the_config_says_which_model_it_is(pair: Pair, stock_file: StockFile) -> None:
+    raw = json.loads((pair.folder / "config.json").read_text())
+    with zipfile.ZipFile(stock_file.path) as archive:
+        said = json.loads(archive.read("config.json"))["language_model"]
+    assert said["family"] == raw["model_type"]
+    assert said["config"]["vocabulary_size"] == raw["vocab_size"]
+    assert not said["edited"]
+
+
+def _assert_came_back(file: StockFile) -> Any:
+    """Returns what came back: with the same graph and weights, so with the same logits."""
+    model, original = flm.Backbone.from_preset(file.path), file.model
     assert type(model) is flm.Backbone
-    assert model.config == base.config
+    assert model.config == original.config
     assert same_graph(model, original)
     assert [v.path for v in model.variables] == [v.path for v in original.variables]
     names = [v.path for v in original.trainable_variables]
     assert [v.path for v in model.trainable_variables] == names
-    with np.load(stock_files / f"with_{name}.npz") as arrays:
-        received = compiled(model)(arrays["token_ids"])
-        np.testing.assert_allclose(received, arrays["logits"], atol=1e-5)
+    for received, expected in zip(model.variables, original.variables, strict=True):
+        np.testing.assert_array_equal(received.value, expected.value)
+    return model
 
 
-def test_what_came_back_generates(stock_files: Path) -> None:
-    model = flm.Backbone.from_preset(stock_files / "with_lora.keras")
+def test_the_way_back(stock_file: StockFile) -> None:
+    _assert_came_back(stock_file)
+
+
+@pytest.mark.parametrize("name", [*ADAPTERS, *QUANTIZED])
+def test_the_way_back_of_edited_ones(edited_files: dict[str, StockFile], name: str) -> None:
+    model = _assert_came_back(edited_files[name])
+    np.testing.assert_allclose(compiled(model)(TOKENS), edited_files[name].logits, atol=1e-5)
+
+
+def test_what_came_back_generates(edited_files: dict[str, StockFile]) -> None:
+    model = flm.Backbone.from_preset(edited_files["lora"].path)
     prompt = [_tokens(5).tolist()]
     (new,) = flm.TextGenerator(model).generate_ids(prompt, max_new_tokens=3)
     logits = compiled(model)(np.array([prompt[0] + new], "int32"))
     assert new == logits[0, 4:-1].argmax(-1).tolist()
 
 
-def test_inactive_adapters_stay_so(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    base = flm.Backbone.from_preset(checkpoints["llama_grouped"])
+def test_inactive_adapters_stay_so(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    base = flm.Backbone.from_preset(checkpoint("llama_grouped"))
     both = flm.peft.ia3(flm.peft.lora(base, rank=2), adapter_name="other")
     _with_noise(both)
     flm.peft.activate(both, "other")
@@ -206,10 +265,9 @@ def test_inactive_adapters_stay_so(checkpoints: dict[str, Path], tmp_path: Path)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_the_size(
-    checkpoints: dict[str, Path], stock_files: Path, tmp_path: Path, dtype: str
-) -> None:
-    full = stock_files / "with_gemma2_soft_caps.keras"
+def test_half_the_size(checkpoint: Callable[[str], Path], tmp_path: Path, dtype: str) -> None:
+    full = tmp_path / "full.keras"
+    flm.Backbone.from_preset(checkpoint("gemma2_soft_caps")).save(full)
     model = flm.Backbone.from_preset(full, dtype=dtype)
     assert {v.dtype for v in model.variables} == {dtype}
     model.save(tmp_path / "half.keras")
@@ -229,10 +287,10 @@ def test_half_the_size(
 
 
 def test_files_beyond_the_limits_of_old_zips(
-    stock_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beyond 4 GiB a zip counts with 64 bits: here from the first kilobyte on."""
-    model = flm.Backbone.from_preset(stock_files / "with_gpt2_tied.keras")
+    model = flm.Backbone.from_preset(checkpoint("gpt2_tied"))
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)
     model.save(tmp_path / "large.keras")
     monkeypatch.undo()
@@ -292,9 +350,9 @@ def _louder(backbone: Any) -> Any:
 
 
 def test_a_layer_of_a_users_own(
-    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = _louder(flm.Backbone.from_preset(checkpoints["llama_grouped"]))
+    model = _louder(flm.Backbone.from_preset(checkpoint("llama_grouped")))
     path = tmp_path / "loud.keras"
     path.write_bytes(b"before")
     with pytest.raises(ValueError, match=r"'decoder_0/loud' is a Loud.*register_lowering\(Loud"):
@@ -312,15 +370,15 @@ def test_a_layer_of_a_users_own(
     loaded.save(path)
     with pytest.raises(ValueError, match="load_weights"):  # stock Keras has written it
         flm.Backbone.from_preset(path)
-    other = _louder(flm.Backbone.from_preset(checkpoints["llama_grouped"], load_weights=False))
+    other = _louder(flm.Backbone.from_preset(checkpoint("llama_grouped"), load_weights=False))
     other.load_weights(path)
     np.testing.assert_allclose(other(token_ids), loaded(token_ids), atol=1e-5)
 
 
 def test_what_is_edited_does_not_come_back_as_if_it_were_not(
-    checkpoints: dict[str, Path], tmp_path: Path
+    checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    backbone = flm.Backbone.from_preset(checkpoints["mistral_window"])
+    backbone = flm.Backbone.from_preset(checkpoint("mistral_window"))
 
     def twice(layer: Any, path: str, *args: Any, **kwargs: Any) -> Any:
         return layer(*args, **kwargs) * 2
@@ -338,8 +396,8 @@ def test_what_is_edited_does_not_come_back_as_if_it_were_not(
     backbone.load_weights(tmp_path / "twice.keras")  # the graph's own weights are the same
 
 
-def test_a_lambda_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    backbone = flm.Backbone.from_preset(checkpoints["llama_grouped"])
+def test_a_lambda_is_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    backbone = flm.Backbone.from_preset(checkpoint("llama_grouped"))
     double = keras.layers.Lambda(lambda x: x * 2, name="double")
 
     def call(layer: Any, path: str, *args: Any, **kwargs: Any) -> Any:
@@ -352,7 +410,7 @@ def test_a_lambda_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> No
 
 
 def test_an_activation_of_a_users_own_is_refused(
-    checkpoints: dict[str, Path], tmp_path: Path
+    checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     @keras.saving.register_keras_serializable("tests")
     def odd(x: Any) -> Any:
@@ -363,24 +421,27 @@ def test_an_activation_of_a_users_own_is_refused(
         new.build((None, layer.kernel.shape[0]))
         return new
 
-    backbone = flm.Backbone.from_preset(checkpoints["llama_grouped"])
+    backbone = flm.Backbone.from_preset(checkpoint("llama_grouped"))
     model = flm.rewire(backbone, replace, where="decoder_1/mlp/gate")
     with pytest.raises(ValueError, match="decoder_1_mlp_gate.*odd"):
         model.save(tmp_path / "model.keras")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_layer_in_two_places_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    backbone = flm.Backbone.from_preset(checkpoints["llama_grouped"])
+def test_a_layer_in_two_places_is_refused(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    backbone = flm.Backbone.from_preset(checkpoint("llama_grouped"))
     shared = flm.select(backbone, "decoder_0/mlp/up")["decoder_0/mlp/up"]
     model = flm.rewire(backbone, lambda layer, path: shared, where="decoder_1/mlp/up")
     with pytest.raises(ValueError, match="'up' is used inside 'mlp' and inside 'mlp'"):
         model.save(tmp_path / "model.keras")
 
 
-def test_bad_places_and_damaged_files(stock_files: Path, tmp_path: Path) -> None:
-    whole = stock_files / "with_gpt2_one_layer_one_head.keras"
-    model = flm.Backbone.from_preset(whole)
+def test_bad_places_and_damaged_files(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    model = flm.Backbone.from_preset(checkpoint("gpt2_one_layer_one_head"))
+    whole = tmp_path / "whole.keras"
+    model.save(whole)
     for name in ("model", "model.h5", "model.weights.h5"):
         with pytest.raises(ValueError, match="ends in .keras"):
             model.save(tmp_path / name)
@@ -412,9 +473,9 @@ def test_bad_places_and_damaged_files(stock_files: Path, tmp_path: Path) -> None
 
 
 def test_a_failing_disk_leaves_the_file_before(
-    stock_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = flm.Backbone.from_preset(stock_files / "with_gpt2_one_layer_one_head.keras")
+    model = flm.Backbone.from_preset(checkpoint("gpt2_one_layer_one_head"))
     path = tmp_path / "model.keras"
     model.save(path)
     before = path.read_bytes()
@@ -429,9 +490,9 @@ def test_a_failing_disk_leaves_the_file_before(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_private_keras_is_as_expected(checkpoints: dict[str, Path]) -> None:
+def test_private_keras_is_as_expected(checkpoint: Callable[[str], Path]) -> None:
     """What `export` relies on: a config says whether a shared copy trains, not its weights."""
-    model = flm.peft.lora(flm.Backbone.from_preset(checkpoints["llama_grouped"]), rank=2)
+    model = flm.peft.lora(flm.Backbone.from_preset(checkpoint("llama_grouped")), rank=2)
     text = Lowering(model).model.to_json()
     assert re.search(r'"name": "decoder_0_mlp_up", "trainable": false', text)
     assert re.search(r'"name": "decoder_0_attention_query_lora_a", "trainable": true', text)
