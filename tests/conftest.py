@@ -24,6 +24,7 @@ _OPTIMIZED = {
     "test_quantizing",
     "test_training_loss",
 }
+_REWRITTEN = {"test_products", "test_cpu_rewriter", "test_jax_private"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
@@ -35,7 +36,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Tests of one tiny model stay in one process of several (`-n 2 --dist loadgroup`), as do those of
     one file else: they share what it took long to make.
+
+    Tests of how programs are rewritten for CPUs are skipped with a JAX with which they are not.
     """
+    from functional_llm.cpu.rewriter import OLDEST_JAX
+
+    oldest = ".".join(map(str, OLDEST_JAX))
+    too_old = pytest.mark.skipif(jax.__version_info__ < OLDEST_JAX, reason=f"before JAX {oldest}")
 
     def place(item: pytest.Item) -> tuple[bool, bool]:
         is_real = item.get_closest_marker("real") is not None
@@ -43,6 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     items.sort(key=place)
     for item in items:
+        if item.path.stem in _REWRITTEN:
+            item.add_marker(too_old)
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         item.add_marker(pytest.mark.xdist_group(parameters.get("pair", item.path.stem)))
 

@@ -55,6 +55,8 @@ from functional_llm.cpu.axis_order import (
 )
 from functional_llm.cpu.matrix_vector import is_row_product, row_product
 
+# Before it, JAX binds an equation otherwise, and XLA lacks a product of bfloat16 that is made here.
+OLDEST_JAX = (0, 9, 2)
 _PROGRAMS = (ClosedJaxpr, Jaxpr)
 _FEW = 64  # rows of a product that is worth turning round rather than a matrix
 _PART = 1 << 20  # elements of an int8 matrix that are made half floats at once, in a cache
@@ -65,12 +67,12 @@ def optimize_for_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
     The same but for the order and the precision of sums; and on CPUs several rows of float32 beside
     an int8 matrix are rounded to bfloat16. To be compiled by `jax.jit`; a transformation such as
-    `jax.grad` goes inside.
+    `jax.grad` goes inside. With a JAX before `OLDEST_JAX` it is the function itself.
 
     Args:
         function: A function from nested structures of arrays to another.
     """
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or jax.__version_info__ < OLDEST_JAX:
         return function
 
     @wraps(function)
