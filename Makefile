@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BENCH_VENV ?= .venv-bench
 STOCK_VENV ?= .venv-stock
+VERSIONS_VENVS ?= .venv-versions
+PYTHONS ?= python3.11 python3.12 python3.13
 BENCH_ARGS ?=
 PROMPT ?= The capital of France is
 PYTEST_ARGS ?=
@@ -11,16 +13,17 @@ PYTEST_ARGS ?=
 export PROMPT
 
 .DELETE_ON_ERROR:
-.PHONY: help generate test mutation bench lint types clean
+.PHONY: help generate test test-versions mutation bench lint types clean
 
 help:
 	@echo "make generate   write text with the default preset (PROMPT='...' to choose the prompt)"
 	@echo "make test       run every test (PYTEST_ARGS='-m \"not real\"' for the fast ones)"
 	@echo "make mutation   put faults into the library: the property tests must see each"
+	@echo "make test-versions  run quick tests with the oldest and newest versions (PYTHONS='python3.13')"
 	@echo "make bench      measure against KerasHub, Transformers, ... (BENCH_ARGS='--help' for choices)"
 	@echo "make lint       ruff: rules and format"
 	@echo "make types      mypy"
-	@echo "make clean      remove $(VENV), $(BENCH_VENV) and $(STOCK_VENV)"
+	@echo "make clean      remove $(VENV), and the other environments"
 
 # Each stamp is made last, so that an install that was cut off starts again.
 $(VENV)/installed-core: pyproject.toml
@@ -61,6 +64,10 @@ mutation: $(VENV)/installed-dev $(STOCK_VENV)/installed
 	FLM_STOCK_PYTHON=$(abspath $(STOCK_VENV))/bin/python \
 		$(BIN)/python -m pytest -n 2 -m mutation -rP tests/test_mutations.py $(PYTEST_ARGS)
 
+# Needs no torch. A Python that is not there is left out, and said to be.
+test-versions:
+	$(PYTHON) tests/edges.py --environments $(VERSIONS_VENVS) $(PYTHONS)
+
 bench: $(BENCH_VENV)/installed
 	$(BENCH_VENV)/bin/python -m benchmarks $(BENCH_ARGS)
 
@@ -72,4 +79,4 @@ types: $(VENV)/installed-dev
 	$(BIN)/python -m mypy
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) $(STOCK_VENV)
+	rm -rf $(VENV) $(BENCH_VENV) $(STOCK_VENV) $(VERSIONS_VENVS)

@@ -29,6 +29,7 @@ _OPTIMIZED = {
     "test_quantizing",
     "test_training_loss",
 }
+_REWRITTEN = {"test_cpu_rewriter", "test_jax_private"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
@@ -40,17 +41,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     Tests of one tiny model stay in one process of several (`-n 2 --dist loadgroup`), as do those of
     one file else: they share what it took long to make.
+
+    Tests of how programs are rewritten for CPUs are skipped with a JAX with which they are not.
     """
     if "mutation" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("mutation")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    from functional_llm.cpu.rewriter import OLDEST_JAX
+
+    oldest = ".".join(map(str, OLDEST_JAX))
+    too_old = pytest.mark.skipif(jax.__version_info__ < OLDEST_JAX, reason=f"before JAX {oldest}")
 
     def place(item: pytest.Item) -> tuple[bool, bool]:
         is_real = item.get_closest_marker("real") is not None
         return is_real, item.path.stem != "test_finetune_real"
 
     items.sort(key=place)
+    for item in items:
+        if item.path.stem in _REWRITTEN:
+            item.add_marker(too_old)
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             item.add_marker(pytest.mark.xdist_group(_group(item)))

@@ -509,6 +509,7 @@ def test_shared_layers_stay_shared(kind: str, tmp_path: Path):
         np.testing.assert_array_equal(other(X), model(X))
 
 
+@pytest.mark.filterwarnings("ignore:Skipping nested container")  # as Keras 3.15.1 says
 def test_stock_keras_loses_a_layer_shared_by_two_nested_graphs(tmp_path: Path):
     """A wall in Keras, with Functionals as with composites: loading fails, never silently."""
     dense = layers.Dense(4)
@@ -516,7 +517,7 @@ def test_stock_keras_loses_a_layer_shared_by_two_nested_graphs(tmp_path: Path):
         one, two = make(lambda x: dense(x * 2.0)), make(lambda x: dense(x))
         model = functional(lambda x, one=one, two=two: two(one(x)))
         model.save(tmp_path / "m.keras")
-        with pytest.raises(ValueError, match="could not be loaded"), pytest.warns(UserWarning):
+        with pytest.raises(ValueError, match="could not be loaded"):
             keras.saving.load_model(tmp_path / "m.keras")
 
 

@@ -283,7 +283,10 @@ def test_hub_fetches_what_a_model_needs(hub: Server) -> None:
 def test_hub_goes_on_after_a_download_was_cut_off(hub: Server) -> None:
     name = "model-00001-of-00002.safetensors"
     hub.cut.add(name)
-    folder = Path(fetch_hub(hub, REPO))
+    output = fetch_hub(hub, REPO)
+    if "what was downloaded is kept" in output:  # before huggingface_hub 1.0, for the next call
+        output = fetch_hub(hub, REPO)
+    folder = Path(output)
     assert (folder / name).read_bytes() == hub.repo[name]
     assert hub.cut == set()
     assert hub.count(name) == 2

@@ -6,7 +6,6 @@ from pathlib import Path
 import tokenizers
 
 from configs import CONFIGS
-from reference import save_reference
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.",
@@ -27,6 +26,17 @@ def save_tiny(folder: Path, vocabulary_size: int | None = None) -> Path:
         folder: Where to.
         vocabulary_size: Of the model, if not that of the tokenizer.
     """
+    from reference import save_reference  # which needs torch, and `save_tokenizer` does not
+
+    size = save_tokenizer(folder)
+    config = {**CONFIGS["llama_grouped"], "vocab_size": vocabulary_size or size}
+    save_reference(config, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    return folder
+
+
+def save_tokenizer(folder: Path) -> int:
+    """Saves a byte-level BPE tokenizer with a chat template; returns the size of its vocabulary."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -37,11 +47,7 @@ def save_tiny(folder: Path, vocabulary_size: int | None = None) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
-    size = vocabulary_size or tokenizer.get_vocab_size()
-    config = {**CONFIGS["llama_grouped"], "vocab_size": size}
-    save_reference(config, folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     facts = {"bos_token": "<s>", "eos_token": "<|im_end|>", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(facts))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
-    return folder
+    return tokenizer.get_vocab_size()

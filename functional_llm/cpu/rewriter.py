@@ -31,6 +31,8 @@ from functional_llm.cpu.product_rules import PRODUCT_RULES
 from functional_llm.cpu.rule import ProductRule, Rule, StepRule
 from functional_llm.cpu.steps import Product, Source, Step
 
+# Before it, JAX binds an equation otherwise, and XLA lacks a product of bfloat16 that is made here.
+OLDEST_JAX = (0, 9, 2)
 RULES: tuple[Rule, ...] = (*ORDER_RULES, *PRODUCT_RULES)
 Inputs = ParamSpec("Inputs")
 Result = TypeVar("Result")
@@ -45,14 +47,14 @@ def optimize_for_cpu(
 
     The same but for the order and the precision of sums; several rows of float32 beside an int8
     matrix are rounded to bfloat16. To be compiled by `jax.jit`; a transformation such as `jax.grad`
-    goes inside. On other platforms it is the function itself.
+    goes inside. On other platforms, and with a JAX before `OLDEST_JAX`, it is the function itself.
 
     Args:
         function: A function from nested structures of arrays to another.
         rules: What is exchanged, tried in order; by default `RULES`.
         processor: By default this machine's.
     """
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or jax.__version_info__ < OLDEST_JAX:
         return function
 
     @wraps(function)
