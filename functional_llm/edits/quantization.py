@@ -5,7 +5,7 @@ the output is divided by. All else is in the model's own precision, the inputs t
 have a few that are far larger than the rest, and rounded to int8 beside those, the rest is lost
 (of a perplexity of 82.5, 3.5 more; with int8 in the matrices alone, 0.3).
 
-On CPUs, several rows of inputs are rounded to bfloat16: see `Int8Matrix` in `cpu.product_rules`.
+On CPUs with instructions for it, several rows of inputs are rounded to bfloat16: see `Int8AsHalf`.
 """
 
 from collections.abc import Callable, Collection
