@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,10 +13,15 @@ import numpy as np
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from functional_llm.cpu.rewriter import optimize_for_cpu
+from functional_llm.cpu.processor import Processor, read_processor
+from functional_llm.cpu.rewriter import RULES
+from functional_llm.cpu.rewriter import optimize_for_cpu as optimize
+from functional_llm.cpu.rule import ProductRule, StepRule
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="others need no exchange")
 RANDOM = np.random.default_rng(0)
+PROCESSORS = {"bfloat16": Processor(bfloat16=True), "no bfloat16": Processor()}
+optimize_for_cpu = partial(optimize, processor=PROCESSORS["bfloat16"])
 
 
 def _array(*shape: int, dtype: str = "bfloat16") -> Any:
@@ -192,8 +198,9 @@ def test_one_row_times_a_matrix_is_the_product_of_the_numbers_it_has(
 
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("num_rows", [3, 100])
+@pytest.mark.parametrize("processor", PROCESSORS)
 def test_only_the_rows_are_rounded_in_a_product_with_bytes(
-    num_rows: int, is_transposed: bool
+    processor: str, num_rows: int, is_transposed: bool
 ) -> None:
     matrix = _array(*((40, 24) if is_transposed else (24, 40)), dtype="int8")
     x = _array(num_rows, 24, dtype="float32")
@@ -203,12 +210,13 @@ def test_only_the_rows_are_rounded_in_a_product_with_bytes(
         y = y.astype(x.dtype) if is_cast else y
         return jax.lax.dot_general(x, y, (((1,), (0,)), ((), ())), preferred_element_type="float32")
 
-    rows, bytes_ = np.asarray(x.astype("bfloat16"), "float64"), np.asarray(matrix, "float64")
+    dtype = "bfloat16" if PROCESSORS[processor].bfloat16 else "float32"
+    rows, bytes_ = np.asarray(x.astype(dtype), "float64"), np.asarray(matrix, "float64")
     expected = rows @ (bytes_.T if is_transposed else bytes_)
     for is_cast in (True, False):  # as strict promotion wants it, and as Keras writes it
-        fast = optimize_for_cpu(partial(product, is_cast=is_cast))
+        fast = optimize(partial(product, is_cast=is_cast), processor=PROCESSORS[processor])
         for inputs, _ in _products(jax.make_jaxpr(fast)(x, matrix)):
-            assert [y.dtype for y in inputs] == ["bfloat16"] * 2
+            assert [y.dtype for y in inputs] == [dtype] * 2
         np.testing.assert_allclose(jax.jit(fast)(x, matrix), expected, rtol=1e-5, atol=1e-2)
 
 
@@ -224,7 +232,10 @@ def test_integers_times_bytes_stay_integers(num_rows: int) -> None:
 
 
 @pytest.mark.parametrize("num_rows", [3, 100])
-def test_a_large_head_of_bytes_in_parts(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_a_large_head_of_bytes_in_parts(
+    processor: str, num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("functional_llm.cpu.product_rules._PART", 200)
     matrix = _array(35, 24, dtype="int8")
     x, weights = _array(2, num_rows, 24, dtype="float32"), _array(2, num_rows, 35, dtype="float32")
@@ -233,15 +244,18 @@ def test_a_large_head_of_bytes_in_parts(num_rows: int, monkeypatch: pytest.Monke
         logits = jnp.matmul(x, matrix.T.astype(x.dtype))
         return jnp.sum(logits * weights), logits
 
-    program = optimize_for_cpu(jax.value_and_grad(loss, has_aux=True))
+    loss_and_gradient = jax.value_and_grad(loss, has_aux=True)
+    program = optimize(loss_and_gradient, processor=PROCESSORS[processor])
     (_, logits), gradient = jax.jit(program)(x, weights)
-    x, weights = (np.asarray(a.astype("bfloat16"), "float64") for a in (x, weights))
+    dtype = "bfloat16" if PROCESSORS[processor].bfloat16 else "float32"
+    x, weights = (np.asarray(a.astype(dtype), "float64") for a in (x, weights))
     exact = np.asarray(matrix, "float64")
     np.testing.assert_allclose(logits, x @ exact.T, rtol=1e-5, atol=1e-2)
     np.testing.assert_allclose(gradient, weights @ exact, rtol=1e-5, atol=1e-2)
 
 
-def test_no_copy_of_matrices_of_bytes_stays_in_memory() -> None:
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_no_copy_of_matrices_of_bytes_stays_in_memory(processor: str) -> None:
     matrices = [_array(256, 256, dtype="int8") for _ in range(12)]
 
     def step(x: Any, matrices: Any) -> Any:
@@ -253,9 +267,68 @@ def test_no_copy_of_matrices_of_bytes_stays_in_memory() -> None:
         return jax.lax.fori_loop(0, 5, lambda i, x: step(x, matrices), x)
 
     for program in (step, loop):
-        fast = jax.jit(optimize_for_cpu(program))
+        fast = jax.jit(optimize(program, processor=PROCESSORS[processor]))
         compiled: Any = fast.lower(_array(4, 256, dtype="float32"), matrices).compile()
-        assert compiled.memory_analysis().temp_size_in_bytes < 3 * 2 * matrices[0].size
+        num_bytes = 2 if PROCESSORS[processor].bfloat16 else 4
+        assert compiled.memory_analysis().temp_size_in_bytes < 3 * num_bytes * matrices[0].size
+
+
+@pytest.mark.parametrize("num_rows", [2, 100])
+def test_without_instructions_few_rows_of_bfloat16_are_exchanged(num_rows: int) -> None:
+    x, matrix = _array(num_rows, 24), _array(24, 40)
+    fast = optimize(_matmul, processor=PROCESSORS["no bfloat16"])
+    (_, output), *_ = _products(jax.make_jaxpr(fast)(x, matrix))
+    assert output.dtype == ("float32" if num_rows == 2 else "bfloat16")
+
+
+def test_all_bytes_are_converted_exactly() -> None:
+    matrix = jnp.tile(jnp.arange(-128, 128, dtype="int8"), (256, 1))
+    x = jnp.tile(jnp.eye(256, dtype="float32")[:4], (1, 1))
+    for processor in PROCESSORS.values():
+        fast = optimize(lambda x, y: x @ y.astype(x.dtype), processor=processor)
+        np.testing.assert_array_equal(jax.jit(fast)(x, matrix), np.asarray(matrix[:4], "float32"))
+
+
+def test_rules_have_names_and_reasons_and_are_of_one_kind() -> None:
+    names = [rule.name for rule in RULES]
+    assert len(set(names)) == len(names) > 10
+    assert all(len(rule.why) > 20 for rule in RULES)
+    assert all(isinstance(rule, StepRule) != isinstance(rule, ProductRule) for rule in RULES)
+
+
+def test_without_rules_a_program_stays_as_it_is() -> None:
+    function, x, y = CASES["gradients"]
+    program = jax.make_jaxpr(optimize(function, rules=()))(x, y)
+    expected = [equation.primitive for equation in jax.make_jaxpr(function)(x, y).eqns]
+    assert [equation.primitive for equation in program.eqns] == expected
+
+
+@pytest.mark.parametrize("name", ["two_rows", "float32_sums", "transposed_matrix"])
+def test_a_rule_can_be_left_out(name: str) -> None:
+    function, x, y = CASES["one row of a head"]
+    rules = [rule for rule in RULES if rule.name != name]
+    with_all, without = (
+        str(jax.make_jaxpr(optimize(function, chosen, PROCESSORS["bfloat16"]))(x, y))
+        for chosen in (RULES, rules)
+    )
+    assert with_all != without
+    result = jax.jit(optimize(function, rules))(x, y)
+    np.testing.assert_allclose(
+        np.asarray(result, "float32"), np.asarray(function(x, y), "float32"), atol=0.2
+    )
+
+
+def test_the_processor_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text(
+        "processor\t: 0\nmodel name\t: A\nflags\t: avx512f avx512_vnni\n\n"
+        "processor\t: 1\nmodel name\t: B\nflags\t: avx512_bf16 amx_tile\n"
+    )
+    assert read_processor(file) == Processor(name="A", vnni=True)
+    other = tmp_path / "arm"
+    other.write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
+    assert read_processor(other) == Processor(bfloat16=True)
+    assert read_processor(tmp_path / "nowhere") == Processor()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])

@@ -45,9 +45,10 @@ def optimize_for_cpu(
 ) -> Callable[Inputs, Result]:
     """Returns a function that computes the same, in a form that is fast on the processor.
 
-    The same but for the order and the precision of sums; several rows of float32 beside an int8
-    matrix are rounded to bfloat16. To be compiled by `jax.jit`; a transformation such as `jax.grad`
-    goes inside. On other platforms, and with a JAX before `OLDEST_JAX`, it is the function itself.
+    The same but for the order and the precision of sums; on processors with instructions for
+    bfloat16, several rows of float32 beside an int8 matrix are rounded to it. To be compiled by
+    `jax.jit`; a transformation such as `jax.grad` goes inside. On other platforms, and with a JAX
+    before `OLDEST_JAX`, it is the function itself.
 
     Args:
         function: A function from nested structures of arrays to another.

@@ -5,7 +5,7 @@ the output is divided. Everything else stays in the model's own precision, the i
 inputs of language models are far larger than the rest, and beside those, int8 rounds the rest away
 (a perplexity of 82.5 rose by 3.5; with int8 in the matrices alone, by 0.3).
 
-On CPUs, several rows of inputs are rounded to bfloat16: see `Int8Matrix` in `cpu.product_rules`.
+On CPUs with instructions for it, several rows of inputs are rounded to bfloat16: see `Int8AsHalf`.
 """
 
 from collections.abc import Callable, Collection
