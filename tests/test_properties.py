@@ -202,6 +202,7 @@ def test_transformers_loads_what_save_preset_wrote(pair: Pair, tmp_path: Path) -
         np.testing.assert_array_equal(ours.value, read.value)
 
 
+@one_of_each_family
 def test_bfloat16_is_as_near_as_the_reference(pair: Pair) -> None:
     import torch
 

@@ -13,9 +13,12 @@ import pytest
 from keras import ops
 
 import functional_llm as flm
-from configs import ONE_OF_EACH_FAMILY
+from configs import CONFIGS, ONE_OF_EACH_FAMILY
+from functional_llm.backbones.families import FAMILIES
+from functional_llm.formats.hf_config import decode_config
 from functional_llm.graph.equality import same_graph
 from functional_llm.stock import lowering
+from functional_llm.stock.keras_file import read_description
 from functional_llm.stock.lowering import Lowering
 from pair import TOKENS, Pair, compiled, random_tokens
 from stock import BACKENDS, StockKeras, run_stock
@@ -206,13 +209,13 @@ def test_no_edited_file_names_code_that_is_not_keras(edited_files: dict[str, Sto
         _assert_only_keras(file.path)
 
 
-def test_the_config_says_which_model_it_is(pair: Pair, stock_file: StockFile) -> None:
-    raw = json.loads((pair.folder / "config.json").read_text())
-    with zipfile.ZipFile(stock_file.path) as archive:
-        said = json.loads(archive.read("config.json"))["language_model"]
-    assert said["family"] == raw["model_type"]
-    assert said["config"]["vocabulary_size"] == raw["vocab_size"]
-    assert not said["edited"]
+def test_the_config_comes_back(pair: Pair, stock_file: StockFile) -> None:
+    """And with it the graph, which is a function of it: the file is not of an edited one."""
+    description = read_description(stock_file.path)
+    assert description["family"] == CONFIGS[pair.name]["model_type"]
+    family = FAMILIES[description["family"]]
+    assert decode_config(description["config"], family) == pair.ours.config
+    assert not description["edited"]
 
 
 def _assert_came_back(file: StockFile) -> Any:
@@ -229,6 +232,7 @@ def _assert_came_back(file: StockFile) -> Any:
     return model
 
 
+@pytest.mark.parametrize("pair", ONE_OF_EACH_FAMILY, indirect=True)
 def test_the_way_back(stock_file: StockFile) -> None:
     _assert_came_back(stock_file)
 
