@@ -25,6 +25,8 @@ EXAMPLES = """examples:
   python -m benchmarks --measures decode_1 decode_8 --precisions float32
   python -m benchmarks --engines functional_llm transformers --measures first_token
   python -m benchmarks --engines functional_llm keras_hub --measures compile_4 compile_30
+
+The rules of the CPU rewriter, each on and off: python -m benchmarks.cpu_rules --help
 """
 
 

@@ -130,3 +130,18 @@ def test_help_names_every_measure(repository: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, cwd=repository, check=True)
     assert all(name in shown.stdout.replace("\n", " ") for name in MEASURES)
+
+
+@pytest.mark.parametrize("measure", ["prefill_32", "lora_step"])
+def test_a_cpu_rule_is_measured_on_and_off(repository: Path, measure: str) -> None:
+    options = ["--rules", "half_rows", "--precisions", "bfloat16", "--measures", measure]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.cpu_rules", *options, "--rounds", "1", "--layers", "1"],
+        capture_output=True,
+        text=True,
+        cwd=repository,
+        check=True,
+    )
+    heading, *_, row = done.stdout.splitlines()
+    assert "cores; " in heading
+    assert row.startswith(f"| half_rows | bfloat16 | {measure} | ") and row.count("|") == 7

@@ -25,10 +25,12 @@ class FunctionalLLM(Engine):
 class FunctionalLLMTrainer(Trainer):
     """What `scripts/finetune.py` makes."""
 
-    def __init__(self, weights: Path, precision: str, lora: bool) -> None:
+    def __init__(
+        self, weights: Path, precision: str, lora: bool, load_weights: bool = True
+    ) -> None:
         flm.training.keep_memory()
         dtype = "mixed_bfloat16" if precision == "bfloat16" and not lora else precision
-        model = flm.Backbone.from_preset(weights, dtype=dtype)
+        model = flm.Backbone.from_preset(weights, dtype=dtype, load_weights=load_weights)
         if lora:
             model = flm.peft.lora(model, rank=RANK, alpha=ALPHA, targets="all", seed=0)
         settings = flm.training.Settings(

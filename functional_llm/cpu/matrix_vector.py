@@ -23,7 +23,7 @@ from jax import lax
 from functional_llm.cpu.jax_private import Shaped
 from functional_llm.cpu.steps import Pair
 
-Place: TypeAlias = tuple[int | slice, ...]
+Place: TypeAlias = tuple[slice, ...]
 
 _SMALL = 1 << 14  # elements of a matrix that is too small to gain
 _ROWS = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -85,8 +85,9 @@ def _sum_rows(row_K: jax.Array, matrix_KN: jax.Array) -> jax.Array:
     far, near = _far_and_near(row_K.size, matrix_KN)
     row = row_K.reshape(far, -1, near, 1)
     matrix = matrix_KN.reshape(*row.shape[:3], -1)
-    places: list[Place] = [(i, slice(None), j) for i in range(far) for j in range(near)]
-    sums = _sum_products(row, matrix, places)
+    one = [slice(i, i + 1) for i in range(max(far, near))]
+    places: list[Place] = [(i, slice(None), j) for i in one[:far] for j in one[:near]]
+    sums = _sum_products(row, matrix, places).reshape(row.shape[1], -1)
     # With two rows it is a call of XLA's library. With one, XLA compiles a kernel for each product,
     # which takes as long as the kernel that makes the sums.
     return (jnp.ones((2, len(sums))) @ sums)[0]
@@ -95,7 +96,8 @@ def _sum_rows(row_K: jax.Array, matrix_KN: jax.Array) -> jax.Array:
 def _sum_columns(row_K: jax.Array, matrix_NK: jax.Array) -> jax.Array:
     row = row_K.reshape(1, _num_in_a_row(row_K.size), -1)
     matrix = matrix_NK.reshape(-1, *row.shape[1:])
-    sums = _sum_products(row, matrix, [(slice(None), i) for i in range(row.shape[1])])
+    places: list[Place] = [(slice(None), slice(i, i + 1)) for i in range(row.shape[1])]
+    sums = _sum_products(row, matrix, places).reshape(len(matrix), -1)
     return sums @ jnp.ones(sums.shape[1])
 
 
