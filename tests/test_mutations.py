@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mutations import MUTATIONS
+from mutations import CHUNKS, INFLUENCE, LOGITS, MUTATIONS, PACKED, RAGGED, TABLE
 
 TESTS = Path(__file__).resolve().parent
 pytestmark = pytest.mark.mutation
@@ -20,7 +20,9 @@ pytestmark = pytest.mark.mutation
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_fault_is_seen(name: str) -> None:
     mutation = MUTATIONS[name]
-    options = ["-p", "mutations", "-p", "no:cacheprovider", "-q", "-rfE", "-k", mutation.config]
+    tests = {LOGITS, CHUNKS, RAGGED, INFLUENCE, PACKED, TABLE, *mutation.caught_by}
+    chosen = f"({mutation.config}) and ({' or '.join(sorted(tests))})"
+    options = ["-p", "mutations", "-p", "no:cacheprovider", "-q", "-rfE", "-k", chosen]
     paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(TESTS / mutation.file)],
