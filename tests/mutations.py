@@ -153,14 +153,14 @@ def window_wider_by_one(patch: pytest.MonkeyPatch) -> None:
     _with_attribute(patch, AttentionMask, "window", _wider)
 
 
-@_on("qwen2_some_layers_slide", LOGITS, INFLUENCE)
+@_on("qwen3_biases_slide_multi_query", LOGITS, INFLUENCE)
 def window_narrower_by_one(patch: pytest.MonkeyPatch) -> None:
     from functional_llm.layers.attention import AttentionMask
 
     _with_attribute(patch, AttentionMask, "window", _narrower)
 
 
-@_on("gemma2_soft_caps", LOGITS, INFLUENCE)
+@_on("gemma2_soft_caps", LOGITS)
 def windows_in_the_other_layers(patch: pytest.MonkeyPatch) -> None:
     others = {"full_attention": "sliding_attention", "sliding_attention": "full_attention"}
 

@@ -30,10 +30,14 @@ TOKENS = random_tokens(ROWS, LENGTH)
 
 def compiled(model: Any) -> Callable[[Any], Any]:
     """Returns a model's call as one program a shape: eager calls compile every operation."""
-    trained = [variable.value for variable in model.trainable_variables]
-    others = [variable.value for variable in model.non_trainable_variables]
     program = jax.jit(lambda values, inputs: model.stateless_call(*values, inputs)[0])
-    return lambda inputs: jax.tree.map(np.asarray, program((trained, others), inputs))
+
+    def run(inputs: Any) -> Any:
+        variables = (model.trainable_variables, model.non_trainable_variables)
+        values = jax.tree.map(lambda variable: variable.value, variables)
+        return jax.tree.map(np.asarray, program(values, inputs))
+
+    return run
 
 
 class Pair:

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 import functional_llm as flm
-from configs import CONFIGS
+from configs import CONFIGS, ONE_OF_EACH_FAMILY
 from reference import save_reference
 
-ONE_OF_EACH_FAMILY = list({x["model_type"]: n for n, x in reversed(CONFIGS.items())}.values())
+# With a head and without one, with biases and without.
+some_families = pytest.mark.parametrize(
+    "folder", ["llama_grouped", "gemma2_soft_caps", "gpt2_tied"], indirect=True
+)
 
 
 def _tokens(*shape: int, seed: int = 0) -> np.ndarray:
@@ -53,6 +56,7 @@ def test_matrices_take_a_byte_a_number_and_logits_stay_near(backbone: Any) -> No
     np.testing.assert_array_equal(_logits(backbone, token_ids), expected)
 
 
+@some_families
 def test_generation_with_the_cache_is_what_the_whole_text_gives(backbone: Any) -> None:
     quantized = flm.quantize(backbone)
     prompts = [_tokens(6).tolist(), _tokens(9, seed=1).tolist()]
@@ -63,6 +67,7 @@ def test_generation_with_the_cache_is_what_the_whole_text_gives(backbone: Any) -
         assert (chosen.max(-1) - chosen[np.arange(5), new] < 1e-3).all()
 
 
+@some_families
 def test_lora_on_top_trains_and_travels_in_a_stock_file(backbone: Any, tmp_path: Path) -> None:
     quantized = flm.quantize(backbone)
     model = flm.peft.lora(quantized, rank=2, seed=0)
@@ -87,6 +92,7 @@ def test_lora_on_top_trains_and_travels_in_a_stock_file(backbone: Any, tmp_path:
     assert np.abs(_logits(merged, token_ids) - expected).mean() < 0.05 * expected.std()
 
 
+@some_families
 def test_gradients_pass_what_is_rounded(backbone: Any) -> None:
     token_ids = _tokens(1, 7)
 
@@ -145,6 +151,7 @@ def test_perplexity_of_a_real_text(smollm2_gguf: Path, repository: Path) -> None
     assert abs(loss(flm.quantize(backbone)) - loss(backbone)) < np.log(1.01)
 
 
+@pytest.mark.parametrize("folder", ["llama_grouped"], indirect=True)
 def test_bad_requests(folder: Path, backbone: Any) -> None:
     with pytest.raises(ValueError, match="Expected mode 'int8'"):
         flm.quantize(backbone, "int3")
