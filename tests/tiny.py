@@ -47,6 +47,7 @@ def save_tokenizer(folder: Path) -> int:
         show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     facts = {"bos_token": "<s>", "eos_token": "<|im_end|>", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(facts))
