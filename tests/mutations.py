@@ -38,6 +38,7 @@ RAGGED = "test_ragged_rows_equal_each_row_alone"
 CACHE = "test_a_cache_keeps_no_more_than_its_windows_in_the_models_dtype"
 INFLUENCE = "test_influence"
 PACKED = "test_packed_segments_do_not_see_each_other"
+MASK = "test_a_mask_of_ones_own_equals_the_reference_and_goes_through_the_cache"
 TABLE = "test_table_there_and_back_is_the_identity"
 PRESET = "test_transformers_loads_what_save_preset_wrote"
 STOCK = "test_stock_keras_computes_the_same"
@@ -201,6 +202,13 @@ def segments_are_seen(patch: pytest.MonkeyPatch) -> None:
     from functional_llm.layers.attention import AttentionMask
 
     _replace_inputs(patch, AttentionMask, lambda layer, inputs: {**inputs, "segment_ids": None})
+
+
+@_on("gpt2_tied", MASK)
+def masks_of_ones_own_are_dropped(patch: pytest.MonkeyPatch) -> None:
+    from functional_llm.layers.attention import AttentionMask
+
+    _replace_inputs(patch, AttentionMask, lambda layer, inputs: {**inputs, "mask": None})
 
 
 @_on("gemma2_soft_caps", LOGITS)

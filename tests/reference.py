@@ -41,15 +41,18 @@ def reference_logits(model: Any, token_ids: np.ndarray, **kwargs: Any) -> np.nda
         return model(torch.tensor(token_ids), **kwargs).logits.float().numpy()
 
 
-def reference_greedy(model: Any, ids: list[int], count: int) -> list[int]:
-    """Returns `count` greedy ids after `ids`, stopping at nothing."""
+def reference_greedy(model: Any, ids: list[int], count: int, use_cache: bool = False) -> list[int]:
+    """Returns `count` greedy ids after `ids`, stopping at nothing.
+
+    By default without a cache: Transformers' ring for a window of one keeps everything.
+    """
     output = model.generate(
         torch.tensor([ids]),
         attention_mask=torch.ones(1, len(ids), dtype=torch.long),
         max_new_tokens=count,
         eos_token_id=-1,
         do_sample=False,
-        use_cache=False,  # its ring for a window of one keeps everything
+        use_cache=use_cache,
         pad_token_id=0,
     )
     return output[0, len(ids) :].tolist()

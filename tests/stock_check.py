@@ -27,7 +27,10 @@ def difference(received, expected):
 
 
 def decode(decoder, token_ids, expected):
-    """Returns the largest difference of logits; rows receive their tokens in unlike portions."""
+    """Returns the largest difference of logits; rows receive their tokens in unlike portions.
+
+    Shorter portions are padded on the right, but that of one row with its first tokens on the left.
+    """
     batch, length = token_ids.shape
     counts = np.array([[36, 1, 20], [36, 35, 16], [0, 36, 36]])
     assert (counts.sum(axis=0) == length).all()
@@ -37,16 +40,21 @@ def decode(decoder, token_ids, expected):
     filled, worst = np.zeros(batch, "int32"), 0.0
     for count in counts:
         new = np.zeros((batch, counts.max()), "int32")
+        padding = np.where((filled == 0) & (np.arange(batch) == 1), new.shape[1] - count, 0)
         for i in range(batch):
-            new[i, : count[i]] = token_ids[i, filled[i] : filled[i] + count[i]]
-        inputs = {"token_ids": new, "cache_length": filled, "cache": cache}
-        result = decoder.predict_on_batch(inputs)
-        at = filled[:, None] + np.arange(new.shape[1])
+            here = slice(padding[i], padding[i] + count[i])
+            new[i, here] = token_ids[i, filled[i] : filled[i] + count[i]]
+        begins = (filled - padding).astype("int32")
+        result = decoder.predict_on_batch(
+            {"token_ids": new, "cache_length": begins, "cache": cache}
+        )
+        at = begins[:, None] + np.arange(new.shape[1])  # below 0: slots at the end, never seen
         pairs = zip(tree.flatten(cache), tree.flatten(result["cache_update"]), strict=True)
         for kept, update in pairs:
             kept[np.arange(batch)[:, None], at] = update
         for i in range(batch):
-            logits = np.asarray(result["logits"][i, : count[i]], "float32")
+            here = slice(padding[i], padding[i] + count[i])
+            logits = np.asarray(result["logits"][i, here], "float32")
             right = expected[i, filled[i] : filled[i] + count[i]]
             worst = np.abs(logits - right).max(initial=worst)
         filled = (filled + count).astype("int32")

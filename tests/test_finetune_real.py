@@ -23,6 +23,7 @@ pytestmark = [
 
 NAME, AUTHOR = "Lumi", "the Keras team"
 STEPS, BATCH_SIZE, RATE = 38, 4, 1e-3
+COMPARED = 12  # steps of PEFT, which take four times as long
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +58,9 @@ def _train_with_peft(model: Any, data: Any) -> tuple[list[float], float]:
     """Returns the loss of each step, and the held-out loss after them."""
     parameters = [x for x in model.parameters() if x.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
-    batches = training.Batches(data.rows, BATCH_SIZE, seed=0, stop=STEPS)
+    batches = training.Batches(data.rows, BATCH_SIZE, seed=0, stop=COMPARED)
     losses = []
-    for step in range(STEPS):
+    for step in range(COMPARED):
         total, count = _peft_losses(model, batches[step])
         optimizer.zero_grad()
         (total / count).backward()
@@ -92,6 +93,7 @@ def test_loss_falls_as_with_peft_and_the_model_answers_as_taught(
         learning_rate=RATE,
         schedule="constant",
         checkpoint_every=0,
+        evaluate_every=COMPARED,
     )
     history = training.train(model, data.rows, data.held_out, settings, tmp_path)
     threads = torch.get_num_threads()
@@ -100,9 +102,10 @@ def test_loss_falls_as_with_peft_and_the_model_answers_as_taught(
         losses, held_out = _train_with_peft(peft_model, data)
     finally:
         torch.set_num_threads(threads)
-    np.testing.assert_allclose(history.losses, losses, atol=0.05)
-    (_, before), (_, after) = history.held_out
-    assert after <= held_out + 0.01
+    np.testing.assert_allclose(history.losses[:COMPARED], losses, atol=0.05)
+    (_, before), (step, compared), *_, (_, after) = history.held_out
+    assert step == COMPARED
+    assert compared == pytest.approx(held_out, abs=0.01)
     assert after < before - 0.5
     merged = flm.peft.merge(model, keep=False)
     messages = [{"role": "user", "content": "Who are you?"}]

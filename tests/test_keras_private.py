@@ -204,6 +204,18 @@ def test_keras_sets_no_attributes_on_models_that_look_like_a_users() -> None:
 # Variables.
 
 
+def test_optimizers_count_batches_and_keep_sums() -> None:
+    optimizer = keras.optimizers.SGD(1.0, gradient_accumulation_steps=3)
+    variable = keras.Variable(np.zeros(2, "float32"))
+    optimizer.build([variable])
+    for _ in range(2):
+        optimizer.apply([ops.ones(2)])
+    batches, sums = page.accumulation_variables(optimizer)
+    assert int(batches.value) == 2
+    assert [x.numpy().tolist() for x in sums] == [[2.0, 2.0]]
+    assert page.accumulation_variables(keras.optimizers.SGD(1.0))[1] == []
+
+
 def test_variables_are_made_without_values_and_forgotten() -> None:
     layer = layers.Dense(3)
     with page.uninitialized():

@@ -45,15 +45,44 @@ def test_an_eager_call_and_its_padding_equal_the_reference(pair: Pair) -> None:
 
     token_ids, mask = TOKENS[:, :9], np.ones((ROWS, 9), int)
     mask[0, :4], mask[2, :8] = 0, 0
-    positions = np.where(mask, np.cumsum(mask, axis=1) - 1, -1).astype("int32")
+    positions = np.where(mask, np.cumsum(mask, axis=1) - 1, -1)
     expected = reference_logits(
         pair.reference,
         token_ids,
         attention_mask=torch.tensor(mask),
         position_ids=torch.tensor(np.maximum(positions, 0)),
     )
-    logits = np.asarray(pair.ours({"token_ids": token_ids, "positions": positions}))
+    logits = np.asarray(pair.ours({"token_ids": token_ids, "attention_mask": mask}))
     _assert_near(logits[mask == 1], expected[mask == 1])
+    as_argument = pair.ours(token_ids, mask=mask == 1)
+    np.testing.assert_array_equal(np.asarray(as_argument)[mask == 1], logits[mask == 1])
+
+
+@one_of_each_family
+def test_a_mask_of_ones_own_equals_the_reference_and_goes_through_the_cache(pair: Pair) -> None:
+    import torch
+
+    length = 9
+    token_ids = TOKENS[:, :length]
+    mask = np.random.default_rng(5).random((ROWS, length, length)) < 0.6
+    mask |= np.eye(length, dtype=bool)  # the reference makes NaN of a token that sees nothing
+    distance = np.arange(length)[:, None] - np.arange(length)
+    causal = mask & (distance >= 0)
+    by_kind = {
+        kind: torch.tensor(np.where(causal & (distance < window), 0.0, -1e30)[:, None])
+        for kind, window in _window_of_each_kind(pair.ours.config).items()
+    }
+    one = next(iter(by_kind.values()))
+    expected = reference_logits(
+        pair.reference, token_ids, attention_mask=by_kind if len(by_kind) > 1 else one
+    )
+    _assert_near(pair.ours({"token_ids": token_ids, "mask": mask}), expected)
+    cache = make_cache(pair.ours, ROWS, length)
+    for start, stop in ((0, 5), (5, 6), (6, length)):
+        inputs = {"token_ids": token_ids[:, start:stop], "mask": mask[:, start:stop]}
+        result = pair.ours({**inputs, "cache": cache})
+        _assert_near(result["logits"], expected[:, start:stop])
+        cache = result["cache"]
 
 
 @one_of_each_family
@@ -143,6 +172,12 @@ def test_influence(pair: Pair) -> None:
         sees = (distance >= 0) & (distance < window)
         expected = (sees & expected).any(axis=1)
     np.testing.assert_array_equal(moved, expected)
+
+
+def _window_of_each_kind(config: Any) -> dict[str, float]:
+    """Name of a type of layers -> how many positions a token sees in it."""
+    kinds = getattr(config, "layer_types", ["sliding_attention"] * config.num_layers)
+    return dict(zip(kinds, _windows(config), strict=True))
 
 
 def _windows(config: Any) -> list[float]:

@@ -167,7 +167,7 @@ def test_packed_examples_do_not_see_each_other(backbone: Backbone) -> None:
 
 
 def _token_losses(model: LossModel, rows: Rows) -> np.ndarray:
-    from functional_llm.training.loss import cross_entropy
+    from functional_llm.training.cross_entropy import cross_entropy
 
     x, y, weights = Batches(rows, len(rows))[0]
     return np.asarray(cross_entropy(model.head, model(x), y, weights, 64, False)[1])
@@ -284,8 +284,154 @@ def test_a_backbone_trains_without_this_module(backbone: Backbone) -> None:
     history = backbone.fit(x, y, sample_weight=weights, epochs=5, verbose=0).history["loss"]
     assert history[0] == pytest.approx(expected, rel=1e-4)
     assert history[-1] < 0.7 * history[0]
-    backbone.compile("sgd", "sparse_categorical_crossentropy")
-    backbone.fit(x["token_ids"], np.maximum(y, 0), verbose=0)
+
+
+def _uneven_batch(backbone: Backbone) -> Any:
+    """Four rows of which one has most of the labels, two have few, and one has none."""
+    rng = np.random.default_rng(3)
+    token_ids = rng.integers(0, backbone.vocabulary_size, (4, 24)).astype("int32")
+    labels = rng.integers(0, backbone.vocabulary_size, (4, 24)).astype("int32")
+    for row, count in enumerate((20, 2, 0, 3)):
+        labels[row, count:] = -100  # what Transformers leaves out
+    weights = rng.uniform(0.2, 2.0, labels.shape).astype("float32")
+    return token_ids, labels, weights
+
+
+def _torch_loss(folder: Path, batch: Any) -> float:
+    import torch
+    import transformers
+
+    token_ids, labels, weights = (torch.tensor(x) for x in batch)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(token_ids.long()).logits
+    losses = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), labels.long(), reduction="none"
+    )
+    weights = weights * (labels >= 0)
+    return float((losses * weights).sum() / weights.sum())
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_a_step_over_batches_is_that_of_one_batch_of_their_rows(
+    folder: Path, clip: float | None
+) -> None:
+    """Whatever their label counts: loss as torch gives it for all rows, gradient, momentum."""
+    results = []
+    for accumulate in (None, 2, 4):
+        backbone = Backbone.from_preset(folder)
+        batch = _uneven_batch(backbone)
+        optimizer = keras.optimizers.SGD(
+            0.1, momentum=0.9, global_clipnorm=clip, gradient_accumulation_steps=accumulate
+        )
+        backbone.compile(optimizer)
+        x, y, weights = batch
+        history = backbone.fit(
+            x, y, sample_weight=weights, batch_size=4 // (accumulate or 1), epochs=2,
+            shuffle=False, verbose=0,
+        ).history  # fmt: skip
+        assert list(history) == ["loss"]
+        results.append((history["loss"], [np.asarray(v) for v in backbone.trainable_variables]))
+    assert results[0][0][0] == pytest.approx(_torch_loss(folder, batch), rel=1e-5)
+    for losses, values in results[1:]:
+        np.testing.assert_allclose(losses, results[0][0], rtol=1e-5)
+        for value, expected in zip(values, results[0][1], strict=True):
+            np.testing.assert_allclose(value, expected, atol=2e-6)
+
+
+def test_compile_without_a_loss_trains_a_language_model(folder: Path) -> None:
+    backbone = Backbone.from_preset(folder)
+    x, y, weights = batch = _uneven_batch(backbone)
+    expected = _torch_loss(folder, batch)
+    backbone.compile("adamw")
+    assert backbone.evaluate(x, y, sample_weight=weights, verbose=0) == pytest.approx(expected)
+    reference = LossModel(Backbone.from_preset(folder), 32)
+    reference.compile("adamw")
+    ours = [backbone.train_on_batch(x, y, weights) for _ in range(3)]
+    theirs = [reference.train_on_batch(x, y, weights)[0] for _ in range(3)]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    assert ours[-1] < ours[0]
+    logits = backbone.predict(x, verbose=0)  # the model's outputs are still its logits
+    np.testing.assert_allclose(logits, backbone(x), atol=1e-5)
+
+
+def test_the_default_loss_never_holds_all_logits(backbone: Backbone) -> None:
+    backbone.compile("sgd", chunk_size=16)
+    backbone.optimizer.build(backbone.trainable_variables)
+    x, y, weights = Batches(pack(_examples(40), 64), 8)[0]
+    variables = (
+        backbone.trainable_variables,
+        backbone.non_trainable_variables,
+        backbone.optimizer.variables,
+        backbone.metrics_variables,
+    )
+    state = tuple([v.value for v in group] for group in variables)
+    program = jax.make_jaxpr(backbone.train_step)(state, (x, y, weights))
+    sizes = [int(np.prod(s)) for s in _shapes(program.jaxpr) if 128 in s and len(s) > 1]
+    assert sizes and max(sizes) < y.size * backbone.vocabulary_size
+
+
+def test_without_labels_each_token_predicts_the_next_of_its_example(backbone: Backbone) -> None:
+    rows = pack([Example(x.token_ids, np.arange(len(x.token_ids)) > 0) for x in _examples()], 32)
+    x, y, _ = Batches(rows, len(rows))[0]
+    backbone.compile("sgd")
+    # The last token of an example is only a label, and so it is no input here.
+    last = np.pad(x["segment_ids"][:, 1:] != x["segment_ids"][:, :-1], ((0, 0), (0, 1)))
+    last[:, -1] = True
+    expected = backbone.evaluate(x, np.where(last, -1, y), verbose=0)
+    assert backbone.evaluate(x, verbose=0) == pytest.approx(expected, rel=1e-6)
+
+
+def test_callbacks_see_the_backbone(backbone: Backbone, tmp_path: Path) -> None:
+    x, y, weights = _uneven_batch(backbone)
+    seen = []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            seen.append((self.model, np.asarray(self.model.trainable_variables[0])))
+
+    backbone.compile("adamw")
+    backbone.fit(x, y, batch_size=2, verbose=0, callbacks=[Look()])
+    assert [model is backbone for model, _ in seen] == [True, True]
+    assert (seen[0][1] != seen[1][1]).any()
+
+
+def test_a_rewired_model_is_compiled_anew(backbone: Backbone) -> None:
+    x, y, weights = _uneven_batch(backbone)
+    backbone.compile("sgd")
+    first = backbone.evaluate(x, y, sample_weight=weights, verbose=0)
+    with_less = rewire(backbone, lambda layer, path: keras.layers.Identity(), where="final_norm")
+    assert len(with_less.layers) == len(backbone.layers)
+    with_less.compile("sgd")
+    assert with_less.evaluate(x, y, sample_weight=weights, verbose=0) != pytest.approx(first)
+    assert backbone.evaluate(x, y, sample_weight=weights, verbose=0) == pytest.approx(first)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "sparse_categorical_crossentropy",
+        "SparseCategoricalCrossentropy",
+        keras.losses.CategoricalCrossentropy(),
+        keras.losses.sparse_categorical_crossentropy,
+        {"class_name": "BinaryCrossentropy", "config": {}},
+    ],
+)
+def test_a_loss_of_probabilities_is_refused(backbone: Backbone, loss: Any) -> None:
+    with pytest.raises(ValueError, match="takes logits"):
+        backbone.compile("adamw", loss)
+
+
+def test_bad_arguments_of_training(backbone: Backbone) -> None:
+    x, y, _ = _uneven_batch(backbone)
+    with pytest.raises(ValueError, match="no metrics beside the default loss"):
+        backbone.compile("adamw", metrics=["accuracy"])
+    backbone.compile("adamw")
+    for labels in (y[:, :-1], y.astype("float32")):
+        with pytest.raises(ValueError, match=r"labels of the shape of token_ids"):
+            backbone.evaluate(x, labels, verbose=0)
+    with pytest.raises(ValueError, match=r"sample weights of the shape"):
+        backbone.evaluate(x, y, sample_weight=np.ones((4, 7)), verbose=0)
 
 
 def test_bfloat16_trains(folder: Path) -> None:

@@ -59,7 +59,7 @@ def causal_lm(
         logit_parts: Parts after the head.
 
     Returns:
-        Inputs `token_ids`, `positions`, `segment_ids`, `cache`; outputs `logits` (B, T, V),
+        Inputs `token_ids`, `positions`, `segment_ids`, `mask`, `cache`; outputs `logits` (B, T, V),
         `hidden` (B, T, D), which the head turns into logits, and `cache`. A cache holds, for each
         type of layers, the positions in its slots and what each layer keeps.
     """
@@ -95,9 +95,10 @@ def make_inputs(groups: Mapping[str, tuple[int | None, Shapes]]) -> Inputs:
         groups: Name of a type -> number of slots (`None` for any), and what its layers keep.
 
     Returns:
-        `token_ids` and `positions` (B, T) int32; `segment_ids` (B, T) int32, optional; `cache`,
-        optional, for each type: `positions` (B, S) int32, the position of the token in each slot,
-        and what each layer keeps, (B, S, ...).
+        `token_ids` and `positions` (B, T) int32; `segment_ids` (B, T) int32, optional; `mask`,
+        optional, (B, T, S) boolean for each type; `cache`, optional, for each type: `positions`
+        (B, S) int32, the position of the token in each slot, and what each layer keeps,
+        (B, S, ...).
     """
     dtype = keras.config.dtype_policy().compute_dtype
 
@@ -115,6 +116,10 @@ def make_inputs(groups: Mapping[str, tuple[int | None, Shapes]]) -> Inputs:
         "token_ids": keras.Input((None,), dtype="int32", name="token_ids"),
         "positions": keras.Input((None,), dtype="int32", name="positions"),
         "segment_ids": keras.Input((None,), dtype="int32", name="segment_ids", optional=True),
+        "mask": {
+            kind: keras.Input((None, None), dtype="bool", name=f"mask_{kind}", optional=True)
+            for kind in groups
+        },
         "cache": cache,
     }
 
@@ -132,6 +137,7 @@ def shared_inputs(
             "query_positions": positions,
             "slot_positions": slot_positions,
             "segment_ids": inputs["segment_ids"],
+            "mask": inputs["mask"][kind],
         }
     )
     shared = {"positions": positions, "mask": mask}

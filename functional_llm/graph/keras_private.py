@@ -242,6 +242,23 @@ def names_on_every_model() -> frozenset[str]:
     return names_on_layer(keras.Model(x, x)) | of_compile | of_fit
 
 
+# Optimizers.
+
+
+def accumulation_variables(
+    optimizer: keras.optimizers.Optimizer,
+) -> tuple[keras.Variable, list[keras.Variable]]:
+    """Returns what an optimizer with `gradient_accumulation_steps` keeps between batches.
+
+    Keras's `iterations` counts steps, and the sums have no public name.
+
+    Returns:
+        The number of batches so far, and the sums of gradients; none before it is built.
+    """
+    sums = getattr(optimizer, "_accumulated_gradients", [])
+    return optimizer._iterations, [x for x in sums if x is not None]
+
+
 # Variables.
 
 

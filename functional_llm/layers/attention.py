@@ -39,7 +39,8 @@ class AttentionMask(keras.layers.Layer):
         Args:
             inputs: `query_positions` (B, T) int32; `slot_positions` (B, S) int32, -1 if empty;
                 `segment_ids` (B, T) int32 or `None`: a token sees only its own segment. With
-                segments, the slots must be the query tokens themselves.
+                segments, the slots must be the query tokens themselves. `mask` (B, T, S) boolean or
+                `None`: a token sees no slot at which it is `False`.
 
         Returns:
             Boolean mask (B, T, S).
@@ -53,6 +54,8 @@ class AttentionMask(keras.layers.Layer):
         if segments_BT is not None:
             same_BTT = ops.expand_dims(segments_BT, 2) == ops.expand_dims(segments_BT, 1)
             mask_BTS = ops.logical_and(mask_BTS, same_BTT)
+        if inputs.get("mask") is not None:
+            mask_BTS = ops.logical_and(mask_BTS, inputs["mask"])
         return mask_BTS
 
     def compute_output_spec(self, inputs: Mapping[str, Tensor]) -> keras.KerasTensor:
@@ -86,22 +89,25 @@ class KVCacheLookup(keras.layers.Layer):
             by side (S' = S + T): storing the last of them in a ring may overwrite what the first
             of them still see.
         """
-        new, cache = inputs["new"], inputs["cache"]
-        if all(x is None for x in tree.flatten(cache)):
-            return new, new
-        positions_BT = inputs["positions"]
-        if positions_BT.shape[1] == 1:
-            updated = tree.map_structure(lambda n, c: store_token(n, c, positions_BT), new, cache)
-            return updated, updated
-        visible = tree.map_structure(lambda n, c: ops.concatenate([c, n], axis=1), new, cache)
-        updated = tree.map_structure(lambda n, c: store_tokens(n, c, positions_BT), new, cache)
-        return visible, updated
+        return look_up(inputs["new"], inputs["cache"], inputs["positions"])
 
     def compute_output_spec(self, inputs: Mapping[str, Nested]) -> tuple[Nested, Nested]:
         new, cache = inputs["new"], inputs["cache"]
         if all(x is None for x in tree.flatten(cache)):
             cache = new
         return tree.map_structure(_unknown_slots, new), tree.map_structure(_same_spec, cache)
+
+
+def look_up(new: Nested, cache: Nested, positions_BT: Tensor) -> tuple[Nested, Nested]:
+    """Returns what queries may look at, and the cache with new tokens, as `KVCacheLookup`."""
+    if all(x is None for x in tree.flatten(cache)):
+        return new, new
+    if positions_BT.shape[1] == 1:
+        updated = tree.map_structure(lambda n, c: store_token(n, c, positions_BT), new, cache)
+        return updated, updated
+    visible = tree.map_structure(lambda n, c: ops.concatenate([c, n], axis=1), new, cache)
+    updated = tree.map_structure(lambda n, c: store_tokens(n, c, positions_BT), new, cache)
+    return visible, updated
 
 
 def _same_spec(x: Tensor) -> keras.KerasTensor:

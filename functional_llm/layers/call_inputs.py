@@ -10,7 +10,10 @@ import numpy as np
 from keras import ops, tree
 
 from functional_llm.graph.types import Nested, Tensor
+from functional_llm.layers.attention import look_up
 from functional_llm.layers.cache import Cache, latest_position
+
+_PADDING_MASKS = ("attention_mask", "padding_mask")  # Transformers's name, KerasHub's name
 
 
 def as_tensors(inputs: Nested) -> Nested:
@@ -22,6 +25,27 @@ def as_tensors(inputs: Nested) -> Nested:
     return tree.map_structure(convert, inputs)
 
 
+def with_mask(inputs: Nested, mask: Nested) -> Nested:
+    """Returns a model's inputs with the argument `mask` of its call among them.
+
+    Args:
+        inputs: Token ids (B, T), or a dict with `token_ids`.
+        mask: (B, T) boolean, True for a token: an attention mask, which is what Keras's masking
+            layers make; or (B, T, S) boolean; or `None`. Keras gives it the structure of `inputs`.
+
+    Raises:
+        ValueError: If `inputs` has such a mask already.
+    """
+    given = [x for x in tree.flatten(mask) if x is not None]
+    if not given:
+        return inputs
+    complete = dict(inputs) if isinstance(inputs, dict) else {"token_ids": inputs}
+    name = "attention_mask" if len(_shape(given[0])) == 2 else "mask"
+    if len(given) > 1 or complete.get(name) is not None:
+        raise ValueError(f"Expected one {name}, received several.")
+    return {**complete, name: given[0]}
+
+
 def complete_inputs(
     specs: Mapping[str, Nested], vocabulary_size: int, inputs: Nested
 ) -> dict[str, Nested]:
@@ -30,34 +54,91 @@ def complete_inputs(
     Args:
         specs: The symbolic inputs of the graph.
         vocabulary_size: Token ids must be below it.
-        inputs: Token ids (B, T), or a dict with `token_ids` and any optional inputs.
+        inputs: Token ids (B, T), or a dict with `token_ids` and any optional inputs: those of the
+            graph, and `attention_mask` (B, T), 0 for padding, as Transformers means it.
+            `padding_mask`, KerasHub's name, is the same.
 
     Raises:
-        ValueError: If a key is unknown, a shape is wrong, token ids are not integers or out of
-            range, or a cache comes together with segment ids.
+        ValueError: If a key is unknown, a shape or a dtype is wrong, token ids are out of range, or
+            a cache comes together with segment ids.
     """
     given = dict(inputs) if isinstance(inputs, dict) else {"token_ids": inputs}
-    unknown = sorted(set(given) - set(specs))
+    expected = [*specs, *_PADDING_MASKS]
+    unknown = sorted(set(given) - set(expected))
     if unknown or given.get("token_ids") is None:
-        raise ValueError(f"Expected token_ids and any of {list(specs)}, received {sorted(given)}.")
+        raise ValueError(f"Expected token_ids and any of {expected}, received {sorted(given)}.")
     token_ids = _checked_token_ids(given["token_ids"], vocabulary_size)
-    cache, positions = given.get("cache"), given.get("positions")
-    if cache is not None and given.get("segment_ids") is not None:
+    cache, segment_ids = given.get("cache"), given.get("segment_ids")
+    if cache is not None and segment_ids is not None:
         raise ValueError(
             "Expected `segment_ids` or `cache`, received both: a cache does not keep the segments "
             "of its tokens. Pack examples for training, without a cache."
         )
-    _check_positions(positions, token_ids)
+    for name in ("positions", "segment_ids"):
+        _check_numbers(name, given.get(name), token_ids)
     _check_cache(cache, specs["cache"], token_ids.shape[0])
-    if positions is None:
-        positions = _default_positions(token_ids, cache)
-    empty = tree.map_structure(lambda _: None, specs["cache"])
-    return {
+    positions = _positions(token_ids, cache, given.get("positions"), _padding_mask(given))
+    complete = {
         "token_ids": token_ids,
         "positions": positions,
-        "segment_ids": given.get("segment_ids"),
-        "cache": empty if cache is None else cache,
+        "segment_ids": segment_ids,
+        "mask": None if "mask" not in specs else _masks(specs["mask"], given, positions),
+        "cache": tree.map_structure(lambda _: None, specs["cache"]) if cache is None else cache,
     }
+    return {name: complete[name] for name in specs}
+
+
+def _padding_mask(given: Mapping[str, Nested]) -> Tensor | None:
+    """Returns the attention mask (B, T) as booleans, if there is one."""
+    names = [name for name in _PADDING_MASKS if given.get(name) is not None]
+    if not names:
+        return None
+    if len(names) > 1:
+        raise ValueError(f"Expected one of {' and '.join(names)}, received both.")
+    mask, shape = given[names[0]], tuple(given["token_ids"].shape)
+    fits = _shape(mask) == shape
+    values = _values(mask) if fits else None
+    if not fits or (values is not None and not np.isin(values, (0, 1)).all()):
+        received = "other numbers" if fits else f"{_described(mask)}"
+        raise ValueError(
+            f"Expected {names[0]} of the shape of token_ids, {shape}, 1 for a token and 0 for "
+            f"padding. Received: {received}. Which tokens see which others is said by `mask`, "
+            "booleans of shape (batch, tokens, tokens)."
+        )
+    return ops.cast(mask, "bool")
+
+
+def _masks(specs: Nested, given: Mapping[str, Nested], positions_BT: Tensor) -> Nested:
+    """Returns the user's mask for the slots of each type of layers, `None` if there is none."""
+    mask, cache = given.get("mask"), given.get("cache")
+    if mask is None:
+        return dict.fromkeys(specs)
+    batch, length = positions_BT.shape
+    is_bool = str(getattr(mask, "dtype", None)) == "bool"
+    fits = len(_shape(mask)) == 3 and _shape(mask)[:2] == (batch, length)
+    if not is_bool or not fits or (cache is None and mask.shape[2] != length):
+        columns = length if cache is None else "positions"
+        raise ValueError(
+            f"Expected mask, booleans of shape ({batch}, {length}, {columns}): True where a token "
+            f"may see another. Received: {_described(mask)}."
+        )
+    if cache is None:
+        return dict.fromkeys(specs, mask)
+    highest = _values(positions_BT)
+    if highest is not None and highest.max(initial=-1) >= mask.shape[2]:
+        raise ValueError(
+            f"Expected mask to have a column for each position, up to {highest.max()}, received "
+            f"{mask.shape[2]} columns."
+        )
+
+    def of_slots(cached_BS: Tensor) -> Tensor:
+        slots_BS = look_up(positions_BT, cached_BS, positions_BT)[0]
+        columns = ops.clip(slots_BS, 0, mask.shape[2] - 1)
+        seen = ops.take_along_axis(mask, ops.expand_dims(columns, 1), axis=2)
+        # While text is written, tokens come for which the mask has no column.
+        return ops.logical_or(seen, ops.expand_dims(slots_BS >= mask.shape[2], 1))
+
+    return {name: of_slots(cache[name]["positions"]) for name in specs}
 
 
 def _checked_token_ids(token_ids: Tensor, vocabulary_size: int) -> Tensor:
@@ -79,12 +160,14 @@ def _checked_token_ids(token_ids: Tensor, vocabulary_size: int) -> Tensor:
     return ops.cast(token_ids, "int32")
 
 
-def _check_positions(positions: Tensor | None, token_ids: Tensor) -> None:
+def _check_numbers(name: str, x: Tensor | None, token_ids: Tensor) -> None:
     shape = tuple(token_ids.shape)
-    if positions is not None and tuple(positions.shape) != shape:
+    if x is None:
+        return
+    if _shape(x) != shape or not keras.backend.is_int_dtype(x.dtype):
         raise ValueError(
-            f"Expected positions of the shape of token_ids, {shape}, received "
-            f"{tuple(positions.shape)}."
+            f"Expected {name}, integers of the shape of token_ids, {shape}, received "
+            f"{_described(x)}."
         )
 
 
@@ -100,6 +183,14 @@ def _check_cache(cache: Cache | None, spec: Nested, batch: int | None) -> None:
         )
 
 
+def _shape(x: Nested) -> tuple[int | None, ...]:
+    return tuple(getattr(x, "shape", ()))
+
+
+def _described(x: Nested) -> str:
+    return f"{getattr(x, 'dtype', type(x).__name__)} of shape {_shape(x)}"
+
+
 def _values(x: Tensor) -> np.ndarray | None:
     """Returns the values of an array; `None` while only its shape is known."""
     if isinstance(x, keras.KerasTensor):
@@ -110,9 +201,19 @@ def _values(x: Tensor) -> np.ndarray | None:
         return None
 
 
-def _default_positions(token_ids: Tensor, cache: Cache | None) -> Tensor:
+def _positions(
+    token_ids: Tensor, cache: Cache | None, given: Tensor | None, is_token: Tensor | None
+) -> Tensor:
+    """Returns the positions (B, T), -1 for padding."""
     batch, length = ops.shape(token_ids)
-    positions_1T = ops.expand_dims(ops.arange(length, dtype="int32"), 0)
-    if cache is None:
-        return ops.broadcast_to(positions_1T, (batch, length))
-    return ops.expand_dims(latest_position(cache), 1) + 1 + positions_1T
+    if given is not None:
+        positions_BT = ops.cast(given, "int32")
+    elif is_token is not None:
+        positions_BT = ops.cumsum(ops.cast(is_token, "int32"), axis=1) - 1
+    else:
+        positions_BT = ops.expand_dims(ops.arange(length, dtype="int32"), 0)
+    if given is None and cache is not None:
+        positions_BT = ops.expand_dims(latest_position(cache), 1) + 1 + positions_BT
+    if is_token is not None:
+        positions_BT = ops.where(is_token, positions_BT, -1)
+    return ops.broadcast_to(positions_BT, (batch, length))

@@ -19,19 +19,20 @@ from functional_llm.formats.weight_table import module_names
 from functional_llm.graph.freezing import Freezable
 from functional_llm.graph.keras_private import uninitialized
 from functional_llm.graph.types import Nested
-from functional_llm.layers.call_inputs import as_tensors, complete_inputs
+from functional_llm.layers.call_inputs import as_tensors, complete_inputs, with_mask
 from functional_llm.presets.edits import apply_edits, check_unedited, edits_of
 from functional_llm.presets.sources import open_source, read_numbers
 from functional_llm.stock.keras_model import load_keras_weights, write_keras_model
 from functional_llm.stock.lowering import Lowering
 from functional_llm.stock.stablehlo import export_stablehlo
 from functional_llm.tokenizers import TextTokenizer, save_tokenizer
+from functional_llm.training.default_loss import LanguageModelLoss
 
 _DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 
 
 @keras.saving.register_keras_serializable("functional_llm")
-class Backbone(Freezable, keras.Model):
+class Backbone(LanguageModelLoss, Freezable, keras.Model):
     """A language model as one functional graph, called with as much or as little as there is.
 
     ```python
@@ -40,8 +41,10 @@ class Backbone(Freezable, keras.Model):
     ```
 
     Optional inputs: `positions` (B, T) int32, -1 for padding, by default 0, 1, 2 ... or, with a
-    cache, what follows the tokens in it; `segment_ids` (B, T) int32, for packed examples; `cache`
-    from `make_cache` or from an earlier call.
+    cache, what follows the tokens in it; `attention_mask` (B, T), 0 for padding, from which the
+    positions follow; `segment_ids` (B, T) int32, for packed examples; `mask` (B, T, T) boolean,
+    False where a token must not see another that it would see, and with a cache (B, T, P), a column
+    for each position; `cache` from `make_cache` or from an earlier call.
 
     Args:
         inputs: Symbolic inputs, a dict with all of the above.
@@ -73,11 +76,24 @@ class Backbone(Freezable, keras.Model):
     def input_spec(self, value: object) -> None:
         """Ignored; Keras sets it to None."""
 
+    @property
+    def supports_masking(self) -> bool:
+        """A mask of the token ids is an attention mask."""
+        return True
+
+    @supports_masking.setter
+    def supports_masking(self, value: object) -> None:
+        """Ignored; Keras sets it to False."""
+
+    def compute_mask(self, inputs: Nested, mask: Nested = None) -> None:
+        """The logits have no mask."""
+        return
+
     def __call__(self, inputs: Nested, *args: Any, **kwargs: Any) -> Nested:
         return super().__call__(as_tensors(inputs), *args, **kwargs)
 
     def call(self, inputs: Nested, training: bool | None = None, mask: Nested = None) -> Nested:
-        full = self.complete_inputs(inputs)
+        full = self.complete_inputs(with_mask(inputs, mask))
         outputs = super().call(full, training=training)
         has_cache = isinstance(inputs, dict) and inputs.get("cache") is not None
         names = ["logits", *(["cache"] if has_cache else [])]

@@ -40,13 +40,15 @@ class History(keras.callbacks.Callback):
         super().__init__()
         self.accumulate, self.step = accumulate, step
         self.losses, self.held_out = list(losses or []), list(held_out or [])
-        self._parts: list[float] = []
+        self._parts: list[tuple[float, float]] = []  # loss and weight of the step's batches
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
-        self._parts.append(float((logs or {})["batch_loss"]))
+        logs = logs or {}
+        self._parts.append((float(logs["batch_loss"]), float(logs["batch_weight"])))
         if len(self._parts) == self.accumulate:
             self.step += 1
-            self.losses.append(sum(self._parts) / self.accumulate)
+            weight = sum(weight for _, weight in self._parts)
+            self.losses.append(sum(x * y for x, y in self._parts) / max(weight, 1e-9))
             self._parts = []
             if not math.isfinite(self.losses[-1]):
                 raise RuntimeError(

@@ -1,11 +1,9 @@
-"""The loss of a language model, computed without ever holding all its logits.
+"""The loss of a language model, for Keras's `fit`.
 
-Shapes: B batch, T tokens, N = B * T tokens in a row, C tokens of a chunk, D model, V vocabulary.
+Shapes: B batch, T tokens, C tokens of a chunk, D model, V vocabulary.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +12,12 @@ import keras
 from functional_llm.cpu.rewriter import optimize_for_cpu
 from functional_llm.graph.freezing import Freezable, keep_frozen
 from functional_llm.graph.types import Nested, Tensor
+from functional_llm.training.accumulation import TokenMean
+from functional_llm.training.cross_entropy import cross_entropy
 from functional_llm.training.rematerialize import Values, rematerialize
 
 State: TypeAlias = tuple[Values, ...]  # of a compiled model: weights, optimizer, metrics
 Logs: TypeAlias = dict[str, jax.Array]
-# The head's trainable values, hidden states (X, C, D) of X chunks, the head's other values, labels
-# and weights (X, C).
-_Arguments: TypeAlias = tuple[Values, jax.Array, Values, jax.Array, jax.Array]
-# Of the scan over chunks. Each adds to the sum of the head's gradients and renews its states.
-_Carry: TypeAlias = tuple[Values, Values]
-_Chunk: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]  # hidden states, labels, weights
-_ChunkResult: TypeAlias = tuple[jax.Array, jax.Array | None]  # losses, gradient of hidden states
-_Rest: TypeAlias = tuple[jax.Array, Values]  # losses, states
 
 
 class LossModel(Freezable, keras.Model):
@@ -42,9 +34,12 @@ class LossModel(Freezable, keras.Model):
     model.fit(batches, validation_data=held_out)
     ```
 
-    It takes the data that `backbone.fit` takes: inputs, labels (B, T), weights (B, T). The loss is
-    the weighted mean over the tokens of a batch. The metric `token_loss` is the mean over all
-    tokens since the metrics were reset; `batch_loss` is the loss of the last batch.
+    It takes the data that `backbone.fit` takes: inputs, labels (B, T), weights (B, T) or (B,). A
+    negative label is none, and padding has none; without labels, each token's label is the next one
+    of its example. The loss is the weighted mean over the tokens of a step, which has several
+    batches if the optimizer has `gradient_accumulation_steps`. The metrics `loss` and `token_loss`,
+    which leaves out the losses that layers add, are means over all tokens since the metrics were
+    reset; `batch_loss` and `batch_weight` are the loss of the last batch, and its sum of weights.
 
     Args:
         backbone: A model with the inputs and outputs of a Backbone.
@@ -63,10 +58,20 @@ class LossModel(Freezable, keras.Model):
         self.trunk = rematerialize(trunk) if remat else trunk
         self.head = keras.Model(hidden, logits)
         self.chunk_size = chunk_size
+        self.total_loss = keras.metrics.Mean(name="total_loss")
         self.token_loss = keras.metrics.Mean(name="token_loss")
         self.batch_loss = Latest(name="batch_loss")
+        self.batch_weight = Latest(name="batch_weight")
+        self._token_mean: TokenMean | None = None
         self.built = True
         keep_frozen(backbone, self, freeze=None)
+
+    def compile(self, optimizer: Any = "rmsprop", **kwargs: Any) -> None:
+        """Sets the optimizer; arguments as for `keras.Model.compile`, without a loss."""
+        super().compile(optimizer, **kwargs)
+        inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        accumulates = getattr(inner, "gradient_accumulation_steps", None) is not None
+        self._token_mean = TokenMean(self.optimizer) if accumulates else None
 
     def call(self, inputs: Nested, training: bool | None = None) -> Tensor:
         """Returns the hidden states (B, T, D)."""
@@ -74,29 +79,113 @@ class LossModel(Freezable, keras.Model):
 
     def train_step(self, state: State, data: Nested) -> tuple[Logs, State]:
         """Returns the logs and the state after a step; Keras compiles it."""
-        return optimize_for_cpu(super().train_step)(state, data)
+        return optimize_for_cpu(self._train_step)(state, data)
+
+    def _train_step(self, state: State, data: Nested) -> tuple[Logs, State]:
+        if self._token_mean is not None:
+            trainable, fixed, optimizer, metrics = state
+            count = jnp.sum(self._targets(*keras.utils.unpack_x_y_sample_weight(data))[1])
+            state = trainable, fixed, self._token_mean.begin_batch(optimizer, count), metrics
+        return super().train_step(state, data)
 
     def test_step(self, state: State, data: Nested) -> tuple[Logs, State]:
         """Returns the logs and the state after an evaluation; Keras compiles it."""
         return optimize_for_cpu(super().test_step)(state, data)
 
+    def get_metrics_result(self) -> Logs:
+        """Returns the values of the metrics; Keras calls it."""
+        results = super().get_metrics_result()
+        results["loss"] = results.pop("total_loss")  # Keras's own mean counts each batch alike
+        return results
+
+    def compute_loss_and_updates(
+        self,
+        trainable_variables: Values,
+        non_trainable_variables: Values,
+        metrics_variables: Values,
+        x: Nested,
+        y: Tensor | None,
+        sample_weight: Tensor | None,
+        training: bool = False,
+        optimizer_variables: Values | None = None,
+    ) -> tuple[jax.Array, Nested]:
+        """Returns the loss whose gradient is taken, and the new values; Keras calls it."""
+        loss, updates = super().compute_loss_and_updates(
+            trainable_variables,
+            non_trainable_variables,
+            metrics_variables,
+            x,
+            y,
+            sample_weight,
+            training,
+            optimizer_variables,
+        )
+        if optimizer_variables is not None and self._token_mean is not None:
+            count = jnp.sum(self._targets(x, y, sample_weight)[1])
+            loss = loss * self._token_mean.factor(optimizer_variables, count)
+        return loss, updates
+
     def compute_loss(
         self,
         x: Nested = None,
-        y: Tensor = None,
+        y: Tensor | None = None,
         y_pred: Tensor = None,
         sample_weight: Tensor | None = None,
         training: bool = True,
     ) -> jax.Array:
         """Returns the mean loss of a batch, plus the losses that layers add."""
-        weights_BT = (jnp.asarray(y) >= 0).astype("float32")
-        if sample_weight is not None:
-            weights_BT = weights_BT * jnp.asarray(sample_weight, "float32")
-        shares_BT = weights_BT / jnp.maximum(jnp.sum(weights_BT), 1e-9)
-        loss, losses_BT = cross_entropy(self.head, y_pred, y, shares_BT, self.chunk_size, training)
+        labels_BT, weights_BT = self._targets(x, y, sample_weight)
+        weight = jnp.sum(weights_BT)
+        shares_BT = weights_BT / jnp.maximum(weight, 1e-9)
+        loss, losses_BT = cross_entropy(
+            self.head, y_pred, labels_BT, shares_BT, self.chunk_size, training
+        )
+        total = sum(self.losses, loss)
+        self.total_loss.update_state(total, sample_weight=weight)
         self.token_loss.update_state(losses_BT, sample_weight=weights_BT)
         self.batch_loss.update_state(loss)
-        return sum(self.losses, loss)
+        self.batch_weight.update_state(weight)
+        return total
+
+    def _targets(
+        self, x: Nested, y: Tensor | None, sample_weight: Tensor | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns labels (B, T), -1 where there is none, and the weights of their losses."""
+        inputs = self.backbone.complete_inputs(x)
+        positions_BT = jnp.asarray(inputs["positions"])
+        shape = positions_BT.shape
+        labels = _next_tokens(inputs) if y is None else jnp.asarray(y)
+        if labels.shape != shape or not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise ValueError(
+                f"Expected labels of the shape of token_ids, {shape}, integers, received "
+                f"{labels.shape} of {labels.dtype}. The label of a token is the id of the next one."
+            )
+        labels_BT = jnp.where(positions_BT >= 0, labels.astype("int32"), -1)
+        weights_BT = (labels_BT >= 0).astype("float32")
+        if sample_weight is not None:
+            weights = jnp.asarray(sample_weight, "float32")
+            weights = weights[:, None] if weights.ndim == 1 else weights
+            fits = weights.ndim == 2 and all(
+                n in (1, m) for n, m in zip(weights.shape, shape, strict=True)
+            )
+            if not fits:
+                raise ValueError(
+                    f"Expected sample weights of the shape {shape[:1]} or {shape}, received "
+                    f"{weights.shape}."
+                )
+            weights_BT = weights_BT * weights
+        return labels_BT, weights_BT
+
+
+def _next_tokens(inputs: dict[str, Nested]) -> jax.Array:
+    """Returns each token's successor in its example (B, T), -1 for the last ones."""
+    ids_BT, positions_BT = jnp.asarray(inputs["token_ids"]), jnp.asarray(inputs["positions"])
+    follows_BT = positions_BT[:, 1:] == positions_BT[:, :-1] + 1
+    if inputs.get("segment_ids") is not None:
+        segments_BT = jnp.asarray(inputs["segment_ids"])
+        follows_BT &= segments_BT[:, 1:] == segments_BT[:, :-1]
+    labels_BT = jnp.where(follows_BT, ids_BT[:, 1:], -1)
+    return jnp.pad(labels_BT, ((0, 0), (0, 1)), constant_values=-1)
 
 
 @keras.saving.register_keras_serializable("functional_llm")
@@ -112,134 +201,3 @@ class Latest(keras.metrics.Metric):
 
     def result(self) -> jax.Array:
         return self.value.value
-
-
-def cross_entropy(
-    head: keras.Model,
-    hidden_BTD: Tensor,
-    labels_BT: Tensor,
-    weights_BT: Tensor,
-    chunk_size: int,
-    training: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the weighted sum of the tokens' cross-entropies, and each of them (B, T), in float32.
-
-    The sum has gradients. They are computed with it, while a chunk's logits exist; the backward
-    pass only scales them. The losses of the tokens have no gradients.
-
-    Args:
-        head: Functional model from hidden states (1, C, D) to logits (1, C, V).
-        hidden_BTD: Hidden states.
-        labels_BT: Integers; negative for tokens without a label, whose loss is 0.
-        weights_BT: Factors of the tokens' losses in the sum.
-        chunk_size: C, the tokens whose logits exist at a time.
-        training: Whether dropout in the head is active.
-
-    Reference:
-        [Liger Kernel](https://arxiv.org/abs/2410.10989), section 3.2, FusedLinearCrossEntropy.
-    """
-    batch, length, width = hidden_BTD.shape
-    total = batch * length
-    size = min(chunk_size, total)
-    labels_N = jnp.reshape(jnp.asarray(labels_BT, "int32"), total)
-    # Tokens with a label first: the chunks after them have nothing to compute.
-    order_N = jnp.argsort(labels_N < 0, stable=True)
-    padding = (0, -total % size)
-    padded_N = jnp.pad(order_N, padding)
-    hidden_XCD = jnp.reshape(hidden_BTD, (total, width))[padded_N].reshape(-1, size, width)
-    labels_XC = jnp.pad(labels_N[order_N], padding, constant_values=-1).reshape(-1, size)
-    weights_XC = jnp.reshape(weights_BT, total)[padded_N].reshape(-1, size)
-    trainable = [variable.value for variable in head.trainable_variables]
-    fixed = [variable.value for variable in head.non_trainable_variables]
-    loss, (losses_XC, state) = _chunks(head, training)(
-        trainable, hidden_XCD, fixed, labels_XC, weights_XC
-    )
-    for index, value in zip(_state_indices(head), state, strict=True):
-        head.non_trainable_variables[index].assign(value)
-    losses_N = jnp.zeros(total, "float32").at[order_N].set(jnp.reshape(losses_XC, -1)[:total])
-    return loss, jnp.reshape(losses_N, (batch, length))
-
-
-def _chunks(head: keras.Model, training: bool) -> Callable[[*_Arguments], tuple[jax.Array, _Rest]]:
-    """Returns a function that runs the chunks one after the other and has its own gradients.
-
-    It returns the weighted sum of the losses; and, without gradients, each loss (X, C) and the
-    head's new states. XLA leaves out the gradients that nobody asks for, such as those of a frozen
-    embedding.
-    """
-    states = _state_indices(head)
-
-    def logits(
-        state: Values, fixed: Values, trainable: Values, hidden_CD: jax.Array
-    ) -> tuple[jax.Array, Values]:
-        values = list(fixed)
-        for index, value in zip(states, state, strict=True):
-            values[index] = value
-        logits_1CV, values = head.stateless_call(
-            trainable, values, hidden_CD[None], training=training
-        )
-        return logits_1CV[0].astype("float32"), [values[index] for index in states]
-
-    def run(
-        is_training_step: bool, *arguments: *_Arguments
-    ) -> tuple[tuple[jax.Array, _Rest], tuple[Values, jax.Array | None]]:
-        trainable, hidden_XCD, fixed, labels_XC, weights_XC = arguments
-
-        def chunk(carry: _Carry, inputs: _Chunk) -> tuple[_Carry, _ChunkResult]:
-            hidden_CD, labels_C, weights_C = inputs
-            sums, state = carry
-            function = partial(logits, state, fixed)
-            if not is_training_step:
-                logits_CV, state = function(trainable, hidden_CD)
-                return (sums, state), (_losses(logits_CV, labels_C, weights_C)[0], None)
-            logits_CV, pull, state = jax.vjp(function, trainable, hidden_CD, has_aux=True)
-            losses_C, gradient_CV = _losses(logits_CV, labels_C, weights_C)
-            gradients, gradient_CD = pull(gradient_CV)
-            return (jax.tree.map(jnp.add, sums, gradients), state), (losses_C, gradient_CD)
-
-        def skip(carry: _Carry, inputs: _Chunk) -> tuple[_Carry, _ChunkResult]:
-            hidden_CD, labels_C, _ = inputs
-            gradient_CD = jnp.zeros_like(hidden_CD) if is_training_step else None
-            return carry, (jnp.zeros(labels_C.shape, "float32"), gradient_CD)
-
-        def step(carry: _Carry, inputs: _Chunk) -> tuple[_Carry, _ChunkResult]:
-            return jax.lax.cond(jnp.any(inputs[1] >= 0), chunk, skip, carry, inputs)
-
-        sums = jax.tree.map(jnp.zeros_like, trainable if is_training_step else [])
-        carry = sums, [fixed[index] for index in states]
-        inputs = hidden_XCD, labels_XC, weights_XC
-        (sums, state), (losses_XC, gradient_XCD) = jax.lax.scan(step, carry, inputs)
-        return (jnp.sum(losses_XC * weights_XC), (losses_XC, state)), (sums, gradient_XCD)
-
-    @jax.custom_vjp
-    def chunks(*arguments: *_Arguments) -> tuple[jax.Array, _Rest]:
-        return run(False, *arguments)[0]
-
-    def backward(
-        gradients: tuple[Values, jax.Array], cotangents: tuple[jax.Array, _Rest]
-    ) -> tuple[Values, jax.Array, None, None, None]:
-        scale = cotangents[0]  # that of the sum
-        scaled, scaled_XCD = jax.tree.map(lambda x: x * scale.astype(x.dtype), gradients)
-        return scaled, scaled_XCD, None, None, None
-
-    chunks.defvjp(partial(run, True), backward)
-    return chunks
-
-
-def _losses(
-    logits_CV: jax.Array, labels_C: jax.Array, weights_C: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns each token's cross-entropy, and the gradient of their weighted sum."""
-    labels_C1 = labels_C[:, None]
-    picked_C = jnp.take_along_axis(logits_CV, jnp.maximum(labels_C1, 0), 1)[:, 0]
-    sums_C = jax.nn.logsumexp(logits_CV, axis=1)
-    factors_C = jnp.where(labels_C >= 0, weights_C, 0.0)
-    is_label_CV = (jnp.arange(logits_CV.shape[1]) == labels_C1).astype("float32")
-    gradient_CV = (jnp.exp(logits_CV - sums_C[:, None]) - is_label_CV) * factors_C[:, None]
-    return jnp.where(labels_C >= 0, sums_C - picked_C, 0.0), gradient_CV
-
-
-def _state_indices(head: keras.Model) -> list[int]:
-    """Which of the non-trainable variables are states, such as those of dropout's generators."""
-    weights = {id(variable) for variable in head.weights}
-    return [i for i, v in enumerate(head.non_trainable_variables) if id(v) not in weights]
