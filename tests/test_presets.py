@@ -250,17 +250,29 @@ def test_dtypes(folder: Path, dtype: Any) -> None:
         ([[1, 2, 3]], "an array of shape (batch, tokens)"),
         (np.ones((1, 3)), "an integer dtype"),
         (np.ones(3, int), "an array of shape (batch, tokens)"),
-        ({"token_ids": np.ones((2, 3), int), "positions": np.ones((2, 2), int)}, "positions of"),
-        ({"token_ids": np.ones((2, 3), int), "tokens": np.ones(1)}, "received ['token_ids', 'to"),
-        ({"token_ids": np.ones((2, 3), int), "cache": {}}, "a cache of `make_cache`"),
-        ({"token_ids": np.ones((2, 3), int), "cache": 1}, "for 2 rows, received one for 1 with"),
+        ({"positions": np.ones((2, 2), int)}, "positions, integers of the shape of token_ids"),
+        ({"positions": np.ones((2, 3))}, "received float32 of shape (2, 3)"),
+        ({"segment_ids": np.ones((2, 4), int)}, "received int32 of shape (2, 4)"),
+        ({"tokens": np.ones(1)}, "received ['token_ids', 'to"),
+        ({"cache": {}}, "a cache of `make_cache`"),
+        ({"cache": 1}, "for 2 rows, received one for 1 with"),
+        ({"attention_mask": np.ones((2, 4), int)}, "attention_mask of the shape of token_ids"),
+        ({"attention_mask": np.full((2, 3), 2)}, "1 for a token and 0 for padding"),
+        ({"padding_mask": np.ones((2, 3, 3), int)}, "is said by `mask`, booleans of shape"),
+        ({"padding_mask": np.ones((2, 3)), "attention_mask": np.ones((2, 3))}, "received both"),
+        ({"mask": np.ones((2, 3, 3), int)}, "mask, booleans of shape (2, 3, 3)"),
+        ({"mask": np.ones((2, 3), bool)}, "received bool of shape (2, 3)"),
+        ({"mask": np.ones((2, 3, 4), bool)}, "mask, booleans of shape (2, 3, 3)"),
+        ({"mask": np.ones((2, 3, 2), bool), "cache": 2}, "a column for each position, up to 2"),
     ],
 )
 def test_calls(tiny: Path, inputs: Any, message: str) -> None:
     backbone = flm.Backbone.from_preset(tiny)
-    if isinstance(inputs, dict) and inputs.get("cache") == 1:
-        inputs = {**inputs, "cache": flm.make_cache(backbone, 1, 8)}
-    with pytest.raises(ValueError, match=re.escape(message)):
+    if isinstance(inputs, dict):
+        inputs = {"token_ids": np.ones((2, 3), int), **inputs}
+        if isinstance(inputs.get("cache"), int):
+            inputs["cache"] = flm.make_cache(backbone, inputs["cache"], 8)
+    with pytest.raises(ValueError, match=f"(?i){re.escape(message)}"):
         backbone(inputs)
 
 

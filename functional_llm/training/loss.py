@@ -165,10 +165,8 @@ class LossModel(Freezable, keras.Model):
         if sample_weight is not None:
             weights = jnp.asarray(sample_weight, "float32")
             weights = weights[:, None] if weights.ndim == 1 else weights
-            fits = weights.ndim == 2 and all(
-                n in (1, m) for n, m in zip(weights.shape, shape, strict=True)
-            )
-            if not fits:
+            sizes = zip(weights.shape, shape, strict=False)
+            if weights.ndim != 2 or any(n not in (1, m) for n, m in sizes):
                 raise ValueError(
                     f"Expected sample weights of the shape {shape[:1]} or {shape}, received "
                     f"{weights.shape}."
