@@ -6,7 +6,7 @@ Shapes: B rows, T tokens of a padded prompt, C new tokens of one run, V vocabula
 import math
 from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, overload
+from typing import Any, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from functional_llm.generation.arguments import (
 )
 from functional_llm.generation.programs import TOKENS_PER_RUN, CompiledPrograms, Prompt, Stats
 from functional_llm.generation.prompt_cache import PromptCache
+from functional_llm.generation.prompts import AnyPrompt, Message, encode_prompt, split_prompts
 from functional_llm.generation.stop_strings import StoppingDecoder
 from functional_llm.layers.cache import Cache, capped_num_slots, num_slots
 from functional_llm.tokenizers import TextTokenizer
@@ -84,55 +85,61 @@ class TextGenerator:
     @overload
     def generate(
         self,
-        prompts: str,
+        prompts: str | Sequence[Message] | Sequence[int],
         max_new_tokens: int = ...,
         sampler: SamplerOrName = ...,
         stop: str | Sequence[str] = ...,
         seed: Seeds = ...,
+        parse_special: bool = ...,
     ) -> str: ...
 
     @overload
     def generate(
         self,
-        prompts: list[str] | tuple[str, ...],
+        prompts: Sequence[AnyPrompt],
         max_new_tokens: int = ...,
         sampler: SamplerOrName = ...,
         stop: str | Sequence[str] = ...,
         seed: Seeds = ...,
+        parse_special: bool = ...,
     ) -> list[str]: ...
 
     def generate(
         self,
-        prompts: str | list[str] | tuple[str, ...],
+        prompts: Any,
         max_new_tokens: int = 64,
         sampler: SamplerOrName = "greedy",
         stop: str | Sequence[str] = (),
         seed: Seeds = None,
+        parse_special: bool = True,
     ) -> str | list[str]:
         """Returns the new text of each prompt, up to a stop string or the model's own end.
 
         Args:
-            prompts: One text, or a list of them.
+            prompts: A prompt, or a list of them. A prompt is a text, which the model goes on with;
+                messages (a list of dicts with "role" and "content"), which it answers by its chat
+                template; or ids. A BOS that the model expects is put first, once.
             max_new_tokens: Most tokens to write, at least 1.
             sampler: A sampler, or its name (`samplers.get`).
-            stop: Texts that end a row; they are left out of the result.
+            stop: Texts that end a row; they are left out of the result. Special tokens are not
+                part of the result either, but their names can be part of these texts.
             seed: Of the random numbers; row i draws with `seed + i`, or give one a row. `None`
                 for other numbers at every call. A row's text depends on no other row.
+            parse_special: Whether the names of special tokens in a text ("<|im_end|>") are these
+                tokens. `False` for a text from strangers.
 
         Returns:
-            A string for a string, else a list of strings.
+            A string for one prompt, else a list of strings.
 
         Raises:
             ValueError: If a prompt is empty or longer than the context, or a number is out of
                 range.
         """
-        if not isinstance(prompts, (str, list, tuple)):
-            raise ValueError(f"Expected a text or a list of texts, received {prompts!r:.100}.")
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        given, is_single = split_prompts(prompts)
         tokenizer = self._need_tokenizer()
-        decoders = [StoppingDecoder(tokenizer, stop, continues=True) for _ in texts]
-        rows = [self._encode(text) for text in texts]
-        pieces = [""] * len(texts)
+        decoders = [StoppingDecoder(tokenizer, stop, isinstance(x, str)) for x in given]
+        rows = [encode_prompt(tokenizer, prompt, parse_special) for prompt in given]
+        pieces = [""] * len(given)
         for new in self._run(rows, max_new_tokens, sampler, tokenizer.stop_token_ids, seed):
             for i, ids in enumerate(new.ids):
                 pieces[i] += decoders[i].push(ids)
@@ -140,33 +147,34 @@ class TextGenerator:
                     new.finish_row(i)
         pairs = zip(pieces, decoders, strict=True)
         pieces = [piece + decoder.finish() for piece, decoder in pairs]
-        return pieces[0] if isinstance(prompts, str) else pieces
+        return pieces[0] if is_single else pieces
 
     def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: AnyPrompt,
         max_new_tokens: int = 64,
         sampler: SamplerOrName = "greedy",
         stop: str | Sequence[str] = (),
         seed: int | None = None,
         past: PromptCache | None = None,
+        parse_special: bool = True,
     ) -> Generator[str]:
         """Yields the new text of one prompt, as it is written: never half a character.
 
         A piece is a token, or as many as take a tenth of a second.
 
         Args:
-            prompt: A text, or ids (of a chat template, say).
+            prompt: A text, messages or ids, as for `generate`.
             max_new_tokens: As for `generate`.
             sampler: As for `generate`.
             stop: As for `generate`.
             seed: As for `generate`.
             past: The cache of earlier calls, reused as far as the tokens agree, and updated.
+            parse_special: As for `generate`.
         """
         tokenizer = self._need_tokenizer()
-        continues = isinstance(prompt, str)
-        ids = self._encode(prompt) if isinstance(prompt, str) else as_ids("The prompt", prompt)
-        decoder = StoppingDecoder(tokenizer, stop, continues)
+        ids = encode_prompt(tokenizer, prompt, parse_special)
+        decoder = StoppingDecoder(tokenizer, stop, isinstance(prompt, str))
         run = self._run(
             [ids],
             max_new_tokens,
@@ -219,12 +227,6 @@ class TextGenerator:
         if self.tokenizer is None:
             raise ValueError("This TextGenerator has no tokenizer: use generate_ids, or give one.")
         return self.tokenizer
-
-    def _encode(self, text: str) -> list[int]:
-        tokenizer = self._need_tokenizer()
-        if not isinstance(text, str) or not text:
-            raise ValueError(f"Expected a prompt of at least one character, received {text!r}.")
-        return tokenizer.encode(text, add_bos=tokenizer.add_bos)
 
     def _run(
         self,

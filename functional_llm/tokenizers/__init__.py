@@ -9,16 +9,21 @@ into tokens, `TokenizersEngine` (a tokenizer.json, or the byte-pair vocabulary o
 """
 
 from functional_llm.tokenizers.directory_writer import TOKENIZER_FILES, save_tokenizer
-from functional_llm.tokenizers.engines import Engine, SentencePieceEngine, TokenizersEngine
+from functional_llm.tokenizers.chat_template import RenderedChat
+from functional_llm.tokenizers.engines import Engine, TokenizersEngine
+from functional_llm.tokenizers.plain_data import is_record
+from functional_llm.tokenizers.sentencepiece_engine import SentencePieceEngine
 from functional_llm.tokenizers.stream import StreamDecoder
 from functional_llm.tokenizers.text import TextTokenizer
 
 __all__ = [
     "TOKENIZER_FILES",
     "Engine",
+    "RenderedChat",
     "SentencePieceEngine",
     "StreamDecoder",
     "TextTokenizer",
     "TokenizersEngine",
+    "is_record",
     "save_tokenizer",
 ]

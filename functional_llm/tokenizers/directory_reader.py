@@ -7,31 +7,36 @@ from typing import Any
 import tokenizers
 
 from functional_llm.files.json_files import read_json
-from functional_llm.tokenizers.engines import (
-    Engine,
-    SentencePieceEngine,
-    TokenizerFields,
-    TokenizersEngine,
-)
+from functional_llm.tokenizers.added_tokens import AddedTokens, check, read_added_tokens
+from functional_llm.tokenizers.engines import Engine, TokenizerFields, TokenizersEngine
+from functional_llm.tokenizers.sentencepiece_conversion import PrependScheme, convert_sentencepiece
+from functional_llm.tokenizers.sentencepiece_engine import SentencePieceEngine
 from functional_llm.tokenizers.sentencepiece_model import load_sentencepiece
 from functional_llm.tokenizers.stop_tokens import stop_token_ids
+from functional_llm.tokenizers.transformers_classes import llama_scheme, read_as_class
+
+TEMPLATE_FOLDER = "additional_chat_templates"
 
 
 def read_directory(path: Path) -> TokenizerFields:
     """Reads a directory in Hugging Face layout."""
-    config, names, generation, model = (
+    config, names, generation, model, beside = (
         _read_json(path / f"{name}.json")
-        for name in ("tokenizer_config", "special_tokens_map", "generation_config", "config")
+        for name in (
+            "tokenizer_config",
+            "special_tokens_map",
+            "generation_config",
+            "config",
+            "added_tokens",
+        )
     )
-    engine = _engine_from_directory(path, config)
+    added = read_added_tokens(config, names, beside)
+    engine = _engine_from_directory(path, added, config, model)
 
     def special_id(name: str) -> int | None:
-        for source in (config, names):
-            if name in source:
-                token = source[name]
-                text = token.get("content") if isinstance(token, dict) else token
-                _check(isinstance(text, str | None), name, "the text of a token", token)
-                return None if text is None else engine.token_id(text)
+        if name in added.named:
+            text = added.named[name]
+            return None if text is None else engine.token_id(text)
         ids = _as_ids(generation.get(f"{name}_id", model.get(f"{name}_id")))
         return ids[0] if ids else None
 
@@ -42,28 +47,21 @@ def read_directory(path: Path) -> TokenizerFields:
         "bos_token_id": bos,
         "eos_token_id": eos,
         "pad_token_id": special_id("pad_token"),
-        "add_bos": bos is not None and config.get("add_bos_token", _adds_bos(engine, bos)),
+        "add_bos": bos is not None and config.get("add_bos_token", _adds_bos(path, engine, bos)),
         "stop_token_ids": stop_token_ids(engine, stops),
         "chat_template": _read_chat_template(path, config),
+        "special_tokens": {name: text for name, text in added.named.items() if text is not None},
     }
 
 
-def _engine_from_directory(path: Path, config: Mapping[str, Any]) -> Engine:
-    beside = _read_json(path / "added_tokens.json")
-    _check(all(type(x) is int for x in beside.values()), "added_tokens.json", "ids", beside)
-    added = {text: (token_id, True) for text, token_id in beside.items()}
-    decoder = config.get("added_tokens_decoder") or {}
-    _check(isinstance(decoder, dict), "added_tokens_decoder", "a dict of ids to tokens", decoder)
-    for token_id, token in decoder.items():
-        is_token = isinstance(token, dict) and isinstance(token.get("content"), str)
-        _check(is_token and token_id.isdigit(), "added_tokens_decoder", "ids and tokens", decoder)
-        added[token["content"]] = (int(token_id), bool(token.get("special", False)))
-    for name, make in (
-        ("tokenizer.json", _engine_from_json),
-        ("tokenizer.model", _engine_from_sentencepiece),
-    ):
-        if (path / name).is_file():
-            return make(path / name, added)
+def _engine_from_directory(
+    path: Path, added: AddedTokens, config: Mapping[str, Any], model: Mapping[str, Any]
+) -> Engine:
+    if (path / "tokenizer.json").is_file():
+        return _engine_from_json(path / "tokenizer.json", added, config, model)
+    if (path / "tokenizer.model").is_file():
+        scheme = llama_scheme(config, model)
+        return _engine_from_sentencepiece(path / "tokenizer.model", added, scheme)
     found = sorted(file.name for file in path.iterdir()) if path.is_dir() else "no such folder"
     raise ValueError(
         f"There is no tokenizer in {path}. Expected: tokenizer.json or tokenizer.model. Received: "
@@ -72,22 +70,27 @@ def _engine_from_directory(path: Path, config: Mapping[str, Any]) -> Engine:
     )
 
 
-def _engine_from_json(path: Path, added: Mapping[str, tuple[int, bool]]) -> Engine:
+def _engine_from_json(
+    path: Path, added: AddedTokens, config: Mapping[str, Any], model: Mapping[str, Any]
+) -> Engine:
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        text = read_as_class(path.read_text("utf-8"), config, model)
+        tokenizer = tokenizers.Tokenizer.from_str(text)
     # The library raises no narrower class.
     except Exception as error:
         raise ValueError(
             f"{path} is malformed. Expected: a tokenizer.json of the library tokenizers. "
             f"Received: a file it cannot read ({error}). Fetch the file again."
         ) from error
-    for text, (_, special) in sorted(added.items(), key=lambda item: item[1]):
-        if tokenizer.token_to_id(text) is None:
-            tokenizer.add_tokens([tokenizers.AddedToken(text, special=special, normalized=False)])
-    expected = {text: token_id for text, (token_id, _) in added.items()}
-    received = {text: tokenizer.token_to_id(text) for text in expected}
-    if expected != received:
-        wrong = {text: i for text, i in received.items() if i != expected[text]}
+    return _with_added(tokenizer, added, path)
+
+
+def _with_added(tokenizer: tokenizers.Tokenizer, added: AddedTokens, path: Path) -> Engine:
+    known = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    tokenizer.add_tokens(added.beside(known))
+    wrong = {text: tokenizer.token_to_id(text) for text in added.ids}
+    wrong = {text: i for text, i in wrong.items() if i != added.ids[text]}
+    if wrong:
         raise ValueError(
             f"{path} contradicts the files beside it. Expected: the ids in tokenizer_config.json "
             f"and added_tokens.json. Received: other ids for these tokens: {wrong!r:.300}. Fetch "
@@ -96,20 +99,29 @@ def _engine_from_json(path: Path, added: Mapping[str, tuple[int, bool]]) -> Engi
     return TokenizersEngine(tokenizer)
 
 
-def _engine_from_sentencepiece(path: Path, added: Mapping[str, tuple[int, bool]]) -> Engine:
-    processor = load_sentencepiece(path.read_bytes(), str(path))
-    size = processor.vocab_size()
-    beside = {text: (i, special) for text, (i, special) in added.items() if i >= size}
-    return SentencePieceEngine(
-        processor,
-        user_defined={text: i for text, (i, special) in beside.items() if not special},
-        special={text: i for text, (i, special) in beside.items() if special},
-    )
+def _engine_from_sentencepiece(
+    path: Path, added: AddedTokens, scheme: PrependScheme | None
+) -> Engine:
+    proto = path.read_bytes()
+    processor = load_sentencepiece(proto, str(path))
+    if scheme is not None:
+        return _with_added(convert_sentencepiece(proto, {}, scheme), added, path)
+    tokens = {}
+    following = max([processor.vocab_size(), *(i + 1 for i in added.ids.values())])
+    for token in added.beside(()):
+        piece = processor.piece_to_id(token.content)
+        token_id = added.ids.get(token.content)
+        if token_id is None and processor.id_to_piece(piece) == token.content:
+            token_id = piece
+        if token_id is None:
+            token_id, following = following, following + 1
+        tokens[token.content] = (token, token_id)
+    return SentencePieceEngine(proto, tokens, str(path))
 
 
-def _adds_bos(engine: Engine, bos: int) -> bool:
+def _adds_bos(path: Path, engine: Engine, bos: int) -> bool:
     """Whether a tokenizer puts BOS first if tokenizer_config.json does not say."""
-    if isinstance(engine, TokenizersEngine):
+    if isinstance(engine, TokenizersEngine) and (path / "tokenizer.json").is_file():
         return engine.tokenizer.encode("").ids[:1] == [bos]
     return True
 
@@ -118,27 +130,22 @@ def _read_json(path: Path) -> dict[str, Any]:
     return read_json(path, default={}, advice="Fetch the file again.")
 
 
-def _read_chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
-    if (path / "chat_template.jinja").is_file():
-        return (path / "chat_template.jinja").read_text("utf-8")
+def _read_chat_template(path: Path, config: Mapping[str, Any]) -> str | Mapping[str, str] | None:
     template = config.get("chat_template")
-    if isinstance(template, list):
-        pairs = [(x.get("name"), x.get("template")) for x in template if isinstance(x, dict)]
-        _check(len(pairs) == len(template), "chat_template", "templates with names", template)
-        template = dict(pairs).get("default")
-    _check(isinstance(template, str | None), "chat_template", "a Jinja template", template)
-    return template
+    named = template if isinstance(template, list) else [{"name": "default", "template": template}]
+    pairs = [(x.get("name"), x.get("template")) for x in named if isinstance(x, dict)]
+    check(len(pairs) == len(named), "chat_template", "templates with names", template)
+    templates = {name: text for name, text in pairs if text is not None or name != "default"}
+    files = {"default": path / "chat_template.jinja"}
+    files |= {file.stem: file for file in sorted((path / TEMPLATE_FOLDER).glob("*.jinja"))}
+    templates |= {name: file.read_text("utf-8") for name, file in files.items() if file.is_file()}
+    for name, text in templates.items():
+        is_template = isinstance(name, str) and isinstance(text, str)
+        check(is_template, "chat_template", "a Jinja template", template)
+    return templates.get("default") if templates.keys() <= {"default"} else templates
 
 
 def _as_ids(value: object) -> list[int]:
     ids: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
-    _check(all(type(x) is int for x in ids), "eos_token_id or the like", "ids of tokens", value)
+    check(all(type(x) is int for x in ids), "eos_token_id or the like", "ids of tokens", value)
     return [x for x in ids if x >= 0]  # -1 stands for none in old configs
-
-
-def _check(is_valid: bool, key: str, expected: str, received: object) -> None:
-    if not is_valid:
-        raise ValueError(
-            f"A file of the tokenizer is malformed. Expected: {expected} under {key!r}. Received: "
-            f"{received!r:.200}. Fetch the files again."
-        )

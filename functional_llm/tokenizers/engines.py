@@ -1,16 +1,17 @@
-"""Engines: they cut text into tokens and know the bytes of each token. One for each library."""
+"""Engines: they cut text into tokens and know the bytes of each token. This one is `tokenizers`'s."""
 
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol, TypeAlias, TypedDict
 
-import sentencepiece
 import tokenizers
 
 SPACE = "▁"
+# Start and end of a token's place in the text, in characters.
+Offsets: TypeAlias = list[tuple[int, int]]
 
 
 class Engine(Protocol):
@@ -27,6 +28,7 @@ class Engine(Protocol):
     adds_space: bool
 
     def encode(self, text: str, parse_special: bool) -> list[int]: ...
+    def encode_with_offsets(self, text: str, parse_special: bool) -> tuple[list[int], Offsets]: ...
     def token_bytes(self, token_id: int) -> bytes: ...
     def token_id(self, token: str) -> int | None: ...
 
@@ -40,7 +42,8 @@ class TokenizerFields(TypedDict):
     pad_token_id: int | None
     add_bos: bool
     stop_token_ids: frozenset[int]
-    chat_template: str | None
+    chat_template: str | Mapping[str, str] | None
+    special_tokens: Mapping[str, str]
 
 
 class TokenizersEngine:
@@ -65,11 +68,21 @@ class TokenizersEngine:
         self._steps, self.adds_space = _decoding_steps(tokenizer.decoder)
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenizersEngine, (self.tokenizer,)  # a lock cannot be pickled
+
     def encode(self, text: str, parse_special: bool) -> list[int]:
+        return self._encode(text, parse_special).ids
+
+    def encode_with_offsets(self, text: str, parse_special: bool) -> tuple[list[int], Offsets]:
+        encoding = self._encode(text, parse_special)
+        return encoding.ids, encoding.offsets
+
+    def _encode(self, text: str, parse_special: bool) -> tokenizers.Encoding:
         # The library keeps this choice as state of the tokenizer, which threads may share.
         with self._lock:
             self.tokenizer.encode_special_tokens = not parse_special
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
+            return self.tokenizer.encode(text, add_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
         text = self.tokenizer.id_to_token(token_id) or ""
@@ -145,65 +158,3 @@ def _byte_level_bytes(token: str) -> bytes:
         return bytes(map(_BYTE_ALPHABET.__getitem__, token))
     except KeyError:
         return token.encode()
-
-
-class SentencePieceEngine:
-    """The library `sentencepiece`.
-
-    The library never reads control symbols from text, so the text is split at them first. Each part
-    then begins with the space that the model puts before a text.
-
-    Args:
-        processor: The library's tokenizer.
-        user_defined: Tokens beside the model that are always read from text: text -> id.
-        special: Tokens beside the model that are read with `parse_special` only: text -> id.
-    """
-
-    def __init__(
-        self,
-        processor: sentencepiece.SentencePieceProcessor,
-        user_defined: Mapping[str, int],
-        special: Mapping[str, int],
-    ) -> None:
-        size = processor.vocab_size()
-        control = {
-            processor.id_to_piece(i): i
-            for i in range(size)
-            if processor.is_control(i) or processor.is_unknown(i)
-        }
-        special = control | dict(special)
-        self.processor = processor
-        self._size = size
-        self.added = dict(user_defined) | special
-        self._texts = {token_id: text for text, token_id in self.added.items()}
-        self._splitters = {False: _make_splitter(user_defined), True: _make_splitter(self.added)}
-        self.vocabulary_size = max([size, *(i + 1 for i in self._texts)])
-        self.special_ids = frozenset(special.values())
-        self.adds_space = processor.normalize("a").startswith(SPACE)
-
-    def encode(self, text: str, parse_special: bool) -> list[int]:
-        ids: list[int] = []
-        for place, part in enumerate(self._splitters[parse_special].split(text)):
-            # The parts at odd places are the tokens at which the text was split.
-            ids += [self.added[part]] if place % 2 else self.processor.encode(part)
-        return ids
-
-    def token_bytes(self, token_id: int) -> bytes:
-        if token_id in self._texts or token_id >= self._size:
-            return self._texts.get(token_id, "").encode()
-        piece = self.processor.id_to_piece(token_id)
-        if self.processor.is_byte(token_id):
-            return bytes([int(piece[3:5], 16)])
-        return piece.replace(SPACE, " ").encode()
-
-    def token_id(self, token: str) -> int | None:
-        if token in self.added:
-            return self.added[token]
-        token_id = self.processor.piece_to_id(token)
-        return None if token_id == self.processor.unk_id() else token_id
-
-
-def _make_splitter(texts: Iterable[str]) -> re.Pattern[str]:
-    longest_first = sorted(filter(None, texts), key=len, reverse=True)
-    # Without tokens, the expression matches nothing.
-    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")

@@ -12,22 +12,25 @@ import tokenizers
 from functional_llm.tokenizers.engines import (
     SPACE,
     Engine,
-    SentencePieceEngine,
     TokenizerFields,
     TokenizersEngine,
 )
 from functional_llm.tokenizers.pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from functional_llm.tokenizers.sentencepiece_engine import SentencePieceEngine
 from functional_llm.tokenizers.sentencepiece_model import (
     CONTROL,
     NORMAL,
     UNKNOWN,
     USER_DEFINED,
-    load_sentencepiece,
     make_sentencepiece_proto,
 )
 from functional_llm.tokenizers.stop_tokens import END_OF_TURN, stop_token_ids
 
 _GGUF = "tokenizer.ggml"
+_TEMPLATE = "tokenizer.chat_template"
+# The names of special tokens in templates, and in the keys of their ids.
+_SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown", "sep": "seperator"}
+_SPECIAL |= {"cls": "cls", "mask": "mask"}
 
 
 def read_gguf_vocabulary(metadata: Mapping[str, Any]) -> TokenizerFields:
@@ -50,7 +53,7 @@ def read_gguf_vocabulary(metadata: Mapping[str, Any]) -> TokenizerFields:
             )
     ids = {
         name: metadata.get(f"{_GGUF}.{name}_token_id", default_ids.get(name))
-        for name in ("bos", "eos", "eot", "eom", "padding")
+        for name in ("eot", "eom", *_SPECIAL.values())
     }
     # Some files name ids that are not in their vocabulary; llama.cpp ignores these.
     size = engine.vocabulary_size
@@ -62,13 +65,27 @@ def read_gguf_vocabulary(metadata: Mapping[str, Any]) -> TokenizerFields:
         "pad_token_id": ids["padding"],
         "add_bos": ids["bos"] is not None and metadata.get(f"{_GGUF}.add_bos_token", add_bos),
         "stop_token_ids": stop_token_ids(engine, (ids["eos"], ids["eot"], ids["eom"])),
-        "chat_template": metadata.get("tokenizer.chat_template"),
+        "chat_template": _chat_template(metadata),
+        "special_tokens": {
+            f"{name}_token": engine.token_bytes(i).decode(errors="replace")
+            for name, key in _SPECIAL.items()
+            if (i := ids[key]) is not None
+        },
     }
+
+
+def _chat_template(metadata: Mapping[str, Any]) -> str | Mapping[str, str] | None:
+    default, prefix = metadata.get(_TEMPLATE), f"{_TEMPLATE}."
+    named = {k.removeprefix(prefix): x for k, x in metadata.items() if k.startswith(prefix)}
+    if not named:
+        return default
+    return named if default is None else {"default": default, **named}
 
 
 def _check_types(metadata: Mapping[str, Any]) -> None:
     lists = [f"{_GGUF}.{name}" for name in ("tokens", "token_type", "scores", "merges")]
-    texts = ["tokenizer.chat_template", f"{_GGUF}.model", f"{_GGUF}.pre"]
+    texts = [f"{_GGUF}.model", f"{_GGUF}.pre"]
+    texts += [key for key in metadata if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}.")]
     for key, expected in {**dict.fromkeys(lists, list), **dict.fromkeys(texts, str)}.items():
         if key in metadata and not isinstance(metadata[key], expected):
             received = f"{metadata[key]!r:.100}"
@@ -177,9 +194,10 @@ def _sentencepiece_engine(metadata: Mapping[str, Any]) -> Engine:
         raise _malformed_vocabulary(f"{len(tokens)} scores, as many as tokens", f"{len(scores)}")
     adds_space = metadata.get(f"{_GGUF}.add_space_prefix", True)
     proto = make_sentencepiece_proto(tokens, scores, adds_space)
-    return SentencePieceEngine(
-        load_sentencepiece(proto, "The GGUF file's vocabulary"),
-        # llama.cpp splits text at these too, and puts a space before each part.
-        user_defined={token: i for i, (token, kind) in enumerate(tokens) if kind == USER_DEFINED},
-        special={},
-    )
+    # llama.cpp splits text at these too, and puts a space before each part.
+    added = {
+        token: (tokenizers.AddedToken(token, normalized=False), i)
+        for i, (token, kind) in enumerate(tokens)
+        if kind == USER_DEFINED
+    }
+    return SentencePieceEngine(proto, added, "The GGUF file's vocabulary")

@@ -1,7 +1,8 @@
 """Reads and writes models of the library sentencepiece."""
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import sentencepiece
 
@@ -27,6 +28,69 @@ def load_sentencepiece(proto: bytes, origin: str) -> sentencepiece.SentencePiece
             f"{len(proto)} bytes that it cannot read ({error}). Fetch the file again; if it is a "
             "tiktoken vocabulary, take a checkpoint with a tokenizer.json."
         ) from error
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model says of itself.
+
+    Args:
+        pieces: The text, score and type of each token.
+        kind: `"bpe"` or `"unigram"`.
+        unknown: The id of the unknown token.
+        byte_fallback: Whether characters outside the vocabulary become tokens of bytes.
+        charsmap: The table by which characters are normalised, empty for none.
+        adds_space: Whether a space is put before a text.
+        removes_spaces: Whether spaces at both ends, and repeated ones, are removed.
+    """
+
+    pieces: list[tuple[str, float, int]]
+    kind: str
+    unknown: int
+    byte_fallback: bool
+    charsmap: bytes
+    adds_space: bool
+    removes_spaces: bool
+
+
+def read_model_facts(proto: bytes) -> ModelFacts:
+    """Returns what a model says of itself.
+
+    Args:
+        proto: A model that the library has read.
+
+    Raises:
+        ValueError: If the model is of a kind that cuts text into words or characters.
+
+    Reference: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+    """
+    pieces: list[tuple[str, float, int]] = []
+    trainer: dict[int, bytes | int] = {}
+    normalizer: dict[int, bytes | int] = {}
+    for field, value in _fields(proto):
+        if isinstance(value, int):
+            continue
+        if field == 1:
+            piece = dict(_fields(value))
+            score = struct.unpack("<f", piece.get(2, bytes(4)))[0]
+            pieces.append((piece[1].decode(), score, piece.get(3, NORMAL)))
+        elif field in (2, 3):
+            (trainer if field == 2 else normalizer).update(_fields(value))
+    kind = {1: "unigram", 2: "bpe"}.get(int(trainer.get(3, 1)))
+    if kind is None:
+        raise ValueError(
+            "The sentencepiece model has an unknown kind. Expected: byte pairs or unigram. "
+            f"Received: model_type {trainer[3]!r}. It cannot be written as a tokenizer.json."
+        )
+    return ModelFacts(
+        pieces=pieces,
+        kind=kind,
+        unknown=[kind for _, _, kind in pieces].index(UNKNOWN),
+        byte_fallback=bool(trainer.get(35, 0)),
+        charsmap=bytes(normalizer.get(2, b"")),
+        adds_space=bool(normalizer.get(3, 1)),
+        removes_spaces=bool(normalizer.get(4, 1)),
+    )
 
 
 def make_sentencepiece_proto(
@@ -58,6 +122,32 @@ def make_sentencepiece_proto(
     # Add the space in front, keep repeated spaces, write spaces as "▁".
     normalizer = _proto_int(3, adds_space) + _proto_int(4, 0) + _proto_int(5, 1)
     return pieces + _proto_bytes(2, trainer) + _proto_bytes(3, normalizer)
+
+
+def _fields(proto: bytes) -> Iterator[tuple[int, bytes | int]]:
+    """Yields the number and value of each field of a message; numbers of 4 or 8 bytes as bytes."""
+    place = 0
+
+    def varint() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            byte = proto[place]
+            place += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while place < len(proto):
+        tag = varint()
+        if tag & 7 == 0:
+            yield tag >> 3, varint()
+            continue
+        size = {1: 8, 2: -1, 5: 4}[tag & 7]
+        size = varint() if size < 0 else size
+        yield tag >> 3, proto[place : place + size]
+        place += size
 
 
 def _proto_bytes(field: int, value: bytes) -> bytes:

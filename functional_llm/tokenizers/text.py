@@ -1,16 +1,21 @@
 """TextTokenizer: what every model needs of its tokenizer, with any engine."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
-from functional_llm.tokenizers.chat_template import ChatTemplate
+from functional_llm.tokenizers.chat_template import (
+    ChatTemplate,
+    RenderedChat,
+    compile_chat_template,
+)
 from functional_llm.tokenizers.directory_reader import read_directory
-from functional_llm.tokenizers.engines import Engine
+from functional_llm.tokenizers.engines import Engine, Offsets
 from functional_llm.tokenizers.gguf_vocabulary import read_gguf_vocabulary
 from functional_llm.tokenizers.stream import StreamDecoder
+from functional_llm.tokenizers.tool_schemas import tool_schemas
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,7 +29,10 @@ class TextTokenizer:
         pad_token_id: The id that pads a batch, if there is one.
         add_bos: Whether the model was trained on texts that begin with `bos_token_id`.
         stop_token_ids: The ids that end generation.
-        chat_template: The Jinja template that writes messages as text, if there is one.
+        chat_template: The Jinja template that writes messages as text, if there is one; or several
+            by their names, such as `"default"` and `"tool_use"`.
+        special_tokens: The texts of special tokens by their names in chat templates, such as
+            `"unk_token"`.
     """
 
     engine: Engine
@@ -33,7 +41,8 @@ class TextTokenizer:
     pad_token_id: int | None = None
     add_bos: bool = False
     stop_token_ids: frozenset[int] = frozenset()
-    chat_template: str | None = None
+    chat_template: str | Mapping[str, str] | None = None
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Self:
@@ -42,7 +51,8 @@ class TextTokenizer:
         Args:
             path: A directory with tokenizer.json or tokenizer.model (sentencepiece). Read if
                 present: tokenizer_config.json, special_tokens_map.json, added_tokens.json,
-                generation_config.json, config.json, chat_template.jinja.
+                generation_config.json, config.json, chat_template.jinja,
+                additional_chat_templates/*.jinja.
 
         Returns:
             The tokenizer.
@@ -76,12 +86,16 @@ class TextTokenizer:
         """Returns the id of the token with this text, or None."""
         return self.engine.token_id(token)
 
+    def token_text(self, token_id: int | None) -> str | None:
+        """Returns the text of the token with this id; None for None."""
+        return None if token_id is None else self.engine.token_bytes(token_id).decode()
+
     def encode(self, text: str, add_bos: bool = False, parse_special: bool = False) -> list[int]:
         """Encodes a text.
 
         Args:
             text: Any text.
-            add_bos: Whether to put `bos_token_id` first.
+            add_bos: Whether to put `bos_token_id` first, unless the text begins with it already.
             parse_special: Whether to encode the names of special tokens in the text ("<|im_end|>")
                 as these tokens. By default they are plain text, so that users cannot insert them.
 
@@ -92,15 +106,39 @@ class TextTokenizer:
             ValueError: If `text` is not a valid string, or there is no BOS token to add.
         """
         _check_text(text)
-        if not add_bos:
-            return self.engine.encode(text, parse_special)
+        ids = self.engine.encode(text, parse_special)
+        return self._bos_before(ids) + ids if add_bos else ids
+
+    def encode_with_offsets(
+        self, text: str, add_bos: bool = False, parse_special: bool = False
+    ) -> tuple[list[int], Offsets]:
+        """Encodes a text, and says where in it each token stands.
+
+        Args:
+            text: As for `encode`.
+            add_bos: As for `encode`.
+            parse_special: As for `encode`.
+
+        Returns:
+            A list of ids, and start and end of each in the text, in characters. Several tokens may
+            share a character. A BOS that is not in the text stands at (0, 0).
+
+        Raises:
+            ValueError: As `encode`.
+        """
+        _check_text(text)
+        ids, offsets = self.engine.encode_with_offsets(text, parse_special)
+        bos = self._bos_before(ids) if add_bos else []
+        return bos + ids, [(0, 0) for _ in bos] + offsets
+
+    def _bos_before(self, ids: list[int]) -> list[int]:
         if self.bos_token_id is None:
             raise ValueError(
                 "There is no BOS token to add. Expected: a tokenizer with a `bos_token_id`. "
                 "Received: `add_bos=True`. Pass `add_bos=tokenizer.add_bos` for the model's own "
                 "convention."
             )
-        return [self.bos_token_id, *self.engine.encode(text, parse_special)]
+        return [] if ids[:1] == [self.bos_token_id] else [self.bos_token_id]
 
     def decode(
         self, ids: Iterable[int], skip_special_tokens: bool = True, continues: bool = False
@@ -108,7 +146,8 @@ class TextTokenizer:
         """Decodes ids. Bytes that are no valid UTF-8 become U+FFFD.
 
         Args:
-            ids: Token ids.
+            ids: Token ids. Those above the vocabulary, which a model with more rows than tokens may
+                give, have no text.
             skip_special_tokens: Whether to leave out BOS, EOS and the like.
             continues: Whether the ids continue an earlier text. If not, the space that
                 sentencepiece puts before a text is taken off.
@@ -117,7 +156,7 @@ class TextTokenizer:
             The text.
 
         Raises:
-            ValueError: If an id is not in the vocabulary.
+            ValueError: If an id is negative.
         """
         stream = self.stream_decoder(skip_special_tokens, continues)
         return stream.push(ids) + stream.finish()
@@ -142,24 +181,24 @@ class TextTokenizer:
     @overload
     def apply_chat_template(
         self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
+        messages: Sequence[Any],
+        add_generation_prompt: bool | None = None,
         tokenize: Literal[False] = False,
         **variables: Any,
     ) -> str: ...
     @overload
     def apply_chat_template(
         self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
+        messages: Sequence[Any],
+        add_generation_prompt: bool | None = None,
         *,
         tokenize: Literal[True],
         **variables: Any,
     ) -> list[int]: ...
     def apply_chat_template(
         self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
+        messages: Sequence[Any],
+        add_generation_prompt: bool | None = None,
         tokenize: bool = False,
         **variables: Any,
     ) -> str | list[int]:
@@ -168,52 +207,117 @@ class TextTokenizer:
         Args:
             messages: Dicts with "role" and "content", the oldest first.
             add_generation_prompt: Whether to end with the text that begins the assistant's answer.
+                By default it does, unless the final message is continued.
             tokenize: Whether to return ids. They begin with one BOS if the model expects it, even
                 if the template writes none.
-            variables: Other variables of the template, such as `tools`.
+            variables: As for `render_chat`: `continue_final_message`, `chat_template`, `tools`,
+                `documents`, and other variables of the template.
 
         Returns:
             The text, or its ids.
 
         Raises:
-            ValueError: If there is no template, it is malformed, or it does not accept the
-                messages.
+            ValueError: As `render_chat`.
         """
-        text = self._compiled_chat_template.render(
-            messages,
-            **{
-                "add_generation_prompt": add_generation_prompt,
-                "bos_token": self._token_text(self.bos_token_id),
-                "eos_token": self._token_text(self.eos_token_id),
-                **variables,
-            },
-        )
-        if not tokenize:
-            return text
-        ids = self.encode(text, parse_special=True)
-        return self.encode("", add_bos=self.add_bos and ids[:1] != [self.bos_token_id]) + ids
+        text = self.render_chat(messages, add_generation_prompt, **variables).text
+        return self.encode(text, self.add_bos, parse_special=True) if tokenize else text
 
-    @cached_property
-    def _compiled_chat_template(self) -> ChatTemplate:
-        if self.chat_template is None:
+    def render_chat(
+        self,
+        messages: Sequence[Any],
+        add_generation_prompt: bool | None = None,
+        *,
+        continue_final_message: bool | str = False,
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> RenderedChat:
+        """Writes a conversation, and says which places are marked as the assistant's.
+
+        Args:
+            messages: As for `apply_chat_template`.
+            add_generation_prompt: As for `apply_chat_template`.
+            continue_final_message: Whether to end with the text of the final message, so that the
+                model goes on with it; or the name of the field that holds this text.
+            chat_template: The name of one of the tokenizer's templates, or a template, in Jinja. By
+                default the template `"tool_use"` if there are tools and it is there, else the
+                default.
+            tools: Functions that the model may call, or their JSON schemas. Templates that do not
+                know tools ignore them.
+            documents: Dicts with "title" and "text" that the model may use. Templates that do not
+                know them ignore them.
+            variables: Other variables of the template, such as `enable_thinking`.
+
+        Returns:
+            The text, and the marked places.
+
+        Raises:
+            ValueError: If there is no template, it is malformed, it does not accept the messages,
+                or it does not know a variable.
+        """
+        if continue_final_message and add_generation_prompt:
             raise ValueError(
-                "This tokenizer has no chat template. Expected: chat_template.jinja, "
-                '"chat_template" in tokenizer_config.json, or "tokenizer.chat_template" in a GGUF '
-                "file. Received: none of them. Use an instruction-tuned checkpoint, or write the "
-                "prompt as plain text."
+                "Expected either `continue_final_message` or `add_generation_prompt`: an answer is "
+                "continued or begun. Received: both."
             )
-        return ChatTemplate(self.chat_template)
+        if documents is not None and not all(isinstance(x, Mapping) for x in documents):
+            raise ValueError(f"Expected `documents` as a list of dicts, received {documents!r:.100}.")
+        template = self._find_chat_template(chat_template, tools is not None)
+        if unknown := variables.keys() - template.variables:
+            raise ValueError(
+                f"The chat template does not know {', '.join(map(repr, sorted(unknown)))}. "
+                f"Expected: one of its variables, {', '.join(sorted(template.variables))}; or "
+                "`add_generation_prompt`, `continue_final_message`, `chat_template`, `tools`, "
+                "`documents`, `tokenize`. Leave it out, or correct its name."
+            )
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        values = {
+            "bos_token": self.token_text(self.bos_token_id) or "",
+            "eos_token": self.token_text(self.eos_token_id) or "",
+            **self.special_tokens,
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None if tools is None else tool_schemas(tools),
+            "documents": documents,
+            **variables,
+        }
+        return template.render_marked(messages, continue_final_message, **values)
 
-    def _token_text(self, token_id: int | None) -> str:
-        return "" if token_id is None else self.engine.token_bytes(token_id).decode()
+    def _find_chat_template(self, given: str | None, has_tools: bool) -> ChatTemplate:
+        own = self.chat_template
+        named = own if isinstance(own, Mapping) else {} if own is None else {"default": own}
+        if given is None:
+            given = named.get("tool_use") if has_tools else None
+            given = named.get("default") if given is None else given
+            expected = "one named default, or `chat_template=` with the name of another"
+        else:
+            # A template without any of Jinja is a name that was mistyped.
+            given = named.get(given, given if "{" in str(given) else None)
+            expected = "the name of a template, or a template in Jinja"
+        if given is not None:
+            return compile_chat_template(given)
+        if named:
+            raise ValueError(
+                f"There is no such chat template. Expected: {expected}. Received: a tokenizer with "
+                f"the templates {sorted(named)}. Name one of them."
+            )
+        raise ValueError(
+            "This tokenizer has no chat template. Expected: chat_template.jinja, "
+            '"chat_template" in tokenizer_config.json, or "tokenizer.chat_template" in a GGUF '
+            "file. Received: none of them. Use an instruction-tuned checkpoint, or write the "
+            "prompt as plain text."
+        )
 
     def _token_bytes(self, skipped: frozenset[int], token_id: int) -> bytes:
-        if not 0 <= token_id < self.vocabulary_size:
+        if token_id < 0:
             raise ValueError(
                 f"A token id is out of range. Expected: 0 to {self.vocabulary_size - 1}. "
                 f"Received: {token_id}. Is this the tokenizer of the model that made the ids?"
             )
-        return b"" if token_id in skipped else self.engine.token_bytes(token_id)
+        if token_id in skipped or token_id >= self.vocabulary_size:
+            return b""
+        return self.engine.token_bytes(token_id)
 
 
 def _check_text(text: object) -> None:

@@ -1,12 +1,18 @@
 """Records -> examples: token ids, and which of them are targets."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from functional_llm.tokenizers import TextTokenizer
+from functional_llm.training.answers import find_answers
+from functional_llm.training.conversations import (
+    column_text,
+    is_conversation,
+    read_conversation,
+)
 from functional_llm.training.records import Record
 
 
@@ -103,13 +109,21 @@ def make_examples(records: Iterable[Record], tokenizer: TextTokenizer, length: i
 
     A record has one of these sets of columns:
 
-    - `messages`: a list of `{"role", "content"}`; the assistant's messages are targets.
-    - `prompt` and `completion`; or `instruction`, optionally `input` and `system`, and `output`:
-      a user's message and the answer, which is the target.
-    - `text`: plain text, all of it a target, followed by the tokenizer's end-of-text token.
+    - `messages` or ShareGPT's `conversations`: a list of `{"role", "content"}` or `{"from",
+      "value"}`; the assistant's messages are targets.
+    - `prompt` and `completion`: lists of messages, of which those of the assistant in the
+      completion are targets; or texts, a user's message and the answer.
+    - `instruction`, optionally `input`, and `output`: a user's message and the answer.
+    - `text`: a text, all of it a target, followed by the tokenizer's end-of-text token unless it
+      ends a turn itself. It may be what a chat template wrote: the names of special tokens in it
+      are these tokens.
 
-    All but the last go through the tokenizer's chat template. A `.txt` file is one running text,
+    All but the last go through the tokenizer's chat template, with the columns `system`, `tools`
+    (JSON schemas) and `chat_template_kwargs` if they are there. A `.txt` file is one running text,
     cut into examples of `length` tokens; any other example is truncated to `length`.
+
+    Of a template with `{% generation %}` marks, what it marks is learnt. Of another one, an answer
+    is learnt if it is certain where it begins and ends; a warning names the records with others.
 
     Args:
         records: From `read_records`.
@@ -122,18 +136,21 @@ def make_examples(records: Iterable[Record], tokenizer: TextTokenizer, length: i
 
     Raises:
         ValueError: If the length is below 1, a record lacks columns, a value has another type, the
-            chat template does not accept a conversation, or no example is left.
+            chat template does not accept a conversation or shows of none of its answers where they
+            are, or no example is left.
     """
     check_length(length, None)
     items, truncated, dropped = [], 0, 0
+    doubts: dict[str, str] = {}
     for record in records:
-        for example in _tokenise(record, tokenizer, length):
+        for example in _tokenise(record, tokenizer, length, doubts):
             truncated += len(example.token_ids) > length + 1
             cut = Example(example.token_ids[: length + 1], example.is_target[: length + 1])
             if cut.is_target.any():
                 items.append(cut)
             else:
                 dropped += 1
+    _warn_of_doubts(doubts)
     if not items:
         raise ValueError(
             f"None of {dropped} examples has a token to learn within {length} tokens. Expected "
@@ -142,126 +159,43 @@ def make_examples(records: Iterable[Record], tokenizer: TextTokenizer, length: i
     return Examples(items, truncated, dropped)
 
 
-def _tokenise(record: Record, tokenizer: TextTokenizer, length: int) -> Iterator[Example]:
+def _tokenise(
+    record: Record, tokenizer: TextTokenizer, length: int, doubts: dict[str, str]
+) -> Iterator[Example]:
+    """Yields a record's examples; notes why answers of it are not learnt."""
     fields = record.fields
     if "running_text" in fields:
         ids = _encode_text(fields["running_text"], tokenizer)
         for start in range(0, max(len(ids) - 1, 1), length):  # the last id of one begins the next
             yield _all_targets(ids[start : start + length + 1])
-    elif "text" in fields and not any(set(needed) <= fields.keys() for needed in _CHATS):
-        yield _all_targets(_encode_text(_string(record, "text"), tokenizer))
+    elif "text" in fields and not is_conversation(record):
+        yield _all_targets(_encode_text(column_text(record, "text"), tokenizer))
     else:
-        yield _chat_example(_messages(record), tokenizer, record.where)
+        ids, is_target, doubt = find_answers(read_conversation(record), tokenizer)
+        if doubt:
+            doubts[record.where] = doubt
+        yield Example(np.asarray(ids, "int32"), is_target)
 
 
 def _encode_text(text: str, tokenizer: TextTokenizer) -> list[int]:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return tokenizer.encode(text, add_bos=tokenizer.add_bos) + end
+    ids = tokenizer.encode(text, tokenizer.add_bos, parse_special=True)
+    # Templates write a line end after the token that ends a turn.
+    written = (i for i in reversed(ids) if tokenizer.engine.token_bytes(i).strip())
+    is_ended = next(written, None) in {*tokenizer.stop_token_ids, tokenizer.eos_token_id}
+    return ids if is_ended or tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
 
 
 def _all_targets(ids: list[int]) -> Example:
     return Example(np.asarray(ids, "int32"), np.arange(len(ids)) > 0)
 
 
-_CHATS = (("messages",), ("prompt", "completion"), ("instruction", "output"))
-
-
-def _messages(record: Record) -> list[dict[str, Any]]:
-    """Returns a record as a conversation with an answer of the assistant."""
-    fields = record.fields
-    if "messages" in fields:
-        messages = fields["messages"]
-        roles = [m.get("role") for m in messages] if _is_list_of_dicts(messages) else []
-        if "assistant" not in roles:
-            raise ValueError(
-                f"{record.where}: expected `messages` to be a list of objects with `role` and "
-                f"`content`, one of the role `assistant`. Received: {messages!r:.200}"
-            )
-        return messages
-    if {"prompt", "completion"} <= fields.keys():
-        question, answer = _string(record, "prompt"), _string(record, "completion")
-    elif {"instruction", "output"} <= fields.keys():
-        question, answer = _string(record, "instruction"), _string(record, "output")
-        if fields.get("input"):
-            question = f"{question}\n{_string(record, 'input')}"
-    else:
-        raise ValueError(
-            f"{record.where} lacks columns. Expected: `messages`; or `prompt` and `completion`; or "
-            "`instruction` and `output` (`input` and `system` if there are any); or `text`. "
-            f"Received: {sorted(fields)}. Rename the columns."
+def _warn_of_doubts(doubts: dict[str, str]) -> None:
+    if doubts:
+        where, reason = next(iter(doubts.items()))
+        names = ", ".join(list(doubts)[:5]) + (", ..." if len(doubts) > 5 else "")
+        warnings.warn(
+            f"Of {len(doubts)} conversations only a part of the answers is learnt, of which the "
+            f"chat template shows where they begin and end: {names}. In {where}, {reason}. A "
+            "template with {% generation %} marks lets all be learnt.",
+            stacklevel=3,
         )
-    system = [{"role": "system", "content": fields["system"]}] if fields.get("system") else []
-    return [
-        *system,
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": answer},
-    ]
-
-
-def _is_list_of_dicts(messages: object) -> bool:
-    return isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
-
-
-def _string(record: Record, column: str) -> str:
-    value = record.fields[column]
-    if not isinstance(value, str):
-        raise ValueError(
-            f"{record.where}: expected a string in column `{column}`, received "
-            f"{type(value).__name__}: {value!r:.80}"
-        )
-    return value
-
-
-def _chat_example(
-    messages: Sequence[dict[str, Any]], tokenizer: TextTokenizer, where: str
-) -> Example:
-    """Tokenises a conversation; targets are the assistant's messages and their end tokens."""
-    try:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=False, tokenize=True)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = [_answer_span(messages, i, ids, tokenizer) for i in turns]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{where}: {error}") from error
-    if spans[-1] is None:
-        raise ValueError(
-            f"{where}: the chat template does not show where the answer begins. Expected: a "
-            "conversation begins with the text of its question and generation prompt. Received: a "
-            "template that writes the question in another way once it is answered. Use a `text` "
-            "column that holds the conversation as the model is to see it."
-        )
-    is_target = np.zeros(len(ids), bool)
-    for span in spans:
-        if span is not None:  # some templates drop parts of earlier turns
-            is_target[slice(*span)] = True
-    is_target[0] = False
-    return Example(np.asarray(ids, "int32"), is_target)
-
-
-def _answer_span(
-    messages: Sequence[dict[str, Any]], turn: int, ids: list[int], tokenizer: TextTokenizer
-) -> tuple[int, int] | None:
-    """Returns start and end of a turn's answer in the ids of the whole conversation."""
-    before, through = messages[:turn], messages[: turn + 1]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
-    question = tokenizer.apply_chat_template(before) if before else ""
-    answered = tokenizer.apply_chat_template(through, add_generation_prompt=False)
-    if not (text.startswith(answered) and answered.startswith(question)):
-        return None
-    # By common prefixes: a token may reach over the border between question and answer.
-    question_ids = tokenizer.apply_chat_template(before, tokenize=True) if before else []
-    start = _common_prefix(ids, question_ids)
-    end = _common_prefix(
-        ids, tokenizer.apply_chat_template(through, add_generation_prompt=False, tokenize=True)
-    )
-    stops = [i for i in range(start, end) if ids[i] in tokenizer.stop_token_ids]
-    # A model never generates what a template writes after the end of a turn.
-    return start, (stops[-1] + 1 if stops else end)
-
-
-def _common_prefix(first: list[int], second: list[int]) -> int:
-    count = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count

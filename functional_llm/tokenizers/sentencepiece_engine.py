@@ -1,0 +1,120 @@
+"""The engine of the library `sentencepiece`."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import tokenizers
+
+from functional_llm.tokenizers.engines import SPACE, Offsets
+from functional_llm.tokenizers.sentencepiece_model import load_sentencepiece
+
+_PLAIN = "\ufdd0"  # stands for text between tokens; no text holds this character
+
+
+class SentencePieceEngine:
+    """The library `sentencepiece`.
+
+    The library never reads control symbols from text, so the text is split at them first. Each part
+    then begins with the space that the model puts before a text.
+
+    Args:
+        proto: The model in its own format.
+        added: Tokens that text is split at, and their ids: tokens beside the model, and those of
+            its own of which more is known than the model says. Special ones are read with
+            `parse_special` only. The control symbols of the model need not be among them.
+        origin: The place of the model, for messages.
+
+    Raises:
+        ValueError: If the library cannot read the model.
+    """
+
+    def __init__(
+        self,
+        proto: bytes,
+        added: Mapping[str, tuple[tokenizers.AddedToken, int]],
+        origin: str = "A sentencepiece model",
+    ) -> None:
+        processor = load_sentencepiece(proto, origin)
+        size = processor.vocab_size()
+        control = {
+            processor.id_to_piece(i): (_special(processor.id_to_piece(i)), i)
+            for i in range(size)
+            if processor.is_control(i) or processor.is_unknown(i)
+        }
+        self.proto = proto
+        self.processor = processor
+        self.added = control | dict(added)
+        self._given = dict(added)
+        self._size = size
+        self._texts = {i: text for text, (_, i) in self.added.items()}
+        tokens = [token for token, _ in self.added.values()]
+        self._splitters = {
+            False: _Splitter(token for token in tokens if not token.special),
+            True: _Splitter(tokens),
+        }
+        self.vocabulary_size = max([size, *(i + 1 for i in self._texts)])
+        self.special_ids = frozenset(i for token, i in self.added.values() if token.special)
+        self.adds_space = processor.normalize("a").startswith(SPACE)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SentencePieceEngine, (self.proto, self._given)
+
+    def encode(self, text: str, parse_special: bool) -> list[int]:
+        ids: list[int] = []
+        for token, start, end in self._splitters[parse_special].split(text):
+            ids += self.processor.encode(text[start:end]) if token is None else [self._id(token)]
+        return ids
+
+    def encode_with_offsets(self, text: str, parse_special: bool) -> tuple[list[int], Offsets]:
+        ids: list[int] = []
+        offsets: Offsets = []
+        for token, start, end in self._splitters[parse_special].split(text):
+            if token is not None:
+                ids.append(self._id(token))
+                offsets.append((start, end))
+                continue
+            pieces = self.processor.encode(text[start:end], out_type="immutable_proto").pieces
+            ids += [piece.id for piece in pieces]
+            offsets += [(start + piece.begin, start + piece.end) for piece in pieces]
+        return ids, offsets
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id in self._texts or token_id >= self._size:
+            return self._texts.get(token_id, "").encode()
+        piece = self.processor.id_to_piece(token_id)
+        if self.processor.is_byte(token_id):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(SPACE, " ").encode()
+
+    def token_id(self, token: str) -> int | None:
+        if token in self.added:
+            return self._id(token)
+        token_id = self.processor.piece_to_id(token)
+        return None if token_id == self.processor.unk_id() else token_id
+
+    def _id(self, token: str) -> int:
+        return self.added[token][1]
+
+
+class _Splitter:
+    """Splits text at added tokens, as the library `tokenizers` does: it is asked to.
+
+    To it, all text between tokens is one unknown word.
+    """
+
+    def __init__(self, tokens: Iterable[tokenizers.AddedToken]) -> None:
+        model = tokenizers.models.WordLevel({_PLAIN: 0}, unk_token=_PLAIN)
+        self._tokenizer = tokenizers.Tokenizer(model)
+        self._tokenizer.add_tokens(list(tokens))
+
+    def split(self, text: str) -> Iterator[tuple[str | None, int, int]]:
+        """Yields the token, or `None` for text between, and its start and end."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        for token, token_id, (start, end) in zip(
+            encoding.tokens, encoding.ids, encoding.offsets, strict=True
+        ):
+            yield (token if token_id else None), start, end
+
+
+def _special(text: str) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(text, special=True, normalized=False)

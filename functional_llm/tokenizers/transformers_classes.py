@@ -1,0 +1,79 @@
+"""What classes of Transformers change in the files that they read.
+
+Its `LlamaTokenizer` and `GPT2Tokenizer` take vocabulary, merges and added tokens from the files. How
+they put spaces before text is up to their arguments in tokenizer_config.json. Models are trained
+with the result.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from functional_llm.tokenizers.engines import SPACE
+from functional_llm.tokenizers.sentencepiece_conversion import PrependScheme
+
+
+def llama_scheme(config: Mapping[str, Any], model: Mapping[str, Any]) -> PrependScheme | None:
+    """Returns where LlamaTokenizer puts spaces; `None` if Transformers takes another class.
+
+    Args:
+        config: What tokenizer_config.json holds.
+        model: What config.json holds.
+    """
+    name = _class_name(config, model)
+    if name is None and ("legacy" in config or "model_type" in model):
+        name = "LlamaTokenizer"
+    # The files of other models name this class, too. Transformers reads their tokenizer.json as it
+    # is.
+    if name != "LlamaTokenizer" or model.get("model_type", "llama") != "llama":
+        return None
+    if config.get("add_prefix_space") is False:
+        return "never"
+    return "always" if config.get("legacy") else "first"
+
+
+def read_as_class(text: str, config: Mapping[str, Any], model: Mapping[str, Any]) -> str:
+    """Returns a tokenizer.json as the class that the files name reads it.
+
+    Args:
+        text: The file's content.
+        config: What tokenizer_config.json holds.
+        model: What config.json holds.
+    """
+    scheme, is_byte_level = llama_scheme(config, model), '"ByteLevel"' in text
+    if scheme is not None and not is_byte_level:
+        return json.dumps(_read_as_llama(json.loads(text), scheme))
+    if _class_name(config, model) == "GPT2Tokenizer" and "add_prefix_space" in config:
+        content = json.loads(text)
+        words = content.get("pre_tokenizer") or {}
+        if words.get("type") == "ByteLevel":
+            words["add_prefix_space"] = bool(config["add_prefix_space"])
+        return json.dumps(content)
+    return text
+
+
+def _class_name(config: Mapping[str, Any], model: Mapping[str, Any]) -> str | None:
+    name = config.get("tokenizer_class") or model.get("tokenizer_class")
+    return None if name is None else str(name).removesuffix("Fast")
+
+
+def _read_as_llama(content: dict[str, Any], scheme: PrependScheme) -> dict[str, Any]:
+    if content["model"].get("type") != "BPE":
+        return content
+    steps = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]
+    return content | {
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Metaspace",
+            "replacement": SPACE,
+            "prepend_scheme": scheme,
+            "split": False,
+        },
+        "decoder": {"type": "Sequence", "decoders": steps[:3] if scheme == "never" else steps},
+        "model": content["model"] | {"fuse_unk": True, "byte_fallback": True},
+    }
