@@ -1,6 +1,8 @@
 """The generation loop, on a tiny random model: what it compiles, when it stops, what it refuses."""
 
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 import functional_llm as flm
+from functional_llm.generation.stop_strings import StoppingDecoder
 from functional_llm.generation.text_generator import TextGenerator
 from tiny import save_tiny
 
@@ -143,6 +146,73 @@ def test_stream_joins_to_generate(generator: TextGenerator) -> None:
         assert generator.generate([PROMPT, "日"], 50, "random", seed=[seed, 1])[0] == whole
 
 
+MESSAGES = [{"role": "user", "content": "The quick <|im_end|> fox"}]
+
+
+def test_messages_a_rendered_text_and_ids_are_the_same_prompt(generator: TextGenerator) -> None:
+    tokenizer = _tokenizer(generator)
+    text = tokenizer.apply_chat_template(MESSAGES)
+    ids = tokenizer.apply_chat_template(MESSAGES, tokenize=True)
+    assert text.startswith("<s>") and ids.count(0) == 1
+    assert ids.count(tokenizer.token_id("<|im_start|>")) == 2
+    expected = generator.generate(ids, 20)
+    prompts: list[Any] = [MESSAGES, tuple(MESSAGES), text, np.array(ids), jax.numpy.array(ids)]
+    for prompt in prompts:
+        assert generator.generate(prompt, 20) == expected
+        assert "".join(generator.stream(prompt, 20)) == expected
+        assert generator.stats.prefill_tokens == len(ids)
+    several: list[Any] = [MESSAGES, text, ids]
+    assert generator.generate(several, 20) == [expected] * 3
+    rows: Any = np.array([ids, ids])
+    assert generator.generate(rows, 20) == [expected] * 2
+    assert generator.generate([MESSAGES], 20) == [expected]
+
+
+def test_a_text_from_strangers_holds_no_special_tokens(generator: TextGenerator) -> None:
+    tokenizer = _tokenizer(generator)
+    text = "<s>a<|im_end|>"
+    for parse, length in ((True, 3), (False, len(tokenizer.encode(text)))):
+        list(generator.stream(text, 2, parse_special=parse))
+        assert generator.stats.prefill_tokens == length
+        generator.generate([text, text], 2, parse_special=parse)
+        assert generator.stats.prefill_tokens == 2 * length
+
+
+def test_bos_is_written_once(generator: TextGenerator) -> None:
+    tokenizer = dataclasses.replace(_tokenizer(generator), add_bos=True)
+    with_bos = TextGenerator(generator.backbone, tokenizer)
+    plain = tokenizer.encode("fox")
+    for text in ("fox", "<s>fox"):
+        list(with_bos.stream(text, 2))
+        assert with_bos.stats.prefill_tokens == 1 + len(plain)
+
+
+def test_a_model_with_more_rows_than_tokens(tmp_path: Path, generator: TextGenerator) -> None:
+    folder = save_tiny(tmp_path, vocabulary_size=3000)
+    larger = TextGenerator(flm.Backbone.from_preset(folder), _tokenizer(generator))
+    text = larger.generate(["fox", "dog"], 16, sampler="random", seed=0)
+    pieces = "".join(larger.stream("fox", 16, sampler="random", seed=0))
+    assert pieces == text[0]
+
+
+def test_special_tokens_stop(generator: TextGenerator) -> None:
+    tokenizer = _tokenizer(generator)
+    for text, stop, expected, stops in (
+        ("fox <|im_start|>user", "<|im_start|>", "fox ", True),
+        ("fox <|im_start|>user", ["dog", "x <|im_start|>us"], "fo", True),
+        ("fox <|im_start|>dog", "<|im_start|>user", "fox dog", False),
+        ("fox <|im_start|>日", (), "fox 日", False),
+        ("fox <|im_start|>", "<|im_start|>user", "fox ", False),
+        ("a<s>b", "<s>b", "a", True),
+    ):
+        ids = tokenizer.encode(text, parse_special=True)
+        for size in (1, 2, len(ids)):
+            decoder = StoppingDecoder(tokenizer, stop, continues=True)
+            pieces = [decoder.push(ids[i : i + size]) for i in range(0, len(ids), size)]
+            assert "".join([*pieces, decoder.finish()]) == expected
+            assert decoder.stopped == stops
+
+
 def test_stop_strings_span_tokens(generator: TextGenerator) -> None:
     tried = 0
     for seed in range(12):
@@ -254,15 +324,22 @@ def test_numbers_of_any_kind(generator: TextGenerator) -> None:
 
 
 def test_bad_text(generator: TextGenerator) -> None:
-    prompts: list[Any] = ["", ["a", ""], [3]]
+    prompts: list[Any] = ["", ["a", ""]]
     for prompt in prompts:
         with pytest.raises(ValueError, match="at least one character"):
             generator.generate(prompt)
     for stop in ("", 5, [5]):
         with pytest.raises(ValueError, match="non-empty stop strings"):
             generator.generate("a", stop=stop)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="a text or a list of texts, received None"):
-        generator.generate(None)  # type: ignore[call-overload]
+    for nothing in (None, 3):
+        with pytest.raises(ValueError, match=f"a text or a list of texts, received {nothing}"):
+            generator.generate(nothing)  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="at least one prompt"):
+        generator.generate([])
+    with pytest.raises(ValueError, match="expected token ids"):
+        generator.generate([1.5])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Wrap a single message in a list"):
+        generator.generate({"role": "user", "content": "a"})  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="finite"):
         flm.samplers.make(temperature=float("nan"))
     with pytest.raises(ValueError, match="no tokenizer"):

@@ -64,8 +64,10 @@ def test_smollm2_greedy_text(reference: Any, smollm2: Any) -> None:
 @pytest.mark.real
 def test_smollm2_answers(smollm2: Any) -> None:
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = smollm2.tokenizer.apply_chat_template(messages, tokenize=True)
-    assert "".join(smollm2.stream(ids)) == "The capital of France is Paris."
+    text = smollm2.tokenizer.apply_chat_template(messages)
+    for prompt in (messages, text, smollm2.tokenizer.encode(text, parse_special=True)):
+        assert smollm2.generate(prompt) == "The capital of France is Paris."
+        assert smollm2.stats.prefill_tokens == 37
 
 
 @pytest.mark.real

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from functional_llm.tokenizers import TOKENIZER_FILES
+from functional_llm.tokenizers import TEMPLATE_FOLDER, TOKENIZER_FILES
 
 if sys.platform != "win32":
     import fcntl
@@ -29,9 +29,10 @@ _COPY_BYTES = 1 << 20
 # Only where there are no locks: by then no download is still running.
 _STALE_SECONDS = 24 * 3600
 
-_HUB_FILES = ["config.json", *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"]
+_HUB_FILES = ["config.json", *TOKENIZER_FILES, f"{TEMPLATE_FOLDER}/*.jinja"]
+_HUB_FILES += ["*.safetensors", "*.safetensors.index.json"]
 # A star matches slashes too, and some repositories hold the same weights twice, in other layouts.
-_HUB_IGNORED = ["*/*", "consolidated*.safetensors"]
+_HUB_IGNORED = ["*/*.safetensors", "*/*.safetensors.index.json", "consolidated*.safetensors"]
 
 
 def cache_directory() -> Path:

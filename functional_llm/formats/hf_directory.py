@@ -1,6 +1,5 @@
 """Directories in Hugging Face layout, read and written: config, safetensors, tokenizer."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +21,7 @@ from functional_llm.formats.weight_table import (
     with_prefix,
 )
 from functional_llm.graph.types import JSON
-from functional_llm.tokenizers import TOKENIZER_FILES, TextTokenizer
+from functional_llm.tokenizers import TextTokenizer, copy_tokenizer
 
 _CONFIG = "config.json"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -59,9 +58,7 @@ class HuggingFaceDirectory(Source):
         return cls.from_directory(self.path)
 
     def write_tokenizer(self, folder: Path) -> None:
-        for name in TOKENIZER_FILES:
-            if (self.path / name).is_file():
-                shutil.copyfile(self.path / name, folder / name)
+        copy_tokenizer(self.path, folder)
 
 
 def write_directory(

@@ -1,7 +1,7 @@
 """Prompts: a text, messages or ids, as token ids. The one way in for all that generates."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
@@ -53,7 +53,7 @@ def encode_prompt(
         return tokenizer.encode(prompt, tokenizer.add_bos, parse_special)
     if is_record(prompt) or (hasattr(prompt, "__len__") and len(prompt) and is_record(prompt[0])):
         return tokenizer.apply_chat_template(prompt, tokenize=True)
-    return as_ids("The prompt", prompt)
+    return as_ids("The prompt", cast("Sequence[int]", prompt))
 
 
 def _is_number(value: object) -> bool:

@@ -83,7 +83,7 @@ class TextGenerator:
         return len(self._programs.compiled)
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]
         self,
         prompts: str | Sequence[Message] | Sequence[int],
         max_new_tokens: int = ...,

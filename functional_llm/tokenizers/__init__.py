@@ -8,8 +8,13 @@ into tokens, `TokenizersEngine` (a tokenizer.json, or the byte-pair vocabulary o
 `save_tokenizer`.
 """
 
-from functional_llm.tokenizers.directory_writer import TOKENIZER_FILES, save_tokenizer
 from functional_llm.tokenizers.chat_template import RenderedChat
+from functional_llm.tokenizers.directory_reader import TEMPLATE_FOLDER
+from functional_llm.tokenizers.directory_writer import (
+    TOKENIZER_FILES,
+    copy_tokenizer,
+    save_tokenizer,
+)
 from functional_llm.tokenizers.engines import Engine, TokenizersEngine
 from functional_llm.tokenizers.plain_data import is_record
 from functional_llm.tokenizers.sentencepiece_engine import SentencePieceEngine
@@ -17,6 +22,7 @@ from functional_llm.tokenizers.stream import StreamDecoder
 from functional_llm.tokenizers.text import TextTokenizer
 
 __all__ = [
+    "TEMPLATE_FOLDER",
     "TOKENIZER_FILES",
     "Engine",
     "RenderedChat",
@@ -24,6 +30,7 @@ __all__ = [
     "StreamDecoder",
     "TextTokenizer",
     "TokenizersEngine",
+    "copy_tokenizer",
     "is_record",
     "save_tokenizer",
 ]

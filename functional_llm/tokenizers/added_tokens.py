@@ -9,8 +9,9 @@ from typing import Any
 
 import tokenizers
 
-# The names that Transformers knows. A file may have more, such as "image_token".
-_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+# The names that Transformers knows, in the order in which it adds these tokens. A file may have
+# more, such as "image_token".
+_NAMES = tuple(f"{x}_token" for x in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -64,7 +65,8 @@ def read_added_tokens(
     facts = {**names, **config} if has_table else {**config, **names}
     values, tokens = _named(facts), _described(config)
     named = {key: _text(key, value) for key, value in values.items()}
-    special = [_special(value) for value in (*values.values(), *_listed(facts)) if value is not None]
+    given = [_as_token(value, special=True) for value in values.values() if value is not None]
+    special = given + [_as_token(value) for value in _listed(facts)]
     specials = {token.content for token in special}
     for text, token_id in beside.items():
         # Any other may be part of what a model writes for people.
@@ -87,11 +89,9 @@ def check(is_valid: bool, key: str, expected: str, received: object) -> None:
 
 def _named(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the special tokens with names, as they stand in the files."""
-    named = {}
-    for key, value in facts.items():
-        is_known = key.removesuffix("_token") in _NAMES
-        if key.endswith("_token") and (is_known or _is_token(value)):
-            named[key] = value
+    named = {key: facts[key] for key in _NAMES if key in facts}
+    others = {key: x for key, x in facts.items() if key.endswith("_token") and _is_token(x)}
+    named |= {key: x for key, x in others.items() if key not in named}
     extra = facts.get("extra_special_tokens")
     return named | extra if isinstance(extra, dict) else named
 
@@ -120,11 +120,11 @@ def _described(config: Mapping[str, Any]) -> dict[int, tokenizers.AddedToken]:
     return tokens
 
 
-def _special(value: Any) -> tokenizers.AddedToken:
-    """Returns a special token of a text, or of an object that describes it."""
+def _as_token(value: Any, **flags: bool) -> tokenizers.AddedToken:
+    """Returns a token of a text, which is special, or of an object that describes it."""
     if isinstance(value, str):
         return tokenizers.AddedToken(value, special=True)
-    return tokenizers.AddedToken(value["content"], **_flags(value) | {"special": True})
+    return tokenizers.AddedToken(value["content"], **_flags(value) | flags)
 
 
 def _flags(token: Mapping[str, Any]) -> dict[str, bool]:

@@ -49,7 +49,7 @@ def read_directory(path: Path) -> TokenizerFields:
         "pad_token_id": special_id("pad_token"),
         "add_bos": bos is not None and config.get("add_bos_token", _adds_bos(path, engine, bos)),
         "stop_token_ids": stop_token_ids(engine, stops),
-        "chat_template": _read_chat_template(path, config),
+        "chat_template": read_chat_template(path, config),
         "special_tokens": {name: text for name, text in added.named.items() if text is not None},
     }
 
@@ -130,12 +130,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return read_json(path, default={}, advice="Fetch the file again.")
 
 
-def _read_chat_template(path: Path, config: Mapping[str, Any]) -> str | Mapping[str, str] | None:
+def read_chat_template(path: Path, config: Mapping[str, Any]) -> str | Mapping[str, str] | None:
+    """Returns the chat template of a directory, or several by their names."""
     template = config.get("chat_template")
     named = template if isinstance(template, list) else [{"name": "default", "template": template}]
     pairs = [(x.get("name"), x.get("template")) for x in named if isinstance(x, dict)]
     check(len(pairs) == len(named), "chat_template", "templates with names", template)
-    templates = {name: text for name, text in pairs if text is not None or name != "default"}
+    templates: dict[Any, Any] = dict(pairs)
+    if templates.get("default", "") is None:
+        del templates["default"]
     files = {"default": path / "chat_template.jinja"}
     files |= {file.stem: file for file in sorted((path / TEMPLATE_FOLDER).glob("*.jinja"))}
     templates |= {name: file.read_text("utf-8") for name, file in files.items() if file.is_file()}

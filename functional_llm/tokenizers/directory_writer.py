@@ -1,14 +1,15 @@
 """Writes a tokenizer as files of a directory in Hugging Face layout."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from functional_llm.files.json_files import write_json
-from functional_llm.tokenizers.directory_reader import TEMPLATE_FOLDER
+from functional_llm.files.json_files import read_json, write_json
+from functional_llm.tokenizers.directory_reader import TEMPLATE_FOLDER, read_chat_template
 from functional_llm.tokenizers.engines import TokenizersEngine
 from functional_llm.tokenizers.sentencepiece_conversion import convert_sentencepiece
 from functional_llm.tokenizers.sentencepiece_engine import SentencePieceEngine
@@ -25,9 +26,30 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    f"{TEMPLATE_FOLDER}/*.jinja",
     "generation_config.json",
 )
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies the files of a tokenizer.
+
+    Chat templates with names, which may lie in a folder of their own, go into
+    tokenizer_config.json.
+
+    Args:
+        source: A directory in Hugging Face layout.
+        folder: An existing folder.
+
+    Raises:
+        ValueError: If a file with chat templates is malformed.
+    """
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if (source / TEMPLATE_FOLDER).is_dir():
+        config = read_json(source / "tokenizer_config.json", {})
+        templates = read_chat_template(source, config)
+        write_json(folder / "tokenizer_config.json", config | _write_template(templates, folder))
 
 
 def save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
@@ -64,12 +86,7 @@ def save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    template = tokenizer.chat_template
-    if isinstance(template, Mapping):
-        # A file of one template would hide these.
-        config["chat_template"] = [{"name": x, "template": text} for x, text in template.items()]
-    elif template is not None:
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    config |= _write_template(tokenizer.chat_template, folder)
     write_json(folder / "tokenizer_config.json", config)
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -91,3 +108,14 @@ def _save_tokenizers(tokenizer: TextTokenizer, inner: tokenizers.Tokenizer, path
         )
         content["post_processor"] = json.loads(other.__getstate__())
     write_json(path, content)
+
+
+def _write_template(template: str | Mapping[str, str] | None, folder: Path) -> dict[str, Any]:
+    """Writes the file of a chat template; returns what tokenizer_config.json is to hold of it."""
+    path = folder / "chat_template.jinja"
+    if isinstance(template, Mapping):
+        path.unlink(missing_ok=True)  # it would hide these
+        return {"chat_template": [{"name": x, "template": text} for x, text in template.items()]}
+    if template is not None:
+        path.write_text(template, encoding="utf-8")
+    return {}

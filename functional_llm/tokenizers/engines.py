@@ -1,4 +1,4 @@
-"""Engines: they cut text into tokens and know the bytes of each token. This one is `tokenizers`'s."""
+"""Engines cut text into tokens and know the bytes of each token. This one is of `tokenizers`."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""A sentencepiece model as a tokenizer of the library `tokenizers`, which cuts text the same way."""
+"""A sentencepiece model as a tokenizer of the library `tokenizers`, which cuts text as it does."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -40,7 +40,7 @@ def convert_sentencepiece(
     """
     facts = read_model_facts(proto)
     ids = {token_id: text for text, (_, token_id) in added.items()}
-    pieces = [(ids.get(i, text), *rest) for i, (text, *rest) in enumerate(facts.pieces)]
+    pieces = [(ids.get(i, x), score, kind) for i, (x, score, kind) in enumerate(facts.pieces)]
     facts = replace(facts, pieces=pieces)
     tokenizer = tokenizers.Tokenizer(_make_model(facts))
     adds_space = facts.adds_space if scheme is None else scheme != "never"

@@ -1,12 +1,14 @@
 """The engine of the library `sentencepiece`."""
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 import tokenizers
 
 from functional_llm.tokenizers.engines import SPACE, Offsets
-from functional_llm.tokenizers.sentencepiece_model import load_sentencepiece
+from functional_llm.tokenizers.sentencepiece_model import load_sentencepiece, read_fields
 
 _PLAIN = "\ufdd0"  # stands for text between tokens; no text holds this character
 
@@ -73,10 +75,26 @@ class SentencePieceEngine:
                 ids.append(self._id(token))
                 offsets.append((start, end))
                 continue
-            pieces = self.processor.encode(text[start:end], out_type="immutable_proto").pieces
-            ids += [piece.id for piece in pieces]
-            offsets += [(start + piece.begin, start + piece.end) for piece in pieces]
+            for token_id, (first, last) in self._encode_part(text[start:end]):
+                ids.append(token_id)
+                offsets.append((start + first, start + last))
         return ids, offsets
+
+    def _encode_part(self, text: str) -> list[tuple[int, tuple[int, int]]]:
+        """Returns the tokens of a text without added tokens, with their places in characters."""
+        # Its own classes for this have changed from version to version; the format stays.
+        # Field 2 is a token; its fields 2, 4 and 5 are its id, and start and end in bytes.
+        message = read_fields(self.processor.encode(text, out_type="serialized_proto"))
+        tokens = [dict(read_fields(x)) for field, x in message if field == 2]  # type: ignore[arg-type]
+        places = [0, *accumulate(len(character.encode()) for character in text)]
+        found: list[tuple[int, tuple[int, int]]] = []
+        following = len(text)
+        for token in reversed(tokens):
+            start, end = (bisect_left(places, int(token.get(key, 0))) for key in (4, 5))
+            # The bytes of a character before the last one, and a space that was put in front.
+            following = following if start == end else end
+            found.append((int(token.get(2, 0)), (start, following)))
+        return found[::-1]
 
     def token_bytes(self, token_id: int) -> bytes:
         if token_id in self._texts or token_id >= self._size:

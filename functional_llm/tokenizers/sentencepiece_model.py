@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sentencepiece
 
@@ -65,17 +66,17 @@ def read_model_facts(proto: bytes) -> ModelFacts:
     Reference: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
     """
     pieces: list[tuple[str, float, int]] = []
-    trainer: dict[int, bytes | int] = {}
-    normalizer: dict[int, bytes | int] = {}
-    for field, value in _fields(proto):
+    trainer: dict[int, Any] = {}
+    normalizer: dict[int, Any] = {}
+    for field, value in read_fields(proto):
         if isinstance(value, int):
             continue
         if field == 1:
-            piece = dict(_fields(value))
+            piece: dict[int, Any] = dict(read_fields(value))
             score = struct.unpack("<f", piece.get(2, bytes(4)))[0]
             pieces.append((piece[1].decode(), score, piece.get(3, NORMAL)))
         elif field in (2, 3):
-            (trainer if field == 2 else normalizer).update(_fields(value))
+            (trainer if field == 2 else normalizer).update(read_fields(value))
     kind = {1: "unigram", 2: "bpe"}.get(int(trainer.get(3, 1)))
     if kind is None:
         raise ValueError(
@@ -124,7 +125,7 @@ def make_sentencepiece_proto(
     return pieces + _proto_bytes(2, trainer) + _proto_bytes(3, normalizer)
 
 
-def _fields(proto: bytes) -> Iterator[tuple[int, bytes | int]]:
+def read_fields(proto: bytes) -> Iterator[tuple[int, bytes | int]]:
     """Yields the number and value of each field of a message; numbers of 4 or 8 bytes as bytes."""
     place = 0
 

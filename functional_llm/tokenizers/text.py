@@ -262,7 +262,9 @@ class TextTokenizer:
                 "continued or begun. Received: both."
             )
         if documents is not None and not all(isinstance(x, Mapping) for x in documents):
-            raise ValueError(f"Expected `documents` as a list of dicts, received {documents!r:.100}.")
+            raise ValueError(
+                f"Expected `documents` as a list of dicts, received {documents!r:.100}."
+            )
         template = self._find_chat_template(chat_template, tools is not None)
         if unknown := variables.keys() - template.variables:
             raise ValueError(

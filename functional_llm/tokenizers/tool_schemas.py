@@ -93,7 +93,9 @@ def _parameters(tool: Callable[..., Any]) -> list[inspect.Parameter]:
     parameters = list(inspect.signature(tool).parameters.values())
     first = parameters[0] if parameters else None
     # A method of a class, not of an object: its receiver is no argument of the tool.
-    receiver = first is not None and first.name in ("self", "cls") and first.annotation is first.empty
+    receiver = (
+        first is not None and first.name in ("self", "cls") and first.annotation is first.empty
+    )
     return parameters[1:] if receiver else parameters
 
 

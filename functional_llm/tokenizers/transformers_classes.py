@@ -1,8 +1,8 @@
 """What classes of Transformers change in the files that they read.
 
-Its `LlamaTokenizer` and `GPT2Tokenizer` take vocabulary, merges and added tokens from the files. How
-they put spaces before text is up to their arguments in tokenizer_config.json. Models are trained
-with the result.
+Its `LlamaTokenizer` and `GPT2Tokenizer` take vocabulary, merges and added tokens from the files.
+How they put spaces before text is up to their arguments in tokenizer_config.json. Models are
+trained with the result.
 """
 
 import json

@@ -1,7 +1,8 @@
 """Which tokens of a conversation are learnt: the assistant's answers.
 
 A template that marks them with `{% generation %}` says it itself. Of another one, an answer begins
-after the text of what was before, generation prompt included, and ends where the text up to it ends.
+after the text of what was before, generation prompt included, and ends where the text up to it
+ends.
 """
 
 from collections.abc import Sequence
@@ -93,14 +94,15 @@ def _find_turn(
     if not text.startswith(before):
         place = _common(text, before)
         return (
-            f"the text before it ends in {before[place:][-60:]!r} when the answer is asked for, and "
-            f"goes on with {text[place : place + 60]!r} when it is there"
+            f"the text before it ends in {before[place:][-60:]!r} when the answer is asked for, "
+            f"and goes on with {text[place : place + 60]!r} when it is there"
         )
     # By common prefixes: a token may reach over the border between question and answer.
     start = _common(ids, _encode(before, tokenizer)) if before else 0
     through_ids = _encode(through, tokenizer)
     end = _common(ids, through_ids)
-    stops = [i for i in range(start, len(through_ids)) if through_ids[i] in tokenizer.stop_token_ids]
+    stop_ids = tokenizer.stop_token_ids
+    stops = [i for i in range(start, len(through_ids)) if through_ids[i] in stop_ids]
     # A model never generates what a template writes after the end of a turn.
     needed = stops[-1] + 1 if stops else len(through_ids)
     if end >= needed or (not stops and text.startswith(through)):
