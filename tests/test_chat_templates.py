@@ -343,6 +343,8 @@ def test_tools_of_a_record_reach_the_template(ours: TextTokenizer) -> None:
         assert ids == tokenizer.apply_chat_template(MESSAGES[1:3], False, tokenize=True)
     with pytest.raises(ValueError, match="here: expected `tools` to be a list"):
         _example(tokenizer, messages=MESSAGES[1:3], tools="{")
+    with pytest.raises(ValueError, match="with other keys than add_generation_prompt"):
+        _example(tokenizer, messages=MESSAGES, chat_template_kwargs={"add_generation_prompt": 1})
     with pytest.raises(ValueError, match="here: The chat template does not know 'thinks'"):
         _example(tokenizer, messages=MESSAGES[1:3], chat_template_kwargs={"thinks": True})
 
@@ -353,7 +355,9 @@ def test_columns_of_other_libraries(ours: TextTokenizer) -> None:
         expected = _example(tokenizer, messages=MESSAGES)
         names = {"system": "system", "user": "human", "assistant": "gpt"}
         for pairs in (MESSAGES, MESSAGES[1:]):
-            shared = [{"from": names[m["role"]], "value": m["content"]} for m in pairs]
+            shared = [
+                {"from": names[m["role"]], "value": m["content"], "role": None} for m in pairs
+            ]
             system = {} if pairs is MESSAGES else {"system": MESSAGES[0]["content"]}
             ids, is_target = _example(tokenizer, conversations=shared, **system)
             assert ids == expected[0] and (is_target == expected[1]).all()

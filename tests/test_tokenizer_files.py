@@ -1,7 +1,9 @@
 """The files of a tokenizer mean what they mean to Transformers, both ways."""
 
+import copy
 import io
 import json
+import pickle
 import random
 from collections.abc import Callable
 from functools import cache
@@ -178,6 +180,19 @@ def test_what_is_saved_of_another_sentencepiece_model(
     ours = TextTokenizer.from_directory(_write(tmp_path, files))
     assert ours.encode(" a b") == ours.engine.processor.encode(" a b")  # type: ignore[attr-defined]
     _check_saved(ours, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_sentencepiece_tokenizer_is_pickled_and_copied(
+    tmp_path: Path, make: Callable[[TextTokenizer], TextTokenizer]
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(_sentencepiece_model())
+    files = {"tokenizer_config.json": {"added_tokens_decoder": _described(NUM_PIECES)}}
+    ours = TextTokenizer.from_directory(_write(tmp_path, files))
+    other = make(ours)
+    for text in _texts(20):
+        assert other.encode(text, parse_special=True) == ours.encode(text, parse_special=True)
+    assert other.engine.special_ids == ours.engine.special_ids
 
 
 def test_ids_without_tokens_cannot_be_saved(tmp_path: Path) -> None:

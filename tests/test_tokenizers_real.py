@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -39,20 +40,29 @@ def test_conforms_to_llama_cpp(llama_cpp_models: Path, name: str):
 @pytest.mark.real
 def test_templates_render_as_in_transformers(llama_cpp_models: Path):
     utilities = pytest.importorskip("transformers.utils.chat_template_utils")
+    answered = [*CHAT, {"role": "assistant", "content": "It is ", "reasoning_content": "So?"}]
+    schema = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    options: list[tuple[list[Any], dict[str, Any]]] = [
+        (CHAT, {"add_generation_prompt": True}),
+        (answered, {"continue_final_message": True}),
+        (CHAT, {"tools": [schema], "add_generation_prompt": False}),
+    ]
     compared = 0
     for path in sorted((llama_cpp_models / "templates").glob("*.jinja")):
         source = path.read_text("utf-8")
-        variables = {"add_generation_prompt": True, "bos_token": "<s>", "eos_token": "</s>"}
-        try:
-            (theirs,), _ = utilities.render_jinja_template(
-                [CHAT], chat_template=source, **variables
-            )
-        except Exception:
-            # What Transformers cannot render with plain messages is no reference.
-            continue
-        assert ChatTemplate(source).render(CHAT, **variables) == theirs, path.name
-        compared += 1
-    assert compared >= 60
+        template = ChatTemplate(source)
+        for messages, given in options:
+            variables = {"bos_token": "<s>", "eos_token": "</s>", **given}
+            try:
+                (theirs,), _ = utilities.render_jinja_template(
+                    [messages], chat_template=source, **variables
+                )
+            except Exception:
+                # What Transformers cannot render is no reference.
+                continue
+            assert template.render_marked(messages, **variables).text == theirs, path.name
+            compared += 1
+    assert compared >= 180
 
 
 @pytest.mark.real

@@ -138,6 +138,5 @@ def _is_token(value: object) -> bool:
 
 
 def _text(key: str, value: Any) -> str | None:
-    text = value.get("content") if isinstance(value, dict) else value
-    check(isinstance(text, str | None), key, "the text of a token", value)
-    return text
+    check(value is None or _is_token(value), key, "the text of a token", value)
+    return value.get("content") if isinstance(value, dict) else value

@@ -41,13 +41,15 @@ def read_directory(path: Path) -> TokenizerFields:
         return ids[0] if ids else None
 
     bos, eos = special_id("bos_token"), special_id("eos_token")
+    adds = config.get("add_bos_token")
+    check(isinstance(adds, bool | None), "add_bos_token", "true or false", adds)
     stops = {eos, *_as_ids(generation.get("eos_token_id")), *_as_ids(model.get("eos_token_id"))}
     return {
         "engine": engine,
         "bos_token_id": bos,
         "eos_token_id": eos,
         "pad_token_id": special_id("pad_token"),
-        "add_bos": bos is not None and config.get("add_bos_token", _adds_bos(path, engine, bos)),
+        "add_bos": bos is not None and (_adds_bos(path, engine, bos) if adds is None else adds),
         "stop_token_ids": stop_token_ids(engine, stops),
         "chat_template": read_chat_template(path, config),
         "special_tokens": {name: text for name, text in added.named.items() if text is not None},
@@ -141,11 +143,18 @@ def read_chat_template(path: Path, config: Mapping[str, Any]) -> str | Mapping[s
         del templates["default"]
     files = {"default": path / "chat_template.jinja"}
     files |= {file.stem: file for file in sorted((path / TEMPLATE_FOLDER).glob("*.jinja"))}
-    templates |= {name: file.read_text("utf-8") for name, file in files.items() if file.is_file()}
+    templates |= {name: _read_text(file) for name, file in files.items() if file.is_file()}
     for name, text in templates.items():
         is_template = isinstance(name, str) and isinstance(text, str)
         check(is_template, "chat_template", "a Jinja template", template)
     return templates.get("default") if templates.keys() <= {"default"} else templates
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no valid UTF-8: {error}. Fetch the file again.") from None
 
 
 def _as_ids(value: object) -> list[int]:

@@ -30,6 +30,8 @@ _ROLES = {
     "observation": "tool",
 }
 
+_RESERVED = {"messages", "add_generation_prompt", "continue_final_message"}
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -116,8 +118,9 @@ def _messages(record: Record, column: str) -> list[dict[str, Any]]:
 
 
 def _as_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    named = {{"from": "role", "value": "content"}.get(k, k): x for k, x in message.items()}
-    if "from" in message and isinstance(named["role"], str):
+    given = {key: x for key, x in message.items() if x is not None}  # columns of other messages
+    named = {{"from": "role", "value": "content"}.get(key, key): x for key, x in given.items()}
+    if "from" in given and isinstance(named["role"], str):
         named["role"] = _ROLES.get(named["role"], named["role"])
     return named
 
@@ -140,9 +143,9 @@ def _variables(record: Record) -> dict[str, Any]:
                 f"{record.where}: expected `tools` to be a list of JSON schemas, or one as JSON. "
                 f"Received: {tools!r:.200}"
             ) from None
-    if not isinstance(others, dict):
+    if not isinstance(others, dict) or others.keys() & _RESERVED:
         raise ValueError(
-            f"{record.where}: expected an object in column `chat_template_kwargs`, received "
-            f"{type(others).__name__}: {others!r:.80}"
+            f"{record.where}: expected an object in column `chat_template_kwargs`, with other keys "
+            f"than {', '.join(sorted(_RESERVED))}. Received: {others!r:.80}"
         )
     return ({"tools": tools} if tools else {}) | others
