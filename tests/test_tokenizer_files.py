@@ -193,6 +193,7 @@ def test_a_sentencepiece_tokenizer_is_pickled_and_copied(
     for text in _texts(20):
         assert other.encode(text, parse_special=True) == ours.encode(text, parse_special=True)
     assert other.engine.special_ids == ours.engine.special_ids
+    _check_saved(ours, tmp_path / "saved")
 
 
 def test_ids_without_tokens_cannot_be_saved(tmp_path: Path) -> None:

@@ -51,8 +51,8 @@ def test_templates_render_as_in_transformers(llama_cpp_models: Path):
     for path in sorted((llama_cpp_models / "templates").glob("*.jinja")):
         source = path.read_text("utf-8")
         template = ChatTemplate(source)
-        for messages, given in options:
-            variables = {"bos_token": "<s>", "eos_token": "</s>", **given}
+        for messages, more in options:
+            variables = {"bos_token": "<s>", "eos_token": "</s>", **more}
             try:
                 (theirs,), _ = utilities.render_jinja_template(
                     [messages], chat_template=source, **variables

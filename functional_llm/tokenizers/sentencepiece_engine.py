@@ -124,14 +124,14 @@ class _Splitter:
         model = tokenizers.models.WordLevel({_PLAIN: 0}, unk_token=_PLAIN)
         self._tokenizer = tokenizers.Tokenizer(model)
         self._tokenizer.add_tokens(list(tokens))
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._contents = {token_id: token.content for token_id, token in added.items()}
 
     def split(self, text: str) -> Iterator[tuple[str | None, int, int]]:
         """Yields the token, or `None` for text between, and its start and end."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        for token, token_id, (start, end) in zip(
-            encoding.tokens, encoding.ids, encoding.offsets, strict=True
-        ):
-            yield (token if token_id else None), start, end
+        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            yield self._contents.get(token_id), start, end
 
 
 def _special(text: str) -> tokenizers.AddedToken:
