@@ -182,6 +182,31 @@ def test_what_is_saved_of_another_sentencepiece_model(
     _check_saved(ours, tmp_path / "saved")
 
 
+def test_what_is_saved_of_a_gguf_file(tmp_path: Path) -> None:
+    proto = _sentencepiece_model(user_defined_symbols="<ud>")
+    model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    tokens = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    kinds = [6 if model.is_byte(i) else 3 if model.is_control(i) else 1 for i in range(len(tokens))]
+    kinds[0], kinds[tokens.index("<ud>")] = 2, 4
+    ours = TextTokenizer.from_gguf_metadata(
+        {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.scores": [model.get_score(i) for i in range(len(tokens))],
+            "tokenizer.ggml.token_type": kinds,
+            "tokenizer.ggml.unknown_token_id": 0,
+            "tokenizer.ggml.padding_token_id": 2,
+            "tokenizer.chat_template": "a",
+            "tokenizer.chat_template.tool_use": "b",
+        }
+    )
+    assert ours.chat_template == {"default": "a", "tool_use": "b"}
+    assert ours.special_tokens["unk_token"] == "<unk>"
+    # A space is put before each part, where llama.cpp puts it.
+    assert ours.decode(ours.encode("a<ud>b")) == "a<ud> b"
+    _check_saved(ours, tmp_path / "saved")
+
+
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_a_sentencepiece_tokenizer_is_pickled_and_copied(
     tmp_path: Path, make: Callable[[TextTokenizer], TextTokenizer]

@@ -41,9 +41,12 @@ class AddedTokens:
                 the files describe them.
         """
         seen = {*known, *(token.content for token in self.described)}
-        further = {token.content: token for token in reversed(self.special)}
-        ordered = dict.fromkeys(token.content for token in self.special)
-        return [*self.described, *(further[text] for text in ordered if text not in seen)]
+        tokens = list(self.described)
+        for token in self.special:
+            if token.content not in seen:
+                tokens.append(token)
+                seen.add(token.content)
+        return tokens
 
 
 def read_added_tokens(

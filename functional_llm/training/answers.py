@@ -57,8 +57,9 @@ def find_answers(
             f"{conversation.where}: the chat template does not show where the answer begins. "
             "Expected: a template that marks answers with {% generation %}; or a conversation that "
             "begins with the text of its question and generation prompt. Received: a template of "
-            f"which {doubts[-1]}. Pass such a template, or use a `text` column that holds the "
-            "conversation as the model is to see it."
+            f"which {doubts[-1]}. Give the tokenizer another template, with "
+            "`dataclasses.replace(tokenizer, chat_template=...)`, or use a `text` column that "
+            "holds the conversation as the model is to see it."
         )
     return ids, is_target, "; ".join(doubts)
 
