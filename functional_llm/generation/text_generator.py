@@ -47,6 +47,7 @@ class TextGenerator:
     ```python
     generator = TextGenerator(backbone, tokenizer)
     generator.generate("The capital of France is", max_new_tokens=32)
+    generator.generate([{"role": "user", "content": "What is the capital of France?"}])
     ```
 
     A prefill is compiled for a number of rows, a padded prompt length and a cache size, a decode

@@ -98,16 +98,17 @@ def save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
 
 
 def _save_tokenizers(tokenizer: TextTokenizer, inner: tokenizers.Tokenizer, path: Path) -> None:
-    content = json.loads(inner.to_str())
     bos = tokenizer.bos_token_id
+    if bos is None or not tokenizer.add_bos or inner.encode("").ids[:1] == [bos]:
+        inner.save(str(path))
+        return
     # Transformers puts BOS first only with a post-processor, which is not in GGUF files.
-    if tokenizer.add_bos and bos is not None and inner.encode("").ids[:1] != [bos]:
-        name = inner.id_to_token(bos)
-        other = tokenizers.processors.TemplateProcessing(
-            single=f"{name} $A", pair=f"{name} $A {name}:1 $B:1", special_tokens=[(name, bos)]
-        )
-        content["post_processor"] = json.loads(other.__getstate__())
-    write_json(path, content)
+    name = inner.id_to_token(bos)
+    processor = tokenizers.processors.TemplateProcessing(
+        single=f"{name} $A", pair=f"{name} $A {name}:1 $B:1", special_tokens=[(name, bos)]
+    )
+    state = json.loads(processor.__getstate__())
+    write_json(path, json.loads(inner.to_str()) | {"post_processor": state})
 
 
 def _write_template(template: str | Mapping[str, str] | None, folder: Path) -> dict[str, Any]:
