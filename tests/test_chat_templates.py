@@ -294,6 +294,19 @@ def test_marks_are_learnt_as_in_transformers(
     assert (more, shifted.tolist()) == ([ours.bos_token_id, *ids], [False, *is_target])
 
 
+def test_marks_around_nothing(ours: TextTokenizer) -> None:
+    template = MARKED.replace("<|im_end|>{% endgen", "{% endgen")
+    records = [
+        Record(str(i), {"messages": [MESSAGES[1], {"role": "assistant", "content": text}]})
+        for i, text in enumerate(("Yes.", ""))
+    ]
+    examples = make_examples(records, _with(ours, template), 500)
+    assert (len(examples.items), examples.num_dropped) == (1, 1)
+    elsewhere = template.replace("{% if m.role == 'assistant' %}", "{% if m.role == 'x' %}")
+    with pytest.raises(ValueError, match="0: .* of which no mark stands in this conversation"):
+        make_examples(records, _with(ours, elsewhere), 500)
+
+
 def test_marks_inside_a_macro() -> None:
     source = (
         "{% macro answer(m) %}A: {% generation %}{{ m.content }}{% endgeneration %}{% endmacro %}"

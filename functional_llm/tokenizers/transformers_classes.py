@@ -20,12 +20,10 @@ def llama_scheme(config: Mapping[str, Any], model: Mapping[str, Any]) -> Prepend
         config: What tokenizer_config.json holds.
         model: What config.json holds.
     """
-    name = _class_name(config, model)
-    if name is None and ("legacy" in config or "model_type" in model):
-        name = "LlamaTokenizer"
     # The files of other models name this class, too. Transformers reads their tokenizer.json as it
     # is.
-    if name != "LlamaTokenizer" or model.get("model_type", "llama") != "llama":
+    is_llama = model.get("model_type", "llama") == "llama"
+    if _class_name(config, model) != "LlamaTokenizer" or not is_llama:
         return None
     if config.get("add_prefix_space") is False:
         return "never"
@@ -54,6 +52,10 @@ def read_as_class(text: str, config: Mapping[str, Any], model: Mapping[str, Any]
 
 def _class_name(config: Mapping[str, Any], model: Mapping[str, Any]) -> str | None:
     name = config.get("tokenizer_class") or model.get("tokenizer_class")
+    if name is None and model.get("model_type") == "gpt2":
+        name = "GPT2Tokenizer"
+    if name is None and (model.get("model_type") == "llama" or "legacy" in config):
+        name = "LlamaTokenizer"
     return None if name is None else str(name).removesuffix("Fast")
 
 

@@ -33,17 +33,18 @@ def find_answers(
     """
     try:
         whole = _render(conversation, tokenizer, len(conversation.messages), False)
+        marks = _learnt_marks(conversation, tokenizer, whole)
     except ValueError as error:
         raise ValueError(f"{conversation.where}: {error}") from error
     ids, offsets = tokenizer.encode_with_offsets(whole.text, tokenizer.add_bos, parse_special=True)
     is_target = np.zeros(len(ids), bool)
-    if whole.answers is not None:
-        for start, end in _learnt_marks(conversation, tokenizer, whole):
+    doubts = []
+    if marks is not None:
+        for start, end in marks:
             is_target |= [first < end and last > start for first, last in offsets]
-        reason = "" if is_target.any() else "it marks no answer of this conversation"
-        doubts = [reason] if reason else []
+        if not marks:
+            doubts.append("no mark stands in this conversation")
     else:
-        doubts = []
         for turn, message in enumerate(conversation.messages):
             if turn >= conversation.num_given and message["role"] == "assistant":
                 found = _find_turn(conversation, tokenizer, turn, whole.text, ids)
@@ -73,14 +74,16 @@ def _render(
 
 def _learnt_marks(
     conversation: Conversation, tokenizer: TextTokenizer, whole: RenderedChat
-) -> list[tuple[int, int]]:
-    """Returns start and end of the marked places behind what is given."""
+) -> list[tuple[int, int]] | None:
+    """Returns start and end of the marked places behind what is given; `None` without marks."""
+    if whole.answers is None:
+        return None
     given = conversation.num_given
     roles = [message["role"] for message in conversation.messages[:given]]
     begin = 0
     if "assistant" in roles:
         begin = _common(_render(conversation, tokenizer, given, False).text, whole.text)
-    return [span for span in whole.answers or [] if span[0] >= begin]
+    return [span for span in whole.answers if span[0] >= begin]
 
 
 def _find_turn(
