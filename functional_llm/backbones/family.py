@@ -52,9 +52,13 @@ class Family:
         architecture: The class of Transformers that loads such a checkpoint.
         config_class: The family's own frozen dataclass with a model's numbers.
         build: Config -> inputs and outputs of the graph.
-        config_keys: Key of a `config.json` -> field of the config; `None` for a key that only
+        config_keys: Key of a `config.json` -> field of the config, or the type of a key that only
             `complete_keys` reads. RoPE's keys are known to the reader.
-        config_aliases: Outdated key -> the key that says the same.
+        config_aliases: Another name of a key -> the key.
+        config_nulls: Keys that `complete_keys` gets as `None` where a file says null, because null
+            means something else there than that the key is absent.
+        config_ignored: Key that Transformers does not read -> the key that it reads instead. They
+            may not say different things.
         complete_keys: Given keys -> all keys, with the values that absent and outdated keys mean.
         config_constants: Key -> the one value for which the graph is right.
         written_keys: Config -> what Transformers needs in a `config.json` beside `config_keys`.
@@ -75,8 +79,10 @@ class Family:
     architecture: str
     config_class: type[ModelConfig]
     build: Callable[[Any], Graph]
-    config_keys: Mapping[str, str | None]
+    config_keys: Mapping[str, str | type]
     config_aliases: Mapping[str, str] = field(default_factory=dict)
+    config_nulls: Sequence[str] = ("num_key_value_heads",)
+    config_ignored: Mapping[str, str] = field(default_factory=dict)
     complete_keys: Callable[[JSON], JSON]
     config_constants: Mapping[str, Any] = field(default_factory=dict)
     written_keys: Callable[[Any], JSON] = _nothing
@@ -109,8 +115,11 @@ def layer_norm_rows(source: str, target: str) -> list[Row]:
     ]
 
 
+# Buffers with frequencies and angles that checkpoints of some versions of Transformers hold.
+ROPE_BUFFERS = ("*rotary_emb*inv_freq", "*rotary_emb.cos_cached", "*rotary_emb.sin_cached")
+
 # What most families call the fields of `DecoderConfig` in a `config.json`, those of RoPE aside.
-COMMON_KEYS: dict[str, str | None] = {
+COMMON_KEYS: dict[str, str | type] = {
     "vocab_size": "vocabulary_size",
     "num_hidden_layers": "num_layers",
     "hidden_size": "hidden_dim",
@@ -128,8 +137,9 @@ COMMON_KEYS: dict[str, str | None] = {
 def complete_common_keys(keys: JSON) -> JSON:
     """Adds Transformers' defaults for keys of most families that a `config.json` leaves out."""
     num_heads = keys["num_attention_heads"]
+    if keys.get("num_key_value_heads") is None:
+        keys = {**keys, "num_key_value_heads": num_heads}
     return {
-        "num_key_value_heads": num_heads,
         "head_dim": keys["hidden_size"] // num_heads,
         "rms_norm_eps": 1e-6,
         "max_position_embeddings": 2048,

@@ -84,11 +84,10 @@ def complete_keys(keys: JSON) -> JSON:
         "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
     }
-    activation = keys.get("hidden_activation") or keys.get("hidden_act", "gelu_pytorch_tanh")
+    activation = keys.get("hidden_act", "gelu_pytorch_tanh")
     if activation == "gelu":  # of the first releases, which mean its approximation by tanh
         activation = "gelu_pytorch_tanh"
-    both = {"hidden_act": activation, "hidden_activation": activation}
-    return complete_common_keys(own | keys | both)
+    return complete_common_keys(own | keys | {"hidden_act": activation})
 
 
 FAMILY = Family(
@@ -96,7 +95,8 @@ FAMILY = Family(
     architecture="GemmaForCausalLM",
     config_class=Config,
     build=build,
-    config_keys={**COMMON_KEYS, "hidden_activation": None},
+    config_keys=COMMON_KEYS,
+    config_ignored={"hidden_activation": "hidden_act"},
     config_constants=CONSTANTS,
     complete_keys=complete_keys,
     weights=llama.WEIGHTS,

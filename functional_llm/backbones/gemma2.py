@@ -57,9 +57,8 @@ def build_decoder(config: Config, name: str) -> CompositeLayer:
     return sandwich(name, lambda part: offset_rms_norm(epsilon, part), self_attention, mlp)
 
 
-CONFIG_KEYS: dict[str, str | None] = {
-    **COMMON_KEYS,
-    "hidden_act": None,
+CONFIG_KEYS: dict[str, str | type] = {
+    **{key: field for key, field in COMMON_KEYS.items() if key != "hidden_act"},
     "hidden_activation": "activation",
     "query_pre_attn_scalar": "query_pre_attention_scalar",
     "attn_logit_softcapping": "attention_logit_soft_cap",
@@ -74,7 +73,8 @@ def complete_keys(keys: JSON) -> JSON:
     kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(keys[_LAYERS])]
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
     own = {"num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096}
-    return gemma.complete_keys(own | caps | {"layer_types": kinds} | keys)
+    own |= {"hidden_activation": "gelu_pytorch_tanh", "layer_types": kinds}
+    return gemma.complete_keys(own | caps | keys)
 
 
 def gguf_defaults(keys: JSON) -> JSON:
@@ -98,9 +98,10 @@ FAMILY = Family(
     build=build,
     config_keys=CONFIG_KEYS,
     config_constants=gemma.CONSTANTS,
-    config_aliases={"sliding_window_size": "sliding_window"},
+    config_ignored={"hidden_act": "hidden_activation", "sliding_window_size": "sliding_window"},
     complete_keys=complete_keys,
     weights=WEIGHTS,
+    ignored=gemma.FAMILY.ignored,
     gguf_architecture="gemma2",
     gguf_defaults=gguf_defaults,
     gguf_offset=gemma.FAMILY.gguf_offset,

@@ -62,6 +62,11 @@ def build_decoder(config: Config, name: str) -> CompositeLayer:
 def complete_keys(keys: JSON) -> JSON:
     """Adds Transformers' defaults for keys that a `config.json` leaves out."""
     pattern, num_layers = keys.get("sliding_window_pattern", 6), keys["num_hidden_layers"]
+    if pattern < 1:
+        raise ValueError(
+            "config.json: expected a positive integer for sliding_window_pattern, received "
+            f"{pattern}."
+        )
     own = {
         "final_logit_softcapping": None,
         "max_position_embeddings": 131072,
@@ -84,14 +89,16 @@ FAMILY = Family(
     config_keys={
         **{key: field for key, field in gemma2.CONFIG_KEYS.items() if key != SCORES_CAP},
         "rope_local_base_freq": "local_rope_max_wavelength",
-        "sliding_window_pattern": None,
+        "sliding_window_pattern": int,
     },
+    config_ignored=gemma2.FAMILY.config_ignored,
     config_constants={
         **gemma2.FAMILY.config_constants,
         SCORES_CAP: None,  # Transformers would ignore it
     },
     complete_keys=complete_keys,
     weights=[*gemma2.WEIGHTS, *qwen3.QK_NORMS],
+    ignored=gemma2.FAMILY.ignored,
     gguf_architecture="gemma3",
     gguf_defaults=gemma2.gguf_defaults,
     gguf_offset=gemma2.FAMILY.gguf_offset,

@@ -56,7 +56,7 @@ def build_decoder(config: Config, name: str) -> CompositeLayer:
 def complete_keys(keys: JSON) -> JSON:
     """Adds Transformers' defaults for keys that a `config.json` leaves out."""
     own = {"n_positions": 1024, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}
-    inner = keys.get("n_inner") or 4 * keys["n_embd"]
+    inner = keys.get("n_inner", 4 * keys["n_embd"])
     return own | {"tie_word_embeddings": True} | keys | {"n_inner": inner}
 
 
@@ -92,16 +92,21 @@ FAMILY = Family(
         "activation_function": "activation",
         "tie_word_embeddings": "tie_word_embeddings",
     },
+    config_aliases={
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
     config_constants={
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
         "n_special": 0,  # no tokens beyond the vocabulary
         "predict_special_tokens": True,
     },
     complete_keys=complete_keys,
     weights=WEIGHTS,
-    ignored=["*.attn.bias", "*.attn.masked_bias"],  # buffers with the causal mask
+    ignored=["*attn.bias", "*attn.masked_bias"],  # buffers with the causal mask
     base_prefix="transformer.",
     gguf_architecture="gpt2",
     gguf_keys={

@@ -12,6 +12,7 @@ import keras
 
 from functional_llm.backbones.family import (
     COMMON_KEYS,
+    ROPE_BUFFERS,
     AnyConfig,
     DecoderConfig,
     Family,
@@ -111,7 +112,7 @@ FAMILY = Family(
     config_keys={**COMMON_KEYS, "attention_bias": "attention_bias", "mlp_bias": "mlp_bias"},
     complete_keys=complete_keys,
     weights=WEIGHTS,
-    ignored=["*.rotary_emb.inv_freq"],  # buffers of old checkpoints
+    ignored=ROPE_BUFFERS,
     gguf_architecture="llama",
     gguf_permuted={"q_proj": "num_query_heads", "k_proj": "num_key_value_heads"},
 )

@@ -33,12 +33,16 @@ def complete_keys(keys: JSON) -> JSON:
     return complete_common_keys(own | keys)
 
 
+# Transformers reads neither key here: the models have no such bias.
+NO_BIASES = {"attention_bias": False, "mlp_bias": False}
+
 FAMILY = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
     config_class=Config,
     build=build,
     config_keys={**COMMON_KEYS, "sliding_window": "sliding_window"},
+    config_constants=NO_BIASES,
     complete_keys=complete_keys,
     weights=llama.WEIGHTS,
     ignored=llama.FAMILY.ignored,

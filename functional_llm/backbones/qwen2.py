@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from functional_llm.backbones import llama
+from functional_llm.backbones import llama, mistral
 from functional_llm.backbones.family import COMMON_KEYS, DecoderConfig, Family, complete_common_keys
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import pre_norm
@@ -46,12 +46,12 @@ def build_decoder(config: Config, name: str) -> CompositeLayer:
     return pre_norm(name, lambda part: rms_norm(epsilon, part), self_attention, mlp)
 
 
-CONFIG_KEYS: dict[str, str | None] = {
+CONFIG_KEYS: dict[str, str | type] = {
     **COMMON_KEYS,
     "layer_types": "layer_types",
     "sliding_window": "sliding_window",
-    "use_sliding_window": None,
-    "max_window_layers": None,
+    "use_sliding_window": bool,
+    "max_window_layers": int,
 }
 
 
@@ -76,7 +76,7 @@ FAMILY = Family(
     config_class=Config,
     build=build,
     config_keys=CONFIG_KEYS,
-    config_constants={"use_mrope": False},  # true in models with vision
+    config_constants={"use_mrope": False, **mistral.NO_BIASES},  # mrope is for vision
     complete_keys=complete_keys,
     written_keys=written_keys,
     weights=llama.WEIGHTS,

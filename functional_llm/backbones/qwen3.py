@@ -63,6 +63,7 @@ FAMILY = Family(
     config_class=Config,
     build=build,
     config_keys={**qwen2.CONFIG_KEYS, "attention_bias": "attention_bias"},
+    config_constants={"use_mrope": False, "mlp_bias": False},
     complete_keys=complete_keys,
     written_keys=qwen2.written_keys,
     weights=[*llama.WEIGHTS, *QK_NORMS],

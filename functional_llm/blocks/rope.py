@@ -29,6 +29,9 @@ class RopeScaling(Protocol):
             max_wavelength: As for `Rope`.
         """
 
+    def context(self, length: int) -> int:
+        """Returns how many tokens the model takes, from the length that its numbers state."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScaling:
@@ -43,6 +46,13 @@ class LinearScaling:
 
     def frequencies(self, base: np.ndarray, max_wavelength: float) -> np.ndarray:
         return base / np.float32(self.factor)
+
+    def context(self, length: int) -> int:
+        return max(length, int(length * self.factor))
+
+    def stated(self, context: int) -> int:
+        """Returns the length of which `context` makes this."""
+        return math.ceil(context / self.factor) if self.factor > 1 else context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +71,19 @@ class Llama3Scaling:
     magnitude = 1.0
 
     def frequencies(self, base: np.ndarray, max_wavelength: float) -> np.ndarray:
-        # How often each pair turns within the original length.
-        turns = self.original_max_sequence_length / (2 * math.pi / base)
-        ramp = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        kept = np.clip(ramp, 0.0, 1.0)
-        return ((1 - kept) * base / self.factor + kept * base).astype("float32")
+        length = self.original_max_sequence_length
+        low, high = self.low_freq_factor, self.high_freq_factor
+        wavelengths = 2 * math.pi / base
+        slow, fast = wavelengths > length / low, wavelengths < length / high
+        scaled = np.where(slow, base / self.factor, base)
+        kept = (length / wavelengths - low) / (high - low)
+        smoothed = (1 - kept) * scaled / self.factor + kept * scaled
+        return np.where(slow | fast, scaled, smoothed).astype("float32")
+
+    def context(self, length: int) -> int:
+        # A length above the original is that of the stretched model already.
+        original = self.original_max_sequence_length
+        return length if length > original else max(length, int(original * self.factor))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +126,9 @@ class YarnScaling:
         kept = 1 - interpolated
         return (base / self.factor * (1 - kept) + base * kept).astype("float32")
 
+    def context(self, length: int) -> int:
+        return max(length, int(self.original_max_sequence_length * self.factor))
+
     def _channel(self, turns: float, dim: int, max_wavelength: float) -> float:
         """Returns the channel that turns so many times within the original length."""
         length = self.original_max_sequence_length
@@ -125,7 +146,15 @@ class FrequencyFactors:
     magnitude = 1.0
 
     def frequencies(self, base: np.ndarray, max_wavelength: float) -> np.ndarray:
+        if len(self.factors) != len(base):
+            raise ValueError(
+                f"Expected {len(base)} frequency factors, one for each pair of channels. Received: "
+                f"{len(self.factors)}."
+            )
         return base / np.asarray(self.factors, dtype="float32")
+
+    def context(self, length: int) -> int:
+        return length
 
 
 @dataclass(frozen=True)
@@ -169,7 +198,10 @@ class Rope:
         if self.scaling is None:
             return frequencies
         with np.errstate(all="ignore"):  # checked below
-            frequencies = self.scaling.frequencies(frequencies, self.max_wavelength)
+            try:
+                frequencies = self.scaling.frequencies(frequencies, self.max_wavelength)
+            except ArithmeticError:
+                frequencies = np.array(np.nan)
         if not np.isfinite(frequencies).all():
             raise ValueError(
                 f"Expected RoPE scaling that gives finite frequencies. Received: {self.scaling}."

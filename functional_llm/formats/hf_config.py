@@ -1,16 +1,18 @@
 """Hugging Face's `config.json` to our frozen configs and back."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
 from typing import Any, get_args, get_type_hints
 
 from functional_llm.backbones.family import DecoderConfig, Family, ModelConfig
+from functional_llm.blocks.rope import LinearScaling
 from functional_llm.formats.rope_config import (
     LAYER_TYPES,
     SCALINGS,
     check_value,
     known,
     read_rope,
+    shown,
     write_rope_scaling,
 )
 from functional_llm.graph.types import JSON
@@ -26,17 +28,36 @@ ACTIVATIONS = {
 
 # Keys that change no logits: bookkeeping, training, serving.
 IRRELEVANT = frozenset(
-    """architectures attention_dropout attn_pdrop auto_map bad_words_ids begin_suppress_tokens
-    bos_token_id cache_implementation chunk_size_feed_forward dtype embd_pdrop eos_token_id
-    finetuning_task gradient_checkpointing hidden_dropout id2label initializer_range
-    is_decoder is_llama_config keys_to_ignore_at_inference label2id model_type n_ctx
-    output_attentions output_hidden_states output_past pad_token_id prefix pretraining_tp
-    problem_type reorder_and_upcast_attn resid_pdrop return_dict rope_interleaved
-    sep_token_id summary_activation summary_first_dropout summary_proj_to_labels
-    summary_type summary_use_proj task_specific_params tokenizer_class torch_dtype
-    transformers.js_config transformers_version unk_token_id unsloth_fixed unsloth_version
-    use_cache""".split()
+    """architectures attention_dropout attn_implementation attn_pdrop auto_map bos_token_id
+    cache_implementation chunk_size_feed_forward decoder_start_token_id dtype embd_pdrop
+    eos_token_id experts_implementation finetuning_task gradient_checkpointing hidden_dropout
+    id2label initializer_range is_decoder is_llama_config keys_to_ignore_at_inference label2id
+    model_type n_ctx name_or_path num_labels output_attentions output_hidden_states output_past
+    pad_token_id prefix pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop
+    return_dict rope_interleaved sep_token_id summary_activation summary_first_dropout
+    summary_proj_to_labels summary_type summary_use_proj task_specific_params tokenizer_class
+    torch_dtype torchscript transformers.js_config transformers_version unk_token_id
+    unsloth_fixed unsloth_version use_bfloat16 use_cache""".split()
 )
+# Keys for generating, which versions of Transformers before 5 wrote into this file.
+IRRELEVANT |= frozenset(
+    """assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens
+    diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    encoder_repetition_penalty epsilon_cutoff eta_cutoff exponential_decay_length_penalty
+    forced_bos_token_id forced_eos_token_id length_penalty max_length max_new_tokens min_length
+    no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups
+    num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty
+    return_dict_in_generate suppress_tokens target_lookbehind temperature top_k top_p
+    typical_p""".split()
+)
+# Keys of all families, with the only value that means nothing.
+_CONSTANTS = {
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "partial_rotary_factor": 1.0,
+    "pruned_heads": {},
+    "tie_encoder_decoder": False,
+}
 
 
 def read_config(raw: Mapping[str, Any], family: Family) -> ModelConfig:
@@ -50,32 +71,29 @@ def read_config(raw: Mapping[str, Any], family: Family) -> ModelConfig:
         ValueError: Naming every key that is missing, unknown, or has a value no part exists for.
     """
     raw = _rename_aliases(raw, family)
-    nullable = _nullable_keys(family)
-    given = {key: value for key, value in raw.items() if value is not None or key in nullable}
+    has_meaning = _nullable_keys(family)
+    given = {key: value for key, value in raw.items() if value is not None or key in has_meaning}
     _check_known(given, family)
-    needed = {key for key, field in family.config_keys.items() if field in _NO_DEFAULT}
-    missing = sorted(needed - set(given))
-    if missing:
-        raise ValueError(
-            f"config.json lacks the keys {missing}, needed by the family {family.model_type!r}."
-        )
-    hints = get_type_hints(family.config_class)
-    for key, field in family.config_keys.items():
-        if field is not None and given.get(key) is not None:
-            check_value(key, given[key], hints[field], counts=_is_count(field))
+    _check_there(family, given, _NO_DEFAULT)
+    _check_types(given, family)
     full = family.complete_keys(given)
-    values = {field: full[key] for key, field in family.config_keys.items() if field}
-    names = {field.name for field in fields(family.config_class)}
-    values["activation"] = known(ACTIVATIONS, values["activation"], "the activation")
-    if "rope_max_wavelength" in names:
-        values |= read_rope(full, "local_rope_max_wavelength" in names)
-    if "layer_types" in names:
+    _check_there(family, full)
+    _check_ignored(given, full, family)
+    values = {x: full[key] for key, x in family.config_keys.items() if isinstance(x, str)}
+    key = next(key for key, x in family.config_keys.items() if x == "activation")
+    values["activation"] = known(ACTIVATIONS, values["activation"], key)
+    if _has(family.config_class, "rope_max_wavelength"):
+        values |= read_rope(given, full, _has(family.config_class, _LOCAL))
+    if "layer_types" in values:
         values["layer_types"] = _layer_types(values)
-    return family.config_class(**values)
+    config = family.config_class(**values)
+    _check_heads(config)
+    return config
 
 
-# Sizes that no family has a default for.
+# Sizes that are not guessed, though Transformers has a number for each: that of one model.
 _NO_DEFAULT = {"vocabulary_size", "num_layers", "hidden_dim", "num_heads", "num_query_heads"}
+_LOCAL = "local_rope_max_wavelength"
 _ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters"}
 
 
@@ -85,8 +103,8 @@ def _rename_aliases(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     for alias, key in family.config_aliases.items():
         if alias in raw and renamed.setdefault(key, raw[alias]) != raw[alias]:
             raise ValueError(
-                f"config.json: expected one value of {key} and {alias}, received {renamed[key]} "
-                f"and {raw[alias]}."
+                f"config.json: expected one value of {key} and {alias}, received "
+                f"{shown(renamed[key])} and {shown(raw[alias])}."
             )
     return renamed
 
@@ -95,18 +113,84 @@ def _nullable_keys(family: Family) -> set[str]:
     """Returns the keys whose null has a meaning of its own: no window, no soft cap."""
     hints = get_type_hints(family.config_class)
     nullable = {name for name, hint in hints.items() if type(None) in get_args(hint)}
-    return {key for key, field in family.config_keys.items() if field in nullable}
+    keys = {key for key, field in family.config_keys.items() if field in nullable}
+    return keys | set(family.config_nulls)
+
+
+def _check_there(
+    family: Family, keys: Mapping[str, Any], needed: Collection[str] | None = None
+) -> None:
+    """Checks that the keys of some fields are there; of all fields, if none are named."""
+    read = {key: field for key, field in family.config_keys.items() if isinstance(field, str)}
+    missing = sorted(
+        key for key, x in read.items() if key not in keys and (needed is None or x in needed)
+    )
+    if missing:
+        raise ValueError(
+            f"config.json lacks the keys {missing}, needed by the family {family.model_type!r}."
+        )
+
+
+def _check_types(given: Mapping[str, Any], family: Family) -> None:
+    """Checks every value that is there against the type of its field."""
+    hints = get_type_hints(family.config_class)
+    for key, field in family.config_keys.items():
+        value = given.get(key)
+        if value is not None and isinstance(field, str):
+            check_value(key, value, hints[field], counts=_is_count(field))
+        elif value is not None:
+            check_value(key, value, field)
+    layers = next(key for key, field in family.config_keys.items() if field == "num_layers")
+    if given[layers] > _MOST_LAYERS:
+        raise ValueError(
+            f"config.json: expected at most {_MOST_LAYERS} layers, received {layers}="
+            f"{given[layers]}."
+        )
+
+
+_MOST_LAYERS = 10_000  # to build more takes minutes, and nobody has such a model
+
+
+def _check_ignored(given: Mapping[str, Any], full: JSON, family: Family) -> None:
+    """Checks that keys which Transformers does not read say what the keys do that it reads."""
+    for key, read in family.config_ignored.items():
+        said, taken = given.get(key), full[read]
+        names = [ACTIVATIONS.get(x, x) if isinstance(x, str) else x for x in (said, taken)]
+        if said is not None and names[0] != names[1]:
+            raise ValueError(
+                f"config.json: expected {key} and {read} to say the same, received {shown(said)} "
+                f"and {shown(taken)}. Transformers reads {read} only."
+            )
+
+
+def _check_heads(config: ModelConfig) -> None:
+    """Checks that sizes which share one another out come out even."""
+    sizes = vars(config)
+    pairs = [("num_query_heads", "num_key_value_heads"), ("hidden_dim", "num_heads")]
+    for whole, part in pairs:
+        if whole in sizes and part in sizes and sizes[whole] % sizes[part]:
+            raise ValueError(
+                f"config.json: expected {whole} to be a multiple of {part}, received "
+                f"{sizes[whole]} and {sizes[part]}."
+            )
+    if sizes.get("head_dim", 1) < 1:
+        raise ValueError(
+            f"config.json: expected a hidden_size of at least num_attention_heads, received "
+            f"{sizes['hidden_dim']} and {sizes['num_query_heads']}."
+        )
 
 
 def _check_known(given: Mapping[str, Any], family: Family) -> None:
     private = {key for key in given if key.startswith("_")}  # of Transformers itself
-    known = {*family.config_keys, *family.config_constants, *private, *IRRELEVANT}
-    if _has_rope(family):
+    constants = {**_CONSTANTS, **family.config_constants}
+    ours = {*family.config_keys, *family.config_ignored, *constants}
+    known = {*ours, *private, *IRRELEVANT}
+    if _has(family.config_class, "rope_max_wavelength"):
         known |= _ROPE_KEYS
-    unknown = [f"{key}={given[key]!r}" for key in sorted(set(given) - known)]
+    unknown = [f"{key}={shown(given[key])}" for key in sorted(set(given) - known)]
     unknown += [
-        f"{key}={given[key]!r} (expected {value!r})"
-        for key, value in family.config_constants.items()
+        f"{key}={shown(given[key])} (expected {value!r})"
+        for key, value in constants.items()
         if key in given and given[key] != value
     ]
     if unknown:
@@ -117,8 +201,8 @@ def _check_known(given: Mapping[str, Any], family: Family) -> None:
         )
 
 
-def _has_rope(family: Family) -> bool:
-    return any(field.name == "rope_max_wavelength" for field in fields(family.config_class))
+def _has(config: ModelConfig | type[ModelConfig], name: str) -> bool:
+    return any(field.name == name for field in fields(config))
 
 
 def _layer_types(values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -127,7 +211,7 @@ def _layer_types(values: Mapping[str, Any]) -> tuple[str, ...]:
     if unknown or len(kinds) != values["num_layers"]:
         raise ValueError(
             f"config.json: expected layer_types of {values['num_layers']} words out of "
-            f"{LAYER_TYPES}, received {len(kinds)}, unknown ones: {unknown}."
+            f"{LAYER_TYPES}, received {len(kinds)}, unknown ones: {shown(unknown)}."
         )
     return tuple(kinds)
 
@@ -153,10 +237,13 @@ def write_config(config: ModelConfig, family: Family, dtype: str) -> JSON:
         "dtype": dtype,
     }
     for key, field in family.config_keys.items():
-        if field is not None:
+        if isinstance(field, str):
             value = getattr(config, field)
             keys[key] = names[value] if field == "activation" else value
     if isinstance(config, DecoderConfig):
+        if isinstance(config.rope_scaling, LinearScaling) and not _has(config, _LOCAL):
+            length = config.rope_scaling.stated(config.max_sequence_length)
+            keys["max_position_embeddings"] = length
         # The older spelling: all versions of Transformers read it, and so does KerasHub.
         keys["rope_theta"] = config.rope_max_wavelength
         keys["rope_scaling"] = write_rope_scaling(config)

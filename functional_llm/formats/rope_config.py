@@ -1,7 +1,8 @@
 """RoPE in a `config.json`, as Transformers 5 and older versions spell it, to our frozen values."""
 
-import math
+import reprlib
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from functional_llm.backbones.family import DecoderConfig
@@ -15,6 +16,7 @@ from functional_llm.blocks.rope import (
 from functional_llm.graph.types import JSON
 
 _Entry = TypeVar("_Entry")
+_LARGEST_INT, _LARGEST_FLOAT = 2**31 - 1, 3e38  # what int32 and float32 hold
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -38,80 +40,188 @@ SCALINGS: dict[str, tuple[type | None, dict[str, str]]] = {
         | _LENGTH,
     ),
 }
+# Numbers of YaRN for which Transformers takes 0 as "not given".
+_ZERO_IS_NOTHING = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
 
 
-def read_rope(config: Mapping[str, Any], has_local: bool = False) -> dict[str, Any]:
-    """Returns theta and scaling, in the spelling of Transformers 5 or of the versions before.
+def read_rope(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], has_local: bool = False
+) -> dict[str, Any]:
+    """Returns theta, scaling and context, in the spelling of Transformers 5 or of those before.
+
+    Both spellings in one file are read as Transformers reads them: `rope_scaling` counts, and
+    `rope_parameters` may not say otherwise.
 
     Args:
-        config: With `rope_parameters`, or `rope_theta` and `rope_scaling`.
+        given: The keys in the file: `rope_parameters`, or `rope_theta` and `rope_scaling`.
+        defaults: The same, completed: `rope_theta`, `max_position_embeddings` and, if `has_local`,
+            `rope_local_base_freq` are there.
         has_local: Whether layers with a window turn by a theta of their own,
             `rope_local_base_freq` or the parameters of "sliding_attention".
 
     Returns:
-        The fields `rope_max_wavelength`, `rope_scaling` and, if asked for,
+        The fields `rope_max_wavelength`, `rope_scaling`, `max_sequence_length` and, if asked for,
         `local_rope_max_wavelength`.
 
     Raises:
-        ValueError: At an unknown `rope_type` or parameter.
+        ValueError: At an unknown `rope_type` or parameter, or two places that disagree.
     """
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(parameters, Mapping):
-        raise ValueError(f"config.json: expected a dict of RoPE parameters, got {parameters!r}.")
-    parameters = dict(parameters)
-    local: dict[str, Any] = {}
-    if has_local and parameters.keys() & set(LAYER_TYPES):
-        local = dict(parameters.pop("sliding_attention", None) or {})
-        full = dict(parameters.pop("full_attention", None) or {})
-        parameters |= full
-    theta, scaling = _read_rope_parameters(parameters, config["rope_theta"])
-    fields_ = {"rope_max_wavelength": theta, "rope_scaling": scaling}
+    named = {key: _parameters(given.get(key), key) for key in ("rope_parameters", "rope_scaling")}
+    flat, scaling = named["rope_parameters"], named["rope_scaling"]
+    length = defaults["max_position_embeddings"]
     if not has_local:
-        return fields_
-    theta, scaling = _read_rope_parameters(local, config["rope_local_base_freq"])
-    if scaling is not None:
-        raise ValueError(
-            f"config.json: RoPE of the sliding layers is stretched ({scaling}). Known: default."
+        chosen = scaling or flat
+        theta, stretched = _read_parameters(
+            chosen, "rope_theta", defaults, {**named, **_theta(given, "rope_theta")}
         )
-    return {**fields_, "local_rope_max_wavelength": theta}
+        context = length if stretched is None else stretched.context(length)
+        return _fields(theta, stretched, context)
+    own = {kind: _parameters(flat.pop(kind, None), kind) for kind in LAYER_TYPES}
+    if scaling.get("type", "default") != "default" and "rope_type" not in scaling:
+        raise ValueError(  # Transformers keeps the rope_type "default" beside it
+            "config.json: expected the key rope_type in rope_scaling, received type="
+            f"{shown(scaling['type'])}, which Transformers does not read for such a model."
+        )
+    theta, stretched = _read_parameters(
+        own["full_attention"] | scaling,
+        "rope_theta",
+        defaults,
+        {**named, "full_attention": own["full_attention"], **_theta(given, "rope_theta")},
+    )
+    local, nothing = _read_parameters(
+        own["sliding_attention"],
+        "rope_local_base_freq",
+        defaults,
+        _theta(given, "rope_local_base_freq"),
+    )
+    if nothing is not None:
+        raise ValueError(
+            f"config.json: RoPE of the sliding layers is stretched ({nothing}). Known: default."
+        )
+    if isinstance(stretched, YarnScaling) and not stretched.truncate:
+        raise ValueError(
+            "config.json: expected truncate to be true for a model with two kinds of RoPE, for "
+            "which Transformers does not read it. Received: false."
+        )
+    # Such models state the length that linear scaling leads to.
+    is_stated = stretched is None or isinstance(stretched, LinearScaling)
+    context = length if is_stated else stretched.context(length)
+    return {**_fields(theta, stretched, context), "local_rope_max_wavelength": local}
 
 
-def _read_rope_parameters(
-    parameters: dict[str, Any], default_theta: float
+def _fields(theta: float, scaling: RopeScaling | None, context: int) -> dict[str, Any]:
+    return {
+        "rope_max_wavelength": theta,
+        "rope_scaling": scaling,
+        "max_sequence_length": context,
+    }
+
+
+def _theta(given: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
+    """Returns what the file says of theta outside of RoPE's own dicts, by its place."""
+    return {} if given.get(key) is None else {f"the key {key}": {"rope_theta": given[key]}}
+
+
+def _parameters(value: Any, key: str) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(
+            f"config.json: expected a dict of RoPE parameters for {key}, received {shown(value)}."
+        )
+    # A null factor has a meaning: see `_scaling`.
+    return {k: x for k, x in (value or {}).items() if x is not None or k == "factor"}
+
+
+def _read_parameters(
+    parameters: dict[str, Any],
+    theta_key: str,
+    defaults: Mapping[str, Any],
+    places: Mapping[str, Mapping[str, Any]],
 ) -> tuple[float, RopeScaling | None]:
-    theta = parameters.pop("rope_theta", default_theta)
+    """Reads the parameters that count, and checks that no other place says otherwise.
+
+    Args:
+        parameters: Those that count.
+        theta_key: The key of theta outside of them.
+        defaults: That theta, and the length that the file states.
+        places: Name of a place in the file -> what it says.
+    """
+    counting = dict(parameters)
+    kind = _rope_type(counting)
+    theta = counting.setdefault("rope_theta", defaults[theta_key])
     check_value("rope_theta", theta, float)
+    for place, said in places.items():
+        other = dict(said)
+        other_kind = _rope_type(other)
+        differing = {k: x for k, x in other.items() if counting.get(k) != x}
+        if other_kind not in ("default", kind):
+            differing = {"rope_type": other_kind}
+        for key, value in differing.items():
+            used = kind if key == "rope_type" else counting.get(key)
+            raise ValueError(
+                f"config.json says two things about RoPE: {key}={shown(value)} in {place}, and "
+                f"{shown(used)} in the parameters that Transformers takes. Remove one of them."
+            )
+    del counting["rope_theta"]
+    return float(theta), _scaling(kind, counting, defaults["max_position_embeddings"])
+
+
+def _rope_type(parameters: dict[str, Any]) -> Any:
+    """Takes the type out of RoPE's parameters, under its present or its old key."""
     types = [parameters.pop(key) for key in ("rope_type", "type") if key in parameters]
     if len(types) == 2 and types[0] != types[1]:
         raise ValueError(f"config.json: expected one type of RoPE scaling, received {types}.")
-    if types and types[0] == "longrope":
-        return float(theta), _read_long_rope(parameters)
-    scaling_class, names = known(SCALINGS, (types or ["default"])[0], "rope_type")
+    return types[0] if types else "default"
+
+
+def _scaling(kind: Any, parameters: dict[str, Any], length: int) -> RopeScaling | None:
+    if kind == "longrope":
+        return _read_long_rope(parameters)
+    if kind == "dynamic":
+        raise ValueError(
+            "config.json: rope_type='dynamic' turns by frequencies that depend on how long a text "
+            f"is, which no part here does. Known: {', '.join(SCALINGS)}."
+        )
+    scaling_class, names = known(SCALINGS, kind, "rope_type")
+    if parameters.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("config.json: expected partial_rotary_factor to be 1 if it is there.")
     if scaling_class is None:
         names = {}
-    given = {key: value for key, value in parameters.items() if value is not None}
-    unknown = sorted(set(given) - set(names))
+    if "original_max_position_embeddings" in names:
+        original = parameters.setdefault("original_max_position_embeddings", length)
+        if kind == "yarn" and parameters.get("factor", 1) is None:
+            check_value("original_max_position_embeddings", original, int, counts=True)
+            parameters["factor"] = length / original
+    if kind == "yarn":
+        parameters = {k: x for k, x in parameters.items() if x != 0 or k not in _ZERO_IS_NOTHING}
+    unknown = sorted(set(parameters) - set(names))
     if unknown:
         raise ValueError(f"config.json: unknown RoPE parameters {unknown}. Known: {sorted(names)}.")
     if scaling_class is None:
-        return float(theta), None
+        return None
     hints = get_type_hints(scaling_class)
-    for key, value in given.items():
-        check_value(key, value, hints[names[key]])
-    try:
-        return float(theta), scaling_class(**{names[key]: value for key, value in given.items()})
-    except TypeError as error:
-        raise ValueError(f"config.json: incomplete RoPE parameters {given}: {error}.") from None
+    for key, value in parameters.items():
+        check_value(key, value, hints[names[key]], counts=hints[names[key]] is int)
+    needed = {f.name for f in fields(scaling_class) if f.default is MISSING}
+    if lacking := [key for key, field in names.items() if field in needed and key not in parameters]:
+        raise ValueError(
+            f"config.json: the RoPE parameters {shown(parameters)} of the type {kind!r} lack "
+            f"{', '.join(lacking)}."
+        )
+    scaling: RopeScaling = scaling_class(**{names[key]: x for key, x in parameters.items()})
+    return scaling
 
 
 def _read_long_rope(parameters: dict[str, Any]) -> FrequencyFactors:
     """Reads longrope with equal factors for short and long texts; others need the text's length."""
     short, long = parameters.get("short_factor"), parameters.get("long_factor")
-    if not short or short != long or parameters.get("attention_factor") != 1.0:
+    is_list = isinstance(short, list) and short
+    if not is_list or short != long or parameters.get("attention_factor") != 1.0:
         raise ValueError(
             "config.json: expected the RoPE type longrope with the same short_factor and "
-            f"long_factor, and an attention_factor of 1, received {parameters}."
+            f"long_factor, and an attention_factor of 1, received {shown(parameters)}."
         )
+    for value in short:
+        check_value("short_factor", value, float)
     return FrequencyFactors(factors=tuple(short))
 
 
@@ -136,6 +246,13 @@ def write_rope_scaling(config: DecoderConfig) -> JSON | None:
     raise ValueError(f"Expected a known RoPE scaling to write, received {scaling!r}.")
 
 
+def shown(value: object) -> str:
+    """Returns a value for a message, however long or deep it is."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 80
+    return short.repr(value)
+
+
 def known(table: Mapping[str, _Entry], value: object, key: str) -> _Entry:
     """Returns the entry of a table for the value of a key.
 
@@ -143,7 +260,7 @@ def known(table: Mapping[str, _Entry], value: object, key: str) -> _Entry:
         ValueError: If there is none.
     """
     if not isinstance(value, str) or value not in table:
-        raise ValueError(f"config.json: unknown {key}={value!r}. Known: {', '.join(table)}.")
+        raise ValueError(f"config.json: unknown {key}={shown(value)}. Known: {', '.join(table)}.")
     return table[value]
 
 
@@ -162,11 +279,19 @@ def check_value(key: str, value: Any, hint: object, counts: bool = False) -> Non
     kinds = set(get_args(hint)) - {type(None)} or {hint}
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if kinds == {int}:
-        right, expected = is_whole and (value > 0 or not counts), "a positive integer"
+        right = is_whole and (1 if counts else -_LARGEST_INT) <= value <= _LARGEST_INT
+        expected = "a positive integer" if counts else "a whole number"
     elif kinds == {float}:
         is_number = is_whole or isinstance(value, float)
-        right, expected = is_number and 0 < value < math.inf, "a finite number above 0"
+        right, expected = is_number and 0 < value < _LARGEST_FLOAT, "a finite number above 0"
+    elif kinds == {bool}:
+        right, expected = isinstance(value, bool), "true or false"
+    elif kinds == {str}:
+        right, expected = isinstance(value, str), "a word"
     else:
-        right, expected = kinds != {bool} or isinstance(value, bool), "true or false"
+        kind = str if str in kinds else (int, float)
+        is_list = isinstance(value, (list, tuple))
+        right = is_list and all(isinstance(x, kind) for x in value)
+        expected = f"a list of {'words' if kind is str else 'numbers'}"
     if not right:
-        raise ValueError(f"config.json: expected {expected} for {key}, received {value!r}.")
+        raise ValueError(f"config.json: expected {expected} for {key}, received {shown(value)}.")

@@ -16,15 +16,15 @@ from functional_llm.files.json_files import parse_json_object
 from functional_llm.formats.tensor_reader import (
     bad_file,
     find_entry,
-    float_dtype,
     read_blocks,
     some,
+    stored_dtype,
 )
 from functional_llm.graph.types import JSON
 
 INDEX_NAME = "model.safetensors.index.json"
 
-_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Bits of the types a checkpoint may hold without anyone reading them (a buffer of integers).
 _BITS = {"F32": 32, "F16": 16, "BF16": 16, "F64": 64, "BOOL": 8, "C64": 64}
 _BITS |= {f"{sign}{bits}": bits for sign in "IU" for bits in (8, 16, 32, 64)}
@@ -68,8 +68,8 @@ class SafetensorsFolder:
             A new array of that dtype.
 
         Raises:
-            ValueError: If the tensor is not there, is stored in a type that is no float of 16 or
-                32 bits, or holds a number that `dtype` cannot hold.
+            ValueError: If the tensor is not there, is stored in a type that is no float of 16, 32
+                or 64 bits, or holds a number that `dtype` cannot hold.
         """
         entry = find_entry(self.path, self.entries, name)
         if entry.stored not in _FLOATS:
@@ -78,7 +78,7 @@ class SafetensorsFolder:
                 f"{', '.join(_FLOATS)}. Received: {entry.stored}. "
                 "Use a checkpoint that is not quantised."
             )
-        stored = float_dtype(_FLOATS[entry.stored])
+        stored = stored_dtype(_FLOATS[entry.stored])
         return read_blocks(
             entry.path,
             name,
@@ -102,7 +102,7 @@ def open_safetensors(folder: str | Path) -> SafetensorsFolder:
 
     Raises:
         FileNotFoundError: If there is no such file, or a shard is missing.
-        ValueError: If a file is damaged, or the shards and their index disagree.
+        ValueError: If a file is damaged, or two shards hold the same tensor.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -120,10 +120,12 @@ def open_safetensors(folder: str | Path) -> SafetensorsFolder:
     if len(files) == 1:
         return SafetensorsFolder(folder, read_header(files[0]))
     received = some(path.name for path in files) if files else "no *.safetensors file"
+    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
     raise FileNotFoundError(
         f"Expected model.safetensors, or {INDEX_NAME} and its shards, or a single *.safetensors "
-        f"file in {folder}. Received: {received}. Save the model with "
-        "`save_pretrained(folder, safe_serialization=True)`."
+        f"file in {folder}. Received: {some(pickles) if pickles else received}. A .bin file is a "
+        "pickle, which may run any code and is not opened. Convert it with Transformers, where "
+        "you trust it: `AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)`."
     )
 
 
@@ -238,27 +240,14 @@ def _read_shards(folder: Path) -> dict[str, TensorEntry]:
             f"Expected the {len(files)} shards that {index} names. Missing: {some(missing)}. "
             "Download them into the same folder."
         )
+    # As Transformers: the index says which files there are, and they say what is in them.
     shards = {file: read_header(folder / file) for file in files}
-    _check_index(index, placed, shards)
-    return {name: shards[file][name] for name, file in placed.items()}
-
-
-def _check_index(
-    index: Path, placed: dict[str, str], shards: dict[str, dict[str, TensorEntry]]
-) -> None:
     counts = Counter(name for entries in shards.values() for name in entries)
-    problems = {
-        "in two shards": [name for name, count in counts.items() if count > 1],
-        "named by the index, but not in the shard it names": [
-            name for name, file in placed.items() if name not in shards[file]
-        ],
-        "in a shard, but not named by the index": [name for name in counts if name not in placed],
-    }
-    found = [f"{what}: {some(names)}" for what, names in problems.items() if names]
-    if found:
+    if twice := [name for name, count in counts.items() if count > 1]:
         raise bad_file(
             index,
-            "each tensor in the one shard it names",
-            "; ".join(found),
-            "The index and the shards are of different models: download them again.",
+            "each tensor in one shard",
+            f"in two shards: {some(twice)}",
+            "The shards are of different models: download them again.",
         )
+    return {name: entry for entries in shards.values() for name, entry in entries.items()}

@@ -17,6 +17,7 @@ from functional_llm.formats.weight_table import (
     check_source,
     expand_table,
     load_weights,
+    with_originals,
 )
 from functional_llm.graph.types import JSON
 from functional_llm.tokenizers import TextTokenizer
@@ -116,10 +117,11 @@ class Source(ABC):
         """
         variables, config = model.variables, self.config
         tensors = expand_table(self.family.weights, [v.path for v in variables], config.num_layers)
-        source = self.open_tensors([tensor.name for tensor in tensors])
         embedding = next(t.name for t in tensors if t.paths == ("token_embedding/embeddings",))
-        # A file may hold the head though it is the embedding.
+        # A file may hold the head though it is the embedding: beside it, or in its place.
         copies = {"lm_head.weight": embedding} if config.tie_word_embeddings else {}
+        source = self.open_tensors([*(tensor.name for tensor in tensors), *copies])
+        source = with_originals(source, copies)
         ignored = [*self.family.ignored, *copies]
         check_source(tensors, {v.path: tuple(v.shape) for v in variables}, source, ignored)
         load_weights(variables, tensors, source, _progress_bar)

@@ -9,11 +9,13 @@ import numpy as np
 
 Entry = TypeVar("Entry")
 
-_DTYPES: dict[str, np.dtype[Any]] = {
+_STORED: dict[str, np.dtype[Any]] = {
+    "float64": np.dtype(np.float64),
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+_DTYPES = {name: dtype for name, dtype in _STORED.items() if name != "float64"}
 # A block and its float32 form fit the second-level cache, so conversion costs no memory traffic.
 _BLOCK_ELEMENTS = 1 << 17
 _DAMAGED = "The file is truncated or damaged: download it again."
@@ -72,6 +74,11 @@ def float_dtype(dtype: str) -> np.dtype:
     return _DTYPES[dtype]
 
 
+def stored_dtype(dtype: str) -> np.dtype:
+    """Returns the NumPy dtype of numbers in a file: `float64`, or one of `float_dtype`."""
+    return _STORED[dtype]
+
+
 def find_entry(path: Path, entries: Mapping[str, Entry], name: str) -> Entry:
     """Returns `entries[name]`; for a name that is not there, a ValueError that shows some."""
     if name not in entries:
@@ -97,8 +104,9 @@ def _store(target: np.ndarray, values: np.ndarray, path: Path, name: str) -> Non
     try:
         # Float16 ends at 65504: an infinite weight must not slip in silently.
         with np.errstate(over="raise", under="ignore", invalid="ignore"):
-            if target.dtype == np.float16:
-                # A direct cast from bfloat16 does not report an overflow.
+            if target.itemsize == 2:
+                # A direct cast from bfloat16 does not report an overflow; and torch, too, rounds
+                # float64 to float32 first.
                 values = values.astype(np.float32, copy=False)
             target[...] = values
     except FloatingPointError:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cached_property
 from itertools import islice
 from typing import Any, Protocol
 
@@ -156,11 +157,12 @@ def check_source(
                 f"missing tensor {name!r} of shape {expected} (for {', '.join(tensor.paths)})"
             )
         elif tuple(source.shapes[name]) != expected:
-            received = tuple(source.shapes[name])
-            problems.append(f"tensor {name!r}: expected shape {expected}, received {received}")
+            received, stored = tuple(source.shapes[name]), stored_name(source, name)
+            problems.append(f"tensor {stored!r}: expected shape {expected}, received {received}")
     for name in sorted(set(source.shapes) - {tensor.name for tensor in tensors}):
         if not any(fnmatch(name, pattern) for pattern in ignored):
-            problems.append(f"unknown tensor {name!r} of shape {tuple(source.shapes[name])}")
+            stored = stored_name(source, name)
+            problems.append(f"unknown tensor {stored!r} of shape {tuple(source.shapes[name])}")
     if problems:
         raise ValueError(
             f"The checkpoint does not fit the config, {len(problems)} differences:\n  "
@@ -195,7 +197,8 @@ def check_copies(
         expected = keras.ops.convert_to_numpy(variable.value)
         if not np.array_equal(expected, source.read(name, variable.dtype)):
             raise ValueError(
-                f"The config ties {name!r} to {original!r}: expected equal tensors, received "
+                f"The config ties {stored_name(source, name)!r} to "
+                f"{stored_name(source, original)!r}: expected equal tensors, received "
                 "different ones. If both belong to the model, set tie_word_embeddings to false in "
                 "config.json."
             )
@@ -208,7 +211,7 @@ class _Renamed:
     source: TensorSource
     names: Mapping[str, str]  # name here -> name there
 
-    @property
+    @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: self.source.shapes[theirs] for name, theirs in self.names.items()}
 
@@ -216,17 +219,56 @@ class _Renamed:
         return self.source.read(self.names[name], dtype)
 
 
-def with_prefix(source: TensorSource, prefix: str, names: Iterable[str]) -> TensorSource:
-    """Returns a checkpoint with a prefix on all its names, if it lacks the prefix.
+def stored_name(source: TensorSource, name: str) -> str:
+    """Returns what a tensor is called in the file, for messages."""
+    if isinstance(source, _Renamed):
+        return stored_name(source.source, source.names.get(name, name))
+    return name
 
-    Checkpoints of a bare model, without its head, do.
+
+def with_prefix(source: TensorSource, prefix: str, names: Iterable[str]) -> TensorSource:
+    """Returns a checkpoint under the names that the model needs.
+
+    Each name may lack the prefix, as in checkpoints of a bare model without its head, or have it
+    though it should not: the rule of Transformers.
+
+    Args:
+        source: The checkpoint.
+        prefix: Of the names of the bare model's tensors.
+        names: The names that the model needs.
+
+    Raises:
+        ValueError: If two tensors stand for the same one.
     """
-    if any(name.startswith(prefix) for name in source.shapes):
-        return source
-    known = {name.removeprefix(prefix) for name in names}
-    if not known & set(source.shapes):
-        return source
-    return _Renamed(source, {f"{prefix}{name}": name for name in source.shapes})
+    needed = set(names)
+
+    def rename(name: str) -> str:
+        if name.startswith(prefix) and name.removeprefix(prefix) in needed:
+            return name.removeprefix(prefix)
+        return f"{prefix}{name}" if f"{prefix}{name}" in needed else name
+
+    renamed: dict[str, str] = {}
+    for name in source.shapes:
+        other = renamed.setdefault(rename(name), name)
+        if other != name:
+            raise ValueError(
+                f"Expected one tensor {rename(name)!r} in the checkpoint. Received two: {other!r} "
+                f"and {name!r}. Remove one of them."
+            )
+    return _Renamed(source, renamed)
+
+
+def with_originals(source: TensorSource, copies: Mapping[str, str]) -> TensorSource:
+    """Returns a checkpoint in which a tensor stands for the one that it is tied to.
+
+    Args:
+        source: The checkpoint.
+        copies: Name of a tensor -> name of the loaded tensor that it must equal; the file may hold
+            either.
+    """
+    shapes = source.shapes
+    swapped = {name: x for name, x in copies.items() if name in shapes and x not in shapes}
+    return _Renamed(source, {swapped.get(name, name): name for name in shapes})
 
 
 def load_weights(
