@@ -156,7 +156,7 @@ def _check_ignored(given: Mapping[str, Any], full: JSON, family: Family) -> None
     for key, read in family.config_ignored.items():
         said, taken = given.get(key), full[read]
         names = [ACTIVATIONS.get(x, x) if isinstance(x, str) else x for x in (said, taken)]
-        if said is not None and names[0] != names[1]:
+        if said is not None and said != given.get(read) and names[0] != names[1]:
             raise ValueError(
                 f"config.json: expected {key} and {read} to say the same, received {shown(said)} "
                 f"and {shown(taken)}. Transformers reads {read} only."

@@ -11,13 +11,15 @@ from typing import Any, Self, TypeVar
 import keras
 from keras import ops
 
+from functional_llm.graph.freezing import freeze_variables
 from functional_llm.graph.rewiring import rewire, shared_copy
 from functional_llm.graph.selection import Where, matches, select, walk
 from functional_llm.graph.types import JSON, Layer, Tensor
 from functional_llm.peft.initializers import ones
-from functional_llm.peft.linear import LINEAR_LAYERS, Linear
+from functional_llm.peft.linear import LINEAR_LAYERS, MATRIX_LAYERS, Linear, view
 
 DEFAULT_TARGETS = ("query", "value")
+REVERSED = ":reverse"  # behind the path of an embedding: the head that it is, too
 
 Value = TypeVar("Value")
 
@@ -31,9 +33,11 @@ class Adapter(keras.layers.Layer):
     `rank: int = 8`. Each is an argument of the constructor, and is saved.
 
     Args:
-        base: A built Dense or EinsumDense, or another Adapter.
+        base: A built Dense, EinsumDense or Embedding, or another Adapter.
         adapter_name: Names the adapter in a model that has several.
         gate: A variable that all layers of one adapter share: 1 if it is active, 0 if not.
+        reverse: Of an embedding that is the head, too: `True` for a change of the head, `False`
+            for one of the embedding, `None` for both.
         **kwargs: The method's options, and those of `keras.layers.Layer`. The dtype, float32 unless
             given, is that of the weights and of the change.
     """
@@ -45,6 +49,7 @@ class Adapter(keras.layers.Layer):
         base: Layer,
         adapter_name: str = "default",
         gate: keras.Variable | None = None,
+        reverse: bool | None = False,
         **kwargs: Any,
     ) -> None:
         options = {name: kwargs.pop(name) for name in option_names(type(self)) if name in kwargs}
@@ -54,9 +59,11 @@ class Adapter(keras.layers.Layer):
             setattr(self, name, value)
         self.supports_masking = True
         self.adapter_name = adapter_name
-        self.activation = base.activation
+        self.reverse = reverse
         self.base = shared_copy(base)
-        self.base.activation = keras.activations.linear  # the adapter applies it after the change
+        self.activation = getattr(base, "activation", keras.activations.linear)
+        if hasattr(base, "activation"):  # the adapter applies it after the change
+            self.base.activation = keras.activations.linear
         self.gate: keras.Variable = gate
         self._constants: list[keras.Variable] = []
 
@@ -82,7 +89,8 @@ class Adapter(keras.layers.Layer):
 
     def get_options(self) -> JSON:
         """Returns the constructor's arguments that are the method's own, as JSON."""
-        return {name: getattr(self, name) for name in option_names(type(self))}
+        options = {name: getattr(self, name) for name in option_names(type(self))}
+        return options if self.reverse is False else {**options, "reverse": self.reverse}
 
     @classmethod
     def for_layer(cls, layer: Layer, path: str, **kwargs: Any) -> Self:
@@ -114,19 +122,33 @@ class Adapter(keras.layers.Layer):
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         if not self.base.built:
             self.base.build(input_shape)
-        self.linear = Linear(self.origin)
+        if isinstance(self.origin, MATRIX_LAYERS):
+            self.linear = view(self.origin, bool(self.reverse))
         if self.gate is None:
             self.gate = make_gate()
         self.make_weights(self.linear)
 
-    def call(self, x: Tensor, training: bool | None = None) -> Tensor:
-        y = self.base(x)
-        change = self.gate * self.change(ops.cast(x, self.compute_dtype), training)
+    def call(self, x: Tensor, training: bool | None = None, reverse: bool = False) -> Tensor:
+        y = self.call_base(x, reverse)
+        if not self.changes(reverse):
+            return y
+        change = self.gate * self.change(self.linear.prepare(x, self.compute_dtype), training)
         changed = ops.cast(ops.cast(y, self.compute_dtype) + change, y.dtype)
         return self.activation(changed)
 
-    def compute_output_spec(self, x: Tensor, training: bool | None = None) -> keras.KerasTensor:
-        return self.base.compute_output_spec(x)
+    def call_base(self, x: Tensor, reverse: bool) -> Tensor:
+        """Returns what the layer under this adapter makes of an input."""
+        return self.base(x, reverse=True) if reverse else self.base(x)
+
+    def changes(self, reverse: bool) -> bool:
+        """Whether the adapter changes a call of the embedding, or of the head that it is."""
+        return self.reverse is None or self.reverse == reverse
+
+    def compute_output_spec(
+        self, x: Tensor, training: bool | None = None, reverse: bool = False
+    ) -> keras.KerasTensor:
+        kwargs = {"reverse": True} if reverse else {}
+        return self.base.compute_output_spec(x, **kwargs)
 
     def get_config(self) -> JSON:
         config = {key: x for key, x in super().get_config().items() if key != "autocast"}
@@ -182,8 +204,8 @@ def attach(
         make: A subclass of `Adapter`, or `make(layer, path, adapter_name=..., gate=...)`, which
             returns the Adapter for a layer.
         targets: Which layers, as for `select`, or `"all"` for every Dense and EinsumDense except
-            those that make the model's output. Of the layers that match, only these two kinds and
-            adapters count.
+            those that make the model's output. Of the layers that match, only these two kinds,
+            embeddings, and adapters of such layers count.
         adapter_name: Another name for each adapter in one model.
         **options: What else `make` gets: options of the subclass, or `dtype`. A dict has one for
             each pattern of paths: `rank={"query": 16, "value": 4}`.
@@ -196,16 +218,46 @@ def attach(
             f"The model has an adapter '{adapter_name}' already. Expected another `adapter_name`."
         )
     layers = find_targets(model, targets)
+    return join(model, make, list(layers), adapter_name, **options)
+
+
+def join(
+    model: keras.Model,
+    make: type[Adapter] | Callable[..., Adapter],
+    paths: Sequence[str],
+    adapter_name: str,
+    **options: Any,
+) -> keras.Model:
+    """Returns a model with more layers in one of its adapters, or in a new one; it alone trains.
+
+    Args:
+        model: A functional model; it stays as it is, and its weights are shared.
+        make: As for `attach`.
+        paths: Of the layers.
+        adapter_name: Of the adapter.
+        **options: As for `attach`.
+    """
     make_adapter: Callable[..., Adapter] = make
     if isinstance(make, type) and issubclass(make, Adapter):
         make_adapter = make.for_layer
-    gate = make_gate()
+    present = [x for _, x in find_adapters(model) if x.adapter_name == adapter_name]
+    gate = present[0].gate if present else make_gate()
 
     def replace(layer: Layer, path: str) -> Adapter:
         values = {name: _value_for(path, value, name) for name, value in options.items()}
         return make_adapter(layer, path, adapter_name=adapter_name, gate=gate, **values)
 
-    return rewire(model, replace, where=lambda _, path: path in layers, freeze=True)
+    new_model = rewire(model, replace, where=lambda _, path: path in paths, freeze=True)
+    if present:
+        train_only(new_model, [adapter_name])
+    return new_model
+
+
+def train_only(model: keras.Model, names: Sequence[str]) -> None:
+    """Freezes all weights of a model except those of the adapters of these names."""
+    adapters = (x for _, x in find_adapters(model) if x.adapter_name in names)
+    own = {id(v) for x in adapters for v in x.adapter_weights.values()}
+    freeze_variables(model, [v for v in model.variables if id(v) not in own])
 
 
 def _value_for(path: str, value: Value | dict[str, Value], option: str) -> Value:
@@ -229,13 +281,14 @@ def find_targets(model: keras.Model, targets: Where) -> dict[str, Layer]:
     """Returns the layers, by path, that `targets` (as for `attach`) stands for."""
     if isinstance(targets, str) and targets == "all":
         found = {path: x for path, x in walk(model) if not _is_head(model, path, x)}
+        kinds: tuple[type, ...] = LINEAR_LAYERS
     else:
-        found = select(model, targets)
-    fitting = {p: x for p, x in found.items() if isinstance(x, (*LINEAR_LAYERS, Adapter))}
+        found, kinds = select(model, targets), MATRIX_LAYERS
+    fitting = {path: x for path, x in found.items() if isinstance(origin_of(x), kinds)}
     if not fitting:
-        received = sorted({type(layer).__name__ for layer in found.values()})
+        received = sorted({type(origin_of(layer)).__name__ for layer in found.values()})
         raise ValueError(
-            f"Expected targets that are Dense or EinsumDense; {targets!r} matches only "
+            f"Expected targets that are Dense, EinsumDense or Embedding; {targets!r} matches only "
             f"{', '.join(received)}."
         )
     return fitting

@@ -1,4 +1,4 @@
-"""Dense and EinsumDense seen as one thing: a matrix (in, out) and a bias (out)."""
+"""Dense, EinsumDense and Embedding seen as one thing: a matrix (in, out) and a bias (out)."""
 
 import math
 from collections.abc import Callable
@@ -6,9 +6,27 @@ from collections.abc import Callable
 import keras
 from keras import ops
 
+from functional_llm.graph.keras_private import quantized_embeddings
 from functional_llm.graph.types import Layer, Tensor
 
 LINEAR_LAYERS = (keras.layers.Dense, keras.layers.EinsumDense)
+MATRIX_LAYERS = (*LINEAR_LAYERS, keras.layers.Embedding)
+
+
+def view(layer: Layer, reverse: bool = False) -> "Linear":
+    """Returns the view of a built layer.
+
+    Args:
+        layer: A Dense, EinsumDense or Embedding.
+        reverse: For an embedding that is the head, too: whether it is seen as the head.
+
+    Raises:
+        TypeError: If it is another layer.
+        ValueError: If an EinsumDense computes something else than a product with one matrix.
+    """
+    if isinstance(layer, keras.layers.Embedding):
+        return TiedHead(layer) if reverse else Lookup(layer)
+    return Linear(layer)
 
 
 class Linear:
@@ -52,9 +70,19 @@ class Linear:
 
     def apply(self, x: Tensor, matrix: Tensor) -> Tensor:
         """Returns what the layer would return with another matrix (in, out) and no bias."""
-        if isinstance(self.layer, keras.layers.Dense):
-            return ops.matmul(x, matrix)
-        return ops.einsum(self.layer.equation, x, self.as_kernel(matrix))
+        if isinstance(self.layer, keras.layers.EinsumDense):
+            return ops.einsum(self.layer.equation, x, self.as_kernel(matrix))
+        return ops.matmul(x, matrix)
+
+    def apply_factors(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """Returns `apply` of the product of two matrices, the thin one first if that is cheaper."""
+        if isinstance(self.layer, keras.layers.EinsumDense):
+            return self.apply(x, ops.matmul(left, right))
+        return ops.matmul(self.apply(x, left), right)
+
+    def prepare(self, x: Tensor, dtype: str) -> Tensor:
+        """Returns the layer's input in the dtype in which changes are computed."""
+        return ops.cast(x, dtype)
 
     def product(self, x: Tensor) -> Tensor:
         """Returns what the layer returns, without the bias."""
@@ -103,6 +131,65 @@ class Linear:
                 )
             new.bias.assign(ops.copy(ops.reshape(bias, new.bias.shape)))
         return new
+
+
+class Lookup(Linear):
+    """A view of an Embedding: a matrix (tokens, out), of which integers choose rows."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.in_size, self.out_size = layer.input_dim, layer.output_dim
+
+    def kernel(self) -> Tensor:
+        """Returns the matrix (in, out), float32."""
+        if self.layer.quantization_mode != "int8":
+            return ops.cast(self.layer.embeddings, "float32")
+        scale = ops.cast(self.layer.embeddings_scale, "float32")
+        return ops.cast(quantized_embeddings(self.layer), "float32") / ops.expand_dims(scale, 1)
+
+    def bias(self) -> None:
+        """An embedding has none."""
+        return None
+
+    def apply(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """Returns what the layer would return with another matrix."""
+        return ops.take(matrix, x, axis=0)
+
+    def prepare(self, x: Tensor, dtype: str) -> Tensor:
+        """Token ids stay what they are."""
+        return x
+
+    def as_kernel(self, matrix: Tensor) -> Tensor:
+        """Returns a matrix (in, out) in the shape of the layer's."""
+        return matrix
+
+    def as_output(self, vector: Tensor) -> Tensor:
+        """Returns a vector (out) in the shape of the last axis of the layer's output."""
+        return vector
+
+
+class TiedHead(Lookup):
+    """A view of an embedding that is the head, too: a matrix (in, tokens)."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self.in_size, self.out_size = self.out_size, self.in_size
+
+    def kernel(self) -> Tensor:
+        """Returns the matrix (in, out), float32."""
+        return ops.transpose(super().kernel())
+
+    def apply(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """Returns what the layer would return with another matrix."""
+        return ops.matmul(x, matrix)
+
+    def prepare(self, x: Tensor, dtype: str) -> Tensor:
+        """Returns the input in a dtype."""
+        return ops.cast(x, dtype)
+
+    def as_input(self, vector: Tensor) -> Tensor:
+        """Returns a vector (in) in the shape of the last axis of the layer's input."""
+        return vector
 
 
 def _kernel_axes(layer: Layer) -> tuple[int, list[int]]:

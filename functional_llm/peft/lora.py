@@ -14,7 +14,7 @@ from functional_llm.graph.selection import Where
 from functional_llm.graph.types import Layer, Tensor
 from functional_llm.peft.adapter import Adapter, attach, origin_of, targets_for
 from functional_llm.peft.initializers import seed_for, uniform, zeros
-from functional_llm.peft.linear import Linear
+from functional_llm.peft.linear import Linear, Lookup, TiedHead, view
 
 
 @keras.saving.register_keras_serializable("functional_llm")
@@ -48,7 +48,7 @@ class LoRA(Adapter):
     def for_layer(cls, layer: Layer, path: str, **kwargs: Any) -> Self:
         """Refuses a rank above the layer's size, and gives every layer a seed of its own."""
         rank, seed = kwargs.get("rank", cls.rank), kwargs.get("seed", cls.seed)
-        linear = Linear(origin_of(layer))
+        linear = view(origin_of(layer), bool(kwargs.get("reverse")))
         limit = min(linear.in_size, linear.out_size)  # a file may have more
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= limit:
             raise ValueError(
@@ -89,15 +89,15 @@ class LoRA(Adapter):
         return self.low_rank_product(self.drop(x, training))
 
     def drop(self, x: Tensor, training: bool | None) -> Tensor:
-        """Returns the inputs, some of them dropped in training."""
-        return x if self.dropout_layer is None else self.dropout_layer(x, training=training)
+        """Returns the inputs, some of them dropped in training; never those of an embedding."""
+        is_lookup = isinstance(self.linear, Lookup) and not isinstance(self.linear, TiedHead)
+        if self.dropout_layer is None or is_lookup:
+            return x
+        return self.dropout_layer(x, training=training)
 
     def low_rank_product(self, x: Tensor) -> Tensor:
         """Returns `alpha / R * x A B`."""
-        a, b = self.factors()
-        if isinstance(self.linear.layer, keras.layers.Dense):
-            return ops.matmul(ops.matmul(x, a), b) * self.scale
-        return self.linear.apply(x, ops.matmul(a, b) * self.scale)
+        return self.linear.apply_factors(x, *self.factors()) * self.scale
 
 
 def lora(

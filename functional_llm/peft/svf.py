@@ -27,9 +27,7 @@ class SVF(Adapter):
         return ops.matmul(self.us * (self.z - 1), self.v)
 
     def change(self, x: Tensor, training: bool | None = None) -> Tensor:
-        if not isinstance(self.linear.layer, keras.layers.Dense):
-            return self.linear.apply(x, self.kernel_change())
-        return ops.matmul(ops.matmul(x, self.us) * (self.z - 1), self.v)
+        return self.linear.apply_factors(x, self.us * (self.z - 1), self.v)
 
 
 def svf(
