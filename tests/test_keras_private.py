@@ -142,6 +142,18 @@ def test_an_attribute_is_set_past_the_tracking() -> None:
     assert isinstance(layer.extra, layers.Dense) and len(layer.variables) == 2
 
 
+def test_exchanged_variables_are_used_and_tracked() -> None:
+    layer = layers.Dense(3)
+    layer.build((None, 4))
+    own = keras.Variable(np.ones(3, "float32"), name="own")
+    new = layers.Dense.__new__(layers.Dense)
+    page.share_state(layer, new)
+    page.exchange_variables(new, {id(layer.bias): own})
+    np.testing.assert_allclose(np.asarray(new(X) - layer(X)), 1, atol=1e-6)
+    assert [id(v) for v in new.trainable_variables] == [id(layer.kernel), id(own)]
+    assert layer.bias is not own and id(own) not in map(id, layer.variables)
+
+
 def test_a_layer_is_frozen_and_its_variables_are_not() -> None:
     layer = layers.Dense(3)
     layer.build((None, 4))

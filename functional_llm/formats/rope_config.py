@@ -202,7 +202,9 @@ def _scaling(kind: Any, parameters: dict[str, Any], length: int) -> RopeScaling 
     for key, value in parameters.items():
         check_value(key, value, hints[names[key]], counts=hints[names[key]] is int)
     needed = {f.name for f in fields(scaling_class) if f.default is MISSING}
-    if lacking := [key for key, field in names.items() if field in needed and key not in parameters]:
+    if lacking := [
+        key for key, field in names.items() if field in needed and key not in parameters
+    ]:
         raise ValueError(
             f"config.json: the RoPE parameters {shown(parameters)} of the type {kind!r} lack "
             f"{', '.join(lacking)}."

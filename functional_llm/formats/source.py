@@ -17,6 +17,7 @@ from functional_llm.formats.weight_table import (
     check_source,
     expand_table,
     load_weights,
+    tied_head,
     with_originals,
 )
 from functional_llm.graph.types import JSON
@@ -117,9 +118,8 @@ class Source(ABC):
         """
         variables, config = model.variables, self.config
         tensors = expand_table(self.family.weights, [v.path for v in variables], config.num_layers)
-        embedding = next(t.name for t in tensors if t.paths == ("token_embedding/embeddings",))
         # A file may hold the head though it is the embedding: beside it, or in its place.
-        copies = {"lm_head.weight": embedding} if config.tie_word_embeddings else {}
+        copies = dict([tied_head(tensors)]) if config.tie_word_embeddings else {}
         source = self.open_tensors([*(tensor.name for tensor in tensors), *copies])
         source = with_originals(source, copies)
         ignored = [*self.family.ignored, *copies]

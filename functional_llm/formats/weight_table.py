@@ -101,11 +101,21 @@ class Tensor:
         return self.transform.inverse(np.broadcast_to(np.float32(0), shape)).shape
 
 
-def expand_table(table: Sequence[Row], paths: Sequence[str], num_layers: int) -> list[Tensor]:
+HEAD = "lm_head.weight"  # what all families call a head that is not the embedding
+
+
+def tied_head(tensors: Sequence[Tensor]) -> tuple[str, str]:
+    """Returns the name of the head's tensor, and of the embedding's which the head is, too."""
+    return HEAD, next(x.name for x in tensors if x.paths == ("token_embedding/embeddings",))
+
+
+def expand_table(
+    table: Sequence[Row], paths: Sequence[str], num_layers: int, strict: bool = True
+) -> list[Tensor]:
     """Returns the tensors of a checkpoint, with layers filled in, for the variables that exist.
 
     Raises:
-        ValueError: If a variable has no row.
+        ValueError: If a variable has no row, unless `strict` is false.
     """
     present = set(paths)
     targets: dict[str, list[str]] = {}
@@ -117,17 +127,17 @@ def expand_table(table: Sequence[Row], paths: Sequence[str], num_layers: int) ->
                 targets.setdefault(name, []).append(path)
                 transforms[name] = TRANSFORMS[transform]
     missing = sorted(present - {path for paths in targets.values() for path in paths})
-    if missing:
+    if missing and strict:
         raise ValueError(f"The checkpoint table has no row for the variables {missing}.")
     return [Tensor(name, tuple(paths), transforms[name]) for name, paths in targets.items()]
 
 
 def module_names(table: Sequence[Row], num_layers: int) -> dict[str, str]:
-    """Returns the path of each layer with a kernel -> the name of its module in checkpoints."""
+    """Returns the path of each layer with a matrix -> the name of its module in checkpoints."""
     return {
-        target.removesuffix("/kernel").format(index): source.removesuffix(".weight").format(index)
+        target.rpartition("/")[0].format(index): source.removesuffix(".weight").format(index)
         for source, target, *_ in table
-        if target.endswith("/kernel") and source.endswith(".weight")
+        if target.endswith(("/kernel", "/embeddings")) and source.endswith(".weight")
         for index in range(num_layers if "{}" in target else 1)
     }
 

@@ -176,6 +176,22 @@ def set_untracked(layer: keras.Operation, name: str, value: Any) -> None:
     vars(layer)[name] = value
 
 
+def exchange_variables(layer: Layer, new: Mapping[int, keras.Variable]) -> None:
+    """Puts other variables into the places of some that a layer has.
+
+    Keras has no public way to give a built layer another variable.
+
+    Args:
+        layer: A layer whose attributes are its own, as of a shared copy.
+        new: Id of a variable of the layer -> what comes in its place.
+    """
+    for name, value in list(vars(layer).items()):
+        if isinstance(value, keras.Variable) and id(value) in new:
+            set_untracked(layer, name, new[id(value)])
+        elif isinstance(value, list) and any(id(x) in new for x in value):
+            set_untracked(layer, name, [new.get(id(x), x) for x in value])
+
+
 def freeze_layer_only(layer: Layer) -> None:
     """Makes a layer's config say that it does not train; its variables stay as they are.
 

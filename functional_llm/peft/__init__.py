@@ -2,8 +2,8 @@
 
 May import: files, graph, formats, stock.
 
-Offers: `lora`, `dora`, `svf`, `ia3`, `bitfit`, `attach` for a method of your own; `merge`,
-`unmerge`; `save_adapter`, `load_adapter`.
+Offers: `lora`, `dora`, `svf`, `ia3`, `bitfit`, `attach` for a method of your own; `retrain` and
+`train_tokens` for what trains beside one; `merge`, `unmerge`; `save_adapter`, `load_adapter`.
 """
 
 import functional_llm.peft.stock_export  # noqa: F401  (registers how adapters are lowered)
@@ -15,7 +15,9 @@ from functional_llm.peft.ia3 import IA3, ia3
 from functional_llm.peft.linear import Linear
 from functional_llm.peft.lora import LoRA, lora
 from functional_llm.peft.merging import merge, unmerge
+from functional_llm.peft.retrained import Retrained, retrain
 from functional_llm.peft.svf import SVF, svf
+from functional_llm.peft.tokens import TrainedTokens, train_tokens
 
 __all__ = [
     "IA3",
@@ -25,6 +27,8 @@ __all__ = [
     "DoRA",
     "Linear",
     "LoRA",
+    "Retrained",
+    "TrainedTokens",
     "activate",
     "adapter_names",
     "attach",
@@ -34,7 +38,9 @@ __all__ = [
     "load_adapter",
     "lora",
     "merge",
+    "retrain",
     "save_adapter",
     "svf",
+    "train_tokens",
     "unmerge",
 ]

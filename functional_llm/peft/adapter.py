@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
 import keras
+import numpy as np
 from keras import ops
+from tqdm import tqdm
 
 from functional_llm.graph.freezing import freeze_variables
 from functional_llm.graph.rewiring import rewire, shared_copy
@@ -91,6 +93,13 @@ class Adapter(keras.layers.Layer):
         """Returns the constructor's arguments that are the method's own, as JSON."""
         options = {name: getattr(self, name) for name in option_names(type(self))}
         return options if self.reverse is False else {**options, "reverse": self.reverse}
+
+    def fingerprint(self) -> np.ndarray | None:
+        """Returns numbers of the base that the weights depend on, for the file; `None` for none."""
+        return None
+
+    def check_fingerprint(self, saved: np.ndarray) -> None:
+        """Raises a ValueError if those numbers are others here than in the file."""
 
     @classmethod
     def for_layer(cls, layer: Layer, path: str, **kwargs: Any) -> Self:
@@ -243,11 +252,16 @@ def join(
     present = [x for _, x in find_adapters(model) if x.adapter_name == adapter_name]
     gate = present[0].gate if present else make_gate()
 
-    def replace(layer: Layer, path: str) -> Adapter:
-        values = {name: _value_for(path, value, name) for name, value in options.items()}
-        return make_adapter(layer, path, adapter_name=adapter_name, gate=gate, **values)
+    # Some methods decompose the weights, which takes seconds a layer.
+    bar = {"unit": "layer", "leave": False, "disable": None, "delay": 1}
+    with tqdm(total=len(paths), desc="Attaching adapters", **bar) as progress:
 
-    new_model = rewire(model, replace, where=lambda _, path: path in paths, freeze=True)
+        def replace(layer: Layer, path: str) -> Adapter:
+            progress.update()
+            values = {name: _value_for(path, value, name) for name, value in options.items()}
+            return make_adapter(layer, path, adapter_name=adapter_name, gate=gate, **values)
+
+        new_model = rewire(model, replace, where=lambda _, path: path in paths, freeze=True)
     if present:
         train_only(new_model, [adapter_name])
     return new_model

@@ -1,32 +1,39 @@
 """Adapters on disk: PEFT's own format, and the same two files for methods that PEFT lacks."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from functional_llm.files.json_files import read_json
-from functional_llm.files.replacing import replaced_file
+from functional_llm.files.json_files import read_json, write_json
+from functional_llm.files.replacing import replaced_folder, share
 from functional_llm.formats.safetensors_reader import open_safetensors
 from functional_llm.graph.selection import walk
 from functional_llm.graph.types import JSON, Layer, Tensor
 from functional_llm.peft.adapter import (
+    REVERSED,
     Adapter,
     adapter_names,
-    attach,
     find_adapters,
+    join,
     origin_of,
 )
-from functional_llm.peft.linear import LINEAR_LAYERS, Linear
+from functional_llm.peft.linear import MATRIX_LAYERS, Linear
+from functional_llm.peft.names import NamedModel, to_numpy
 from functional_llm.peft.peft_format import SavedAdapter, from_peft, to_peft
+from functional_llm.peft.peft_values import values_from_peft, values_to_peft
+from functional_llm.peft.retrained import Retrained
+from functional_llm.peft.tokens import TrainedTokens
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+CARD_NAME = "README.md"
+_FINGERPRINT = "fingerprint"
 
 
 def save_adapter(model: keras.Model, folder: str | Path, adapter_name: str | None = None) -> None:
@@ -49,48 +56,77 @@ def save_adapter(model: keras.Model, folder: str | Path, adapter_name: str | Non
         adapter_name = names[0]
     if adapter_name not in names:
         raise ValueError(f"Expected adapter_name to be one of {names}, received {adapter_name!r}.")
-    adapters = {p: x for p, x in find_adapters(model) if x.adapter_name == adapter_name}
-    classes = sorted({type(x).__name__ for x in adapters.values()})
+    adapters = [(p, x) for p, x in find_adapters(model) if x.adapter_name == adapter_name]
+    named = NamedModel(model)
+    beside = [(path, x) for path, x in adapters if isinstance(x, (Retrained, TrainedTokens))]
+    method = [(path, x) for path, x in adapters if not isinstance(x, (Retrained, TrainedTokens))]
+    classes = sorted({type(x).__name__ for _, x in method or beside})
     if len(classes) > 1:
         raise ValueError(f"Adapter '{adapter_name}' mixes {classes}. Expected one class.")
-    if next(iter(adapters.values())).peft_type is None:
-        config, tensors = _to_paths(adapters)
+    if not method or method[0][1].peft_type is None:
+        if method and beside:
+            raise ValueError(
+                f"Adapter '{adapter_name}' has layers that are retrained beside {classes}, which "
+                "PEFT does not know. Give them an `adapter_name` of their own."
+            )
+        config, tensors = _to_paths(dict(adapters), named)
     else:
-        config, tensors = to_peft(adapters, _module_of(model, adapters), _linear_at(model))
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replaced_file(folder / WEIGHTS_NAME) as path:
+        keyed = {f"{path}{REVERSED}" if x.reverse else path: x for path, x in method}
+        config, tensors = to_peft(keyed, named)
+        targets = {named.modules[path] for path in keyed}
+        tensors |= values_to_peft(beside, config, targets, named)
+    with replaced_folder(Path(folder)) as beside_folder:
         try:
-            save_file(tensors, path, {"format": "pt"})
+            save_file(tensors, beside_folder / WEIGHTS_NAME, {"format": "pt"})
         except SafetensorError as error:
-            raise OSError(f"{folder / WEIGHTS_NAME} could not be written: {error}.") from error
-    with replaced_file(folder / CONFIG_NAME) as path:
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            raise OSError(f"{Path(folder, WEIGHTS_NAME)} could not be written: {error}.") from error
+        share(beside_folder / WEIGHTS_NAME)
+        write_json(beside_folder / CONFIG_NAME, config)
+        named.names.write_tokenizer(beside_folder)
+        if not Path(folder, CARD_NAME).exists():
+            card = model_card(config, classes[0])
+            (beside_folder / CARD_NAME).write_text(card, encoding="utf-8")
 
 
-def _module_of(model: keras.Model, paths: Iterable[str]) -> dict[str, str]:
-    """Returns path -> name of the module; a model that belongs to no family has only paths."""
-    names = dict(getattr(model, "module_names", {}))
-    return {**{path: path.replace("/", ".") for path in paths if path not in names}, **names}
+def model_card(config: JSON, method: str) -> str:
+    """Returns a README.md with what the Hub and PEFT read at its head."""
+    base = config.get("base_model_name_or_path")
+    is_peft = "registered_name" not in config
+    facts = {
+        "base_model": base,
+        "library_name": "peft" if is_peft else None,
+        "pipeline_tag": "text-generation" if is_peft else None,
+    }
+    head = "".join(f"{key}: {json.dumps(x)}\n" for key, x in facts.items() if x is not None)
+    tags = ["functional_llm", *([f"base_model:adapter:{base}"] if base and is_peft else [])]
+    head += f"tags: {json.dumps([*tags, method.lower()])}\n"
+    return (
+        f"---\n{head}---\n\n# An adapter ({method})"
+        + (f" of {base}" if base else "")
+        + "\n\n```python\nimport functional_llm as flm\n\n"
+        + f"backbone = flm.Backbone.from_preset({json.dumps(base or 'the base model')})\n"
+        + 'adapted = flm.peft.load_adapter(backbone, "the folder of this file")\n```\n'
+    )
 
 
-def _linear_at(model: keras.Model) -> Callable[[str], Linear]:
-    layers = dict(walk(model))
-    return lambda path: Linear(origin_of(layers[path]))
-
-
-def _to_paths(adapters: Mapping[str, Adapter]) -> tuple[JSON, dict[str, np.ndarray]]:
+def _to_paths(
+    adapters: Mapping[str, Adapter], model: NamedModel
+) -> tuple[JSON, dict[str, np.ndarray]]:
     cls = type(next(iter(adapters.values())))
     config = {
         "peft_type": cls.__name__,
+        "base_model_name_or_path": model.names.base,
         "registered_name": keras.saving.get_registered_name(cls),
         "layers": {path: adapter.get_options() for path, adapter in adapters.items()},
     }
     tensors = {
-        f"{path}/{name}": np.ascontiguousarray(ops.convert_to_numpy(ops.cast(v, "float32")))
+        f"{path}/{name}": np.ascontiguousarray(to_numpy(v))
         for path, adapter in adapters.items()
         for name, v in adapter.adapter_weights.items()
     }
+    for path, adapter in adapters.items():
+        if (numbers := adapter.fingerprint()) is not None:
+            tensors[f"{path}/{_FINGERPRINT}"] = np.ascontiguousarray(numbers)
     return config, tensors
 
 
@@ -119,37 +155,81 @@ def load_adapter(
     config = _read_config(folder)
     source = open_safetensors(folder / WEIGHTS_NAME)
     tensors = {name: source.read(name, "float32") for name in source.shapes}
-    layers = [path for path, x in walk(model) if isinstance(x, (*LINEAR_LAYERS, Adapter))]
-    if "registered_name" in config:
-        saved, problems = _from_paths(config, tensors, methods)
-    elif config.get("peft_type") in ("LORA", "IA3"):
-        saved, problems = from_peft(config, tensors, _module_of(model, layers), _linear_at(model))
-    else:
-        raise ValueError(
-            f"{folder / CONFIG_NAME}: peft_type is {config.get('peft_type')!r}. Expected LORA or "
-            "IA3, or a file from `save_adapter`."
-        )
-    problems += [f"the model has no linear layer '{path}'" for path in saved if path not in layers]
+    if adapter_name in adapter_names(model):
+        raise ValueError(f"The model has an adapter '{adapter_name}'. Expected another name.")
+    saved, problems = _read(config, tensors, model, methods, folder)
+    leaves = dict(walk(model))
+    for path, one in saved:
+        kinds = Layer if one.cls is Retrained else MATRIX_LAYERS
+        if path not in leaves or not isinstance(origin_of(leaves[path]), kinds):
+            problems.append(f"the model has no linear layer '{path}'")
     if not saved and not problems:
         problems.append("it has no tensors")
     _raise_at(problems, folder)
-
-    def make(layer: Layer, path: str, **kwargs: Any) -> Adapter:
-        try:
-            return saved[path].cls(layer, **saved[path].options, **kwargs)
-        except (TypeError, ValueError) as error:
-            problems.append(f"{path}: {error}")
-            return _Placeholder(layer, **kwargs)
-
-    new_model = attach(model, make, lambda _, path: path in saved, adapter_name, dtype=dtype)
-    adapters = {p: x for p, x in find_adapters(new_model) if x.adapter_name == adapter_name}
-    for path, adapter in adapters.items():
-        problems += _check_weights(path, adapter, saved[path].weights)
+    new_model = model
+    for part in dict.fromkeys((one.cls, one.options.get("reverse", False)) for _, one in saved):
+        here = {p: x for p, x in saved if (x.cls, x.options.get("reverse", False)) == part}
+        make = partial(_make, saved=here, problems=problems)
+        new_model = join(new_model, make, list(here), adapter_name, dtype=dtype)
     _raise_at(problems, folder)
-    for path, adapter in adapters.items():
+    weights = {(p, x.cls, x.options.get("reverse", False)): x.weights for p, x in saved}
+    adapters = {
+        (path, type(x), x.reverse): x
+        for path, x in find_adapters(new_model)
+        if x.adapter_name == adapter_name
+    }
+    for key, adapter in adapters.items():
+        problems += _check_weights(key[0], adapter, weights[key])
+    _raise_at(problems, folder)
+    for key, adapter in adapters.items():
         for name, variable in adapter.adapter_weights.items():
-            variable.assign(saved[path].weights[name])
+            variable.assign(weights[key][name])
+    for key, adapter in adapters.items():
+        if _FINGERPRINT in weights[key]:
+            try:
+                adapter.check_fingerprint(weights[key][_FINGERPRINT])
+            except ValueError as error:
+                problems.append(f"{key[0]}: {error}")
+    _raise_at(problems, folder)
     return new_model
+
+
+def _read(
+    config: JSON,
+    tensors: Mapping[str, np.ndarray],
+    model: keras.Model,
+    methods: Sequence[type[Adapter]],
+    folder: Path,
+) -> tuple[list[tuple[str, SavedAdapter]], list[str]]:
+    """Returns path and adapter of each layer in the order of attaching, and what does not fit."""
+    if "registered_name" in config:
+        by_path, problems = _from_paths(config, tensors, methods)
+        return list(by_path.items()), problems
+    if config.get("peft_type") not in ("LORA", "IA3"):
+        raise ValueError(
+            f"{folder / CONFIG_NAME}: peft_type is {config.get('peft_type')!r:.200}. Expected LORA "
+            "or IA3, or a file from `save_adapter`."
+        )
+    named = NamedModel(model)
+    saved, others, problems = from_peft(config, tensors, named)
+    if saved or not problems:
+        beside, more = values_from_peft(config, others, named)
+        saved, problems = [*beside, *saved], [*problems, *more]
+    return saved, problems
+
+
+def _make(
+    layer: Layer,
+    path: str,
+    saved: Mapping[str, SavedAdapter],
+    problems: list[str],
+    **kwargs: Any,
+) -> Adapter:
+    try:
+        return saved[path].cls(layer, **saved[path].options, **kwargs)
+    except (TypeError, ValueError) as error:
+        problems.append(f"{path}: {error}")
+        return _Placeholder(layer, **kwargs)
 
 
 class _Placeholder(Adapter):
@@ -167,6 +247,8 @@ def _check_weights(path: str, adapter: Adapter, weights: Mapping[str, np.ndarray
         return []
     expected = {name: tuple(v.shape) for name, v in adapter.adapter_weights.items()}
     received = {name: array.shape for name, array in weights.items()}
+    if type(adapter).fingerprint is not Adapter.fingerprint:  # the method checks its shape
+        expected[_FINGERPRINT] = received.get(_FINGERPRINT, ())
     lines = [f"{path}: missing weight '{x}'" for x in sorted(expected.keys() - received.keys())]
     lines += [f"{path}: unknown weight '{x}'" for x in sorted(received.keys() - expected.keys())]
     return lines + [

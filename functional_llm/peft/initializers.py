@@ -39,3 +39,18 @@ def uniform(bound: float, seed: int | None) -> Callable[..., jax.Array]:
 def seed_for(path: str, seed: int | None) -> int | None:
     """Returns a seed for one layer; `None`, for another at every call, stays `None`."""
     return None if seed is None else (seed + zlib.crc32(path.encode())) % 2**31
+
+
+def _singular(matrix: np.ndarray, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    root = np.sqrt(s[:rank] / scale)
+    return u[:, :rank] * root, root[:, None] * vt[:rank]
+
+
+def _orthonormal(matrix: np.ndarray, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    q, r = np.linalg.qr(matrix.T)  # PEFT decomposes (out, in), and does not divide by the scale
+    return r[:rank].T, q[:, :rank].T
+
+
+# Name -> two thin matrices, (in, rank) and (rank, out), that are a part of a matrix (in, out).
+PARTS = {"pissa": _singular, "olora": _orthonormal}

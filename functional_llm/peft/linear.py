@@ -40,6 +40,8 @@ class Linear:
         ValueError: If an EinsumDense computes something else than a product with one matrix.
     """
 
+    takes_integers = False  # whether its inputs choose rows of the matrix
+
     def __init__(self, layer: Layer) -> None:
         if not isinstance(layer, LINEAR_LAYERS):
             raise TypeError(
@@ -82,7 +84,7 @@ class Linear:
 
     def prepare(self, x: Tensor, dtype: str) -> Tensor:
         """Returns the layer's input in the dtype in which changes are computed."""
-        return ops.cast(x, dtype)
+        return x if self.takes_integers else ops.cast(x, dtype)
 
     def product(self, x: Tensor) -> Tensor:
         """Returns what the layer returns, without the bias."""
@@ -136,6 +138,8 @@ class Linear:
 class Lookup(Linear):
     """A view of an Embedding: a matrix (tokens, out), of which integers choose rows."""
 
+    takes_integers = True
+
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
         self.in_size, self.out_size = layer.input_dim, layer.output_dim
@@ -155,10 +159,6 @@ class Lookup(Linear):
         """Returns what the layer would return with another matrix."""
         return ops.take(matrix, x, axis=0)
 
-    def prepare(self, x: Tensor, dtype: str) -> Tensor:
-        """Token ids stay what they are."""
-        return x
-
     def as_kernel(self, matrix: Tensor) -> Tensor:
         """Returns a matrix (in, out) in the shape of the layer's."""
         return matrix
@@ -171,6 +171,8 @@ class Lookup(Linear):
 class TiedHead(Lookup):
     """A view of an embedding that is the head, too: a matrix (in, tokens)."""
 
+    takes_integers = False
+
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
         self.in_size, self.out_size = self.out_size, self.in_size
@@ -182,10 +184,6 @@ class TiedHead(Lookup):
     def apply(self, x: Tensor, matrix: Tensor) -> Tensor:
         """Returns what the layer would return with another matrix."""
         return ops.matmul(x, matrix)
-
-    def prepare(self, x: Tensor, dtype: str) -> Tensor:
-        """Returns the input in a dtype."""
-        return ops.cast(x, dtype)
 
     def as_input(self, vector: Tensor) -> Tensor:
         """Returns a vector (in) in the shape of the last axis of the layer's input."""

@@ -7,14 +7,13 @@ import math
 from typing import Any, Self
 
 import keras
-import numpy as np
 from keras import ops
 
 from functional_llm.graph.selection import Where
 from functional_llm.graph.types import Layer, Tensor
 from functional_llm.peft.adapter import Adapter, attach, origin_of, targets_for
-from functional_llm.peft.initializers import seed_for, uniform, zeros
-from functional_llm.peft.linear import Linear, Lookup, TiedHead, view
+from functional_llm.peft.initializers import PARTS, seed_for, uniform, zeros
+from functional_llm.peft.linear import Linear, view
 
 
 @keras.saving.register_keras_serializable("functional_llm")
@@ -35,8 +34,8 @@ class LoRA(Adapter):
         rank = self.rank
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"Expected a rank of at least 1 for '{self.name}', received {rank!r}.")
-        if self.init not in ("zeros", "pissa"):
-            raise ValueError(f"Expected init 'zeros' or 'pissa', received {self.init!r}.")
+        if self.init not in ("zeros", "pissa", "olora"):
+            raise ValueError(f"Expected init 'zeros', 'pissa' or 'olora', received {self.init!r}.")
         if not self.alpha > 0:
             raise ValueError(f"Expected alpha above 0 for '{self.name}', received {self.alpha!r}.")
         rate = self.dropout
@@ -67,11 +66,11 @@ class LoRA(Adapter):
         self.a = self.add_weight((linear.in_size, self.rank), start, name="lora_a")
         self.b = self.add_weight((self.rank, linear.out_size), zeros, name="lora_b")
         self.a0 = self.b0 = None
-        if self.init == "pissa":
-            u, s, vt = np.linalg.svd(ops.convert_to_numpy(linear.kernel()), full_matrices=False)
-            root = np.sqrt(s[: self.rank] / self.scale)
-            self.a.assign(u[:, : self.rank] * root)
-            self.b.assign(root[:, None] * vt[: self.rank])
+        if self.init != "zeros":
+            matrix = ops.convert_to_numpy(linear.kernel())
+            a, b = PARTS[self.init](matrix, self.rank, self.scale)
+            self.a.assign(a)
+            self.b.assign(b)
             self.a0 = self.add_constant(ops.copy(self.a), "initial_a")
             self.b0 = self.add_constant(ops.copy(self.b), "initial_b")
 
@@ -90,8 +89,7 @@ class LoRA(Adapter):
 
     def drop(self, x: Tensor, training: bool | None) -> Tensor:
         """Returns the inputs, some of them dropped in training; never those of an embedding."""
-        is_lookup = isinstance(self.linear, Lookup) and not isinstance(self.linear, TiedHead)
-        if self.dropout_layer is None or is_lookup:
+        if self.dropout_layer is None or self.linear.takes_integers:
             return x
         return self.dropout_layer(x, training=training)
 
@@ -122,8 +120,9 @@ def lora(
             By default those that `rank` has patterns for, or the queries and values.
         dropout: Share of the inputs that A does not see in training.
         rslora: Whether the scale is alpha / sqrt(R).
-        init: `"zeros"`, or `"pissa"`: A and B start as the R largest singular directions, and
-            their product at the start is subtracted.
+        init: `"zeros"`; or A and B start as a part of the matrix, and their product at the start
+            is subtracted: `"pissa"`, the R largest singular directions, or `"olora"`, the first R
+            of a QR decomposition.
         adapter_name: Another name for each adapter in one model.
         dtype: Of the adapter's weights.
         seed: Of the random A.
@@ -133,7 +132,7 @@ def lora(
 
     Reference:
         [LoRA](https://arxiv.org/abs/2106.09685), [rsLoRA](https://arxiv.org/abs/2312.03732),
-        [PiSSA](https://arxiv.org/abs/2404.02948).
+        [PiSSA](https://arxiv.org/abs/2404.02948), [OLoRA](https://arxiv.org/abs/2406.01775).
     """
     return attach(
         model,

@@ -4,10 +4,13 @@ import keras
 from keras import ops
 
 from functional_llm.graph.freezing import freeze_variables
+from functional_llm.graph.keras_private import calls
 from functional_llm.graph.rewiring import rewire, shared_copy
-from functional_llm.graph.selection import walk
+from functional_llm.graph.selection import inner_graph, walk
 from functional_llm.graph.types import Layer
 from functional_llm.peft.adapter import Adapter, find_adapters
+from functional_llm.peft.linear import MATRIX_LAYERS, Lookup
+from functional_llm.peft.retrained import retrained_copy
 
 
 class _MergedAdapter:
@@ -34,21 +37,55 @@ def merge(model: keras.Model, keep: bool = True) -> keras.Model:
     if not list(find_adapters(model)):
         raise ValueError(f"'{model.name}' has no adapters. Expected a model with some.")
 
+    heads = {x.operation.name for x in calls(inner_graph(model)) if x.kwargs.get("reverse")}
+
     def fold(adapter: Adapter, path: str) -> Layer:
-        linear, kernel, bias = adapter.linear, adapter.linear.kernel(), adapter.linear.bias()
-        for one in reversed(list(adapter.chain())):
-            if float(ops.convert_to_numpy(one.gate.value)) == 0:
-                continue
-            kernel_change, bias_change = one.kernel_change(), one.bias_change()
-            kernel = kernel if kernel_change is None else kernel + kernel_change
-            if bias_change is not None:
-                bias = bias_change if bias is None else bias + bias_change
-        layer = linear.make_layer(kernel, bias, adapter.activation)
+        chain = reversed(list(adapter.chain()))
+        active = [x for x in chain if float(ops.convert_to_numpy(x.gate.value)) != 0]
+        if not isinstance(adapter.origin, MATRIX_LAYERS):
+            layer = retrained_copy(active[-1].inner if active else adapter.origin)
+        elif isinstance(adapter.origin, keras.layers.Embedding):
+            layer = _fold_embedding(adapter.origin, active, path in heads)
+        else:
+            layer = _fold_linear(adapter, active)
         if keep:
             layer.merged_adapter = _MergedAdapter(adapter)
         return layer
 
     return rewire(model, fold, where=Adapter, freeze=False)
+
+
+def _fold_linear(adapter: Adapter, active: list[Adapter]) -> Layer:
+    linear, kernel, bias = adapter.linear, adapter.linear.kernel(), adapter.linear.bias()
+    for one in active:
+        kernel_change, bias_change = one.kernel_change(), one.bias_change()
+        kernel = kernel if kernel_change is None else kernel + kernel_change
+        if bias_change is not None:
+            bias = bias_change if bias is None else bias + bias_change
+    return linear.make_layer(kernel, bias, adapter.activation)
+
+
+def _fold_embedding(origin: Layer, active: list[Adapter], is_head: bool) -> Layer:
+    """Returns an embedding; a head that it is, too, gets a matrix of its own if they differ now."""
+    tables = {reverse: Lookup(origin).kernel() for reverse in (False, True)}
+    for one in active:
+        change = one.kernel_change()
+        for reverse in tables:
+            if change is not None and one.changes(reverse):
+                tables[reverse] += change if one.linear.takes_integers else ops.transpose(change)
+    config = {key: x for key, x in origin.get_config().items() if key != "quantization_config"}
+    config["dtype"] = origin.dtype_policy.name.rpartition("_from_")[2]
+    untied = is_head and any(one.reverse is not None for one in active)
+    if untied:
+        config["tie_weights"] = False
+    is_reversible = isinstance(origin, keras.layers.ReversibleEmbedding)
+    cls = keras.layers.ReversibleEmbedding if is_reversible else type(origin)
+    new = cls.from_config(config)
+    new.build_from_config(origin.get_build_config())
+    new.embeddings.assign(ops.copy(tables[False]))
+    if untied:
+        new.reverse_embeddings.assign(ops.copy(ops.transpose(tables[True])))
+    return new
 
 
 def unmerge(model: keras.Model) -> keras.Model:

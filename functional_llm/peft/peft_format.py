@@ -3,21 +3,20 @@
 Shapes: R rank. PEFT keeps matrices as torch does, (out, in).
 """
 
-import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any
 
 import numpy as np
-from keras import ops
 
-from functional_llm.graph.types import JSON, Tensor
-from functional_llm.peft.adapter import Adapter
+from functional_llm.graph.types import JSON
+from functional_llm.peft.adapter import REVERSED, Adapter
 from functional_llm.peft.dora import DoRA, column_lengths
 from functional_llm.peft.ia3 import IA3
-from functional_llm.peft.linear import Linear
 from functional_llm.peft.lora import LoRA
+from functional_llm.peft.names import NamedModel, to_numpy
+from functional_llm.peft.peft_targets import by_pattern, is_target, target_modules
 
 PREFIX = "base_model.model."
 
@@ -27,12 +26,17 @@ _IRRELEVANT = {
     *("auto_mapping", "peft_version", "target_modules", "exclude_modules", "layers_to_transform"),
     *("fan_in_fan_out",),  # how the base keeps its matrices; the tensors are the same
     *("layers_pattern", "runtime_config", "megatron_core", "qalora_group_size"),
+    *("modules_to_save",),
+    # How A and B came to be: `init_lora_weights` says whether the base was changed for that.
+    *("eva_config", "corda_config", "lora_ga_config", "loftq_config"),
 }
-_LORA_KEYS = {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern"}
-_LORA_KEYS |= {"use_rslora", "use_dora", "init_lora_weights"}
+_LORA_KEYS = {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "bias"}
+_LORA_KEYS |= {"use_rslora", "use_dora", "init_lora_weights", "trainable_token_indices"}
 _IA3_KEYS = {"feedforward_modules", "init_ia3_weights"}
-
-_Targets: TypeAlias = str | list[str] | None
+# `init_lora_weights` with which the base stays as it was; those that take a part of it away, which
+# can be found again; and the others.
+_PLAIN = (None, True, False, "gaussian", "eva", "orthogonal", "mica", "true", "false")
+_PART_OF_BASE = ("pissa", "olora")
 
 
 @dataclass(frozen=True)
@@ -43,40 +47,46 @@ class SavedAdapter:
     options: JSON
     weights: dict[str, np.ndarray]
 
+    def at(self, path: str) -> tuple[str, "SavedAdapter"]:
+        """Returns the path of the layer, and the adapter of it, or of the head that it is."""
+        layer = path.removesuffix(REVERSED)
+        if layer == path:
+            return path, self
+        return layer, SavedAdapter(self.cls, {**self.options, "reverse": True}, self.weights)
+
 
 # To PEFT
 
 
 def to_peft(
-    adapters: Mapping[str, Adapter],
-    module_of: Mapping[str, str],
-    linear_at: Callable[[str], Linear],
+    adapters: Mapping[str, Adapter], model: NamedModel
 ) -> tuple[JSON, dict[str, np.ndarray]]:
     """Returns the config and the tensors of an adapter in PEFT's format.
 
     Args:
-        adapters: Path -> adapter, all of one class that PEFT knows.
-        module_of: Path -> name of the module; a fused module has several paths, in order.
-        linear_at: Path -> the layer of the model.
+        adapters: Path, with ":reverse" behind if it is that of a head, -> adapter, all of one
+            class that PEFT knows.
+        model: The model, and the names of its parts.
     """
     modules = {
-        module: _join([adapters.get(path) for path in paths], paths, linear_at)
-        for module, paths in _group_paths(module_of).items()
+        module: _join([adapters.get(path) for path in paths], paths, model)
+        for module, paths in model.paths_of.items()
         if any(path in adapters for path in paths)
     }
     first = next(iter(adapters.values()))
     config = {
         "peft_type": first.peft_type,
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": model.names.base,
+        "revision": model.names.revision,
         "inference_mode": True,
         "fan_in_fan_out": False,
         "modules_to_save": None,
-        "target_modules": _target_modules(set(modules), module_of.values()),
+        "target_modules": target_modules(set(modules), model.paths_of),
     }
     if isinstance(first, IA3):
         scaled = {m for m, x in modules.items() if x.tensors["ia3_l"].shape[0] == 1}
-        config |= {"feedforward_modules": _target_modules(scaled, module_of.values())}
+        config |= {"feedforward_modules": target_modules(scaled, model.paths_of)}
     else:
         config |= _lora_config(modules, first)
     tensors = {
@@ -96,28 +106,21 @@ class _ModuleTensors:
 
     @property
     def rank(self) -> int:
-        return self.tensors["lora_A.weight"].shape[0]
-
-
-def _group_paths(module_of: Mapping[str, str]) -> dict[str, list[str]]:
-    """Returns module -> its paths."""
-    paths_of: dict[str, list[str]] = {}
-    for path, module in module_of.items():
-        paths_of.setdefault(module, []).append(path)
-    return paths_of
+        name = "lora_A.weight" if "lora_A.weight" in self.tensors else "lora_embedding_A"
+        return self.tensors[name].shape[0]
 
 
 def _join(
-    adapters: Sequence[Adapter | None], paths: list[str], linear_at: Callable[[str], Linear]
+    adapters: Sequence[Adapter | None], paths: list[str], model: NamedModel
 ) -> _ModuleTensors:
     """Makes one adapter for the outputs of several layers side by side (or of one)."""
-    present = [x for x in adapters if x is not None]
+    present: list[Any] = [x for x in adapters if x is not None]
     if isinstance(present[0], IA3):
-        return _ModuleTensors({"ia3_l": _join_ia3(adapters, paths, linear_at)})
+        return _ModuleTensors({"ia3_l": _join_ia3(adapters, paths, model)})
     scale = present[0].scale
-    factors = [None if x is None else [_to_numpy(f) for f in x.factors()] for x in adapters]
+    factors = [None if x is None else [to_numpy(f) for f in x.factors()] for x in adapters]
     a = np.concatenate([f[0] for f in factors if f is not None], axis=1)
-    sizes = [1] if len(paths) == 1 else [linear_at(path).out_size for path in paths]
+    sizes = [1] if len(paths) == 1 else [model.linear(path).out_size for path in paths]
     blocks, row = [], 0
     for adapter, pair, size in zip(adapters, factors, sizes, strict=True):
         if pair is None or adapter is None:
@@ -127,23 +130,24 @@ def _join(
         blocks.append(np.zeros((a.shape[1], b.shape[1]), "float32"))
         blocks[-1][row : row + b.shape[0]] = b
         row += b.shape[0]
-    tensors = {"lora_A.weight": a.T, "lora_B.weight": np.concatenate(blocks, axis=1).T}
+    names = _EMBEDDING_FACTORS if present[0].linear.takes_integers else _FACTORS
+    tensors = dict(zip(names, (a.T, np.concatenate(blocks, axis=1).T), strict=True))
     if isinstance(present[0], DoRA):
         lengths = [
-            column_lengths(linear_at(path).kernel()) if x is None else x.magnitude
+            column_lengths(model.linear(path).kernel()) if x is None else x.magnitude
             for path, x in zip(paths, adapters, strict=True)
         ]
-        tensors["lora_magnitude_vector"] = np.concatenate([_to_numpy(x) for x in lengths])
+        tensors["lora_magnitude_vector"] = np.concatenate([to_numpy(x) for x in lengths])
     return _ModuleTensors(tensors, scale)
 
 
 def _join_ia3(
-    adapters: Sequence[Adapter | None], paths: list[str], linear_at: Callable[[str], Linear]
+    adapters: Sequence[Adapter | None], paths: list[str], model: NamedModel
 ) -> np.ndarray:
     present = [x for x in adapters if x is not None]
     if not any(x.scales_inputs for x in present):
         scales = [
-            np.ones(linear_at(path).out_size, "float32") if x is None else _to_numpy(x.scale)
+            np.ones(model.linear(path).out_size, "float32") if x is None else to_numpy(x.scale)
             for path, x in zip(paths, adapters, strict=True)
         ]
         return np.concatenate(scales)[:, None]
@@ -152,7 +156,7 @@ def _join_ia3(
             f"PEFT's files keep {paths} as one module, whose inputs cannot be scaled one by one. "
             "Leave them out of `feedforward`."
         )
-    return _to_numpy(present[0].scale)[None, :]
+    return to_numpy(present[0].scale)[None, :]
 
 
 def _lora_config(modules: Mapping[str, _ModuleTensors], first: Adapter) -> JSON:
@@ -173,125 +177,86 @@ def _lora_config(modules: Mapping[str, _ModuleTensors], first: Adapter) -> JSON:
     }
 
 
-def _target_modules(modules: set[str], known: Iterable[str]) -> list[str]:
-    """Returns the last name if all modules that end in it are meant, else full names."""
-    known, targets = set(known), []
-    for last in sorted({name.rpartition(".")[2] for name in modules}):
-        same = {name for name in known if name.rpartition(".")[2] == last}
-        targets += [last] if same <= modules else sorted(same & modules)
-    return targets
-
-
-def _to_numpy(x: Tensor) -> np.ndarray:
-    return np.asarray(ops.convert_to_numpy(ops.cast(x, "float32")))
-
-
 # From PEFT
 
+_FACTORS = ("lora_A.weight", "lora_B.weight")
+_EMBEDDING_FACTORS = ("lora_embedding_A", "lora_embedding_B")
+_MATRICES = {*_FACTORS, *_EMBEDDING_FACTORS}
 # What a tensor's name ends in -> the adapter's own name of the weight.
 _WEIGHT_OF_SUFFIX = {
-    "lora_A.weight": "lora_a",
-    "lora_B.weight": "lora_b",
+    **dict(zip(_FACTORS, ("lora_a", "lora_b"), strict=True)),
+    **dict(zip(_EMBEDDING_FACTORS, ("lora_a", "lora_b"), strict=True)),
     "lora_magnitude_vector": "magnitude",
     "ia3_l": "scale",
 }
 
 
 def from_peft(
-    config: JSON,
-    tensors: Mapping[str, np.ndarray],
-    module_of: Mapping[str, str],
-    linear_at: Callable[[str], Linear],
-) -> tuple[dict[str, SavedAdapter], list[str]]:
-    """Reads an adapter in PEFT's format.
+    config: JSON, tensors: Mapping[str, np.ndarray], model: NamedModel
+) -> tuple[list[tuple[str, SavedAdapter]], dict[str, np.ndarray], list[str]]:
+    """Reads the part of an adapter in PEFT's format that is one of its methods.
 
     Args:
         config: The `adapter_config.json`.
         tensors: The file's tensors.
-        module_of: Path -> name of the module; a fused module has several paths, in order.
-        linear_at: Path -> the layer of the model.
+        model: The model, and the names of its parts.
 
     Returns:
-        Path -> what the file has for it, and what does not fit.
+        Path and adapter of each layer; the tensors that belong to none, without their prefix; and
+        what does not fit.
     """
     is_lora = config.get("peft_type") == "LORA"
-    paths_of = _group_paths(module_of)
-    grouped, tensor_problems = _group_tensors(tensors, paths_of)
-    problems = _check_keys(config, _LORA_KEYS if is_lora else _IA3_KEYS) + tensor_problems
+    problems = _check_keys(config, _LORA_KEYS if is_lora else _IA3_KEYS)
+    if problems:
+        return [], {}, problems
+    grouped, others, problems = _group_tensors(tensors, model.paths_of)
     problems += [
         f"module '{module}' is one of the adapter's targets, and has no tensors"
-        for module in paths_of
-        if module not in grouped and _is_target(config, module)
+        for module in model.paths_of
+        if module not in grouped and is_target(config, module)
     ]
-    saved: dict[str, SavedAdapter] = {}
+    saved: list[tuple[str, SavedAdapter]] = []
     for module, found in grouped.items():
         whole = _read_lora(config, module, found) if is_lora else _read_ia3(found)
-        paths = paths_of[module]
+        paths = model.paths_of[module]
         try:
-            pieces = _split(whole, [linear_at(x).out_size for x in paths] if paths[1:] else [])
+            pieces = _split(whole, [model.linear(x).out_size for x in paths] if paths[1:] else [])
         except ValueError as error:
             problems.append(f"module '{module}': {error}")
             continue
-        saved |= dict(zip(paths, pieces, strict=True))
-    return saved, problems
+        saved += [piece.at(path) for path, piece in zip(paths, pieces, strict=True)]
+    return saved, others, problems
 
 
 def _group_tensors(
     tensors: Mapping[str, np.ndarray], modules: Collection[str]
-) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
-    """Returns module -> suffix -> tensor, and what does not fit."""
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray], list[str]]:
+    """Returns module -> suffix -> tensor, the other tensors, and what does not fit."""
     grouped: dict[str, dict[str, np.ndarray]] = {}
-    problems = []
+    others, problems = {}, []
     for name, array in tensors.items():
         suffix = next((x for x in _WEIGHT_OF_SUFFIX if name.endswith(f".{x}")), None)
-        if not name.startswith(PREFIX) or suffix is None:
+        if not name.startswith(PREFIX):
             problems.append(f"unknown tensor '{name}' of shape {array.shape}")
-            continue
-        module = name.removeprefix(PREFIX).removesuffix(f".{suffix}")
-        if module in modules:
+        elif suffix is None:
+            others[name.removeprefix(PREFIX)] = array
+        elif (module := name.removeprefix(PREFIX).removesuffix(f".{suffix}")) in modules:
             grouped.setdefault(module, {})[suffix] = array
         else:
             problems.append(f"the model has no module '{module}'")
-    return grouped, list(dict.fromkeys(problems))
-
-
-def _is_target(config: JSON, module: str) -> bool:
-    """Whether PEFT puts an adapter on a module: `check_target_module_exists` in its tuners."""
-    named = _is_named(config.get("target_modules"), module)
-    if not named or _is_named(config.get("exclude_modules"), module):
-        return False
-    numbers, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or r"[^.]*"
-    if numbers in (None, []) or not _is_suffix(config["target_modules"], module):
-        return True
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    found = [re.match(rf"(?:^|.*?\.){x}\.(\d+)\.", module) for x in patterns]
-    numbers = [numbers] if isinstance(numbers, int) else numbers
-    return any(x is not None and int(x[1]) in numbers for x in found)
-
-
-def _is_named(targets: _Targets, module: str) -> bool:
-    """Whether `targets` names a module: a regular expression, or a list of names or their ends."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    return module in (targets or ()) or _is_suffix(targets, module)
-
-
-def _is_suffix(targets: _Targets, module: str) -> bool:
-    if not isinstance(targets, list) or module in targets:
-        return False
-    return any(module.endswith(f".{x}") for x in targets)
+    return grouped, others, list(dict.fromkeys(problems))
 
 
 def _read_lora(config: JSON, module: str, tensors: Mapping[str, np.ndarray]) -> SavedAdapter:
     cls = DoRA if config.get("use_dora") else LoRA
     options = {
-        "rank": _by_pattern(config.get("rank_pattern"), module, config.get("r", 8)),
-        "alpha": _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)),
+        "rank": by_pattern(config.get("rank_pattern"), module, config.get("r", 8)),
+        "alpha": by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)),
         "dropout": config.get("lora_dropout", 0.0),
         "rslora": bool(config.get("use_rslora")),
     }
-    if config.get("init_lora_weights") == "pissa":  # the tensors stand beside what is left of W
-        options["init"] = "pissa"
+    if config.get("init_lora_weights") in _PART_OF_BASE:  # the tensors stand beside what is left
+        options["init"] = config["init_lora_weights"]
     return SavedAdapter(cls, options, _own_weights(tensors))
 
 
@@ -304,7 +269,7 @@ def _read_ia3(tensors: Mapping[str, np.ndarray]) -> SavedAdapter:
 def _own_weights(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the tensors under the adapter's own names, in its layout."""
     return {
-        _WEIGHT_OF_SUFFIX[suffix]: array.T if suffix.endswith("weight") else array.reshape(-1)
+        _WEIGHT_OF_SUFFIX[suffix]: array.T if suffix in _MATRICES else array.reshape(-1)
         for suffix, array in tensors.items()
     }
 
@@ -318,6 +283,11 @@ def _split(whole: SavedAdapter, sizes: list[int]) -> list[SavedAdapter]:
     """
     if not sizes:
         return [whole]
+    if (init := whole.options.get("init", "zeros")) != "zeros":
+        raise ValueError(
+            f"init_lora_weights = {init!r} was taken from a matrix that is {len(sizes)} layers "
+            f"here; {_CONVERT}"
+        )
     shared = "scale" if whole.options.get("scales_inputs") else "lora_a"
     pieces: list[dict[str, np.ndarray]] = [{} for _ in sizes]
     for name, array in whole.weights.items():
@@ -330,11 +300,7 @@ def _split(whole: SavedAdapter, sizes: list[int]) -> list[SavedAdapter]:
     return [SavedAdapter(whole.cls, whole.options, piece) for piece in pieces]
 
 
-def _by_pattern(patterns: dict[str, float] | None, module: str, default: float) -> float:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+_CONVERT = "save it with PEFT's `path_initial_model_for_weight_conversion`"
 
 
 def _check_keys(config: JSON, known: set[str]) -> list[str]:
@@ -343,12 +309,28 @@ def _check_keys(config: JSON, known: set[str]) -> list[str]:
     for key, value in config.items():
         neutral = value in (None, False, {}, [], "none")
         if key not in _IRRELEVANT | known and not neutral:
-            problems.append(f"config key '{key}' = {value!r} is not supported")
+            problems.append(f"config key '{key}' = {value!r:.200} is not supported")
+    for key, kinds in _KINDS.items():
+        if key in config and not isinstance(config[key], (*kinds, type(None))):
+            problems.append(f"config key '{key}' = {config[key]!r:.200} is of another type")
+    if config.get("bias", "none") not in ("none", "all", "lora_only"):
+        problems.append(f"config key 'bias' = {config['bias']!r:.200} is not supported")
     init = config.get("init_lora_weights", True)
-    plain = (None, True, False, "gaussian", "orthogonal", "pissa")
-    if init not in plain:
+    if init == "loftq":
+        problems.append("init_lora_weights = 'loftq' quantises the base, which no part here does")
+    elif init not in (*_PLAIN, *_PART_OF_BASE):
         problems.append(
-            f"init_lora_weights = {init!r} changes the base's weights at random; save it with "
-            "PEFT's `path_initial_model_for_weight_conversion`"
+            f"init_lora_weights = {init!r:.200} changes the base's weights in a way that is not "
+            f"in the file; {_CONVERT}"
         )
     return problems
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), (str, list)),
+    **dict.fromkeys(("modules_to_save",), (list,)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
+    "layers_to_transform": (int, list),
+    "trainable_token_indices": (list, dict),
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), (int, float)),
+}

@@ -2,36 +2,46 @@
 
 from collections.abc import Sequence
 from graphlib import TopologicalSorter
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 from keras import ops
 
+from functional_llm.graph.selection import walk
 from functional_llm.graph.types import JSON, Layer
-from functional_llm.peft.adapter import Adapter, activate, attach, find_adapters
+from functional_llm.peft.adapter import Adapter, activate, find_adapters, join
 
 _PACKAGE = "functional_llm>"
 
 
 def adapters_to_config(model: keras.Model) -> list[JSON]:
     """Returns name, class, layers and options of each adapter, in the order of attaching."""
-    configs: dict[str, JSON] = {}
-    below: dict[str, set[str]] = {}  # the names that must be attached before
+    configs: dict[_Part, JSON] = {}
+    below: dict[_Part, set[_Part]] = {}  # the parts that must be attached before
     for path, adapter in find_adapters(model):
-        name = adapter.adapter_name
+        part = _part_of(adapter)
         config = configs.setdefault(
-            name,
+            part,
             {
-                "adapter_name": name,
-                "method": keras.saving.get_registered_name(type(adapter)).removeprefix(_PACKAGE),
+                "adapter_name": adapter.adapter_name,
+                "method": part[1],
                 "dtype": adapter.dtype,
                 "active": bool(ops.convert_to_numpy(adapter.gate.value)),
                 "layers": {},
             },
         )
         config["layers"][path] = adapter.get_options()
-        below.setdefault(name, set()).update(x.adapter_name for x in list(adapter.chain())[1:])
-    return [configs[name] for name in TopologicalSorter(below).static_order()]
+        below.setdefault(part, set()).update(map(_part_of, list(adapter.chain())[1:]))
+    return [configs[part] for part in TopologicalSorter(below).static_order()]
+
+
+# What one adapter has of one class, in one direction of an embedding.
+_Part: TypeAlias = tuple[str, str, bool | None]
+
+
+def _part_of(adapter: Adapter) -> _Part:
+    method = keras.saving.get_registered_name(type(adapter)).removeprefix(_PACKAGE)
+    return adapter.adapter_name, method, adapter.reverse
 
 
 def attach_from_config(model: keras.Model, configs: Sequence[JSON]) -> keras.Model:
@@ -41,6 +51,8 @@ def attach_from_config(model: keras.Model, configs: Sequence[JSON]) -> keras.Mod
         ValueError: If a class is not known here, or the model has no such layers.
     """
     for config in configs:
+        if missing := sorted(set(config["layers"]) - {path for path, _ in walk(model)}):
+            raise ValueError(f"The model has no layers {missing}, which the file has adapters for.")
         model = _attach_one(model, _find_class(config["method"]), config)
     if configs:
         activate(model, [config["adapter_name"] for config in configs if config["active"]])
@@ -53,13 +65,7 @@ def _attach_one(model: keras.Model, method: type[Adapter], config: JSON) -> kera
     def make(layer: Layer, path: str, **kwargs: Any) -> Adapter:
         return method(layer, **layers[path], **kwargs)
 
-    return attach(
-        model,
-        make,
-        lambda _, path: path in layers,
-        config["adapter_name"],
-        dtype=config["dtype"],
-    )
+    return join(model, make, list(layers), config["adapter_name"], dtype=config["dtype"])
 
 
 def _find_class(name: str) -> type[Adapter]:

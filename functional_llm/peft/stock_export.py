@@ -5,7 +5,8 @@ from keras import ops
 
 from functional_llm.graph.types import Layer, Tensor
 from functional_llm.peft.adapter import Adapter
-from functional_llm.peft.linear import Linear
+from functional_llm.peft.linear import Linear, Lookup
+from functional_llm.peft.retrained import Retrained
 from functional_llm.stock.lowering import indices, register_lowering
 
 
@@ -46,10 +47,45 @@ class _ProbedLinear(Linear):
         return (*(1,) * (others - 1), rows, *sizes)
 
 
-def _lower_adapter(adapter: Adapter, x: Tensor, training: bool | None = None) -> Tensor:
+class _ProbedLookup(Lookup):
+    """The same of an embedding: what it returns for all tokens is its matrix."""
+
+    def __init__(self, linear: Lookup, layer: Layer, x: Tensor) -> None:
+        vars(self).update(vars(linear))
+        self.layer = layer
+        self.takes_integers = linear.takes_integers
+        size = self.in_size if self.takes_integers else self.out_size
+        self._tokens = indices(size, x)
+
+    def kernel(self) -> Tensor:
+        table = ops.cast(self.layer(self._tokens), "float32")
+        return table if self.takes_integers else ops.transpose(table)
+
+    def apply(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return super().apply(x, matrix) if self.takes_integers else ops.matmul(x, matrix)
+
+
+def _lower_adapter(
+    adapter: Adapter, x: Tensor, training: bool | None = None, reverse: bool = False
+) -> Tensor:
     """Calls the method's own code; whether the adapter is active stays as it is now."""
-    adapter.linear = _ProbedLinear(adapter.linear, adapter.place(adapter.linear.layer), x)
-    return type(adapter).call(adapter, x, training=training)
+    if not isinstance(adapter.linear, (_ProbedLinear, _ProbedLookup)):  # as after the first call
+        probed = _ProbedLookup if isinstance(adapter.linear, Lookup) else _ProbedLinear
+        adapter.linear = probed(adapter.linear, adapter.place(adapter.linear.layer), x)
+    kwargs = {"reverse": True} if reverse else {}
+    return type(adapter).call(adapter, x, training=training, **kwargs)
+
+
+def _lower_retrained(
+    adapter: Retrained, x: Tensor, training: bool | None = None, reverse: bool = False
+) -> Tensor:
+    """Calls both layers, so that both have their weights in the file."""
+    base = adapter.call_base(x, reverse)
+    if not adapter.changes(reverse):
+        return base
+    own = adapter.inner(x, reverse=True) if reverse else adapter.inner(x)
+    return adapter.activation(own * adapter.gate + base * (1.0 - adapter.gate))
 
 
 register_lowering(Adapter, _lower_adapter)
+register_lowering(Retrained, _lower_retrained)

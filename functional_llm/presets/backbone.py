@@ -15,13 +15,15 @@ import numpy as np
 from functional_llm.backbones.families import FAMILIES
 from functional_llm.backbones.family import Family, ModelConfig
 from functional_llm.formats.hf_directory import write_directory
-from functional_llm.formats.weight_table import module_names
+from functional_llm.formats.weight_table import HEAD, expand_table, module_names, tied_head
 from functional_llm.graph.freezing import Freezable
 from functional_llm.graph.keras_private import uninitialized
 from functional_llm.graph.types import Nested
 from functional_llm.layers.call_inputs import as_tensors, complete_inputs, with_mask
+from functional_llm.peft.adapter import REVERSED
+from functional_llm.peft.names import Names
 from functional_llm.presets.edits import apply_edits, check_unedited, edits_of
-from functional_llm.presets.sources import open_source, read_numbers
+from functional_llm.presets.sources import open_source, read_numbers, transformers_name
 from functional_llm.stock.keras_model import load_keras_weights, write_keras_model
 from functional_llm.stock.lowering import Lowering
 from functional_llm.stock.stablehlo import export_stablehlo
@@ -292,9 +294,37 @@ class Backbone(LanguageModelLoss, Freezable, keras.Model):
 
     @property
     def module_names(self) -> dict[str, str]:
-        """Path of each Dense -> name of the module in the family's checkpoints."""
+        """Path of each layer with a matrix -> name of the module in the family's checkpoints.
+
+        The head that an embedding is, too, has the path of the embedding with ":reverse" behind.
+        """
         family = self._family()
-        return {} if family is None else module_names(family.weights, self.config.num_layers)
+        if family is None:
+            return {}
+        names = module_names(family.weights, self.config.num_layers)
+        if self.config.tie_word_embeddings:
+            names[f"token_embedding{REVERSED}"] = HEAD.removesuffix(".weight")
+        return names
+
+    @property
+    def peft_names(self) -> Names:
+        """What PEFT's files call the parts of this model, and the model."""
+        family = self._family()
+        if family is None:
+            return Names()
+        tensors = expand_table(
+            family.weights, [v.path for v in self.variables], self.config.num_layers, strict=False
+        )
+        tied = tied_head(tensors) if self.config.tie_word_embeddings else None
+        base, revision = (None, None) if self.preset is None else transformers_name(self.preset)
+        return Names(
+            modules=self.module_names,
+            tensors=tensors,
+            tied=tied,
+            base=base,
+            revision=revision,
+            write_tokenizer=lambda folder: self._write_tokenizer(None, folder),
+        )
 
     def _family(self) -> Family | None:
         fitting = (f for f in FAMILIES.values() if isinstance(self.config, f.config_class))

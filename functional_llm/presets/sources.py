@@ -51,6 +51,21 @@ def read_numbers(handle: str | Path) -> tuple[Family, ModelConfig, Edits]:
     return source.family, source.config, source.edits
 
 
+def transformers_name(handle: str) -> tuple[str | None, str | None]:
+    """Returns what Transformers opens as the model of a handle, and the revision.
+
+    That is an id of the Hub or a directory; `None` for files that it cannot open.
+    """
+    if handle.startswith("hf://"):
+        repository, _, revision = handle.removeprefix("hf://").partition("@")
+        return repository, revision or None
+    if _is_preset(handle):
+        source = read_preset(handle)["source"]
+        return source.get("hub", source.get("original")), source.get("revision")
+    path = Path(handle).expanduser().absolute()
+    return (str(path) if path.is_dir() else None), None
+
+
 def locate(handle: str | Path) -> Path:
     """Returns the file or directory of a handle, fetched if need be.
 

@@ -9,6 +9,7 @@ Shapes: B batch, T new tokens, S slots of the cache, V vocabulary.
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -74,6 +75,7 @@ class Lowering:
         self._homes: dict[int, Layer] = {}
         self._home: Layer = original  # what is being lowered now: a model of its own
         self._names: set[str] = set()
+        self._called_twice: set[int] = set()
         # A custom layer's weights are copied into stock layers, perhaps in another shape.
         self.copies: list[tuple[keras.Variable, keras.Variable]] = []
         self.model = self._around(self._decoder())
@@ -149,6 +151,8 @@ class Lowering:
     def _call_custom(
         self, lower: Lower, layer: Layer, path: str, args: Nested, kwargs: Nested
     ) -> list[Tensor]:
+        if id(layer) in self._called_twice:  # perhaps in two ways, for which one model is too few
+            return self._lower(lower, layer, path, args, kwargs)
         pairs = tree.flatten_with_path((args, kwargs))
         named = [(path, x) for path, x in pairs if isinstance(x, keras.KerasTensor)]
         given = [x for _, x in named]
@@ -193,6 +197,8 @@ class Lowering:
 
     def _run(self, graph: keras.Model, tensors: dict[int, Tensor], path: str) -> list[Tensor]:
         """Returns the flat outputs of a graph for new tensors in the places of its inputs."""
+        counts = Counter(id(call.operation) for call in calls(graph))
+        self._called_twice |= {operation for operation, count in counts.items() if count > 1}
         for call in calls(graph):
             args, kwargs = call.with_tensors(tensors)
             inside = f"{path}/{call.operation.name}" if path else call.operation.name

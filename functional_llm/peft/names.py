@@ -1,0 +1,97 @@
+"""What PEFT's files call the parts of a model: its modules, its tensors, the model itself."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import ops
+
+from functional_llm.formats.weight_table import Tensor
+from functional_llm.graph.selection import walk
+from functional_llm.graph.types import Layer
+from functional_llm.peft.adapter import REVERSED, origin_of
+from functional_llm.peft.linear import MATRIX_LAYERS, Linear, view
+
+
+def _nothing(folder: Path) -> None:
+    """Writes no tokenizer."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names for one model. A Backbone of a family has them; other models have their paths.
+
+    Args:
+        modules: Path of a layer with a matrix -> name of its module; a fused module has several
+            paths, in order. A path with ":reverse" behind is the head that an embedding is.
+        tensors: The tensors of a checkpoint, and which variables each holds.
+        tied: Name of the tensor of a head that has none of its own, and of that which it is.
+        base: What Transformers opens as the model: an id of the Hub, or a directory.
+        revision: Of the id.
+        write_tokenizer: Writes the files of the model's tokenizer into a folder, if it has one.
+    """
+
+    modules: Mapping[str, str] = field(default_factory=dict)
+    tensors: Sequence[Tensor] = ()
+    tied: tuple[str, str] | None = None
+    base: str | None = None
+    revision: str | None = None
+    write_tokenizer: Callable[[Path], None] = _nothing
+
+
+class NamedModel:
+    """A model whose parts have names in PEFT's files.
+
+    Args:
+        model: A functional model; with the property `peft_names`, if it has any.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self.names: Names = getattr(model, "peft_names", Names())
+        self._layers: dict[str, Layer] = {path: origin_of(x) for path, x in walk(model)}
+        modules = dict(self.names.modules)
+        for path, layer in self._layers.items():
+            if isinstance(layer, MATRIX_LAYERS):
+                modules.setdefault(path, path.replace("/", "."))
+        self.modules = modules
+        self.paths_of: dict[str, list[str]] = {}
+        for path, module in modules.items():
+            self.paths_of.setdefault(module, []).append(path)
+        self.variables = {
+            f"{path}/{v.name}": v for path, layer in self._layers.items() for v in layer.weights
+        }
+        self.tensors = {tensor.name: tensor for tensor in self.names.tensors}
+
+    def linear(self, path: str) -> Linear:
+        """Returns the view of the layer at a path; behind ":reverse", of the head that it is."""
+        return view(self._layers[path.removesuffix(REVERSED)], path.endswith(REVERSED))
+
+    def weight_names(self, path: str) -> list[str]:
+        """Returns the names of all weights of the layer at a path."""
+        return [v.name for v in self._layers[path].weights]
+
+    def split(self, name: str, array: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns the path of each variable in a tensor of a checkpoint -> its value.
+
+        Raises:
+            ValueError: If the tensor has another shape than the model's.
+        """
+        tensor = self.tensors[name]
+        shapes = {path: tuple(self.variables[path].shape) for path in tensor.paths}
+        if (expected := tensor.shape(shapes)) != array.shape:
+            raise ValueError(f"tensor '{name}': expected shape {expected}, received {array.shape}")
+        values = tensor.split(array, tensor.sizes(shapes))
+        return dict(zip(tensor.paths, values, strict=True))
+
+    def join(self, name: str, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Returns a tensor of a checkpoint, with the model's values where none is given."""
+        paths = self.tensors[name].paths
+        own = [values[x] if x in values else to_numpy(self.variables[x]) for x in paths]
+        return self.tensors[name].join(own)
+
+
+def to_numpy(x: object) -> np.ndarray:
+    """Returns an array or a variable as NumPy, in float32."""
+    return np.asarray(ops.convert_to_numpy(ops.cast(x, "float32")))

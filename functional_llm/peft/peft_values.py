@@ -1,0 +1,146 @@
+"""What PEFT's files hold beside a method: whole modules, biases, rows of an embedding."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from functional_llm.graph.types import JSON
+from functional_llm.peft.adapter import Adapter
+from functional_llm.peft.names import NamedModel, to_numpy
+from functional_llm.peft.peft_format import PREFIX, SavedAdapter
+from functional_llm.peft.peft_targets import is_to_save
+from functional_llm.peft.retrained import Retrained
+from functional_llm.peft.tokens import TrainedTokens
+
+_ROWS = ".token_adapter.trainable_tokens_delta"
+_BASE = ".base_layer"
+
+
+def values_from_peft(
+    config: JSON, tensors: Mapping[str, np.ndarray], model: NamedModel
+) -> tuple[list[tuple[str, SavedAdapter]], list[str]]:
+    """Reads the tensors that belong to no method; returns paths and adapters, and what is wrong.
+
+    Args:
+        config: The `adapter_config.json`.
+        tensors: The tensors, without PEFT's prefix.
+        model: The model, and the names of its parts.
+    """
+    found: dict[tuple[str, bool | None], dict[str, np.ndarray]] = {}  # layer, direction -> weights
+    saved, problems = [], []
+    for name, array in tensors.items():
+        stem = name.replace(f"{_BASE}.", ".")
+        try:
+            if name.endswith(_ROWS):
+                saved.append(_rows(config, name.removesuffix(_ROWS), array, model))
+                continue
+            for path, reverse, value in _values(config, name, stem, array, model):
+                layer, _, weight = path.rpartition("/")
+                found.setdefault((layer, reverse), {})[weight] = value
+        except ValueError as error:
+            problems.append(str(error))
+    there = {name.replace(f"{_BASE}.", ".") for name in tensors}
+    problems += [
+        f"tensor '{x}' is of a module in modules_to_save, and is not there"
+        for x in [*model.tensors, *([model.names.tied[0]] if model.names.tied else [])]
+        if is_to_save(config, x) and x not in there
+    ]
+    for (layer, reverse), weights in found.items():
+        is_whole = set(weights) == set(model.weight_names(layer))
+        options: JSON = {"names": None if is_whole else sorted(weights)}
+        options |= {} if reverse is False else {"reverse": reverse}
+        saved.append((layer, SavedAdapter(Retrained, options, weights)))
+    if config.get("ensure_weight_tying") and model.names.tied and saved:
+        problems.append("config key 'ensure_weight_tying' is not supported for a tied embedding")
+    return saved, problems
+
+
+def _values(
+    config: JSON, name: str, stem: str, array: np.ndarray, model: NamedModel
+) -> Iterable[tuple[str, bool | None, np.ndarray]]:
+    """Yields (path of a variable, direction, value) of a tensor."""
+    head, table = model.names.tied or ("", "")
+    is_bias = stem.endswith(".bias") and config.get("bias", "none") != "none"
+    is_base = stem != name and not is_bias
+    known = stem in model.tensors or stem == head
+    if not known or not (is_base or is_bias or is_to_save(config, stem)):
+        raise ValueError(f"unknown tensor '{PREFIX}{name}' of shape {array.shape}")
+    for path, value in model.split(table if stem == head else stem, array).items():
+        reverse: bool | None = stem == head
+        if is_base:  # of the model under the adapter
+            variable = model.variables[path]
+            if np.array_equal(to_numpy(variable), value.astype(variable.dtype).astype("float32")):
+                continue
+            reverse = None if stem in (head, table) and head else False
+        yield path, reverse, value
+
+
+def _rows(
+    config: JSON, module: str, array: np.ndarray, model: NamedModel
+) -> tuple[str, SavedAdapter]:
+    indices = config.get("trainable_token_indices")
+    if isinstance(indices, Mapping):
+        indices = next((x for key, x in indices.items() if module.endswith(key)), None)
+    tensor = model.tensors.get(f"{module}.weight")
+    is_list = isinstance(indices, list) and all(type(x) is int for x in indices)
+    if not is_list or tensor is None:
+        raise ValueError(
+            f"tensor '{PREFIX}{module}{_ROWS}' expected token ids for a module of the model in "
+            "the config key 'trainable_token_indices'"
+        )
+    is_tied = model.names.tied is not None and tensor.name == model.names.tied[1]
+    options: JSON = {"token_ids": indices, **({"reverse": None} if is_tied else {})}
+    path = tensor.paths[0].rpartition("/")[0]
+    return path, SavedAdapter(TrainedTokens, options, {"rows": array})
+
+
+def values_to_peft(
+    adapters: Sequence[tuple[str, Adapter]], config: JSON, targets: set[str], model: NamedModel
+) -> dict[str, np.ndarray]:
+    """Returns the tensors of what is beside a method, and writes its keys into the config.
+
+    Args:
+        adapters: Path and adapter of each layer.
+        config: The `adapter_config.json`, changed.
+        targets: Modules of the method.
+        model: The model, and the names of its parts.
+    """
+    head, table = model.names.tied or ("", "")
+    values: dict[bool, dict[str, np.ndarray]] = {False: {}, True: {}}
+    indices, tensors = {}, {}
+    for path, adapter in adapters:
+        own = {name: to_numpy(v) for name, v in adapter.adapter_weights.items()}
+        if isinstance(adapter, TrainedTokens):
+            name = next(x for x, t in model.tensors.items() if t.paths[0].startswith(f"{path}/"))
+            module = name.removesuffix(".weight")
+            indices[module] = [int(x) for x in adapter.token_ids]
+            tensors[f"{module}{_ROWS}"] = own["rows"]
+            continue
+        for reverse in (False, True):
+            if adapter.changes(reverse) and (not reverse or adapter.reverse is not False):
+                values[reverse] |= {f"{path}/{name}": x for name, x in own.items()}
+    names = {x: t for x, t in model.tensors.items() if any(p in values[False] for p in t.paths)}
+    whole = {x: model.join(x, values[False]) for x in names}
+    if values[True]:
+        whole[head] = model.join(table, values[True])
+    biases = {x for x in whole if x.endswith(".bias")}
+    everything = {x for x in model.tensors if x.endswith(".bias")}
+    of_targets = {x for x in everything if x.removesuffix(".bias") in targets}
+    if biases == set(whole) and biases in (of_targets, everything) and biases:
+        config["bias"] = "lora_only" if biases == of_targets else "all"
+    elif whole:
+        modules = {x.rpartition(".")[0] for x in whole}
+        if clash := sorted(modules & targets):
+            raise ValueError(
+                f"PEFT's files cannot say that {clash} have an adapter and weights of their own."
+            )
+        config["modules_to_save"] = sorted(modules)
+        siblings = [x for x in model.tensors if x.rpartition(".")[0] in modules]
+        whole |= {x: model.join(x, {}) for x in siblings if x not in whole}
+    if indices:
+        config["trainable_token_indices"] = indices
+    for name, array in whole.items():
+        module, _, kind = name.rpartition(".")
+        inside = _BASE if module in targets else ""
+        tensors[f"{module}{inside}.{kind}"] = array
+    return {f"{PREFIX}{name}": np.ascontiguousarray(x) for name, x in tensors.items()}
