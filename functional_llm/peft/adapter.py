@@ -62,6 +62,7 @@ class Adapter(keras.layers.Layer):
         self.supports_masking = True
         self.adapter_name = adapter_name
         self.reverse = reverse
+        self.is_stacked = isinstance(base, Adapter)
         self.base = shared_copy(base)
         self.activation = getattr(base, "activation", keras.activations.linear)
         if hasattr(base, "activation"):  # the adapter applies it after the change
@@ -131,8 +132,8 @@ class Adapter(keras.layers.Layer):
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         if not self.base.built:
             self.base.build(input_shape)
-        if isinstance(self.origin, MATRIX_LAYERS):
-            self.linear = view(self.origin, bool(self.reverse))
+        has_matrix = isinstance(self.origin, MATRIX_LAYERS)
+        self.linear: Any = view(self.origin, bool(self.reverse)) if has_matrix else None
         if self.gate is None:
             self.gate = make_gate()
         self.make_weights(self.linear)

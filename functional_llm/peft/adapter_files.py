@@ -1,6 +1,7 @@
 """Adapters on disk: PEFT's own format, and the same two files for methods that PEFT lacks."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -211,7 +212,13 @@ def _read(
             "or IA3, or a file from `save_adapter`."
         )
     named = NamedModel(model)
-    saved, others, problems = from_peft(config, tensors, named)
+    try:
+        saved, others, problems = from_peft(config, tensors, named)
+    except re.error as error:
+        raise ValueError(
+            f"{folder / CONFIG_NAME}: expected regular expressions for modules, received "
+            f"{error.pattern!r:.200} ({error})."
+        ) from None
     if saved or not problems:
         beside, more = values_from_peft(config, others, named)
         saved, problems = [*beside, *saved], [*problems, *more]

@@ -51,7 +51,11 @@ class NamedModel:
     def __init__(self, model: keras.Model) -> None:
         self.names: Names = getattr(model, "peft_names", Names())
         self._layers: dict[str, Layer] = {path: origin_of(x) for path, x in walk(model)}
-        modules = dict(self.names.modules)
+        modules = {
+            path: module
+            for path, module in self.names.modules.items()
+            if path.removesuffix(REVERSED) in self._layers
+        }
         for path, layer in self._layers.items():
             if isinstance(layer, MATRIX_LAYERS):
                 modules.setdefault(path, path.replace("/", "."))

@@ -26,7 +26,7 @@ _IRRELEVANT = {
     *("auto_mapping", "peft_version", "target_modules", "exclude_modules", "layers_to_transform"),
     *("fan_in_fan_out",),  # how the base keeps its matrices; the tensors are the same
     *("layers_pattern", "runtime_config", "megatron_core", "qalora_group_size"),
-    *("modules_to_save",),
+    *("modules_to_save", "ensure_weight_tying"),
     # How A and B came to be: `init_lora_weights` says whether the base was changed for that.
     *("eva_config", "corda_config", "lora_ga_config", "loftq_config"),
 }
@@ -207,6 +207,8 @@ def from_peft(
     """
     is_lora = config.get("peft_type") == "LORA"
     problems = _check_keys(config, _LORA_KEYS if is_lora else _IA3_KEYS)
+    if config.get("ensure_weight_tying") and model.names.tied:
+        problems.append("config key 'ensure_weight_tying' is not supported for a tied embedding")
     if problems:
         return [], {}, problems
     grouped, others, problems = _group_tensors(tensors, model.paths_of)

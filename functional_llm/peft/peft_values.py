@@ -50,8 +50,6 @@ def values_from_peft(
         options: JSON = {"names": None if is_whole else sorted(weights)}
         options |= {} if reverse is False else {"reverse": reverse}
         saved.append((layer, SavedAdapter(Retrained, options, weights)))
-    if config.get("ensure_weight_tying") and model.names.tied and saved:
-        problems.append("config key 'ensure_weight_tying' is not supported for a tied embedding")
     return saved, problems
 
 
@@ -117,7 +115,7 @@ def values_to_peft(
             tensors[f"{module}{_ROWS}"] = own["rows"]
             continue
         for reverse in (False, True):
-            if adapter.changes(reverse) and (not reverse or adapter.reverse is not False):
+            if adapter.changes(reverse):
                 values[reverse] |= {f"{path}/{name}": x for name, x in own.items()}
     names = {x: t for x, t in model.tensors.items() if any(p in values[False] for p in t.paths)}
     whole = {x: model.join(x, values[False]) for x in names}

@@ -42,7 +42,7 @@ class Retrained(Adapter):
         def own() -> Tensor:
             return self.inner(x, reverse=True) if reverse else self.inner(x)
 
-        if isinstance(self.base, Adapter):  # their changes add up
+        if self.is_stacked:  # their changes add up
             before = self.origin(x, reverse=True) if reverse else self.origin(x)
             change = ops.cast(self.gate, before.dtype) * (own() - before)
             return self.activation(self.call_base(x, reverse) + change)

@@ -83,8 +83,11 @@ def _lower_retrained(
     base = adapter.call_base(x, reverse)
     if not adapter.changes(reverse):
         return base
-    own = adapter.inner(x, reverse=True) if reverse else adapter.inner(x)
-    return adapter.activation(own * adapter.gate + base * (1.0 - adapter.gate))
+    kwargs = {"reverse": True} if reverse else {}
+    before = base
+    if adapter.is_stacked and adapter.linear is not None:
+        before = adapter.place(adapter.linear.layer)(x, **kwargs)
+    return adapter.activation(base + (adapter.inner(x, **kwargs) - before) * adapter.gate)
 
 
 register_lowering(Adapter, _lower_adapter)

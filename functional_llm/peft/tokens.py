@@ -44,8 +44,12 @@ class TrainedTokens(Adapter):
             places = self.places
             products = ops.matmul(ops.cast(x, self.compute_dtype), ops.transpose(self.rows))
             new = ops.take(products, _row(places), axis=-1)
+        new = ops.cast(new, y.dtype)
+        if self.is_stacked:  # what is under it changes these tokens, too
+            origin = self.linear.layer
+            new = new + y - (origin(x, reverse=True) if reverse else origin(x))
         is_new = (places + 1) * self.gate > 0
-        return self.activation(ops.where(is_new, ops.cast(new, y.dtype), y))
+        return self.activation(ops.where(is_new, new, y))
 
     def kernel_change(self) -> Tensor:
         kernel = self.linear.kernel()

@@ -323,8 +323,15 @@ class Backbone(LanguageModelLoss, Freezable, keras.Model):
             tied=tied,
             base=base,
             revision=revision,
-            write_tokenizer=lambda folder: self._write_tokenizer(None, folder),
+            write_tokenizer=self._write_known_tokenizer,
         )
+
+    def _write_known_tokenizer(self, folder: Path) -> None:
+        """Writes the preset's tokenizer, if it can still be found: more must not fail for it."""
+        try:
+            self._write_tokenizer(None, folder)
+        except (FileNotFoundError, ValueError, RuntimeError):
+            return
 
     def _family(self) -> Family | None:
         fitting = (f for f in FAMILIES.values() if isinstance(self.config, f.config_class))
