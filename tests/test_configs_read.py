@@ -27,7 +27,7 @@ GEMMA3 = {key: x for key, x in CONFIGS["gemma3_two_ropes"].items() if key != "ro
 
 def rope_of(config: dict[str, Any]) -> tuple[np.ndarray, float]:
     """Returns our frequencies and magnitude for a config."""
-    ours = read_config(config, FAMILIES[config["model_type"]])
+    ours: Any = read_config(config, FAMILIES[config["model_type"]])
     rope = Rope(ours.head_dim, ours.rope_max_wavelength, ours.rope_scaling)
     return rope.frequencies, rope.magnitude
 
@@ -38,7 +38,8 @@ def their_rope(config: dict[str, Any], kind: str | None = None) -> tuple[np.ndar
     parameters = model.rope_parameters if kind is None else model.rope_parameters[kind]
     if parameters["rope_type"] == "default":
         size = model.head_dim
-        return 1 / parameters["rope_theta"] ** (np.arange(0, size, 2, "float32") / size), 1.0
+        exponents = np.arange(0, size, 2).astype("float32") / size
+        return 1 / parameters["rope_theta"] ** exponents, 1.0
     arguments = {} if kind is None else {"layer_type": kind}
     frequencies, magnitude = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](model, **arguments)
     return frequencies.numpy(), magnitude
@@ -174,7 +175,7 @@ LINEAR8 = {"rope_type": "linear", "factor": 8.0}
 def test_two_kinds_of_rope(keys: dict[str, Any]) -> None:
     config = {**GEMMA3, **keys}
     assert_same(config, "full_attention")
-    ours = read_config(config, FAMILIES["gemma3_text"])
+    ours: Any = read_config(config, FAMILIES["gemma3_text"])
     expected = transformers.AutoConfig.for_model(**json.loads(json.dumps(config)))
     local = expected.rope_parameters["sliding_attention"]["rope_theta"]
     assert ours.local_rope_max_wavelength == local
@@ -256,6 +257,7 @@ def test_a_prompt_beyond_the_original_length(tmp_path: Path) -> None:
             "positive integer",
         ),
         ({"type": "yarn", "factor": 4.0, "finetuned": True}, "unknown RoPE parameters"),
+        ({"type": "llama3", "factor": 2.0, "low_freq_factor": None}, "lack low_freq_factor"),
         ({"type": "su", "factor": 4.0}, "unknown rope_type='su'"),
         ({"type": "linear", "factor": 4.0, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ],

@@ -119,7 +119,7 @@ def test_every_family_has_a_published_config() -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("gemma2_9b", {"sliding_window_size": 512}, "4096 and 512"),
+        ("gemma2_9b", {"sliding_window_size": 512}, "512 and 4096"),
         ("qwen2.5_7b", {"use_mrope": True}, "use_mrope=True"),
         ("gpt2_medium", {"n_special": 3}, "n_special=3"),
         ("llama3.2_1b", {"quantization_config": {"bits": 4}}, "quantization_config"),

@@ -72,7 +72,7 @@ def complete_keys(keys: JSON) -> JSON:
     """Adds Transformers' defaults for keys that a `config.json` leaves out."""
     kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(keys[_LAYERS])]
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-    own = {"num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096}
+    own: JSON = {"num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096}
     own |= {"hidden_activation": "gelu_pytorch_tanh", "layer_types": kinds}
     return gemma.complete_keys(own | caps | keys)
 

@@ -204,7 +204,8 @@ class Rope:
                 frequencies = np.array(np.nan)
         if not np.isfinite(frequencies).all():
             raise ValueError(
-                f"Expected RoPE scaling that gives finite frequencies. Received: {self.scaling}."
+                "Expected RoPE scaling that gives finite frequencies. Received: the base "
+                f"{self.max_wavelength} with {vars(self.scaling)}."
             )
         return frequencies
 

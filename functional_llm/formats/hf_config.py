@@ -23,6 +23,9 @@ ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_approximate",
     "gelu_pytorch_tanh": "gelu_approximate",
+    "gelu_fast": "gelu_approximate",
+    "gelu_accurate": "gelu_approximate",
+    "gelu_python": "gelu",
     "relu": "relu",
 }
 

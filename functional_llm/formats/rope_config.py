@@ -16,6 +16,7 @@ from functional_llm.blocks.rope import (
 from functional_llm.graph.types import JSON
 
 _Entry = TypeVar("_Entry")
+_LARGEST_SIZE = 2**27  # which no size of a model reaches
 _LARGEST_INT, _LARGEST_FLOAT = 2**31 - 1, 3e38  # what int32 and float32 hold
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -67,15 +68,23 @@ def read_rope(
         ValueError: At an unknown `rope_type` or parameter, or two places that disagree.
     """
     named = {key: _parameters(given.get(key), key) for key in ("rope_parameters", "rope_scaling")}
-    flat, scaling = named["rope_parameters"], named["rope_scaling"]
+    if has_local:
+        return _read_two(named, given, defaults)
+    theta, scaling = _read_parameters(
+        named["rope_scaling"] or named["rope_parameters"],
+        "rope_theta",
+        defaults,
+        {**named, **_theta(given, "rope_theta")},
+    )
     length = defaults["max_position_embeddings"]
-    if not has_local:
-        chosen = scaling or flat
-        theta, stretched = _read_parameters(
-            chosen, "rope_theta", defaults, {**named, **_theta(given, "rope_theta")}
-        )
-        context = length if stretched is None else stretched.context(length)
-        return _fields(theta, stretched, context)
+    return _fields(theta, scaling, length if scaling is None else scaling.context(length))
+
+
+def _read_two(
+    named: Mapping[str, dict[str, Any]], given: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Reads the parameters of a model whose layers with a window have a RoPE of their own."""
+    flat, scaling = named["rope_parameters"], named["rope_scaling"]
     own = {kind: _parameters(flat.pop(kind, None), kind) for kind in LAYER_TYPES}
     if scaling.get("type", "default") != "default" and "rope_type" not in scaling:
         raise ValueError(  # Transformers keeps the rope_type "default" beside it
@@ -88,15 +97,12 @@ def read_rope(
         defaults,
         {**named, "full_attention": own["full_attention"], **_theta(given, "rope_theta")},
     )
-    local, nothing = _read_parameters(
-        own["sliding_attention"],
-        "rope_local_base_freq",
-        defaults,
-        _theta(given, "rope_local_base_freq"),
-    )
+    key = "rope_local_base_freq"
+    local, nothing = _read_parameters(own["sliding_attention"], key, defaults, _theta(given, key))
     if nothing is not None:
         raise ValueError(
-            f"config.json: RoPE of the sliding layers is stretched ({nothing}). Known: default."
+            "config.json: expected the rope_type default for sliding_attention, received "
+            f"{shown(own['sliding_attention'])}."
         )
     if isinstance(stretched, YarnScaling) and not stretched.truncate:
         raise ValueError(
@@ -104,8 +110,9 @@ def read_rope(
             "which Transformers does not read it. Received: false."
         )
     # Such models state the length that linear scaling leads to.
-    is_stated = stretched is None or isinstance(stretched, LinearScaling)
-    context = length if is_stated else stretched.context(length)
+    context = defaults["max_position_embeddings"]
+    if stretched is not None and not isinstance(stretched, LinearScaling):
+        context = stretched.context(context)
     return {**_fields(theta, stretched, context), "local_rope_max_wavelength": local}
 
 
@@ -216,8 +223,8 @@ def _scaling(kind: Any, parameters: dict[str, Any], length: int) -> RopeScaling 
 def _read_long_rope(parameters: dict[str, Any]) -> FrequencyFactors:
     """Reads longrope with equal factors for short and long texts; others need the text's length."""
     short, long = parameters.get("short_factor"), parameters.get("long_factor")
-    is_list = isinstance(short, list) and short
-    if not is_list or short != long or parameters.get("attention_factor") != 1.0:
+    is_known = short == long and parameters.get("attention_factor") == 1.0
+    if not isinstance(short, list) or not short or not is_known:
         raise ValueError(
             "config.json: expected the RoPE type longrope with the same short_factor and "
             f"long_factor, and an attention_factor of 1, received {shown(parameters)}."
@@ -281,8 +288,10 @@ def check_value(key: str, value: Any, hint: object, counts: bool = False) -> Non
     kinds = set(get_args(hint)) - {type(None)} or {hint}
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if kinds == {int}:
-        right = is_whole and (1 if counts else -_LARGEST_INT) <= value <= _LARGEST_INT
+        low, high = (1, _LARGEST_SIZE) if counts else (-_LARGEST_INT, _LARGEST_INT)
+        right = is_whole and low <= value <= high
         expected = "a positive integer" if counts else "a whole number"
+        expected += f" up to {high}" if is_whole and value > high else ""
     elif kinds == {float}:
         is_number = is_whole or isinstance(value, float)
         right, expected = is_number and 0 < value < _LARGEST_FLOAT, "a finite number above 0"

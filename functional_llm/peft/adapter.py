@@ -133,10 +133,11 @@ class Adapter(keras.layers.Layer):
         if not self.base.built:
             self.base.build(input_shape)
         has_matrix = isinstance(self.origin, MATRIX_LAYERS)
-        self.linear: Any = view(self.origin, bool(self.reverse)) if has_matrix else None
+        linear: Any = view(self.origin, bool(self.reverse)) if has_matrix else None
+        self.linear = linear
         if self.gate is None:
             self.gate = make_gate()
-        self.make_weights(self.linear)
+        self.make_weights(linear)
 
     def call(self, x: Tensor, training: bool | None = None, reverse: bool = False) -> Tensor:
         y = self.call_base(x, reverse)

@@ -37,7 +37,7 @@ def singular_directions(matrix: np.ndarray) -> np.ndarray:
 
 
 def _place(matrix: np.ndarray) -> Path | None:
-    digest = hashlib.sha256(np.ascontiguousarray(matrix))
+    digest = hashlib.sha256(matrix.tobytes())
     digest.update(repr(matrix.shape).encode())
     try:
         return cache_directory() / _FOLDER / f"{digest.hexdigest()[:40]}.npy"

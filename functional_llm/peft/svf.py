@@ -32,7 +32,7 @@ class SVF(Adapter):
     def fingerprint(self) -> np.ndarray:
         """Returns s, and how far each direction points along a fixed one; (2, k), float32."""
         us, vt = (np.asarray(ops.convert_to_numpy(x)) for x in (self.us, self.v))
-        probe = np.random.default_rng(0).normal(size=vt.shape[1]).astype("float32")
+        probe = np.random.default_rng(0).normal(size=(vt.shape[1],)).astype("float32")
         return np.stack([np.linalg.norm(us, axis=0), np.abs(vt @ probe)])
 
     def check_fingerprint(self, saved: np.ndarray) -> None:
