@@ -40,8 +40,11 @@ _FINGERPRINT = "fingerprint"
 def save_adapter(model: keras.Model, folder: str | Path, adapter_name: str | None = None) -> None:
     """Saves an adapter: `adapter_config.json` and `adapter_model.safetensors`.
 
-    LoRA, rsLoRA, PiSSA, DoRA and IA3 are what PEFT loads with `PeftModel.from_pretrained`. Any
-    other method, yours included, is kept by the paths of the model's layers.
+    LoRA, rsLoRA, PiSSA, OLoRA, DoRA and IA3, with what `retrain` and `train_tokens` put beside
+    them, are what PEFT loads with `PeftModel.from_pretrained`, or by itself with
+    `AutoPeftModelForCausalLM` if Transformers can open the base. Any other method, yours included,
+    is kept by the paths of the model's layers. The files of the base's tokenizer are put beside,
+    if they are known, and a README.md, if there is none.
 
     Args:
         model: A model with adapters.
@@ -142,7 +145,8 @@ def load_adapter(
 
     Args:
         model: The model that the adapter is for. It stays as it is, and its weights are shared.
-        folder: From `save_adapter`, or from PEFT's `save_pretrained` (LoRA, DoRA, IA3).
+        folder: From `save_adapter`, or from PEFT's `save_pretrained` (LoRA, DoRA, IA3, and their
+            `modules_to_save`, `bias` and `trainable_token_indices`).
         adapter_name: Another name for each adapter in one model.
         methods: Your own subclasses of `Adapter`, unless they are registered with
             `keras.saving.register_keras_serializable`.
@@ -150,7 +154,8 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: If one of the two files is missing.
-        ValueError: If the adapter does not fit the model. All differences are named.
+        ValueError: If the adapter does not fit the model, or was trained on other weights than
+            its method allows (SVF). All differences are named.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -168,31 +173,35 @@ def load_adapter(
         problems.append("it has no tensors")
     _raise_at(problems, folder)
     new_model = model
-    for part in dict.fromkeys((one.cls, one.options.get("reverse", False)) for _, one in saved):
-        here = {p: x for p, x in saved if (x.cls, x.options.get("reverse", False)) == part}
+    for part in dict.fromkeys(_part(one.cls, one.options) for _, one in saved):
+        here = {path: one for path, one in saved if _part(one.cls, one.options) == part}
         make = partial(_make, saved=here, problems=problems)
         new_model = join(new_model, make, list(here), adapter_name, dtype=dtype)
     _raise_at(problems, folder)
-    weights = {(p, x.cls, x.options.get("reverse", False)): x.weights for p, x in saved}
-    adapters = {
-        (path, type(x), x.reverse): x
-        for path, x in find_adapters(new_model)
-        if x.adapter_name == adapter_name
-    }
-    for key, adapter in adapters.items():
-        problems += _check_weights(key[0], adapter, weights[key])
-    _raise_at(problems, folder)
-    for key, adapter in adapters.items():
+    weights = {(path, _part(one.cls, one.options)): one.weights for path, one in saved}
+    found = [(path, x) for path, x in find_adapters(new_model) if x.adapter_name == adapter_name]
+    own = [(path, x, weights[path, _part(type(x), x.get_options())]) for path, x in found]
+    _raise_at([line for one in own for line in _check_weights(*one)], folder)
+    for _, adapter, values in own:
         for name, variable in adapter.adapter_weights.items():
-            variable.assign(weights[key][name])
-    for key, adapter in adapters.items():
-        if _FINGERPRINT in weights[key]:
-            try:
-                adapter.check_fingerprint(weights[key][_FINGERPRINT])
-            except ValueError as error:
-                problems.append(f"{key[0]}: {error}")
-    _raise_at(problems, folder)
+            variable.assign(values[name])
+    _raise_at([line for one in own for line in _check_fingerprint(*one)], folder)
     return new_model
+
+
+def _part(cls: type[Adapter], options: JSON) -> tuple[type[Adapter], bool | None]:
+    """Returns what one layer of one adapter has at most one of."""
+    return cls, options.get("reverse", False)
+
+
+def _check_fingerprint(path: str, adapter: Adapter, weights: Mapping[str, np.ndarray]) -> list[str]:
+    if _FINGERPRINT not in weights:
+        return []
+    try:
+        adapter.check_fingerprint(weights[_FINGERPRINT])
+    except ValueError as error:
+        return [f"{path}: {error}"]
+    return []
 
 
 def _read(
