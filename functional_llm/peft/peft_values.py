@@ -1,5 +1,6 @@
 """What PEFT's files hold beside a method: whole modules, biases, rows of an embedding."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from functional_llm.peft.tokens import TrainedTokens
 
 _ROWS = ".token_adapter.trainable_tokens_delta"
 _BASE = ".base_layer"
+_WRAPPER = re.compile(r"\.modules_to_save\.[^.]+\.")
 
 
 def values_from_peft(
@@ -28,11 +30,14 @@ def values_from_peft(
     """
     found: dict[tuple[str, bool | None], dict[str, np.ndarray]] = {}  # layer, direction -> weights
     saved, problems = [], []
+    # With `bias`, PEFT also writes what is inside its wrappers; `original_module` is not in use.
+    tensors = {_WRAPPER.sub(".", x): t for x, t in tensors.items() if ".original_module." not in x}
+    has_head = f"{_head(model)}{_ROWS}" in tensors
     for name, array in tensors.items():
         stem = name.replace(f"{_BASE}.", ".")
         try:
             if name.endswith(_ROWS):
-                saved.append(_rows(config, name.removesuffix(_ROWS), array, model))
+                saved.append(_rows(config, name.removesuffix(_ROWS), array, model, has_head))
                 continue
             for path, reverse, value in _values(config, name, stem, array, model):
                 layer, _, weight = path.rpartition("/")
@@ -73,21 +78,29 @@ def _values(
         yield path, reverse, value
 
 
+def _head(model: NamedModel) -> str:
+    """Returns the module of the head that an embedding is, too; empty if there is none."""
+    return "" if model.names.tied is None else model.names.tied[0].removesuffix(".weight")
+
+
 def _rows(
-    config: JSON, module: str, array: np.ndarray, model: NamedModel
+    config: JSON, module: str, array: np.ndarray, model: NamedModel, has_head: bool
 ) -> tuple[str, SavedAdapter]:
     indices = config.get("trainable_token_indices")
     if isinstance(indices, Mapping):
         indices = next((x for key, x in indices.items() if module.endswith(key)), None)
-    tensor = model.tensors.get(f"{module}.weight")
+    table = "" if model.names.tied is None else model.names.tied[1]
+    is_head = module == _head(model)
+    tensor = model.tensors.get(table if is_head else f"{module}.weight")
     is_list = isinstance(indices, list) and all(type(x) is int for x in indices)
     if not is_list or tensor is None:
         raise ValueError(
             f"tensor '{PREFIX}{module}{_ROWS}' expected token ids for a module of the model in "
             "the config key 'trainable_token_indices'"
         )
-    is_tied = model.names.tied is not None and tensor.name == model.names.tied[1]
-    options: JSON = {"token_ids": indices, **({"reverse": None} if is_tied else {})}
+    options: JSON = {"token_ids": indices}
+    if tensor.name == table:  # the head follows, unless it has rows of its own
+        options["reverse"] = True if is_head else False if has_head else None
     path = tensor.paths[0].rpartition("/")[0]
     return path, SavedAdapter(TrainedTokens, options, {"rows": array})
 
@@ -102,6 +115,9 @@ def values_to_peft(
         config: The `adapter_config.json`, changed.
         targets: Modules of the method.
         model: The model, and the names of its parts.
+
+    Raises:
+        ValueError: If PEFT has no such thing beside the method.
     """
     head, table = model.names.tied or ("", "")
     values: dict[bool, dict[str, np.ndarray]] = {False: {}, True: {}}
@@ -110,7 +126,7 @@ def values_to_peft(
         own = {name: to_numpy(v) for name, v in adapter.adapter_weights.items()}
         if isinstance(adapter, TrainedTokens):
             name = next(x for x, t in model.tensors.items() if t.paths[0].startswith(f"{path}/"))
-            module = name.removesuffix(".weight")
+            module = _head(model) if adapter.reverse else name.removesuffix(".weight")
             indices[module] = [int(x) for x in adapter.token_ids]
             tensors[f"{module}{_ROWS}"] = own["rows"]
             continue
@@ -121,20 +137,16 @@ def values_to_peft(
     whole = {x: model.join(x, values[False]) for x in names}
     if values[True]:
         whole[head] = model.join(table, values[True])
-    biases = {x for x in whole if x.endswith(".bias")}
-    everything = {x for x in model.tensors if x.endswith(".bias")}
-    of_targets = {x for x in everything if x.removesuffix(".bias") in targets}
-    if biases == set(whole) and biases in (of_targets, everything) and biases:
-        config["bias"] = "lora_only" if biases == of_targets else "all"
-    elif whole:
-        modules = {x.rpartition(".")[0] for x in whole}
-        if clash := sorted(modules & targets):
-            raise ValueError(
-                f"PEFT's files cannot say that {clash} have an adapter and weights of their own."
-            )
-        config["modules_to_save"] = sorted(modules)
-        siblings = [x for x in model.tensors if x.rpartition(".")[0] in modules]
-        whole |= {x: model.join(x, {}) for x in siblings if x not in whole}
+    loose = _loose_biases(set(whole), config, targets, model)
+    modules = {x.rpartition(".")[0] for x in whole if x not in loose} - targets
+    config["modules_to_save"] = sorted(modules) or None
+    siblings = [x for x in model.tensors if x.rpartition(".")[0] in modules]
+    whole |= {x: model.join(x, {}) for x in siblings if x not in whole}
+    if indices and config["peft_type"] != "LORA":
+        raise ValueError(
+            "PEFT's files have tokens that train only beside LoRA: give those of `train_tokens` an "
+            "`adapter_name` of their own."
+        )
     if indices:
         config["trainable_token_indices"] = indices
     for name, array in whole.items():
@@ -142,3 +154,21 @@ def values_to_peft(
         inside = _BASE if module in targets else ""
         tensors[f"{module}{inside}.{kind}"] = array
     return {f"{PREFIX}{name}": np.ascontiguousarray(x) for name, x in tensors.items()}
+
+
+def _loose_biases(
+    retrained: set[str], config: JSON, targets: set[str], model: NamedModel
+) -> set[str]:
+    """Returns the biases that train alone, if PEFT's `bias` says which; writes that key, too."""
+    if config["peft_type"] != "LORA":
+        return set()
+    biases = {x for x in retrained if x.endswith(".bias")}
+    alone = {x for x in biases if f"{x.removesuffix('.bias')}.weight" not in retrained}
+    known = {x for x in model.tensors if x.endswith(".bias")}
+    if biases and biases == known:
+        config["bias"] = "all"
+    elif alone and alone == {x for x in known if x.removesuffix(".bias") in targets}:
+        config["bias"] = "lora_only"
+    else:
+        return set()
+    return alone
