@@ -134,12 +134,14 @@ def test_published_keys_with_other_values_are_refused(
         read_config(raw | changes, FAMILIES[raw["model_type"]])
 
 
-def test_the_window_of_the_first_gemma2_may_have_its_older_name_alone() -> None:
+def test_the_older_name_of_gemma2s_window_is_not_read_as_in_transformers() -> None:
     path = next(path for path in PUBLISHED if path.stem == "gemma2_9b")
-    raw = json.loads(path.read_text(encoding="utf-8")) | {"sliding_window_size": 77}
+    raw = json.loads(path.read_text(encoding="utf-8"))
     del raw["sliding_window"]
-    config: Any = read_config(raw, FAMILIES["gemma2"])
-    assert config.sliding_window == 77
+    config: Any = read_config({**raw, "sliding_window_size": 4096}, FAMILIES["gemma2"])
+    assert config.sliding_window == 4096  # the default of Transformers, whatever this key says
+    with pytest.raises(ValueError, match="received 77 and 4096"):
+        read_config({**raw, "sliding_window_size": 77}, FAMILIES["gemma2"])
 
 
 def test_presets_are_listed() -> None:

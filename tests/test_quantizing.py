@@ -136,9 +136,9 @@ def test_a_large_input_leaves_the_others_their_bits() -> None:
 
 @pytest.mark.real
 def test_perplexity_of_a_real_text(smollm2_gguf: Path, repository: Path) -> None:
-    text = "".join((repository / name).read_text() for name in ("LICENSE", "docs/peft.md"))
+    text = (repository / "LICENSE").read_text()  # which nobody edits
     ids = flm.Tokenizer.from_preset(str(smollm2_gguf)).encode(text)
-    rows = np.array(ids[: len(ids) // 400 * 400]).reshape(-1, 400)
+    rows = np.array(ids[: len(ids) // 300 * 300]).reshape(-1, 300)
     backbone = flm.Backbone.from_preset(str(smollm2_gguf))
 
     def loss(model: Any) -> float:
