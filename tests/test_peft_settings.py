@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 import torch
@@ -151,6 +152,14 @@ def test_merging_freezing_and_switching(one: Any, tmp_path: Path) -> None:
     assert not {id(v) for v in model.trainable_variables} & {id(v) for v in one.backbone.variables}
     base = compiled(one.backbone)(IDS)
     np.testing.assert_allclose(compiled(model)(IDS), base, atol=1e-5, rtol=0)
+    kept = [np.array(v) for v in model.trainable_variables]
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.1), loss)
+    model.fit(IDS[:, :-1], IDS[:, 1:], epochs=2, verbose=0)
+    assert all(
+        np.any(np.array(v) != x) for v, x in zip(model.trainable_variables, kept, strict=True)
+    )
+    np.testing.assert_array_equal(compiled(one.backbone)(IDS), base)
     rng = np.random.default_rng(2)
     for variable in model.trainable_variables:
         variable.assign_add(rng.normal(size=variable.shape).astype("float32") * 0.1)

@@ -43,7 +43,8 @@ def merge(model: keras.Model, keep: bool = True) -> keras.Model:
         chain = reversed(list(adapter.chain()))
         active = [x for x in chain if float(ops.convert_to_numpy(x.gate.value)) != 0]
         if not isinstance(adapter.origin, MATRIX_LAYERS):
-            layer = retrained_copy(active[-1].inner if active else adapter.origin)
+            inner = active[-1].inner if active else adapter.origin
+            layer = retrained_copy(adapter.origin, inner)
         elif isinstance(adapter.origin, keras.layers.Embedding):
             layer = _fold_embedding(adapter.origin, active, path in heads)
         else:

@@ -31,9 +31,13 @@ class Retrained(Adapter):
             if variable.dtype == "int8":
                 raise ValueError(f"Expected a layer that is not quantised: '{self.name}'.")
             own = self.add_weight(variable.shape, "zeros", name=variable.name)
-            own.assign(ops.cast(variable, own.dtype))
+            # A copy: training donates a variable's array, which another must not hold.
+            own.assign(ops.copy(ops.cast(variable, own.dtype)))
             new[id(variable)] = own
         exchange_variables(self.inner, new)
+        half = self.inner.compute_dtype
+        if half in ("bfloat16", "float16") and self.variable_dtype == "float32":
+            self.inner.dtype_policy = keras.DTypePolicy(f"mixed_{half}")
 
     def call(self, x: Tensor, training: bool | None = None, reverse: bool = False) -> Tensor:
         if not self.changes(reverse):
@@ -97,12 +101,12 @@ def _has_any(layer: Layer, names: Sequence[str] | None) -> bool:
     return any(names is None or x.name in names for x in layer.weights)
 
 
-def retrained_copy(layer: Layer) -> Layer:
-    """Returns a layer of the same class and config, with copies of the weights."""
+def retrained_copy(layer: Layer, inner: Layer) -> Layer:
+    """Returns a layer of the same class and config, with copies of the weights of another."""
     if isinstance(layer, MATRIX_LAYERS) and layer.quantization_mode is not None:
         raise ValueError(f"Expected a layer that is not quantised: '{layer.name}'.")
     new = type(layer).from_config(layer.get_config())
     new.build_from_config(layer.get_build_config())
-    for variable, value in zip(new.weights, layer.weights, strict=True):
-        variable.assign(ops.copy(value))
+    for variable, value in zip(new.weights, inner.weights, strict=True):
+        variable.assign(ops.copy(ops.cast(value, variable.dtype)))
     return new
