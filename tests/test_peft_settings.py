@@ -178,6 +178,18 @@ def test_merging_freezing_and_switching(one: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("one", ["llama_grouped"], indirect=True)
+def test_in_half_precision(one: Any) -> None:
+    backbone = flm.Backbone.from_preset(one.folder, dtype="bfloat16")
+    model = flm.peft.retrain(flm.peft.lora(backbone, 2), ["final_norm", "head"])
+    assert {v.dtype for v in model.trainable_variables} == {"float32"}
+    base = np.asarray(backbone(IDS), "float32")
+    np.testing.assert_array_equal(np.asarray(model(IDS), "float32"), base)
+    merged = flm.peft.merge(model)
+    assert [v.dtype for v in merged.variables] == [v.dtype for v in backbone.variables]
+    np.testing.assert_array_equal(np.asarray(merged(IDS), "float32"), base)
+
+
+@pytest.mark.parametrize("one", ["llama_grouped"], indirect=True)
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_parts_of_the_base(one: Any, init: str, tmp_path: Path) -> None:
     config = theirs.LoraConfig(**LORA, target_modules=one.targets, init_lora_weights=init)
