@@ -345,6 +345,13 @@ def test_any_text_in_the_file(text: str, tmp_path: Path) -> None:
         read_numbers(tmp_path)
 
 
+def test_heads_that_do_not_share_out_evenly() -> None:
+    with pytest.raises(ValueError, match="num_attention_heads to be a multiple of num_key_value_h"):
+        read_config({**BASE, "num_key_value_heads": 3}, LLAMA)
+    with pytest.raises(ValueError, match="n_embd to be a multiple of n_head, received 48 and 5"):
+        read_config({**CONFIGS["gpt2_tied"], "n_head": 5}, FAMILIES["gpt2"])
+
+
 def test_no_config_at_all(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         flm.Backbone.from_preset(tmp_path)

@@ -90,7 +90,7 @@ def read_config(raw: Mapping[str, Any], family: Family) -> ModelConfig:
     if "layer_types" in values:
         values["layer_types"] = _layer_types(values)
     config = family.config_class(**values)
-    _check_heads(config)
+    _check_heads(config, family)
     return config
 
 
@@ -166,14 +166,14 @@ def _check_ignored(given: Mapping[str, Any], full: JSON, family: Family) -> None
             )
 
 
-def _check_heads(config: ModelConfig) -> None:
+def _check_heads(config: ModelConfig, family: Family) -> None:
     """Checks that sizes which share one another out come out even."""
-    sizes = vars(config)
+    sizes, keys = vars(config), {field: key for key, field in family.config_keys.items()}
     pairs = [("num_query_heads", "num_key_value_heads"), ("hidden_dim", "num_heads")]
     for whole, part in pairs:
         if whole in sizes and part in sizes and sizes[whole] % sizes[part]:
             raise ValueError(
-                f"config.json: expected {whole} to be a multiple of {part}, received "
+                f"config.json: expected {keys[whole]} to be a multiple of {keys[part]}, received "
                 f"{sizes[whole]} and {sizes[part]}."
             )
     if sizes.get("head_dim", 1) < 1:
