@@ -110,10 +110,17 @@ SETTINGS: dict[str, Callable[[Any], dict[str, Any]]] = {
 }
 
 
-# Every setting where heads and modules are of every kind; three of them for every family.
-EVERY = ["gpt2_tied", "llama_biases", "llama_multi_head_tied"]
-SOME = ["head", "embedding", "whole modules"]
-CASES = [(name, x) for name in NAMES for x in SETTINGS if name in EVERY or x in SOME]
+# Every setting for two models that have all parts; the others for what differs in them.
+EVERY = ["gpt2_tied", "llama_biases"]
+OF_TIED = ["embedding", "embedding and mlp", "tokens", "tokens of both", "tokens of the head"]
+CASES = [
+    (name, setting)
+    for name in NAMES
+    for setting in SETTINGS
+    if name in EVERY
+    or setting in ("head", "whole modules")
+    or (name == "llama_multi_head_tied" and setting in OF_TIED)
+]
 
 
 @pytest.mark.parametrize(("one", "setting"), CASES, indirect=["one"])
