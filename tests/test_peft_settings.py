@@ -327,6 +327,9 @@ def test_singular_values_of_another_base(one: Any, tmp_path: Path) -> None:
         save_file(changed, path)
         with pytest.raises(ValueError, match=message):
             flm.peft.load_adapter(one.backbone, tmp_path)
+    save_file({k: x for k, x in tensors.items() if not k.endswith("fingerprint")}, path)
+    with pytest.warns(UserWarning, match="does not say which weights it was trained on"):
+        flm.peft.load_adapter(one.backbone, tmp_path)
 
 
 def test_directions_are_kept_and_read_again(

@@ -261,7 +261,7 @@ def test_dtypes(folder: Path, dtype: Any) -> None:
         ({"padding_mask": np.ones((2, 3, 3), int)}, "is said by `mask`, booleans of shape"),
         ({"padding_mask": np.ones((2, 3)), "attention_mask": np.ones((2, 3))}, "received both"),
         ({"mask": np.ones((2, 3, 3), int)}, "mask, booleans of shape (2, 3, 3)"),
-        ({"mask": np.ones((2, 3), bool)}, "received bool of shape (2, 3)"),
+        ({"mask": np.ones((2, 3), bool)}, "bool of shape (2, 3)"),
         ({"mask": np.ones((2, 3, 4), bool)}, "mask, booleans of shape (2, 3, 3)"),
         ({"mask": np.ones((2, 3, 2), bool), "cache": 2}, "a column for each position, up to 2"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -181,17 +182,30 @@ def load_adapter(
     weights = {(path, _part(one.cls, one.options)): one.weights for path, one in saved}
     found = [(path, x) for path, x in find_adapters(new_model) if x.adapter_name == adapter_name]
     own = [(path, x, weights[path, _part(type(x), x.get_options())]) for path, x in found]
-    _raise_at([line for one in own for line in _check_weights(*one)], folder)
+    # Files of version 0.1 have none, of no layer.
+    has_fingerprints = any(_FINGERPRINT in values for *_, values in own)
+    lines = [line for one in own for line in _check_weights(*one, has_fingerprints)]
+    _raise_at(lines, folder)
     for _, adapter, values in own:
         for name, variable in adapter.adapter_weights.items():
             variable.assign(values[name])
     _raise_at([line for one in own for line in _check_fingerprint(*one)], folder)
+    if not has_fingerprints and any(_has_fingerprint(adapter) for _, adapter, _ in own):
+        warnings.warn(
+            f"{folder} does not say which weights it was trained on: it was written by version "
+            "0.1. Whether they are the weights of this model is not checked. Save it again.",
+            stacklevel=2,
+        )
     return new_model
 
 
 def _part(cls: type[Adapter], options: JSON) -> tuple[type[Adapter], bool | None]:
     """Returns what one layer of one adapter has at most one of."""
     return cls, options.get("reverse", False)
+
+
+def _has_fingerprint(adapter: Adapter) -> bool:
+    return type(adapter).fingerprint is not Adapter.fingerprint
 
 
 def _check_fingerprint(path: str, adapter: Adapter, weights: Mapping[str, np.ndarray]) -> list[str]:
@@ -258,12 +272,14 @@ class _Placeholder(Adapter):
         return 0.0
 
 
-def _check_weights(path: str, adapter: Adapter, weights: Mapping[str, np.ndarray]) -> list[str]:
+def _check_weights(
+    path: str, adapter: Adapter, weights: Mapping[str, np.ndarray], has_fingerprints: bool
+) -> list[str]:
     if isinstance(adapter, _Placeholder):
         return []
     expected = {name: tuple(v.shape) for name, v in adapter.adapter_weights.items()}
     received = {name: array.shape for name, array in weights.items()}
-    if type(adapter).fingerprint is not Adapter.fingerprint:  # the method checks its shape
+    if has_fingerprints and _has_fingerprint(adapter):  # the method checks its shape
         expected[_FINGERPRINT] = received.get(_FINGERPRINT, ())
     lines = [f"{path}: missing weight '{x}'" for x in sorted(expected.keys() - received.keys())]
     lines += [f"{path}: unknown weight '{x}'" for x in sorted(received.keys() - expected.keys())]
