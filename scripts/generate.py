@@ -22,11 +22,19 @@ def run(arguments: argparse.Namespace) -> None:
     # First what needs no model: it may be wrong.
     text = command_line.read_prompt(arguments)
     sampler = command_line.make_sampler(arguments)
+    command_line.introduce(arguments.preset)
     loading = time.perf_counter()
-    generator = command_line.load_generator(arguments)
+    tokenizer = command_line.load_tokenizer(arguments)
+    prompt = make_prompt(text, arguments.chat, tokenizer)
+    is_text = isinstance(prompt, str)
+    ids = tokenizer.encode(prompt, add_bos=tokenizer.add_bos) if is_text else prompt
+    command_line.check_prompt(arguments, ids)
+    generator = command_line.load_generator(arguments, tokenizer)
     loaded = time.perf_counter() - loading
+    if is_text and sys.stdout.isatty():
+        print(text, end="", flush=True)
     pieces = generator.stream(
-        make_prompt(text, arguments.chat, generator.tokenizer),
+        prompt,
         max_new_tokens=arguments.max_new_tokens,
         sampler=sampler,
         stop=arguments.stop,
@@ -41,8 +49,6 @@ def make_prompt(text: str, chat: bool, tokenizer: Any) -> str | list[int]:
     """Returns the prompt's text, or its ids with --chat."""
     if chat:
         return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=True)
-    if sys.stdout.isatty():
-        print(text, end="", flush=True)
     return text
 
 
