@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = command_line.load_tokenizer(arguments)
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
     messages = [*system, {"role": "user", "content": "Hello"}]
-    command_line.check_prompt(arguments, tokenizer.apply_chat_template(messages, tokenize=True))
+    command_line.check_prompt(arguments, tokenizer, messages)
     generator = command_line.load_generator(arguments, tokenizer)
     from functional_llm import Chat
 

@@ -8,7 +8,7 @@ import what they need.
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from functional_llm import Backbone, Tokenizer
+    from functional_llm.generation.prompts import AnyPrompt
     from functional_llm.generation.samplers import Sampler
     from functional_llm.generation.text_generator import TextGenerator
     from functional_llm.training import Settings
@@ -284,14 +285,17 @@ def load_tokenizer(arguments: argparse.Namespace) -> "Tokenizer":
     return Tokenizer.from_preset(arguments.preset)
 
 
-def check_prompt(arguments: argparse.Namespace, ids: Sequence[int]) -> None:
+def check_prompt(
+    arguments: argparse.Namespace, tokenizer: "Tokenizer", prompt: "AnyPrompt"
+) -> None:
     """Raises a `ValueError` if prompt and answer do not fit into the model: before it is loaded."""
     from functional_llm.generation.arguments import check_request
+    from functional_llm.generation.prompts import encode_prompt
     from functional_llm.presets.sources import read_numbers
 
     _, config, _ = read_numbers(arguments.preset)
     size, context = config.vocabulary_size, config.max_sequence_length
-    check_request([ids], arguments.max_new_tokens, size, context)
+    check_request([encode_prompt(tokenizer, prompt)], arguments.max_new_tokens, size, context)
 
 
 def load_generator(arguments: argparse.Namespace, tokenizer: "Tokenizer") -> "TextGenerator":

@@ -49,8 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{trainable:,} of {model.count_params():,} weights train.")
 
     def save() -> None:
-        save_result(model, tokenizer, arguments, flm.peft)
-        print(f"Saved in {arguments.output}")
+        how_to_load = save_result(model, tokenizer, arguments, flm.peft)
+        print(f"Saved in {arguments.output}. Try it: scripts/chat.py {how_to_load}")
 
     history = training.train(
         model,
@@ -97,14 +97,18 @@ def prepare(arguments: argparse.Namespace, training: Any) -> Any:
     return tokenizer, rows, held_out, command_line.make_settings(arguments, len(rows))
 
 
-def save_result(model: Any, tokenizer: Any, arguments: argparse.Namespace, peft: Any) -> None:
-    """Saves the adapter, or the model with it merged in."""
+def save_result(model: Any, tokenizer: Any, arguments: argparse.Namespace, peft: Any) -> str:
+    """Saves the adapter, or the model with it merged in; returns the options that load it."""
+    output = arguments.output
     if arguments.save == "adapter":
-        return peft.save_adapter(model, arguments.output)
+        peft.save_adapter(model, output)
+        return f"--preset {arguments.preset} --adapter {output}"
     merged = model if arguments.method == "full" else peft.merge(model)
     if arguments.save == "keras":
-        return merged.save(arguments.output / "model.keras", tokenizer=tokenizer)
-    return merged.save_preset(arguments.output, tokenizer)
+        merged.save(output / "model.keras", tokenizer=tokenizer)
+        return f"--preset {output / 'model.keras'}"
+    merged.save_preset(output, tokenizer)
+    return f"--preset {output}"
 
 
 def draw(path: Any, history: Any, training: Any) -> None:

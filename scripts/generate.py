@@ -25,13 +25,11 @@ def run(arguments: argparse.Namespace) -> None:
     command_line.introduce(arguments.preset)
     loading = time.perf_counter()
     tokenizer = command_line.load_tokenizer(arguments)
-    prompt = make_prompt(text, arguments.chat, tokenizer)
-    is_text = isinstance(prompt, str)
-    ids = tokenizer.encode(prompt, add_bos=tokenizer.add_bos) if is_text else prompt
-    command_line.check_prompt(arguments, ids)
+    prompt = [{"role": "user", "content": text}] if arguments.chat else text
+    command_line.check_prompt(arguments, tokenizer, prompt)
     generator = command_line.load_generator(arguments, tokenizer)
     loaded = time.perf_counter() - loading
-    if is_text and sys.stdout.isatty():
+    if not arguments.chat and sys.stdout.isatty():
         print(text, end="", flush=True)
     pieces = generator.stream(
         prompt,
@@ -43,13 +41,6 @@ def run(arguments: argparse.Namespace) -> None:
     first = write(pieces)
     if arguments.stats:
         print_stats(generator.stats, loaded, first)
-
-
-def make_prompt(text: str, chat: bool, tokenizer: Any) -> str | list[int]:
-    """Returns the prompt's text, or its ids with --chat."""
-    if chat:
-        return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=True)
-    return text
 
 
 def write(pieces: Iterator[str]) -> float | None:

@@ -15,7 +15,6 @@ import pytest
 
 import functional_llm as flm
 from functional_llm.edits.quantization import quantized_paths
-from functional_llm.tokenizers import TextTokenizer
 from tiny import save_tiny
 
 
@@ -123,15 +122,15 @@ def test_a_base_model_is_refused_before_it_is_loaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delattr(flm.Backbone, "from_preset")
-    monkeypatch.setattr(flm.Tokenizer, "_compiled_chat_template", property(_no_template))
+    load = flm.Tokenizer.from_preset
+
+    def load_without_template(handle: str) -> flm.Tokenizer:
+        return replace(load(handle), chat_template=None)
+
+    monkeypatch.setattr(flm.Tokenizer, "from_preset", load_without_template)
     for name, options in (("chat", []), ("generate", ["--chat"])):
         assert run(repository, monkeypatch, name, "--preset", tiny, *options) == 2
         assert "no chat template" in capsys.readouterr().err
-
-
-def _no_template(tokenizer: flm.Tokenizer) -> Any:
-    compiled: Any = TextTokenizer._compiled_chat_template
-    return compiled.func(replace(tokenizer, chat_template=None))
 
 
 def test_a_terminal_is_told_what_the_default_model_is(

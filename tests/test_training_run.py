@@ -433,9 +433,9 @@ def test_what_is_optional_fails_in_a_line(
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(REPOSITORY / "scripts" / "finetune.py"), run_name="__main__")
     assert stop.value.code == 0
-    said = capsys.readouterr().out.splitlines()[-3:]
+    saved, *said = capsys.readouterr().out.splitlines()[-3:]
+    assert f"Saved in {tmp_path}. Try it: " in saved and f"--adapter {tmp_path}" in saved
     assert said == [
-        f"Saved in {tmp_path}",
         "What was trained is saved; the last evaluation failed: RuntimeError: out of",
         "No loss curve was drawn: RuntimeError: out of",
     ]
