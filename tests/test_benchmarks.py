@@ -48,7 +48,7 @@ def test_worker_that_cannot_load_says_why(tmp_path: Path) -> None:
 
 
 def test_second_token_is_timed_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = "import time; print(1, flush=True); time.sleep(0.2); print(2, flush=True)"
+    program = "import time; print(1, end='', flush=True); time.sleep(0.2); print(2, end='')"
     entry = replace(ENGINES["functional_llm"], script=("-c", program))
     worker = Worker("functional_llm", "float32", tmp_path / "nowhere", tmp_path)
     try:

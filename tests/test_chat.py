@@ -39,11 +39,13 @@ def _fresh(chat: flm.Chat, messages: list[dict[str, str]]) -> str:
 def test_turns_are_kept_and_their_cache_reused(generator: Any, tmp_path: Path) -> None:
     chat = flm.Chat(generator, "Be brief.", max_new_tokens=8)
     for number, text in enumerate(("The quick", "brown fox", "jumps")):
-        expected = _fresh(chat, [*chat.messages, {"role": "user", "content": text}])
+        messages = [*chat.messages, {"role": "user", "content": text}]
+        expected = _fresh(chat, messages)
+        size = generator.stats.prefill_tokens
         assert "".join(chat.say(text)) == expected
         assert chat.messages[-1] == {"role": "assistant", "content": expected}
         assert len(chat.messages) == 2 * number + 3
-        assert (generator.stats.prefill_tokens < 60) == (number > 0)
+        assert (generator.stats.prefill_tokens < size) == (number > 0)
     chat.save(tmp_path / "chat.json")
     (record,) = read_records(tmp_path / "chat.json")
     assert record.fields == {"messages": chat.messages}
@@ -72,8 +74,8 @@ def test_a_full_context_leaves_out_the_oldest_turns(generator: Any) -> None:
 
 
 def test_what_cannot_be_said_changes_nothing(generator: Any) -> None:
-    chat = flm.Chat(generator, max_new_tokens=500)
-    first = "".join(chat.say("The quick"))  # as many tokens as there is room for
+    chat = flm.Chat(generator, max_new_tokens=20)
+    assert "".join(chat.say("The quick"))
     before = list(chat.messages)
     with pytest.raises(ValueError, match="the model's context holds 512, the answer included"):
         chat.say("x" * 600)
@@ -81,14 +83,13 @@ def test_what_cannot_be_said_changes_nothing(generator: Any) -> None:
     pieces = chat.say("brown")
     pieces.close()  # before the first piece
     assert chat.messages == before
-    chat.max_new_tokens = 60
     pieces = chat.say("brown")
     part = next(pieces)
     pieces.close()
     assert chat.messages[-1] == {"role": "assistant", "content": part}
     question = {"role": "user", "content": "fox"}
     expected = _fresh(chat, [*chat.messages, question])
-    assert "".join(chat.say("fox")) == expected and first
+    assert "".join(chat.say("fox")) == expected
     with pytest.raises(ValueError, match="with a tokenizer"):
         flm.Chat(flm.TextGenerator(generator.backbone))
 
@@ -111,7 +112,8 @@ def test_a_cache_that_an_interrupt_has_spoilt_is_not_used(generator: Any) -> Non
 
 # Makes a terminal that of the process, to which its Ctrl-C goes then.
 IN_FRONT = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background would ignore it
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
@@ -140,6 +142,11 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._terminal, text.encode())
 
+    def interrupt(self) -> None:
+        """Types Ctrl-C, a little later: while it begins to read a line, Python may overlook it."""
+        time.sleep(0.5)
+        self.type("\x03")
+
     def read_to(self, pattern: str, seconds: float = 120) -> str:
         """Returns what is shown up to a pattern, without the terminal's codes."""
         end = time.monotonic() + seconds
@@ -157,6 +164,7 @@ class Terminal:
             return self._process.wait(60)
         finally:
             self._process.kill()
+            self._process.wait()
             os.close(self._terminal)
 
 
@@ -169,7 +177,7 @@ def test_the_script_in_a_terminal(folder: Path, tmp_path: Path) -> None:
     try:
         chat.read_to("> ")
         chat.type("The quicj\x1b[D\x1b[C\x7fk\n")  # arrows and a correction
-        shown = chat.read_to("decoded in .*\n.*> ")
+        shown = chat.read_to("decoded in [^>]*> ")
         assert "[compiling prefill and decode" in shown and "^[" not in shown
         chat.type("/frobnicate\n")
         chat.read_to("There is no command /frobnicate. /help lists them.\r\n> ")
@@ -179,9 +187,9 @@ def test_the_script_in_a_terminal(folder: Path, tmp_path: Path) -> None:
         chat.type("brown \\\n")
         chat.read_to("\\.\\.\\. ")
         chat.type("fox\n")
-        chat.read_to("decoded in .*\n.*> ")
+        chat.read_to("decoded in [^>]*> ")
         chat.type("\x1b[A\n")  # the line before: fox
-        chat.read_to("decoded in .*\n.*> ")
+        chat.read_to("decoded in [^>]*> ")
         chat.type(f"/save {tmp_path}/chat.json\n")
         chat.read_to("6 messages are in ")
         chat.read_to("> ")
@@ -189,7 +197,7 @@ def test_the_script_in_a_terminal(folder: Path, tmp_path: Path) -> None:
         assert [m["content"] for m in messages[::2]] == ["The quick", "brown \nfox", "fox"]
         chat.type("/clear\n")
         chat.read_to("is forgotten.\r\n> ")
-        chat.type("\x03")
+        chat.interrupt()
         chat.read_to("Ctrl-C once more, or Ctrl-D, ends.\r\n> ")
         chat.type("\x04")
     finally:
@@ -219,13 +227,13 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(folder: Path) -> None:
         chat.type("The quick\n")
         chat.read_to("decode, once[^]]*\\]")
         chat.read_to("\\S")  # the first piece
-        chat.type("\x03")
+        chat.interrupt()
         chat.read_to("\n> ", seconds=20)
         chat.type("/save /dev/null/no\n")
         chat.read_to("that can be written to. Received: /dev/null")
         chat.read_to("> ")
-        chat.type("\x03")
+        chat.interrupt()
         chat.read_to("ends.\r\n> ")
-        chat.type("\x03")
+        chat.interrupt()
     finally:
         assert chat.end() == 0

@@ -1,5 +1,6 @@
 """Logits that are NaN or infinite: generation says so, and never writes what they would give."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,20 +63,34 @@ def backbone(checkpoint: Callable[[str], Path]) -> Any:
 
 def test_the_message_names_a_dtype_that_would_do(backbone: Any) -> None:
     generator = flm.TextGenerator(backbone)
+    expected = "NaN or infinity in float16, whose numbers end at 65504.* bfloat16 or float32"
+    messages = []
+    for matrix in [v for v in backbone.variables if len(v.shape) > 1]:
+        before = ops.copy(matrix.value)
+        matrix.assign(ops.clip(ops.cast(before, "float32") * 3e4, -6e4, 6e4))
+        try:
+            generator.generate_ids([[1], IDS], 4)
+        except RuntimeError as error:
+            messages.append(str(error))
+        matrix.assign(before)
+    assert messages and all(re.search(expected, message) for message in messages)
+    assert generator.num_compilations == 2
+
+
+def test_what_is_not_finite_after_the_first_token_is_noticed(backbone: Any) -> None:
+    generator = flm.TextGenerator(backbone)
     (first,) = generator.generate_ids([IDS], 1)[0]
     embeddings = backbone.get_layer("token_embedding").embeddings
-    large = np.array(embeddings)
-    large[first] = 6e4  # in the decode loop only, whose input it is
-    embeddings.assign(large)
-    assert generator.generate_ids([IDS], 1) == [[first]]
-    expected = "NaN or infinity in float16, whose numbers end at 65504.* bfloat16 or float32"
-    for rows in ([IDS], [[1], IDS]):
-        with pytest.raises(RuntimeError, match=expected):
-            generator.generate_ids(rows, 8)
+    table = np.array(embeddings)
+    table[first] = np.inf  # only the decode loop reads it
+    embeddings.assign(table)
+    assert first not in IDS and generator.generate_ids([IDS], 1) == [[first]]
     past = flm.PromptCache()
-    with pytest.raises(RuntimeError, match=expected):
-        list(generator._run([IDS], 8, "random", [], 1, past))
-    assert past.reuse([*IDS, 3]) == (0, None)
+    run = generator._run([IDS], 8, "greedy", [], 1, past)
+    assert next(run).ids == [[first]]
+    with pytest.raises(RuntimeError, match="1 of the weights .token_embedding/embeddings. in fl"):
+        next(run)
+    assert past.reuse([*IDS, first, 3]) == (0, None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,8 +98,8 @@ def test_weights_that_are_not_finite_are_named(
     checkpoint: Callable[[str], Path], dtype: str
 ) -> None:
     backbone: Any = flm.Backbone.from_preset(str(checkpoint("llama_grouped")), dtype=dtype)
-    kernel = backbone.get_layer("lm_head").kernel
+    kernel = backbone.get_layer("head").kernel
     kernel.assign(ops.full(kernel.shape, np.nan))
     advice = "bfloat16 or float32" if dtype == "float16" else "No other dtype would do"
-    with pytest.raises(RuntimeError, match=rf"1 of the weights \(lm_head/kernel\).*{advice}"):
+    with pytest.raises(RuntimeError, match=rf"1 of the weights \(head/kernel\).*{advice}"):
         flm.TextGenerator(backbone).generate_ids([IDS], 4)
