@@ -137,6 +137,27 @@ def test_a_full_disk_leaves_the_checkpoint_before(model: Any, tmp_path: Path) ->
     assert load_checkpoint(path, model) == {"step": 1}
 
 
+def test_a_full_disk_gets_no_half_of_a_model(tiny: Path, tmp_path: Path, capfd: Any) -> None:
+    """One line and nothing left: HDF5 would print a traceback for each variable."""
+    backbone = Backbone.from_preset(tiny)
+    adapted = peft.lora(backbone, rank=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    capfd.readouterr()
+    for save, where, room in (  # for the tokenizer's files, which come first
+        (backbone.save, tmp_path / "model.keras", 100_000),
+        (backbone.save_preset, tmp_path / "directory", 100_000),
+        (lambda path: peft.save_adapter(adapted, path), tmp_path, 1_000),
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            with pytest.raises(OSError, match="could not be written|with room for 0.* MB") as error:
+                save(where)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert len(str(error.value).splitlines()) == 1
+        assert os.listdir(tmp_path) == [] and capfd.readouterr().err == ""
+
+
 def test_checkpoints_are_strict(model: Any, tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
     save_checkpoint(path, model, {})
