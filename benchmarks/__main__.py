@@ -119,7 +119,7 @@ def run_work(
             if name in arguments.measures and MEASURES[name].work == work:
                 turns.run(workers, name, 1 if MEASURES[name].once else arguments.rounds)
         if work == "generate" and FIRST_TOKEN in arguments.measures:
-            turns.run_first_token(workers, arguments.rounds)
+            turns.run_first_tokens(workers, arguments.rounds)
     finally:
         for worker in workers:
             worker.close()

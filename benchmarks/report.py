@@ -17,6 +17,8 @@ from benchmarks.turns import Turns
 FIRST_TOKEN = {
     "first_token_cold": "process start to first token, nothing compiled",
     "first_token_warm": "process start to first token, compilation cache warm",
+    "second_token_cold": "process start to second token, nothing compiled",
+    "second_token_warm": "process start to second token, compilation cache warm",
 }
 Figures = dict[str, list[float]]  # worker -> a figure a round
 _STYLES = {"float32": "-", "bfloat16": "--", "int8": ":"}  # of curves

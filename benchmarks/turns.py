@@ -70,14 +70,19 @@ class Worker:
             pass  # `wait` finds out why
         return self.wait()
 
-    def first_token(self, xla_cache: Path) -> Answer:
-        """Starts the engine's script anew; returns the seconds to the first byte it prints."""
+    def first_tokens(self, xla_cache: Path, count: int) -> Answer:
+        """Starts the engine's script anew; returns the seconds until so many tokens are printed.
+
+        Args:
+            xla_cache: Folder of compiled programs.
+            count: 1 or 2. A script that streams writes both, each as soon as it is there.
+        """
         entry = ENGINES[self.engine]
         if entry.script:
             script = [*entry.script, *entry.script_options[self.precision]]
         else:
             script = ["-m", "benchmarks.first_token", self.engine, self.precision]
-            script.append(str(self._weights))
+            script += [str(self._weights), str(count)]
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(xla_cache)}
         environment["PYTHONPATH"] = str(REPOSITORY)
         with self._log.open("ab") as log:
@@ -90,12 +95,12 @@ class Worker:
                 env=environment,
             )
             with process:
-                first = process.stdout.read(1) if process.stdout is not None else b""
-                seconds = time.perf_counter() - started
-                process.communicate()
-        if not first or process.returncode:
+                seconds = []
+                while process.stdout is not None and os.read(process.stdout.fileno(), 1 << 16):
+                    seconds.append(time.perf_counter() - started)
+        if not seconds or process.returncode:
             return {"error": f"the script ended with code {process.returncode}; see {self._log}"}
-        return {"figures": seconds}
+        return {"figures": seconds[min(count if entry.script else 1, len(seconds)) - 1]}
 
     def cpu_seconds(self) -> float:
         """Returns the processor time that the worker has had so far, all threads together."""
@@ -147,16 +152,15 @@ class Turns:
                     self.others.setdefault(measure, []).append(max(0.0, share))
                 self._note(measure, round_number, worker, answer)
 
-    def run_first_token(self, workers: list[Worker], rounds: int) -> None:
-        """Measures process start to first token: cold in round 0, then with compiled programs."""
+    def run_first_tokens(self, workers: list[Worker], rounds: int) -> None:
+        """Measures process start to first and second token: cold in round 0, then warm."""
         for round_number in range(rounds + 1):
+            temperature = "warm" if round_number else "cold"
             for worker in workers:
-                cache = self._folder / worker.name.replace(" ", "-")
-                answer = worker.first_token(cache)
-                if round_number == 0:
-                    self._note("first_token_cold", 1, worker, answer)
-                else:
-                    self._note("first_token_warm", round_number, worker, answer)
+                for count, name in ((1, "first_token"), (2, "second_token")):
+                    cache = self._folder / f"{worker.name.replace(' ', '-')}-{count}"
+                    answer = worker.first_tokens(cache, count)
+                    self._note(f"{name}_{temperature}", max(1, round_number), worker, answer)
 
     def _note(self, measure: str, round_number: int, worker: Worker, answer: Answer) -> None:
         if "error" in answer:

@@ -9,6 +9,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 from functional_llm import peft, training
 from functional_llm.edits.quantization import quantize
 from functional_llm.generation import samplers
+from functional_llm.generation.chat import Chat
 from functional_llm.generation.prompt_cache import PromptCache
 from functional_llm.generation.text_generator import TextGenerator
 from functional_llm.graph.capturing import capture
@@ -32,6 +33,7 @@ __all__ = [
     "AttentionDotProduct",
     "AttentionMask",
     "Backbone",
+    "Chat",
     "CompositeLayer",
     "Freezable",
     "KVCacheLookup",

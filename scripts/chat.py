@@ -2,9 +2,24 @@
 
 import argparse
 import sys
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import command_line
+
+try:
+    import readline  # noqa: F401 (`input` edits lines with it, and knows those before)
+except ImportError:  # Windows has a console that does both
+    pass
+
+HELP = """\
+/help       shows this
+/clear      forgets the conversation
+/save FILE  writes the conversation as JSON, which finetune.py takes as a dataset
+/quit       ends, as Ctrl-D does
+A line that ends in \\ goes on in the next one. Begin a message that starts with / with a space.
+Ctrl-C ends an answer; what is there of it stays."""
 
 
 def main() -> int:
@@ -14,50 +29,117 @@ def main() -> int:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Loads; reads a line, streams the answer, and again."""
-    sampler = command_line.make_sampler(arguments)  # first: it may be wrong
-    generator = command_line.load_generator(arguments)
-    from functional_llm import PromptCache
+    """Loads; reads a message, streams the answer, and again."""
+    # First what needs no model: it may be wrong.
+    sampler = command_line.make_sampler(arguments)
+    command_line.introduce(arguments.preset)
+    tokenizer = command_line.load_tokenizer(arguments)
+    system = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    messages = [*system, {"role": "user", "content": "Hello"}]
+    command_line.check_prompt(arguments, tokenizer, messages)
+    generator = command_line.load_generator(arguments, tokenizer)
+    from functional_llm import Chat
 
-    if sys.stdin.isatty():
-        print("Write a message; an empty line ends the conversation.", file=sys.stderr)
-    cache = PromptCache()
-    messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    while line := read_line():
-        messages.append({"role": "user", "content": line})
-        ids = generator.tokenizer.apply_chat_template(messages, tokenize=True)
-        answer = ""
-        for piece in generator.stream(
-            ids,
-            max_new_tokens=arguments.max_new_tokens,
-            sampler=sampler,
-            seed=arguments.seed,
-            past=cache,
-        ):
-            print(piece, end="", flush=True)
-            answer += piece
-        print("\n")
-        messages.append({"role": "assistant", "content": answer})
-        if arguments.stats:
-            print_stats(generator.stats, len(ids))
+    chat = Chat(
+        generator,
+        arguments.system,
+        max_new_tokens=arguments.max_new_tokens,
+        sampler=sampler,
+        seed=arguments.seed,
+    )
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        say("Write a message. /help lists what else can be done; Ctrl-D ends.")
+    while (message := read_message(is_terminal)) is not None:
+        try:
+            if message.startswith("/"):
+                if not obey(message, chat):
+                    return
+            elif message.strip():
+                answer(chat, message.strip(), arguments.stats)
+        except KeyboardInterrupt:  # ends this answer
+            if not is_terminal:
+                raise
+        except (ValueError, OSError) as error:  # of this message: the next one may do
+            if not is_terminal:
+                raise
+            say(str(error))
 
 
-def read_line() -> str:
-    """Returns a line of the user's, empty at the end of input."""
+def read_message(is_terminal: bool) -> str | None:
+    """Returns the user's next message, `None` at the end of input or after Ctrl-C twice."""
+    lines: list[str] = []
+    was_interrupted = False
+    while True:
+        prompt = "... " if lines else "> "
+        try:
+            line = input(prompt if is_terminal else "")
+        except EOFError:
+            if is_terminal:
+                print()
+            return "\n".join(lines) if lines else None
+        except KeyboardInterrupt:
+            if was_interrupted or not is_terminal:
+                raise
+            say("\nCtrl-C once more, or Ctrl-D, ends.")
+            lines, was_interrupted = [], True
+            continue
+        if not line.endswith("\\"):
+            return "\n".join([*lines, line])
+        lines.append(line[:-1])
+        was_interrupted = False
+
+
+def obey(command: str, chat: Any) -> bool:
+    """Does what a line that begins with / says; returns whether the conversation goes on."""
+    name, _, argument = command.strip().partition(" ")
+    if name == "/quit":
+        return False
+    if name == "/help":
+        say(HELP)
+    elif name == "/clear":
+        chat.clear()
+        say("The conversation is forgotten.")
+    elif name == "/save" and argument.strip():
+        path = Path(argument.strip()).expanduser()
+        chat.save(path)
+        say(f"{len(chat.messages)} messages are in {path}.")
+    elif name == "/save":
+        say("Expected a file: /save FILE")
+    else:
+        say(f"There is no command {name}. /help lists them.")
+    return True
+
+
+def answer(chat: Any, message: str, stats: bool) -> None:
+    """Prints the answer as it comes; Ctrl-C ends it."""
+    left_out = chat.num_left_out
+    pieces = chat.say(message)
+    if chat.num_left_out > left_out:
+        say(
+            f"The context of {chat.generator.context} tokens is full: from now on the model does "
+            f"not read the oldest {chat.num_left_out} messages. /clear begins anew."
+        )
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return ""
+        with closing(pieces):
+            for piece in pieces:
+                print(piece, end="", flush=True)
+    finally:
+        print("\n", flush=True)
+    if stats:
+        print_stats(chat.generator.stats)
 
 
-def print_stats(stats: Any, num_tokens: int) -> None:
+def say(text: str) -> None:
+    """Prints a line that is not the model's."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_stats(stats: Any) -> None:
     """Prints figures of a turn to standard error."""
-    known = num_tokens - stats.prefill_tokens
-    print(
-        f"{known} of {num_tokens} prompt tokens were in the cache, {stats.prefill_tokens} "
-        f"prefilled in {stats.prefill_seconds:.2f} s; {stats.decode_tokens} decoded in "
-        f"{stats.decode_seconds:.2f} s\n",
-        file=sys.stderr,
+    say(
+        f"{stats.prefill_tokens} tokens prefilled in {stats.prefill_seconds:.2f} s, the cache held "
+        f"the others; {stats.decode_tokens} decoded in {stats.decode_seconds:.2f} s\n"
     )
 
 

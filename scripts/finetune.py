@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 import command_line
@@ -11,16 +12,17 @@ import command_line
 
 def main() -> int:
     """Parses, then trains."""
+    sys.stdout.reconfigure(line_buffering=True)  # in a log, too, a line comes when it is said
     arguments = command_line.parse_finetune(__doc__)
     return command_line.run_command(
         "finetune.py",
         lambda: run(arguments),
-        advice="stopped. --resume goes on from the last checkpoint.",
+        advice="stopped. --resume goes on from the last checkpoint, if there is one.",
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Loads, trains, saves."""
+    """Checks, loads, trains, saves."""
     import functional_llm as flm  # before Keras, whose backend it chooses
 
     # isort: split
@@ -31,53 +33,90 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.remat:  # before XLA starts; its default order of work on CPUs undoes the saving
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {training.REMAT_XLA_FLAG}"
     keras.utils.set_random_seed(arguments.seed)
-    tokenizer = flm.Tokenizer.from_preset(arguments.preset)
-    records = training.read_records(arguments.dataset, arguments.split)
-    examples = training.make_examples(records, tokenizer, arguments.length)
-    if cut := examples.describe(arguments.length):
-        print(cut)
-    backbone = flm.Backbone.from_preset(arguments.preset, dtype=arguments.dtype)
-    training.check_length(arguments.length, backbone.config.max_sequence_length)
-    kept, held = training.split_examples(examples.items, arguments.held_out, arguments.seed)
-    rows, held_out = (
-        training.pack(part, arguments.length, join=arguments.packing) if part else None
-        for part in (kept, held)
+    tokenizer, rows, held_out, settings = prepare(arguments, training)
+    names = ["preset", "method", "rank", "alpha", "dropout", "targets", "dtype"]
+    names += ["dataset", "split", "held_out", "length", "packing"]
+    facts = {name: getattr(arguments, name) for name in names}
+    folder = arguments.output / "training"
+    resume = {"resume": arguments.resume, "arguments": facts}
+    training.check_resume(folder, rows, held_out, settings, **resume)
+    model = command_line.adapt(
+        flm.Backbone.from_preset(arguments.preset, dtype=arguments.dtype), arguments
     )
-    settings = command_line.make_settings(arguments, len(rows))
-    model = command_line.adapt(backbone, arguments)
     if arguments.method == "bitfit" and arguments.save == "merged":  # known before training
         flm.peft.merge(model, keep=False).check_preset()
     trainable = sum(math.prod(variable.shape) for variable in model.trainable_variables)
-    print(
-        f"{len(kept)} examples in {len(rows)} rows of {rows.token_ids.shape[1]} tokens, "
-        f"{len(held)} held out; {settings.steps} steps on {trainable:,} of "
-        f"{model.count_params():,} weights"
-    )
-    names = ["preset", "method", "rank", "alpha", "dropout", "targets", "dtype"]
-    names += ["dataset", "split", "held_out", "length", "packing"]
+    print(f"{trainable:,} of {model.count_params():,} weights train.")
+
+    def save() -> None:
+        how_to_load = save_result(model, tokenizer, arguments, flm.peft)
+        print(f"Saved in {arguments.output}. Try it: scripts/chat.py {how_to_load}")
+
     history = training.train(
         model,
         rows,
         held_out,
         settings,
-        arguments.output / "training",
-        resume=arguments.resume,
-        arguments={name: getattr(arguments, name) for name in names},
+        folder,
         tensorboard=arguments.tensorboard,
+        save=save,
+        **resume,
     )
-    training.plot_losses(arguments.output / "loss.png", history.losses, history.held_out)
-    save(model, tokenizer, arguments, flm.peft)
-    print(f"Saved in {arguments.output}")
+    if find_spec("matplotlib") is not None:
+        draw(arguments.output / "loss.png", history, training)
 
 
-def save(model: Any, tokenizer: Any, arguments: argparse.Namespace, peft: Any) -> None:
-    """Saves the adapter, or the model with it merged in."""
+def prepare(arguments: argparse.Namespace, training: Any) -> Any:
+    """Returns tokenizer, rows, held-out rows and settings: all that needs no model, checked."""
+    from functional_llm import Tokenizer
+    from functional_llm.files.replacing import check_writable
+    from functional_llm.presets.sources import read_numbers
+
+    if arguments.tensorboard:
+        training.import_writer()
+    if find_spec("matplotlib") is None:
+        print("No loss curve will be drawn: that needs matplotlib (pip install matplotlib).")
+    check_writable(arguments.output / "training")
+    _, config, _ = read_numbers(arguments.preset)
+    training.check_length(arguments.length, config.max_sequence_length)
+    command_line.check_targets(arguments)
+    records = training.read_records(arguments.dataset, arguments.split)
+    tokenizer = Tokenizer.from_preset(arguments.preset)
+    examples = training.make_examples(records, tokenizer, arguments.length)
+    if cut := examples.describe(arguments.length):
+        print(cut)
+    kept, held = training.split_examples(examples.items, arguments.held_out, arguments.seed)
+    rows, held_out = (
+        training.pack(part, arguments.length, join=arguments.packing) if part else None
+        for part in (kept, held)
+    )
+    print(
+        f"{len(kept)} examples in {len(rows)} rows of {rows.token_ids.shape[1]} tokens, "
+        f"{len(held)} held out"
+    )
+    return tokenizer, rows, held_out, command_line.make_settings(arguments, len(rows))
+
+
+def save_result(model: Any, tokenizer: Any, arguments: argparse.Namespace, peft: Any) -> str:
+    """Saves the adapter, or the model with it merged in; returns the options that load it."""
+    output = arguments.output
     if arguments.save == "adapter":
-        return peft.save_adapter(model, arguments.output)
+        peft.save_adapter(model, output)
+        return f"--preset {arguments.preset} --adapter {output}"
     merged = model if arguments.method == "full" else peft.merge(model)
     if arguments.save == "keras":
-        return merged.save(arguments.output / "model.keras", tokenizer=tokenizer)
-    return merged.save_preset(arguments.output, tokenizer)
+        merged.save(output / "model.keras", tokenizer=tokenizer)
+        return f"--preset {output / 'model.keras'}"
+    merged.save_preset(output, tokenizer)
+    return f"--preset {output}"
+
+
+def draw(path: Any, history: Any, training: Any) -> None:
+    """Draws the losses, or says in a line why it cannot."""
+    try:
+        training.plot_losses(path, history.losses, history.held_out)
+    except Exception as error:  # whatever a library for drawing raises: the result is saved
+        print(f"No loss curve was drawn: {command_line.first_line(error)}")
 
 
 if __name__ == "__main__":

@@ -22,11 +22,17 @@ def run(arguments: argparse.Namespace) -> None:
     # First what needs no model: it may be wrong.
     text = command_line.read_prompt(arguments)
     sampler = command_line.make_sampler(arguments)
+    command_line.introduce(arguments.preset)
     loading = time.perf_counter()
-    generator = command_line.load_generator(arguments)
+    tokenizer = command_line.load_tokenizer(arguments)
+    prompt = [{"role": "user", "content": text}] if arguments.chat else text
+    command_line.check_prompt(arguments, tokenizer, prompt)
+    generator = command_line.load_generator(arguments, tokenizer)
     loaded = time.perf_counter() - loading
+    if not arguments.chat and sys.stdout.isatty():
+        print(text, end="", flush=True)
     pieces = generator.stream(
-        make_prompt(text, arguments.chat, generator.tokenizer),
+        prompt,
         max_new_tokens=arguments.max_new_tokens,
         sampler=sampler,
         stop=arguments.stop,
@@ -35,15 +41,6 @@ def run(arguments: argparse.Namespace) -> None:
     first = write(pieces)
     if arguments.stats:
         print_stats(generator.stats, loaded, first)
-
-
-def make_prompt(text: str, chat: bool, tokenizer: Any) -> str | list[int]:
-    """Returns the prompt's text, or its ids with --chat."""
-    if chat:
-        return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=True)
-    if sys.stdout.isatty():
-        print(text, end="", flush=True)
-    return text
 
 
 def write(pieces: Iterator[str]) -> float | None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,20 @@ def test_worker_that_cannot_load_says_why(tmp_path: Path) -> None:
     try:
         assert "FileNotFoundError" in worker.wait()["error"]
         assert "the process ended" in worker.ask("decode_1", 1)["error"]
+    finally:
+        worker.close()
+
+
+def test_second_token_is_timed_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "import time; print(1, end='', flush=True); time.sleep(0.2); print(2, end='')"
+    entry = replace(ENGINES["functional_llm"], script=("-c", program))
+    worker = Worker("functional_llm", "float32", tmp_path / "nowhere", tmp_path)
+    try:
+        monkeypatch.setitem(ENGINES, "functional_llm", entry)
+        first, second = (worker.first_tokens(tmp_path, count)["figures"] for count in (1, 2))
+        assert 0 < first and 0.2 < second
+        monkeypatch.setitem(ENGINES, "functional_llm", replace(entry, script=("-c", "1 / 0")))
+        assert "ended with code 1" in worker.first_tokens(tmp_path, 2)["error"]
     finally:
         worker.close()
 

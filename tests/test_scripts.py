@@ -3,8 +3,11 @@
 import importlib.util
 import io
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +83,96 @@ def test_bad_prompt_files(
     error = capsys.readouterr().err
     expected = "at least one character" if kind == "empty" else "expected a text file in UTF-8"
     assert code == 2 and expected in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("generate", ["--prompt", ""], "--prompt: expected at least one character"),
+        ("generate", ["--prompt", "x" * 600], "tokens.*context holds 512"),
+        ("generate", ["--max-new-tokens", "512"], "context holds 512"),
+        ("generate", ["--stop", ""], "--stop: expected at least one character"),
+        ("generate", ["--dtype", "float8"], "invalid choice: 'float8'"),
+        ("generate", ["--dtype", "float16", "--quantize", "int8"], "use --dtype bfloat16"),
+        ("generate", ["--adapter", "/dev/null"], "/dev/null has no adapter_config.json"),
+        ("chat", ["--system", "x" * 600], "tokens.*context holds 512"),
+        ("chat", ["--max-new-tokens", "512"], "context holds 512"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_the_model_is_loaded(
+    repository: Path,
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.delattr(flm.Backbone, "from_preset")
+    assert run(repository, monkeypatch, name, "--preset", tiny, *options) == 2
+    written = capsys.readouterr()
+    assert written.out == "" and re.search(message, written.err)
+    assert len(written.err.splitlines()) <= 2
+
+
+def test_a_base_model_is_refused_before_it_is_loaded(
+    repository: Path,
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delattr(flm.Backbone, "from_preset")
+    load = flm.Tokenizer.from_preset
+
+    def load_without_template(handle: str) -> flm.Tokenizer:
+        return replace(load(handle), chat_template=None)
+
+    monkeypatch.setattr(flm.Tokenizer, "from_preset", load_without_template)
+    for name, options in (("chat", []), ("generate", ["--chat"])):
+        assert run(repository, monkeypatch, name, "--preset", tiny, *options) == 2
+        assert "no chat template" in capsys.readouterr().err
+
+
+def test_a_terminal_is_told_what_the_default_model_is(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(repository, monkeypatch, "generate", "--help")  # puts the scripts on the path
+    assert "4-bit file" in capsys.readouterr().out
+    import command_line  # type: ignore[import-not-found]
+
+    command_line.introduce("smollm2_135m_instruct")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    command_line.introduce("smollm2_135m_instruct")
+    command_line.introduce("some/folder")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "4-bit weights" in line and "hf://HuggingFaceTB/SmolLM2-135M-Instruct" in line
+    with command_line.announce("prefill"):
+        assert "[compiling prefill" in capsys.readouterr().err
+
+
+def test_advice_to_install_something_works(repository: Path) -> None:
+    """What pip is told to install is on an index under that name, and is what an extra has."""
+    project = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    known = {re.split("[<>=; ]", x)[0] for group in extras.values() for x in group}
+    files = [
+        repository / "README.md",
+        *(repository / "docs").glob("*.md"),
+        *(repository / "scripts").glob("*.py"),
+        *(repository / "functional_llm").rglob("*.py"),
+    ]
+    advice = []
+    for path in files:
+        text = " ".join(path.read_text(encoding="utf-8").replace('"', " ").split())
+        assert not re.search(r"functional[-_]llm\[", text), f"{path}: not on an index"
+        for found in re.finditer(r"pip(?: install|:) ((?:-\S+ )*)([^\s`)]+)", text):
+            advice.append(found[2].rstrip(".,"))
+            if advice[-1].startswith("'.["):
+                assert set(advice[-1][3:].rstrip("]'").split(",")) <= set(extras), path
+            else:
+                assert advice[-1] in known, f"{path}: pip install {advice[-1]}"
+    assert len(advice) >= 5
 
 
 def test_prompt_from_a_file_and_from_standard_input(

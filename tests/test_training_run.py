@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -19,7 +20,15 @@ from safetensors.numpy import load_file
 from functional_llm import peft
 from functional_llm.generation.text_generator import TextGenerator
 from functional_llm.presets import Backbone, Tokenizer
-from functional_llm.training import Example, Rows, Settings, pack, plot_losses, train
+from functional_llm.training import (
+    Example,
+    History,
+    Rows,
+    Settings,
+    pack,
+    plot_losses,
+    train,
+)
 from functional_llm.training.checkpoints import (
     check_arguments,
     load_checkpoint,
@@ -128,6 +137,27 @@ def test_a_full_disk_leaves_the_checkpoint_before(model: Any, tmp_path: Path) ->
     assert load_checkpoint(path, model) == {"step": 1}
 
 
+def test_a_full_disk_gets_no_half_of_a_model(tiny: Path, tmp_path: Path, capfd: Any) -> None:
+    """One line and nothing left: HDF5 would print a traceback for each variable."""
+    backbone = Backbone.from_preset(tiny)
+    adapted = peft.lora(backbone, rank=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    capfd.readouterr()
+    for save, where, room in (  # for the tokenizer's files, which come first
+        (backbone.save, tmp_path / "model.keras", 100_000),
+        (backbone.save_preset, tmp_path / "directory", 100_000),
+        (lambda path: peft.save_adapter(adapted, path), tmp_path, 1_000),
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            with pytest.raises(OSError, match="could not be written|with room for 0.* MB") as error:
+                save(where)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert len(str(error.value).splitlines()) == 1
+        assert os.listdir(tmp_path) == [] and capfd.readouterr().err == ""
+
+
 def test_checkpoints_are_strict(model: Any, tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
     save_checkpoint(path, model, {})
@@ -164,6 +194,7 @@ def test_a_run_does_not_fall_over_an_earlier_one(tiny: Path, rows: Rows, tmp_pat
         train(Backbone.from_preset(tiny), rows, rows, settings, tmp_path)
     backbone = Backbone.from_preset(tiny)
     again = train(backbone, rows, rows, settings, tmp_path, resume=True, say=said.append)
+    assert not any("no checkpoint" in line for line in said)
     assert (again.step, again.losses) == (2, history.losses)
     kept = load_file(tmp_path / "checkpoint.safetensors")
     for variable in backbone.trainable_variables:
@@ -171,6 +202,37 @@ def test_a_run_does_not_fall_over_an_earlier_one(tiny: Path, rows: Rows, tmp_pat
     with pytest.raises(ValueError, match="data: '.*' in the checkpoint, '.*' now"):
         other = Rows(rows.token_ids + 1, rows.positions, rows.segment_ids, rows.labels)
         train(Backbone.from_preset(tiny), other, rows, settings, tmp_path, resume=True)
+
+
+def test_a_resume_without_a_checkpoint_is_said(tiny: Path, rows: Rows, tmp_path: Path) -> None:
+    said: list[str] = []
+    settings = Settings(steps=1, checkpoint_every=0)
+    train(Backbone.from_preset(tiny), rows, None, settings, tmp_path, resume=True, say=said.append)
+    assert said[0] == f"There is no checkpoint in {tmp_path}: this run begins at step 0."
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for(
+    tiny: Path, rows: Rows, tmp_path: Path
+) -> None:
+    class Stop(keras.callbacks.Callback):
+        def on_test_begin(self, logs: Any = None) -> None:
+            raise KeyboardInterrupt
+
+    settings = Settings(steps=2, batch_size=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(Backbone.from_preset(tiny), rows, rows, settings, tmp_path, callbacks=[Stop()])
+    assert read_facts(tmp_path / "checkpoint.safetensors")["step"] == 2
+    saved: list[bool] = []
+    resumed = train(
+        Backbone.from_preset(tiny),
+        rows,
+        rows,
+        settings,
+        tmp_path,
+        resume=True,
+        save=lambda: saved.append(True),
+    )
+    assert [step for step, _ in resumed.held_out] == [0, 2] and saved == [True]
 
 
 def test_accumulated_batches_are_one_step(tiny: Path, rows: Rows, tmp_path: Path) -> None:
@@ -210,6 +272,10 @@ def test_a_folder_that_cannot_be_made_is_known_before_training(
 def test_bad_settings(tiny: Path, rows: Rows, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Expected `steps` of at least 1, received 0"):
         Settings(steps=0)
+    with pytest.raises(ValueError, match="Expected `learning_rate` of at least 0, received nan"):
+        Settings(steps=1, learning_rate=math.nan)
+    with pytest.raises(ValueError, match="fewer steps of warm-up than steps, received 3 and 3"):
+        Settings(steps=3, warmup_steps=3)
     frozen = Backbone.from_preset(tiny)
     frozen.trainable = False
     with pytest.raises(ValueError, match="Expected trainable weights"):
@@ -229,6 +295,20 @@ def test_bad_settings(tiny: Path, rows: Rows, tmp_path: Path) -> None:
 )
 def test_rounds(every: int, done: int, expected: list[tuple[int, int]]) -> None:
     assert Settings(steps=12, evaluate_every=every).rounds(done) == expected
+
+
+def test_tensorboard_that_cannot_write_is_left_out(
+    tiny: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    tensorboard = pytest.importorskip("tensorboardX")
+
+    def fail(self: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(tensorboard.SummaryWriter, "flush", fail)
+    settings = Settings(steps=3, batch_size=2, checkpoint_every=0)
+    train(Backbone.from_preset(tiny), rows, None, settings, tmp_path, tensorboard=True)
+    assert capsys.readouterr().err.count("No more logs for TensorBoard: No space left") == 1
 
 
 def test_tensorboard_logs(tiny: Path, rows: Rows, tmp_path: Path) -> None:
@@ -288,8 +368,9 @@ def tuned(tiny: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_the_script_makes_an_adapter_that_answers(tiny: Path, tuned: Any) -> None:
     assert (tuned.output / "loss.png").read_bytes().startswith(PNG)
-    assert "11 examples in" in tuned.said and "1 held out; 30 steps" in tuned.said
-    losses = [float(x.split("held-out loss ")[1].split()[0]) for x in tuned.said.splitlines()[1:3]]
+    assert "11 examples in" in tuned.said and "1 held out" in tuned.said
+    assert "30 steps, batches of 1 row" in tuned.said and "30 steps are few" in tuned.said
+    losses = [float(x) for x in re.findall(r"held-out loss ([0-9.]+)", tuned.said)]
     assert losses[1] < 0.5 * losses[0]
     tokenizer = Tokenizer.from_preset(tiny)
     adapted = peft.load_adapter(Backbone.from_preset(tiny), tuned.output)
@@ -302,19 +383,29 @@ def test_the_script_makes_an_adapter_that_answers(tiny: Path, tuned: Any) -> Non
     assert texts == ["the lazy dog"] * 2
 
 
+AFTER_LOADING = {"bitfit"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (["--length", 9999], "Expected a length from 1 to 512 tokens, the model's context"),
         (["--rank", 0], "rank"),
         (["--dataset", "none.jsonl"], "Expected a dataset at none.jsonl: there is no such file"),
-        (["--held-out", 1], "leaves something to train on"),
-        (["--targets", "quary"], "query"),
+        (["--held-out", 0.99], "leaves something to train on"),
+        (["--targets", "quary"], "no layer of .* matches 'quary'. Expected names \\(query, "),
+        (["--output", "/dev/null/adapter"], "that can be written to. Received: /dev/null/adapter"),
+        (["--warmup-steps", 60, "--output", "new"], "fewer steps of warm-up than steps"),
+        (["--epochs", "nan"], "--epochs: expected a number above 0, received 'nan'"),
+        (["--dtype", "float8"], "--dtype: invalid choice: 'float8'"),
         ([], "is the checkpoint of an earlier run"),
         (["--resume", "--rank", 2, "--steps", 30, "--targets", "all"], "rank: 4 in the checkpoint"),
         (["--resume", "--length", 32, "--no-packing"], "length: 64 in the checkpoint, 32 now"),
         (["--resume", "--no-packing"], "packing: True in the checkpoint, False now"),
-        (["--method", "bitfit", "--save", "merged"], "does not fit its config, 14 differences"),
+        (
+            ["--method", "bitfit", "--save", "merged", "--output", "new"],
+            "does not fit its config, 14 differences",
+        ),
     ],
 )
 def test_the_script_says_what_is_wrong(
@@ -328,7 +419,44 @@ def test_the_script_says_what_is_wrong(
         str(REPOSITORY / "scripts")
     )  # as Python does with a script's folder
     monkeypatch.setattr(keras.utils, "set_random_seed", lambda seed: None)  # other tests' affair
+    if not AFTER_LOADING & set(changes):
+        monkeypatch.delattr(Backbone, "from_preset")  # it is known before the model is loaded
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(REPOSITORY / "scripts" / "finetune.py"), run_name="__main__")
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert re.search(message, error) and "Traceback" not in error
+
+
+def test_what_is_optional_fails_in_a_line(
+    tuned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The adapter is saved before the evaluation and the plot, and both fail."""
+    import runpy
+
+    from functional_llm import training
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        assert (tmp_path / "adapter_config.json").is_file()
+        raise RuntimeError("out of\npaper")
+
+    given = [*tuned.arguments, "--output", tmp_path, "--steps", 2, "--checkpoint-every", 0]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, given)])
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    monkeypatch.setattr(keras.utils, "set_random_seed", lambda seed: None)
+    monkeypatch.setattr(training, "plot_losses", fail)
+    add = History.add_held_out
+
+    def fail_at_the_end(self: History, loss: float) -> None:
+        add(self, loss) if self.step == 0 else fail()
+
+    monkeypatch.setattr(History, "add_held_out", fail_at_the_end)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(REPOSITORY / "scripts" / "finetune.py"), run_name="__main__")
+    assert stop.value.code == 0
+    saved, *said = capsys.readouterr().out.splitlines()[-3:]
+    assert f"Saved in {tmp_path}. Try it: " in saved and f"--adapter {tmp_path}" in saved
+    assert said == [
+        "What was trained is saved; the last evaluation failed: RuntimeError: out of",
+        "No loss curve was drawn: RuntimeError: out of",
+    ]

@@ -229,11 +229,12 @@ def write_rows(
     limits = np.array([operand.array.shape[place] for place in operand.places(written)], "int32")
     is_inside = jnp.all((indices >= 0) & (indices < limits), axis=1)
     ones = _num_ones(operand)
+    zero = jnp.int32(0)  # all of one type, with 64 bits switched on too
 
     def write(i: jax.Array | int, array: jax.Array) -> jax.Array:
         index = lax.dynamic_index_in_dim(indices, i, keepdims=False)
         row = lax.dynamic_index_in_dim(rows, i, keepdims=False).reshape(shape[ones:])
-        starts = [index[written.index(axis)] if axis in written else 0 for axis in operand.order]
+        starts = [index[written.index(a)] if a in written else zero for a in operand.order]
         old = lax.dynamic_slice(array, starts[ones:], row.shape)
         new = jnp.where(lax.dynamic_index_in_dim(is_inside, i, keepdims=False), row, old)
         return lax.dynamic_update_slice(array, new, starts[ones:])

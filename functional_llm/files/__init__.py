@@ -2,6 +2,6 @@
 
 May import: no other room.
 
-Offers: `replaced_file`, `replaced_folder`, `share`, `read_json`,
-`write_json`, `parse_json_object`.
+Offers: `replaced_file`, `replaced_folder`, `check_writable`, `share`, `read_json`, `write_json`,
+`parse_json_object`.
 """

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 
@@ -20,8 +20,12 @@ def replaced_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: If the folder cannot be written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        begin = f".{path.name}."
+        descriptor, name = tempfile.mkstemp(prefix=begin, suffix=".part", dir=path.parent)
+    except OSError as error:
+        raise _not_writable(path.parent, error) from error
     os.close(descriptor)
     part = Path(name)
     try:
@@ -52,9 +56,7 @@ def replaced_folder(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise OSError(
-            f"Expected a folder that can be written to. Received: {folder} ({error.strerror})."
-        ) from error
+        raise _not_writable(folder, error) from error
     try:
         yield beside
         old = {path for pattern in stale for path in folder.glob(pattern)}
@@ -75,9 +77,39 @@ def replaced_folder(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def check_writable(folder: Path, *sizes: int) -> None:
+    """Checks that files can be written to a folder, which need not be there; leaves nothing.
+
+    Args:
+        folder: The folder.
+        *sizes: Bytes of each file, if they are known.
+
+    Raises:
+        OSError: If they cannot: for lack of permission or of room.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        with ExitStack() as files:
+            for size in sizes or (1 << 16,):
+                file = files.enter_context(tempfile.TemporaryFile(dir=place))
+                if hasattr(os, "posix_fallocate"):  # takes the room, and writes nothing
+                    os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise _not_writable(folder, error, sizes) from error
+
+
 def share(path: Path) -> None:
     """Gives a file the permissions of any new file; temporary ones are for this user only."""
     path.chmod(0o666 & ~_umask())
+
+
+def _not_writable(folder: Path, error: OSError, sizes: Sequence[int] = ()) -> OSError:
+    room = f", with room for {sum(sizes) / 1e6:.1f} MB" if sizes else ""
+    return OSError(
+        f"Expected a folder that can be written to{room}. Received: {folder} ({error.strerror})."
+    )
 
 
 def _publish(part: Path, path: Path) -> None:

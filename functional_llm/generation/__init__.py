@@ -1,6 +1,6 @@
 """Generation: prompts in, text or ids out, by compiled programs.
 
-May import: cpu, tokenizers, layers, formats.
+May import: files, graph, cpu, tokenizers, layers, formats.
 
-Offers: `TextGenerator`, `PromptCache`, samplers.
+Offers: `TextGenerator`, `Chat`, `PromptCache`, samplers.
 """

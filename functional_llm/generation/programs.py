@@ -8,8 +8,9 @@ V vocabulary, D model.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -24,8 +25,10 @@ from functional_llm.layers.cache import Cache, grow_cache, make_cache, num_slots
 
 Weights: TypeAlias = list[jax.Array]
 Program: TypeAlias = Callable[..., Any]
+Announce: TypeAlias = Callable[[str], AbstractContextManager[object]]
 
 TOKENS_PER_RUN = 32  # C: the decode loop returns to Python after so many, if not earlier
+NOT_FINITE = -2  # what a row gets in the place of a token if its logits are not finite
 
 
 @dataclass
@@ -94,20 +97,48 @@ class DecodeState(NamedTuple):
     cache: Cache
 
 
+class _Call(NamedTuple):
+    """A program, and what it is to be called with.
+
+    Args:
+        key: What makes another program of it.
+        function: What it computes.
+        arguments: Arrays, or their shapes.
+        donated: The argument whose memory it may use for its results.
+    """
+
+    key: tuple[object, ...]
+    function: Program
+    arguments: tuple[Any, ...]
+    donated: int | tuple[int, ...] = ()
+
+    def compile(self) -> Callable[[], Program]:
+        """Traces, in this thread; returns what compiles, in any thread."""
+        program = jax.jit(
+            optimize_for_cpu(self.function),
+            donate_argnums=self.donated,
+            compiler_options=compiler_options(),
+        )
+        return program.lower(*self.arguments).compile
+
+
 class CompiledPrograms:
     """Prefill and decode of one model, compiled when arguments of new shapes come.
 
     Args:
         backbone: A functional model with the inputs and outputs of a Backbone.
+        announce: Called with a few words before programs are compiled; the context that it returns
+            is left when they are.
     """
 
-    def __init__(self, backbone: keras.Model) -> None:
+    def __init__(self, backbone: keras.Model, announce: Announce = nullcontext) -> None:
         outputs = backbone.output
         kept = {"hidden": outputs["hidden"], "cache": outputs["cache"]}
         self._backbone = backbone
         self._trunk = keras.Model(backbone.input, kept)
         self._head = keras.Model(outputs["hidden"], outputs["logits"])
         self._variables = backbone.variables
+        self.announce = announce
         self.compiled: dict[tuple[object, ...], Program] = {}
         self.stats = Stats()
 
@@ -116,13 +147,28 @@ class CompiledPrograms:
         return [variable.value for variable in self._variables]
 
     def prefill(
-        self, slots: int, weights: Weights, prompt: Prompt, sampler: Sampler
+        self,
+        slots: int,
+        weights: Weights,
+        prompt: Prompt,
+        sampler: Sampler,
+        stop_ids: np.ndarray | None = None,
     ) -> tuple[jax.Array, DecodeState]:
-        """Runs the prompts; returns the first token of each row and the state of the loop."""
+        """Runs the prompts; returns the first token of each row and the state of the loop.
+
+        With `stop_ids`, those of the decode loop that will follow, the loop is compiled at the same
+        time: it makes no pause after the first token.
+        """
         key = ("prefill", prompt.tokens.shape, slots, prompt.cache is not None)
-        program = self._compiled(key, self._prefill_program(slots), (), weights, prompt, sampler)
+        arguments = (weights, prompt, sampler)
+        calls = [_Call(key, self._prefill_program(slots), arguments)]
+        # On several devices, the first result says how the state is spread over them.
+        if stop_ids is not None and len(jax.tree.leaves(weights)[0].devices()) == 1:
+            state, done_B = self._state_shapes(slots, prompt), np.zeros(len(prompt.last), bool)
+            calls.append(self._decode_call(weights, state, sampler, done_B, stop_ids, 1))
+        program = self._compiled(calls)
         with self.stats.timed("prefill_seconds"):
-            return jax.block_until_ready(program(weights, prompt, sampler))
+            return jax.block_until_ready(program(*arguments))
 
     def decode(
         self,
@@ -136,13 +182,13 @@ class CompiledPrograms:
         """Runs the loop once, for at most `limit` tokens a row; the state is used up.
 
         Returns:
-            The new ids (B, C), as many as were written, -1 in rows that are done; the new state.
+            The new ids (B, C), as many as were written, -1 in rows that are done, `NOT_FINITE` last
+            in rows whose logits are not finite; the new state.
         """
-        arguments = (weights, state, sampler, done_B, stop_ids, np.int32(limit))
-        key = ("decode", done_B.shape, num_slots(state.cache), stop_ids.shape)
-        program = self._compiled(key, self._decode_program, 1, *arguments)
+        call = self._decode_call(weights, state, sampler, done_B, stop_ids, limit)
+        program = self._compiled([call])
         with self.stats.timed("decode_seconds"):
-            new_BC, count, state = program(*arguments)
+            new_BC, count, state = program(*call.arguments)
             new_BC = np.asarray(new_BC)[:, : int(count)]
         self.stats.decode_tokens += int((new_BC >= 0).sum())
         return new_BC, state
@@ -154,29 +200,48 @@ class CompiledPrograms:
             return grow_cache(self._backbone, cache, slots)
 
         rows = next(iter(cache.values()))["positions"].shape[0]
-        program = self._compiled(("grow", rows, num_slots(cache), slots), copy, (), cache)
+        program = self._compiled([_Call(("grow", rows, num_slots(cache), slots), copy, (cache,))])
         # Before the prefill, only the cache of an earlier turn grows.
         phase = "decode_seconds" if self.stats.prefill_seconds else "prefill_seconds"
         with self.stats.timed(phase):
             return jax.block_until_ready(program(cache))
 
-    def _compiled(
+    def _compiled(self, calls: Sequence[_Call]) -> Program:
+        """Returns the program of the first call, after all of them are compiled."""
+        # With the kind of sampler, the third argument.
+        keys = [(*call.key, jax.tree.structure(call.arguments[2:3])) for call in calls]
+        missing = [(k, call) for k, call in zip(keys, calls, strict=True) if k not in self.compiled]
+        if missing:
+            what = " and ".join(str(call.key[0]) for _, call in missing)
+            with self.stats.timed("compile_seconds"), self.announce(what):
+                # Python traces one program while XLA compiles another.
+                with ThreadPoolExecutor(len(missing)) as pool:
+                    compiling = [(key, pool.submit(call.compile())) for key, call in missing]
+                self.compiled |= {key: program.result() for key, program in compiling}
+        return self.compiled[keys[0]]
+
+    def _decode_call(
         self,
-        key: tuple[object, ...],
-        function: Program,
-        donated: int | tuple[int, ...],
-        *arguments: object,
-    ) -> Program:
-        key = (*key, jax.tree.structure(arguments[2:3]))  # the kind of sampler
-        if key not in self.compiled:
-            with self.stats.timed("compile_seconds"):
-                program = jax.jit(
-                    optimize_for_cpu(function),
-                    donate_argnums=donated,
-                    compiler_options=compiler_options(),
-                )
-                self.compiled[key] = program.lower(*arguments).compile()
-        return self.compiled[key]
+        weights: Weights,
+        state: DecodeState,
+        sampler: Sampler,
+        done_B: np.ndarray,
+        stop_ids: np.ndarray,
+        limit: int,
+    ) -> _Call:
+        arguments = (weights, state, sampler, done_B, stop_ids, np.int32(limit))
+        key = ("decode", done_B.shape, num_slots(state.cache), stop_ids.shape)
+        return _Call(key, self._decode_program, arguments, donated=1)
+
+    def _state_shapes(self, slots: int, prompt: Prompt) -> DecodeState:
+        """Returns the state that a prefill will return, shapes in the place of arrays."""
+        cache = prompt.cache
+        if cache is None:
+            rows = len(prompt.last)
+            cache = jax.eval_shape(lambda: make_cache(self._backbone, rows, slots))
+        token_B, step, seen_BV = (jnp.asarray(x) for x in (prompt.last, np.int32(1), prompt.seen))
+        state = DecodeState(token_B, token_B, step, seen_BV, prompt.keys, cache)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
 
     def _forward(
         self, weights: Weights, inputs: Mapping[str, Any], last_B: jax.Array | np.ndarray
@@ -242,7 +307,8 @@ class CompiledPrograms:
             logits_BV, cache = self._forward(weights, inputs, jnp.zeros_like(state.token))
             token_B, seen_BV = _sample(sampler, logits_BV, state.keys, state.step, state.seen)
             new_BC = new_BC.at[:, i].set(jnp.where(done_B, jnp.int32(-1), token_B))
-            done_B = done_B | jnp.any(token_B[:, None] == stop_ids, axis=1)
+            ends_B = jnp.any(token_B[:, None] == stop_ids, axis=1) | (token_B == NOT_FINITE)
+            done_B = done_B | ends_B
             position_B = state.position + 1
             state = DecodeState(token_B, position_B, state.step + 1, seen_BV, state.keys, cache)
             return i + 1, new_BC, done_B, state
@@ -257,7 +323,10 @@ class CompiledPrograms:
 def _sample(
     sampler: Sampler, logits_BV: jax.Array, keys_B: jax.Array, step: jax.Array, seen_BV: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns a token for each row, and the tokens seen so far with it."""
+    """Returns a token for each row, or `NOT_FINITE`, and the tokens seen so far with it."""
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, step)
     token_B = sampler(logits_BV, keys_B, seen_BV)
+    # The maximum is NaN if a logit is. One of -inf is a token that cannot come.
+    is_finite_B = jnp.isfinite(jnp.max(logits_BV, axis=1))
+    token_B = jnp.where(is_finite_B, token_B, jnp.int32(NOT_FINITE))
     return token_B, seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)

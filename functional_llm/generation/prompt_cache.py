@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from itertools import takewhile
 
+import jax
+
 from functional_llm.layers.cache import Cache, can_truncate, truncate_cache
 
 
@@ -34,3 +36,11 @@ class PromptCache:
         if cache is None or known == 0 or not can_truncate(cache, known):
             return 0, None
         return known, truncate_cache(cache, known)
+
+    def keep(self, cache: Cache) -> None:
+        """Takes the cache back after a turn, unless the turn was interrupted while it was written.
+
+        The last token written is not in the cache yet.
+        """
+        is_whole = not any(x.is_deleted() for x in jax.tree.leaves(cache))
+        self.ids, self.cache = self.ids[:-1], cache if is_whole else None

@@ -53,7 +53,8 @@ def draw(mass_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
     # one random number a row; `jax.random.categorical` takes V of them, and ten times as long.
     padding = -mass_BV.shape[-1] % _BLOCK
     mass_BCW = jnp.pad(mass_BV, ((0, 0), (0, padding))).reshape(mass_BV.shape[0], -1, _BLOCK)
-    end_BC = jnp.cumsum(jnp.sum(mass_BCW, axis=-1), axis=-1)
+    # All of one type: with 64 bits switched on, JAX would widen sums of integers.
+    end_BC = jnp.cumsum(jnp.sum(mass_BCW, axis=-1, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
 
     def draw_below(key: jax.Array, total: jax.Array) -> jax.Array:
         return jax.random.randint(key, (), jnp.uint32(0), total, jnp.uint32)
@@ -61,8 +62,9 @@ def draw(mass_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
     point_B1 = jax.vmap(draw_below)(keys_B, end_BC[:, -1])[:, None]
     block_B1 = jnp.sum(end_BC <= point_B1, axis=-1, keepdims=True, dtype=jnp.int32)
     mass_BW = jnp.take_along_axis(mass_BCW, block_B1[:, :, None], axis=1)[:, 0]
-    start_B1 = jnp.take_along_axis(end_BC, block_B1, axis=1) - jnp.sum(mass_BW, -1, keepdims=True)
-    end_BW = start_B1 + jnp.cumsum(mass_BW, axis=-1)
+    sum_B1 = jnp.sum(mass_BW, -1, keepdims=True, dtype=jnp.uint32)
+    start_B1 = jnp.take_along_axis(end_BC, block_B1, axis=1) - sum_B1
+    end_BW = start_B1 + jnp.cumsum(mass_BW, axis=-1, dtype=jnp.uint32)
     token_B1 = jnp.sum(end_BW <= point_B1, axis=-1, keepdims=True, dtype=jnp.int32)
     # NaN logits have no sum to draw from; they must not give an id outside the vocabulary.
     last = jnp.int32(mass_BV.shape[-1] - 1)

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens of a padded prompt, C new tokens of one run, V vocabula
 
 import math
 from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias, overload
 
@@ -23,7 +24,15 @@ from functional_llm.generation.arguments import (
     make_keys,
     padded_stop_ids,
 )
-from functional_llm.generation.programs import TOKENS_PER_RUN, CompiledPrograms, Prompt, Stats
+from functional_llm.generation.not_finite import not_finite_error
+from functional_llm.generation.programs import (
+    NOT_FINITE,
+    TOKENS_PER_RUN,
+    Announce,
+    CompiledPrograms,
+    Prompt,
+    Stats,
+)
 from functional_llm.generation.prompt_cache import PromptCache
 from functional_llm.generation.prompts import AnyPrompt, Message, encode_prompt, split_prompts
 from functional_llm.generation.stop_strings import StoppingDecoder
@@ -60,17 +69,29 @@ class TextGenerator:
     at least 256. It is doubled when it is full. The first doubling to a size compiles two programs,
     one that copies the cache and the decode loop of the new size. So up to 256 new tokens compile
     no more than a prefill and a decode loop (and a copy, if they outgrow the cache of an earlier
-    turn). If all layers see a window, a cache stops growing at the largest window.
+    turn), and those before the first token. If all layers see a window, a cache stops growing at
+    the largest window.
 
     Args:
         backbone: A Backbone, or any functional model with its inputs and outputs.
         tokenizer: A tokenizer, or `None` to work with ids only.
+        announce: Called with a few words before programs are compiled, which may take half a
+            minute; the context that it returns is left when they are. By default nothing is said.
+
+    Raises:
+        RuntimeError: When it generates, if the model's logits are not finite: numbers of float16
+            end at 65504.
     """
 
-    def __init__(self, backbone: keras.Model, tokenizer: TextTokenizer | None = None) -> None:
+    def __init__(
+        self,
+        backbone: keras.Model,
+        tokenizer: TextTokenizer | None = None,
+        announce: Announce = nullcontext,
+    ) -> None:
         self.backbone = backbone
         self.tokenizer = tokenizer
-        self._programs = CompiledPrograms(backbone)
+        self._programs = CompiledPrograms(backbone, announce)
         _use_compilation_cache()
 
     @property
@@ -82,6 +103,12 @@ class TextGenerator:
     def num_compilations(self) -> int:
         """How many programs have been compiled so far."""
         return len(self._programs.compiled)
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a prompt and its text together; `None` if the model has no limit."""
+        config = getattr(self.backbone, "config", None)
+        return getattr(config, "max_sequence_length", None)
 
     @overload
     def generate(  # type: ignore[overload-overlap]
@@ -243,15 +270,16 @@ class TextGenerator:
 
         After the prefill, a yield has as many tokens as take `seconds`, judged by the one before.
         """
-        context = getattr(getattr(self.backbone, "config", None), "max_sequence_length", None)
-        check_request(rows, max_new_tokens, self._vocabulary_size, context)
+        check_request(rows, max_new_tokens, self._vocabulary_size, self.context)
         max_new_tokens = int(max_new_tokens)
         self._programs.stats = Stats()
         chosen_sampler = jax.tree.map(_as_array, samplers.get(sampler))
         stop_ids = padded_stop_ids(sorted(stop_token_ids))
         weights = self._programs.weights()
         prompt, slots = self._prompt(rows, max_new_tokens, make_keys(seed, len(rows)), prompt_cache)
-        token_B, state = self._programs.prefill(slots, weights, prompt, chosen_sampler)
+        token_B, state = self._programs.prefill(
+            slots, weights, prompt, chosen_sampler, stop_ids if max_new_tokens > 1 else None
+        )
         del prompt  # and with it the cache of an earlier turn
         lengths_B = np.array([len(row) for row in rows])
         new_BC, written = np.asarray(token_B)[:, None], 1
@@ -260,6 +288,10 @@ class TextGenerator:
         done_B = np.zeros(len(rows), bool)
         try:
             while True:
+                if (new_BC == NOT_FINITE).any():
+                    if prompt_cache is not None:
+                        prompt_cache.ids = []  # nor is what it holds
+                    raise not_finite_error(self.backbone)
                 done_B |= np.isin(new_BC, stop_ids[stop_ids >= 0]).any(axis=1)
                 yield _NewTokens([[int(i) for i in ids if i >= 0] for ids in new_BC], done_B)
                 if prompt_cache is not None:
@@ -278,8 +310,8 @@ class TextGenerator:
                 token_seconds = (self.stats.decode_seconds - before) / new_BC.shape[1]
                 written += new_BC.shape[1]
         finally:
-            if prompt_cache is not None:  # the last token written is not in the cache yet
-                prompt_cache.cache, prompt_cache.ids = state.cache, prompt_cache.ids[:-1]
+            if prompt_cache is not None:
+                prompt_cache.keep(state.cache)
 
     def _prompt(
         self,

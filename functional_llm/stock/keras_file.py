@@ -20,9 +20,10 @@ from typing import Any
 import keras
 
 from functional_llm.files.json_files import parse_json_object
-from functional_llm.files.replacing import replaced_file
+from functional_llm.files.replacing import check_writable, replaced_file
 from functional_llm.graph.types import JSON
 
+_OVERHEAD = 4096  # bytes of HDF5 for each variable, at most
 CONFIG, METADATA, WEIGHTS = "config.json", "metadata.json", "model.weights.h5"
 
 
@@ -54,12 +55,18 @@ def write_keras_file(
         "date_saved": datetime.datetime.now().strftime("%Y-%m-%d@%H:%M:%S"),
         "tokenizer": {name: _encode(name, content) for name, content in tokenizer.items()},
     }
+    # On a full disk, HDF5 prints a traceback for each variable, and nothing can stop it.
+    size = sum(v.value.nbytes + _OVERHEAD for v in model.variables)
+    check_writable(path.parent, size, size)
     with (
         replaced_file(path) as part,
         tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder,
     ):
         weights = Path(folder, WEIGHTS)
-        model.save_weights(weights)
+        try:
+            model.save_weights(weights)
+        except (OSError, RuntimeError) as error:  # HDF5 raises either
+            raise OSError(f"{path} could not be written: {error}") from error
         with zipfile.ZipFile(part, "w") as archive:
             archive.writestr(METADATA, json.dumps(metadata))
             archive.writestr(CONFIG, json.dumps({**config, "language_model": description}))

@@ -5,7 +5,13 @@ May import: files, graph, cpu, tokenizers.
 Offers: `train`, `LossModel`, `make_examples`, `pack`.
 """
 
-from functional_llm.training.callbacks import Checkpoints, History, Progress, TensorBoard
+from functional_llm.training.callbacks import (
+    Checkpoints,
+    History,
+    Progress,
+    TensorBoard,
+    import_writer,
+)
 from functional_llm.training.checkpoints import load_checkpoint, save_checkpoint
 from functional_llm.training.examples import (
     Example,
@@ -14,11 +20,12 @@ from functional_llm.training.examples import (
     make_examples,
     split_examples,
 )
-from functional_llm.training.loop import Settings, compile_model, train
+from functional_llm.training.loop import Settings, check_resume, compile_model, train
 from functional_llm.training.loss import LossModel
 from functional_llm.training.memory import keep_memory
 from functional_llm.training.optimizer import make_optimizer, make_schedule
 from functional_llm.training.packing import Batches, Rows, pack
+from functional_llm.training.plan import Plan, plan_run
 from functional_llm.training.plotting import plot_losses
 from functional_llm.training.records import Record, read_records
 from functional_llm.training.rematerialize import REMAT_XLA_FLAG, SAVING_FLAG
@@ -32,19 +39,23 @@ __all__ = [
     "Examples",
     "History",
     "LossModel",
+    "Plan",
     "Progress",
     "Record",
     "Rows",
     "Settings",
     "TensorBoard",
     "check_length",
+    "check_resume",
     "compile_model",
+    "import_writer",
     "keep_memory",
     "load_checkpoint",
     "make_examples",
     "make_optimizer",
     "make_schedule",
     "pack",
+    "plan_run",
     "plot_losses",
     "read_records",
     "save_checkpoint",

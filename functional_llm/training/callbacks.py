@@ -1,15 +1,16 @@
-"""Keras callbacks: history, progress bar, checkpoints, TensorBoard."""
+"""Keras callbacks: history, progress, checkpoints, TensorBoard."""
 
 import math
+import sys
 import time
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import keras
-from tqdm import tqdm
 
 from functional_llm.graph.types import JSON
 from functional_llm.training.checkpoints import save_checkpoint
+from functional_llm.training.display import Display, make_display
 from functional_llm.training.packing import Batches
 
 Logs: TypeAlias = dict[str, float] | None  # what Keras gives to callbacks
@@ -89,6 +90,10 @@ class Checkpoints(keras.callbacks.Callback):
         if step != self._saved and step % self.every == 0:
             self.save(self.model)  # Keras's property writes the step's values into the variables
 
+    def on_test_begin(self, logs: Logs = None) -> None:
+        if self.history.step != self._saved:  # before an evaluation, which may fail
+            self.save(self.model)
+
     def save(self, model: keras.Model) -> None:
         """Saves now."""
         self._saved = self.history.step
@@ -96,7 +101,10 @@ class Checkpoints(keras.callbacks.Callback):
 
 
 class Progress(keras.callbacks.Callback):
-    """A progress bar with time left, loss and tokens per second; on a terminal only.
+    """Shows steps, loss, tokens per second and time left.
+
+    It is a bar on a terminal and in a notebook. Elsewhere, in a log, it is a line every half a
+    minute.
 
     Args:
         steps: Steps of the whole run.
@@ -106,14 +114,17 @@ class Progress(keras.callbacks.Callback):
 
     def __init__(self, steps: int, batches: Batches, history: History) -> None:
         super().__init__()
-        self.batches, self.history = batches, history
-        self.bar = tqdm(
-            total=steps, initial=history.step, desc="Training", unit="step", disable=None
-        )
+        self.steps, self.batches, self.history = steps, batches, history
         self.tokens, self.seconds = 0, 0.0
+        self._display: Display | None = None
+        self._shown = history.step
         self._began = 0.0
         self._number = history.step * history.accumulate
         self._first = True
+
+    def on_train_begin(self, logs: Logs = None) -> None:
+        if self._display is None:  # a run calls `fit` several times
+            self._display = make_display(self.steps, self.history.step)
 
     def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
         self._began = time.perf_counter()
@@ -124,10 +135,12 @@ class Progress(keras.callbacks.Callback):
             self.tokens += self.batches.count_tokens(self._number)
         self._first = False
         self._number += 1
-        if self.history.step > self.bar.n:
-            speed = f"{self.tokens_per_second:.0f}"
-            self.bar.set_postfix({"loss": f"{self.history.losses[-1]:.4f}", "tokens/s": speed})
-            self.bar.update(self.history.step - self.bar.n)
+        if self.history.step > self._shown and self._display is not None:
+            self._shown = self.history.step
+            facts = {"loss": f"{self.history.losses[-1]:.4f}"}
+            if self.seconds:
+                facts["tokens/s"] = f"{self.tokens_per_second:.0f}"
+            self._display.show(self._shown, facts)
 
     @property
     def tokens_per_second(self) -> float:
@@ -135,8 +148,10 @@ class Progress(keras.callbacks.Callback):
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def close(self) -> None:
-        """Ends the bar."""
-        self.bar.close()
+        """Ends what is shown."""
+        if self._display is not None:
+            self._display.close()
+            self._display = None
 
 
 class TensorBoard(keras.callbacks.Callback):
@@ -154,29 +169,50 @@ class TensorBoard(keras.callbacks.Callback):
 
     def __init__(self, folder: Path, history: History) -> None:
         super().__init__()
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise ImportError(
-                "TensorBoard logs need tensorboardX, which is not installed. Install it: "
-                "pip install 'functional-llm[plots]'."
-            ) from None
         self.history, self._written = history, history.step
         # TensorBoard forgets what a killed run wrote after its last checkpoint.
-        self.writer = SummaryWriter(str(folder), purge_step=history.step + 1)
+        self.writer: Any = import_writer()(str(folder), purge_step=history.step + 1)
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         step = self.history.step
         if step > self._written:
             self._written = step
-            self.writer.add_scalar("loss/train", self.history.losses[-1], step)
+            self._write({"loss/train": self.history.losses[-1]}, step)
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         for step, loss in self.history.held_out[-1:]:
-            self.writer.add_scalar("loss/held_out", loss, step)
-            self.writer.add_scalar("perplexity/held_out", math.exp(loss), step)
-        self.writer.flush()
+            scalars = {"loss/held_out": loss, "perplexity/held_out": math.exp(loss)}
+            self._write(scalars, int(step))
+
+    def _write(self, scalars: dict[str, float], step: int) -> None:
+        if self.writer is None:
+            return
+        try:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+            # The library writes in a thread; if the disk is full, it would wait for it for ever.
+            self.writer.flush()
+        except OSError as error:
+            self.writer = None
+            print(f"No more logs for TensorBoard: {error}", file=sys.stderr)
 
     def close(self) -> None:
         """Waits until everything is written: the library writes in a thread."""
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def import_writer() -> Any:
+    """Returns the class that writes TensorBoard's files.
+
+    Raises:
+        ImportError: If tensorboardX is missing.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ImportError(
+            "TensorBoard logs need tensorboardX, which is not installed. Install it: "
+            "pip install tensorboardX."
+        ) from None
+    return SummaryWriter

@@ -144,7 +144,7 @@ def _losses(
     picked_C = jnp.take_along_axis(logits_CV, jnp.maximum(labels_C1, 0), 1)[:, 0]
     sums_C = jax.nn.logsumexp(logits_CV, axis=1)
     factors_C = jnp.where(labels_C >= 0, weights_C, 0.0)
-    is_label_CV = (jnp.arange(logits_CV.shape[1]) == labels_C1).astype("float32")
+    is_label_CV = (jnp.arange(logits_CV.shape[1], dtype="int32") == labels_C1).astype("float32")
     gradient_CV = (jnp.exp(logits_CV - sums_C[:, None]) - is_label_CV) * factors_C[:, None]
     return jnp.where(labels_C >= 0, sums_C - picked_C, 0.0), gradient_CV
 

@@ -1,5 +1,6 @@
 """The training run: calls of Keras's `fit`, evaluations between them, and resuming after a kill."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import keras
 
 from functional_llm.graph.types import JSON
-from functional_llm.training.callbacks import Checkpoints, History, Progress, TensorBoard
+from functional_llm.training.callbacks import Checkpoints, History, Logs, Progress, TensorBoard
 from functional_llm.training.checkpoints import check_arguments, load_checkpoint, read_facts
 from functional_llm.training.loss import LossModel
 from functional_llm.training.optimizer import make_optimizer, make_schedule
@@ -53,10 +54,16 @@ class Settings:
     def __post_init__(self) -> None:
         smallest = {"steps": 1, "batch_size": 1, "accumulate": 1, "chunk_size": 1}
         for name, value in asdict(self).items():
-            if isinstance(value, (int, float)) and value < smallest.get(name, 0):
-                raise ValueError(
-                    f"Expected `{name}` of at least {smallest.get(name, 0)}, received {value}."
-                )
+            least = smallest.get(name, 0)
+            if isinstance(value, (int, float)) and not (value >= least and math.isfinite(value)):
+                raise ValueError(f"Expected `{name}` of at least {least}, received {value}.")
+        make_schedule(self.schedule, self.learning_rate, self.steps, self.warmup_steps)
+
+    def evaluates_at(self, history: History) -> bool:
+        """Whether an evaluation is due now that is not in the history."""
+        step, every = history.step, self.evaluate_every or self.steps
+        is_due = step % every == 0 or step == self.steps
+        return is_due and step not in [at for at, _ in history.held_out]
 
     def rounds(self, done: int) -> list[tuple[int, int]]:
         """Returns `(start, stop)` for each call of `fit` that remains after `done` steps."""
@@ -76,6 +83,7 @@ def train(
     arguments: JSON | None = None,
     tensorboard: bool = False,
     callbacks: Sequence[keras.callbacks.Callback] = (),
+    save: Callable[[], object] | None = None,
     say: Callable[[str], None] = print,
 ) -> History:
     """Trains the trainable weights of a backbone.
@@ -89,10 +97,13 @@ def train(
         held_out: Data to evaluate on, or `None`.
         settings: The hyperparameters.
         folder: The folder of the checkpoint and of TensorBoard's logs.
-        resume: Go on from the checkpoint in `folder`, or from the beginning if there is none.
+        resume: Go on from the checkpoint in `folder`, or from the beginning if there is none,
+            which is said.
         arguments: What else must be the same in a resumed run, as plain data.
         tensorboard: Write logs for TensorBoard.
         callbacks: More callbacks, which come after those of the run.
+        save: Saves the result. Called after the last step and before the last evaluation: if that
+            fails, a line says so, and nothing is lost.
         say: Receives a line about each evaluation.
 
     Returns:
@@ -110,18 +121,22 @@ def train(
         )
     path = Path(folder) / CHECKPOINT
     path.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is known at once
+    check_resume(folder, rows, held_out, settings, resume=resume, arguments=arguments)
     arguments = _all_arguments(settings, rows, held_out, arguments)
     model = compile_model(backbone, settings)
-    history = _start_or_resume(path, model, settings, arguments, resume)
+    history = _start_or_resume(path, model, settings)
+    if resume and not path.exists():
+        say(f"There is no checkpoint in {path.parent}: this run begins at step 0.")
     batches = Batches(rows, settings.batch_size, settings.seed)
     validation = None if held_out is None else Batches(held_out, settings.batch_size)
     progress = Progress(settings.steps, batches, history)
     saver = Checkpoints(path, settings.checkpoint_every or settings.steps, history, arguments)
     all_callbacks = [history, progress, *([saver] if settings.checkpoint_every else [])]
     boards = [TensorBoard(Path(folder) / "tensorboard", history)] if tensorboard else []
-    all_callbacks += [*boards, *callbacks]
+    finish = _Finish(settings.steps, history, save)
+    all_callbacks += [finish, *boards, *callbacks]
     try:
-        if validation is not None and not history.held_out:
+        if validation is not None and settings.evaluates_at(history):
             history.add_held_out(
                 model.evaluate(validation, verbose=0, return_dict=True)["token_loss"]
             )
@@ -134,6 +149,11 @@ def train(
             say(_status_line(history, progress))
         if settings.checkpoint_every:
             saver.save(model)
+        finish.run()
+    except Exception as error:
+        if not finish.is_done:
+            raise
+        say(f"What was trained is saved; the last evaluation failed: {_first_line(error)}")
     finally:
         progress.close()
         for board in boards:
@@ -170,17 +190,44 @@ def _all_arguments(
     return {**(others or {}), **numbers, **data}
 
 
-def _start_or_resume(
-    path: Path, model: keras.Model, settings: Settings, arguments: JSON, resume: bool
-) -> History:
+def check_resume(
+    folder: str | Path,
+    rows: Rows,
+    held_out: Rows | None,
+    settings: Settings,
+    *,
+    resume: bool = False,
+    arguments: JSON | None = None,
+) -> None:
+    """Checks, before a model is loaded, that a run can begin or go on in a folder.
+
+    Args:
+        folder: As for `train`; the others too.
+        rows: Training data.
+        held_out: Data to evaluate on, or `None`.
+        settings: The hyperparameters.
+        resume: Whether to go on from a checkpoint.
+        arguments: What else must be the same.
+
+    Raises:
+        ValueError: If there is a checkpoint and `resume` is `False`, or it is damaged or of a run
+            with other arguments.
+    """
+    path = Path(folder) / CHECKPOINT
     if not path.exists():
-        return History(settings.accumulate)
+        return
     if not resume:
         raise ValueError(
             f"{path} is the checkpoint of an earlier run. Ask to resume it, choose another output, "
             "or delete it to begin anew."
         )
-    check_arguments(path, read_facts(path).get("arguments", {}), arguments)
+    given = _all_arguments(settings, rows, held_out, arguments)
+    check_arguments(path, read_facts(path).get("arguments", {}), given)
+
+
+def _start_or_resume(path: Path, model: keras.Model, settings: Settings) -> History:
+    if not path.exists():
+        return History(settings.accumulate)
     facts = load_checkpoint(path, model)
     return History(
         settings.accumulate,
@@ -188,6 +235,29 @@ def _start_or_resume(
         losses=facts["losses"],
         held_out=facts["held_out"],
     )
+
+
+class _Finish(keras.callbacks.Callback):
+    """Saves the result as soon as the last step is done: an evaluation that follows may fail."""
+
+    def __init__(self, steps: int, history: History, save: Callable[[], object] | None) -> None:
+        super().__init__()
+        self.steps, self.history, self.save, self.is_done = steps, history, save, False
+
+    def on_test_begin(self, logs: Logs = None) -> None:
+        if self.history.step == self.steps:
+            self.run()
+
+    def run(self) -> None:
+        """Saves, once."""
+        if self.save is not None and not self.is_done:
+            _ = self.model  # Keras's property writes the step's values into the variables
+            self.save()
+            self.is_done = True
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _status_line(history: History, progress: Progress) -> str:

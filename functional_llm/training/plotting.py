@@ -20,7 +20,7 @@ def plot_losses(path: Path, losses: Sequence[float], held_out: Sequence[Sequence
     except ImportError:
         raise ImportError(
             "A loss curve needs matplotlib, which is not installed. Install it: "
-            "pip install 'functional-llm[plots]'."
+            "pip install matplotlib."
         ) from None
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss a token (nats)")

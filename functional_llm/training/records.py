@@ -120,7 +120,7 @@ def _load(source: str, load: Callable[[ModuleType], "datasets.Dataset"]) -> list
     except ImportError:
         raise ImportError(
             f"Reading {source} needs the `datasets` library, which is not installed. "
-            "Install it: pip install 'functional-llm[data]'. JSON and text files need no library."
+            "Install it: pip install datasets. JSON and text files need no library."
         ) from None
     try:
         dataset = load(datasets)
