@@ -1,6 +1,7 @@
 """The generation loop, on a tiny random model: what it compiles, when it stops, what it refuses."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,52 @@ def test_seeds(generator: TextGenerator) -> None:
     assert first[0] != first[1]
     assert draw(-1) == draw(-1)
     assert draw(None) != draw(None)
+
+
+def test_masks_hold_in_the_prompt_and_in_what_follows(generator: TextGenerator) -> None:
+    """Greedy ids as of whole passes without a cache, under a mask that grows with the text."""
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 100, n).tolist() for n in (9, 5)]
+    mask = (rng.random((2, 9, 9)) < 0.5) | np.eye(9, dtype=bool)
+    mask[:, :, 0] = False  # not even the last token of a prompt sees the first one
+    expected = []
+    for row, seen in zip(rows, mask, strict=True):
+        ids, count = list(row), len(row)
+        for _ in range(6):
+            whole = np.ones((len(ids), len(ids)), bool)
+            whole[:count, :count] = seen[:count, :count]
+            whole[count:, :count] = seen[count - 1, :count]
+            result = generator.backbone({"token_ids": np.array([ids]), "mask": whole[None]})
+            ids.append(int(np.asarray(result)[0, -1].argmax()))
+        expected.append(ids[count:])
+    assert generator.generate_ids(rows, max_new_tokens=6, mask=mask) == expected
+    assert generator.generate_ids(rows, max_new_tokens=6) != expected
+
+
+def test_an_attention_mask_is_padding(generator: TextGenerator) -> None:
+    rows = [[5, 6, 7, 8, 9], [10, 11, 12]]
+    expected = generator.generate_ids(rows, max_new_tokens=4)
+    ids = np.array([rows[0], [0, 0, *rows[1]]])
+    mask = np.array([[1] * 5, [0, 0, 1, 1, 1]])
+    assert generator.generate_ids(ids, max_new_tokens=4, attention_mask=mask) == expected
+    seen = np.ones((2, 5, 5), bool)
+    given = {"attention_mask": mask, "mask": seen}
+    assert generator.generate_ids(ids, max_new_tokens=4, **given) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attention_mask": np.ones((2, 2))}, "attention_mask of the shape of the prompts"),
+        ({"attention_mask": np.full((2, 3), 5)}, "1 for a token and 0 for padding"),
+        ({"attention_mask": np.zeros((2, 3))}, "Prompt 0 is empty"),
+        ({"mask": np.ones((2, 3, 3))}, "booleans of shape (2, 3, 3)"),
+        ({"mask": np.ones((2, 3), bool)}, "booleans of shape (2, 3, 3)"),
+    ],
+)
+def test_bad_masks(generator: TextGenerator, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        generator.generate_ids([[1, 2, 3], [4, 5, 6]], max_new_tokens=2, **arguments)
 
 
 def test_repetition_penalty_sees_prompt_and_text(generator: TextGenerator) -> None:

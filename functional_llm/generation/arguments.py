@@ -59,6 +59,48 @@ def as_rows(prompts: Iterable[Iterable[int]]) -> list[list[int]]:
     return [as_ids(f"Prompt {i}", row) for i, row in enumerate(rows)]
 
 
+def without_padding(
+    prompts: Iterable[Iterable[int]], attention_mask: Any, mask: Any
+) -> tuple[list[list[int]], list[np.ndarray] | None]:
+    """Returns rows of ids without padding, and which of their tokens see which.
+
+    Args:
+        prompts: Rows of token ids.
+        attention_mask: (B, T), 0 for padding, or `None`: then there is none.
+        mask: (B, T, T) boolean, T of the longest row, or `None`.
+
+    Raises:
+        ValueError: If a mask has another shape or dtype.
+    """
+    rows = as_rows(prompts)
+    lengths = [len(row) for row in rows]
+    keep = [np.ones(n, bool) for n in lengths]
+    if attention_mask is not None:
+        given = np.asarray(attention_mask)
+        shape = (len(rows), max(lengths, default=0))
+        if given.shape != shape or min(lengths) < shape[1] or not np.isin(given, (0, 1)).all():
+            raise ValueError(
+                "Expected attention_mask of the shape of the prompts, rows of one length, 1 for a "
+                f"token and 0 for padding. Received: {given.dtype} of shape {given.shape}, prompts "
+                f"of {lengths[:5]} tokens."
+            )
+        keep = list(given == 1)
+    masks = None
+    if mask is not None:
+        seen = np.asarray(mask)
+        shape_of_all = (len(rows), max(lengths, default=0), max(lengths, default=0))
+        if seen.dtype != bool or seen.shape != shape_of_all:
+            raise ValueError(
+                f"Expected mask, booleans of shape {shape_of_all}: True where a token may see "
+                f"another. Received: {seen.dtype} of shape {seen.shape}."
+            )
+        masks = [x[: len(k), : len(k)][k][:, k] for x, k in zip(seen, keep, strict=True)]
+    chosen = [
+        [i for i, k in zip(row, ks, strict=True) if k] for row, ks in zip(rows, keep, strict=True)
+    ]
+    return chosen, masks
+
+
 def as_ids(name: str, ids: Iterable[int]) -> list[int]:
     """Returns ids as a list; `name` begins the message if they are not one row."""
     given: Any = list(ids) if isinstance(ids, (set, frozenset)) else ids
@@ -68,6 +110,14 @@ def as_ids(name: str, ids: Iterable[int]) -> list[int]:
             "such lists, also where there is only one."
         )
     return np.asarray(given).tolist()
+
+
+def padded_masks(masks: list[np.ndarray], length: int) -> np.ndarray:
+    """Returns masks as (B, T, T); nothing is said of what comes behind a prompt."""
+    mask_BTT = np.ones((len(masks), length, length), bool)
+    for row, mask in zip(mask_BTT, masks, strict=True):
+        row[: len(mask), : len(mask)] = mask
+    return mask_BTT
 
 
 def padded_stop_ids(ids: Sequence[int]) -> np.ndarray:

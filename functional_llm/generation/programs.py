@@ -67,6 +67,7 @@ class Prompt(NamedTuple):
         seen: (B, V) bool, the tokens that occur in each row.
         keys: (B,) random keys.
         cache: The cache of an earlier turn, or `None`.
+        mask: (B, T, T) bool, False where a token must not see another, or `None`.
     """
 
     tokens: np.ndarray
@@ -75,6 +76,7 @@ class Prompt(NamedTuple):
     seen: np.ndarray
     keys: jax.Array
     cache: Cache | None
+    mask: np.ndarray | None = None
 
 
 class DecodeState(NamedTuple):
@@ -87,6 +89,7 @@ class DecodeState(NamedTuple):
         seen: (B, V) bool, the tokens that occur in each row.
         keys: (B,) random keys.
         cache: The cache.
+        mask: (B, T) bool, False for tokens of the prompt that no new token sees, or `None`.
     """
 
     token: jax.Array
@@ -95,6 +98,7 @@ class DecodeState(NamedTuple):
     seen: jax.Array
     keys: jax.Array
     cache: Cache
+    mask: jax.Array | None = None
 
 
 class _Call(NamedTuple):
@@ -159,7 +163,8 @@ class CompiledPrograms:
         With `stop_ids`, those of the decode loop that will follow, the loop is compiled at the same
         time: it makes no pause after the first token.
         """
-        key = ("prefill", prompt.tokens.shape, slots, prompt.cache is not None)
+        given = prompt.cache is not None, prompt.mask is not None
+        key = ("prefill", prompt.tokens.shape, slots, *given)
         arguments = (weights, prompt, sampler)
         calls = [_Call(key, self._prefill_program(slots), arguments)]
         # On several devices, the first result says how the state is spread over them.
@@ -230,7 +235,8 @@ class CompiledPrograms:
         limit: int,
     ) -> _Call:
         arguments = (weights, state, sampler, done_B, stop_ids, np.int32(limit))
-        key = ("decode", done_B.shape, num_slots(state.cache), stop_ids.shape)
+        masked = None if state.mask is None else state.mask.shape
+        key = ("decode", done_B.shape, num_slots(state.cache), stop_ids.shape, masked)
         return _Call(key, self._decode_program, arguments, donated=1)
 
     def _state_shapes(self, slots: int, prompt: Prompt) -> DecodeState:
@@ -240,7 +246,8 @@ class CompiledPrograms:
             rows = len(prompt.last)
             cache = jax.eval_shape(lambda: make_cache(self._backbone, rows, slots))
         token_B, step, seen_BV = (jnp.asarray(x) for x in (prompt.last, np.int32(1), prompt.seen))
-        state = DecodeState(token_B, token_B, step, seen_BV, prompt.keys, cache)
+        mask_BT = None if prompt.mask is None else jnp.asarray(prompt.mask[:, 0])
+        state = DecodeState(token_B, token_B, step, seen_BV, prompt.keys, cache, mask_BT)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
 
     def _forward(
@@ -261,6 +268,11 @@ class CompiledPrograms:
             inputs: dict[str, Any] = {"token_ids": prompt.tokens, "positions": prompt.positions}
             if prompt.cache is not None:
                 inputs["cache"] = prompt.cache
+            last_BT = None
+            if prompt.mask is not None:
+                inputs["mask"] = prompt.mask
+                last_B11 = prompt.last[:, None, None]
+                last_BT = jnp.take_along_axis(jnp.asarray(prompt.mask), last_B11, axis=1)[:, 0]
             logits_BV, cache = self._forward(weights, inputs, prompt.last)
             if prompt.cache is None:  # the graph returned what it keeps of the prompt's tokens
                 empty = make_cache(self._backbone, prompt.tokens.shape[0], slots)
@@ -276,6 +288,7 @@ class CompiledPrograms:
                 seen=seen_BV,
                 keys=prompt.keys,
                 cache=cache,
+                mask=last_BT,
             )
 
         return prefill
@@ -304,13 +317,17 @@ class CompiledPrograms:
                 "positions": position_B[:, None],
                 "cache": state.cache,
             }
+            if state.mask is not None:
+                inputs["mask"] = state.mask[:, None]
             logits_BV, cache = self._forward(weights, inputs, jnp.zeros_like(state.token))
             token_B, seen_BV = _sample(sampler, logits_BV, state.keys, state.step, state.seen)
             new_BC = new_BC.at[:, i].set(jnp.where(done_B, jnp.int32(-1), token_B))
             ends_B = jnp.any(token_B[:, None] == stop_ids, axis=1) | (token_B == NOT_FINITE)
             done_B = done_B | ends_B
             position_B = state.position + 1
-            state = DecodeState(token_B, position_B, state.step + 1, seen_BV, state.keys, cache)
+            state = DecodeState(
+                token_B, position_B, state.step + 1, seen_BV, state.keys, cache, state.mask
+            )
             return i + 1, new_BC, done_B, state
 
         new_BC = jnp.full((done_B.shape[0], TOKENS_PER_RUN), -1, "int32")

@@ -18,11 +18,12 @@ from functional_llm.formats.download import cache_directory
 from functional_llm.generation import samplers
 from functional_llm.generation.arguments import (
     as_ids,
-    as_rows,
     check_ids,
     check_request,
     make_keys,
+    padded_masks,
     padded_stop_ids,
+    without_padding,
 )
 from functional_llm.generation.not_finite import not_finite_error
 from functional_llm.generation.programs import (
@@ -229,6 +230,8 @@ class TextGenerator:
         sampler: SamplerOrName = "greedy",
         stop_token_ids: Collection[int] = (),
         seed: Seeds = None,
+        attention_mask: Any = None,
+        mask: Any = None,
     ) -> list[list[int]]:
         """Returns the new ids of each row of ids, its stop id included.
 
@@ -238,11 +241,15 @@ class TextGenerator:
             sampler: As for `generate`.
             stop_token_ids: Ids that end a row.
             seed: As for `generate`.
+            attention_mask: (B, T), 0 for padding, if the prompts are an array (B, T) with padding.
+            mask: (B, T, T) boolean, T of the longest prompt: False where a token of a prompt must
+                not see another. A new token sees what the last token of its prompt sees, and the
+                new ones before it.
         """
-        rows = as_rows(prompts)
+        rows, masks = without_padding(prompts, attention_mask, mask)
         check_ids("stop_token_ids", as_ids("stop_token_ids", stop_token_ids), self._vocabulary_size)
         results: list[list[int]] = [[] for _ in rows]
-        for new in self._run(rows, max_new_tokens, sampler, stop_token_ids, seed):
+        for new in self._run(rows, max_new_tokens, sampler, stop_token_ids, seed, masks=masks):
             for result, ids in zip(results, new.ids, strict=True):
                 result.extend(ids)
         return results
@@ -265,6 +272,7 @@ class TextGenerator:
         seed: Seeds,
         prompt_cache: PromptCache | None = None,
         seconds: float = math.inf,
+        masks: list[np.ndarray] | None = None,
     ) -> Iterator["_NewTokens"]:
         """Prefills, then decodes until every row has ended; yields what is new.
 
@@ -277,6 +285,8 @@ class TextGenerator:
         stop_ids = padded_stop_ids(sorted(stop_token_ids))
         weights = self._programs.weights()
         prompt, slots = self._prompt(rows, max_new_tokens, make_keys(seed, len(rows)), prompt_cache)
+        if masks is not None:
+            prompt = prompt._replace(mask=padded_masks(masks, prompt.tokens.shape[1]))
         token_B, state = self._programs.prefill(
             slots, weights, prompt, chosen_sampler, stop_ids if max_new_tokens > 1 else None
         )
