@@ -147,7 +147,7 @@ def test_an_attention_mask_is_padding(generator: TextGenerator) -> None:
     mask = np.array([[1] * 5, [0, 0, 1, 1, 1]])
     assert generator.generate_ids(ids, max_new_tokens=4, attention_mask=mask) == expected
     seen = np.ones((2, 5, 5), bool)
-    given = {"attention_mask": mask, "mask": seen}
+    given: dict[str, Any] = {"attention_mask": mask, "mask": seen}
     assert generator.generate_ids(ids, max_new_tokens=4, **given) == expected
 
 

@@ -225,7 +225,7 @@ class TextGenerator:
 
     def generate_ids(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int]] | np.ndarray,
         max_new_tokens: int = 64,
         sampler: SamplerOrName = "greedy",
         stop_token_ids: Collection[int] = (),
