@@ -12,8 +12,11 @@ import pytest
 from keras import layers, ops
 
 import functional_llm as flm
+from configs import CONFIGS
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.own_weights import OwnWeight
+from functional_llm.stock.lowering import Lowering
+from reference import save_reference
 
 # Keras 3.15 with NumPy 2, saving any model: not ours to change.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -313,6 +316,24 @@ def test_a_body_given_to_a_plain_from_config(tmp_path: Path) -> None:
     assert loaded.layers[-1].factor == 2.5
     unbuilt = GivenBody(1.5, [layers.Dense(3)])
     assert GivenBody.from_config(unbuilt.get_config())(X).shape == (2, 3)
+
+
+def test_stock_files_hold_weights_of_bodies(tmp_path: Path) -> None:
+    save_reference(CONFIGS["llama_multi_head_tied"], tmp_path)
+    backbone = flm.Backbone.from_preset(tmp_path)
+    weight = keras.Variable(np.full((1,), 2.0, "float32"), name="factor")
+
+    def scaled(layer: Any, path: str) -> Any:
+        return CompositeLayer(lambda x: layer(x) * weight, name=layer.name)
+
+    model = flm.rewire(backbone, scaled, where="decoder_0/mlp/down")
+    ids = np.arange(8).reshape(2, 4).astype("int32")
+    stock = Lowering(model).model
+    np.testing.assert_allclose(stock(ids), model(ids), atol=1e-5)
+    assert np.abs(np.array(model(ids)) - np.array(backbone(ids))).max() > 1e-3
+    config = stock.to_json()
+    assert "OwnWeight" not in config and "functional_llm" not in config
+    assert any("factor" in variable.path for variable in stock.trainable_weights)
 
 
 # Depth -------------------------------------------------------------------------------------------
