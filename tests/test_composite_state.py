@@ -308,6 +308,32 @@ def test_a_class_with_a_plain_from_config_loads(cls: Any, how: str, tmp_path: Pa
     assert keras.models.clone_model(model)(X).shape == (2, 3)
 
 
+class PlainConfig:
+    """A mixin that knows nothing of bodies."""
+
+    def get_config(self) -> dict[str, Any]:
+        return {"name": self.name}  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        return cls(**config)
+
+
+@register
+class Mixed(PlainConfig, CompositeLayer):
+    def functional_build(self, inputs: Any) -> Any:
+        return layers.Dense(4, name="d")(inputs)
+
+
+def test_a_mixin_with_a_config_keeps_the_body_too(tmp_path: Path) -> None:
+    layer = Mixed(name="it")
+    layer(X)
+    assert layer.get_config() == {"name": "it"}
+    model = functional(flm.rewire(layer, call=lambda layer, path, x: layer(x) * 2.0))
+    model.save(tmp_path / "m.keras")
+    np.testing.assert_array_equal(keras.saving.load_model(tmp_path / "m.keras")(X), model(X))
+
+
 def test_a_body_given_to_a_plain_from_config(tmp_path: Path) -> None:
     model = functional(GivenBody(2.5, [layers.Dense(4)]))
     model.save(tmp_path / "m.keras")

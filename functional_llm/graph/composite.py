@@ -29,6 +29,7 @@ from functional_llm.graph.composite_saving import (
     keep_body,
     layers_config,
     options_config,
+    with_body,
     without_body,
 )
 from functional_llm.graph.input_specs import (
@@ -346,6 +347,7 @@ class CompositeLayer(keras.layers.Layer):
         new: Self = copy_layer(self, memo)
         return new
 
+    @with_body
     def get_config(self) -> JSON:
         """Returns the constructor's arguments, and the graph where no constructor can make it."""
         # Keras fills in the arguments of a plain constructor only where nobody overrides this.

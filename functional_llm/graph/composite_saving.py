@@ -20,6 +20,7 @@ from functional_llm.graph.signature import Signature
 from functional_llm.graph.structure_json import decode, encode
 from functional_llm.graph.types import JSON, Layer, Nested
 
+_GetConfig: TypeAlias = Callable[[Any], JSON]
 _FromConfig: TypeAlias = Callable[[type, JSON], Any]
 
 
@@ -98,20 +99,21 @@ def body_argument(cls: type, config: JSON, stored: JSON) -> JSON:
     return {name: ExistingGraph(None)} if "graph" in stored else {}
 
 
-def keep_body(cls: type) -> None:
+def keep_body(cls: Any) -> None:
     """Makes a subclass's own `get_config` and `from_config` leave the body alone.
 
     They deal with the constructor's arguments, as in any layer of Keras's. One that drops what it
     does not know would drop the graph; one that calls `cls(**config)` would pass it on.
     """
-    if "get_config" in vars(cls):
-        cls.get_config = _with_body(cls.get_config)  # type: ignore[attr-defined]
-    if "from_config" in vars(cls):
-        method = vars(cls)["from_config"].__func__
-        cls.from_config = classmethod(without_body(method))  # type: ignore[attr-defined]
+    if not hasattr(cls.get_config, "keeps_body"):
+        cls.get_config = with_body(cls.get_config)
+    if not hasattr(cls.from_config, "keeps_body"):
+        cls.from_config = classmethod(without_body(cls.from_config.__func__))
 
 
-def _with_body(get_config: Callable[[Any], JSON]) -> Callable[[Any], JSON]:
+def with_body(get_config: _GetConfig) -> _GetConfig:
+    """Returns a `get_config` that adds the body if it is not there."""
+
     @wraps(get_config)
     def complete(self: Any) -> JSON:
         config = get_config(self)
@@ -120,6 +122,7 @@ def _with_body(get_config: Callable[[Any], JSON]) -> Callable[[Any], JSON]:
         body = self._saved_body()
         return {**config, "body": body} if body else config
 
+    complete.keeps_body = True  # type: ignore[attr-defined]
     return complete
 
 
@@ -136,6 +139,7 @@ def without_body(from_config: _FromConfig) -> _FromConfig:
             from_config(cls, {**config, **body_argument(cls, config, stored)}), stored
         )
 
+    complete.keeps_body = True  # type: ignore[attr-defined]
     return complete
 
 

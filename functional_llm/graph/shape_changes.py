@@ -124,7 +124,7 @@ class ShapeChanges:
             )
         if inner_layers(place) is not None:
             return  # it compares its inputs itself
-        args, kwargs = arguments
+        args, kwargs = tree.map_structure(_with_sizes, arguments)
         try:  # really, not by the formula that Keras has for it
             keras.Operation.compute_output_spec(place, *args, **kwargs)
         except Exception as error:
@@ -138,6 +138,13 @@ class ShapeChanges:
             b == 1 != a for a, b in zip(before, now, strict=True)
         )
         return is_one and any(id(x) not in self._changes for x in inputs)
+
+
+def _with_sizes(x: Any) -> Any:
+    """Returns a symbolic tensor with a number for each unknown size, which nothing divides."""
+    if not isinstance(x, keras.KerasTensor):
+        return x
+    return keras.KerasTensor([83 if size is None else size for size in x.shape], x.dtype)
 
 
 def _differs(old: Tensor, new: Any) -> bool:
