@@ -304,7 +304,6 @@ def test_metrics_are_those_of_the_layer_itself() -> None:
 # Variables.
 
 
-<<<<<<< HEAD
 def test_optimizers_count_batches_and_keep_sums() -> None:
     optimizer = keras.optimizers.SGD(1.0, gradient_accumulation_steps=3)
     variable = keras.Variable(np.zeros(2, "float32"))
@@ -315,7 +314,8 @@ def test_optimizers_count_batches_and_keep_sums() -> None:
     assert int(batches.value) == 2
     assert [x.numpy().tolist() for x in sums] == [[2.0, 2.0]]
     assert page.accumulation_variables(keras.optimizers.SGD(1.0))[1] == []
-=======
+
+
 def test_values_are_kept_when_a_step_fails() -> None:
     model = model_of(layers.Dense(4))
     model.compile("sgd", "mse")
@@ -337,7 +337,6 @@ def test_values_are_kept_when_a_step_fails() -> None:
             for old, variable in zip(before, model.variables, strict=True):
                 np.testing.assert_array_equal(variable, old)
     assert "_get_jax_state" not in vars(model)
->>>>>>> 750239e (Graphs: composites own, copy and save their whole state; sizes, shapes and errors say where)
 
 
 def test_variables_are_made_without_values_and_forgotten() -> None:
