@@ -143,8 +143,7 @@ def make_functional(
 def failed_operation(error: BaseException) -> keras.Operation | None:
     """Returns the outermost operation in whose call an exception was raised.
 
-    An exception in a graph does not say which call it was. Every call of Keras's goes through a
-    wrapper, whose frame is in the traceback, with the operation as its first argument.
+    The exception does not say it, but the traceback has the frame of the call's wrapper.
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         called = None
@@ -158,17 +157,13 @@ def failed_operation(error: BaseException) -> keras.Operation | None:
 
 
 def in_recursive_clone() -> bool:
-    """Whether `keras.models.clone_model(recursive=True)` is running with functions of a user.
-
-    It reaches into what is a `Functional`, and offers other layers no way to be reached.
-    """
+    """Whether `clone_model(recursive=True)` runs with a user's functions; only Functionals notice."""
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code is cloning.clone_model.__code__ and frame.f_locals["recursive"]:
-            wrapper = frame.f_locals["clone_function"]
+            wrapper, call = frame.f_locals["clone_function"], frame.f_locals["call_function"]
             clone = inspect.getclosurevars(wrapper).nonlocals["clone_function"]
-            is_default = clone.__module__ == cloning.__name__
-            return frame.f_locals["call_function"] is not None or not is_default
+            return call is not None or clone.__module__ != cloning.__name__
         frame = frame.f_back
     return False
 
@@ -197,8 +192,7 @@ def share_state(layer: keras.Operation, new: keras.Operation) -> None:
 def copy_state(layer: keras.Operation, new: keras.Operation, copied: Callable[[Any], Any]) -> None:
     """Gives a new object copies of the attributes of another, but calls of its own.
 
-    Keras copies a layer only by its config: without weights, without what it shares with others,
-    and only if it has a config.
+    Keras copies a layer only by its config: without weights, and without what it shares.
 
     Args:
         layer: A layer, or any other operation.
@@ -227,13 +221,9 @@ def copy_state(layer: keras.Operation, new: keras.Operation, copied: Callable[[A
 
 
 def copy_variable(variable: keras.Variable, memo: dict[int, Any]) -> keras.Variable:
-    """Returns a variable like this one, with a copy of its value.
+    """Returns a variable like this one with a copy of its value, as `copy.deepcopy` makes it.
 
-    `copy.deepcopy` would copy what says how it is distributed, devices included.
-
-    Args:
-        variable: The original.
-        memo: As for `copy.deepcopy`.
+    That one would copy what says how the value is distributed, devices included.
     """
     new = copy.copy(variable)
     new._value = copy.deepcopy(variable._value, memo)
@@ -396,19 +386,17 @@ def no_value(shape: tuple[int, ...], dtype: str | None = None) -> Tensor:
 def kept_values(model: keras.Model) -> Iterator[None]:
     """Inside, `fit`, `evaluate` and `predict` leave a model with values, even if they fail.
 
-    With JAX, Keras takes the values out of the variables before a step. It puts them back after the
-    last one, which only `fit` reaches if something fails, and only if one step was done.
+    With JAX, Keras takes the values out of the variables before a step, and puts them back at the
+    end: after a failure only in `fit`, and only if one step was done.
     """
     if keras.backend.backend() != "jax" or "_get_jax_state" in vars(model):
-        yield
-        return
+        return (yield)
     taken: list[tuple[keras.Variable, Tensor]] = []
     get_state = model._get_jax_state
 
     def get_state_and_remember(**kwargs: Any) -> Any:
-        optimizer = getattr(model, "optimizer", None)
-        variables = (*model.variables, *model.metrics_variables)
-        variables += tuple(getattr(optimizer, "variables", ()))
+        of_optimizer = getattr(getattr(model, "optimizer", None), "variables", ())
+        variables = (*model.variables, *model.metrics_variables, *of_optimizer)
         taken[:] = [(variable, variable._value) for variable in variables]
         return get_state(**kwargs)
 
@@ -421,8 +409,7 @@ def kept_values(model: keras.Model) -> Iterator[None]:
             model.jax_state_sync()  # what the last step has made
         model._jax_state = None
         for variable, value in taken:
-            if variable._value is None:
-                # Where a step itself has failed, JAX has deleted what it got: reading says so.
+            if variable._value is None:  # if JAX has deleted the value, reading it says so
                 variable._value = value
         raise
     finally:
