@@ -224,7 +224,7 @@ class CompositeLayer(keras.layers.Layer):
                 "fn)` or `rewire(model, call=...)`, which reach into every graph."
             )
         graph, signature = self._built()
-        inputs = signature.with_known_sizes(inputs)
+        inputs = signature.with_known_sizes(signature.match(inputs, self.name))
         flat = signature.flatten_inputs(inputs)
         pairs = zip(flat, graph.inputs, strict=True)
         if all(x is not None and x.shape == known.shape for x, known in pairs):

@@ -157,7 +157,7 @@ def failed_operation(error: BaseException) -> keras.Operation | None:
 
 
 def in_recursive_clone() -> bool:
-    """Whether `clone_model(recursive=True)` runs with a user's functions; only Functionals notice."""
+    """Whether `clone_model(recursive=True)` runs with functions of a user: no layer is told so."""
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code is cloning.clone_model.__code__ and frame.f_locals["recursive"]:

@@ -38,6 +38,10 @@ class OwnWeight(keras.layers.Layer):
         """Returns nothing: the mask of the input says nothing of a weight."""
         return
 
+    def load_own_variables(self, store: Any) -> None:
+        if store.keys():  # in files of 0.1 only the composite has it
+            super().load_own_variables(store)
+
     def get_config(self) -> JSON:
         variable = self.variable
         described = {
