@@ -6,6 +6,7 @@ the graph of each layer and weight, "made" has what `functional_build` has set.
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import keras
@@ -73,9 +74,7 @@ def attributes_config(
     return {
         "attributes": {at: paths.get(id(part)) for at, part in parts.items()},
         "made": {
-            key: encode(attributes[key], lambda value, key=key: leaf(key, value))
-            for key in made
-            if key in attributes
+            key: encode(attributes[key], partial(leaf, key)) for key in made if key in attributes
         },
     }
 

@@ -79,7 +79,7 @@ def as_body(body: object) -> Body | None:
             check_takes_inputs(part)
         return LayerSequence(body)
     if is_functional(body):
-        return ExistingGraph(lambda: _with_flat_inputs(body))  # type: ignore[arg-type]
+        return ExistingGraph(lambda: _with_flat_inputs(body))
     if callable(body) and not isinstance(body, keras.layers.Layer):
         check_takes_inputs(body)
         return body

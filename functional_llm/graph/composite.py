@@ -171,7 +171,7 @@ class CompositeLayer(keras.layers.Layer):
         set_untracked(self, "graph", graph)
         self._parts = [x for x in graph.layers if not isinstance(x, keras.layers.InputLayer)]
         self._body = None  # what it holds may be freed
-        if not self.trainable and not self._rewired:
+        if not self.trainable and not self._rewired:  # type: ignore[has-type]
             self.trainable = False  # Keras tells only the layers that are there already
 
     def _trace(self, input_shape: Nested) -> tuple[keras.Model, Signature]:

@@ -82,7 +82,7 @@ def _is_of_a_kind(value: Any) -> bool:
     kinds = (*_STATE, list, set, tuple, dict, FunctionType, MethodType, functools.partial)
     if isinstance(value, (*kinds, LayerSequence)):
         return True
-    cls = type(value)
+    cls: Any = type(value)
     is_plain = cls.__reduce_ex__ is object.__reduce_ex__ and cls.__reduce__ is object.__reduce__
     has_slots = any(vars(base).get("__slots__") for base in cls.__mro__)
     copies_itself = hasattr(cls, "__deepcopy__") or has_slots

@@ -1,9 +1,6 @@
 """Models that keep their values when `fit`, `evaluate` or `predict` fails."""
 
-from functools import wraps
 from typing import Any
-
-import keras
 
 from functional_llm.graph.keras_private import kept_values
 
@@ -20,17 +17,17 @@ class KeepsValues:
     given: reading them is an error, and they must be loaded again.
     """
 
-    @wraps(keras.Model.fit)
     def fit(self, *args: Any, **kwargs: Any) -> Any:
-        with kept_values(self):  # type: ignore[arg-type]
+        """As `keras.Model.fit`."""
+        with kept_values(self):
             return super().fit(*args, **kwargs)  # type: ignore[misc]
 
-    @wraps(keras.Model.evaluate)
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        with kept_values(self):  # type: ignore[arg-type]
+        """As `keras.Model.evaluate`."""
+        with kept_values(self):
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
 
-    @wraps(keras.Model.predict)
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        with kept_values(self):  # type: ignore[arg-type]
+        """As `keras.Model.predict`."""
+        with kept_values(self):
             return super().predict(*args, **kwargs)  # type: ignore[misc]

@@ -24,7 +24,7 @@ def layer_paths(layers: Iterable[Layer], wanted: Collection[int] | None = None) 
     """
     paths: dict[int, Names] = {}
     missing = None if wanted is None else set(wanted)
-    queue = deque((layer, (layer.name,)) for layer in layers)
+    queue: deque[tuple[Layer, Names]] = deque((layer, (layer.name,)) for layer in layers)
     while queue and (missing is None or missing):
         layer, path = queue.popleft()
         if id(layer) in paths:
