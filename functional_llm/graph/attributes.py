@@ -25,6 +25,7 @@ from functional_llm.graph.types import JSON, Layer
 
 _PLAIN = (bool, int, float, str)
 _PART = "part of the graph"  # its place is among "attributes"
+_PLACE = "place"  # the name of what stands for a part until the graph is there
 
 
 def fingerprints(attributes: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +90,8 @@ def restore_attributes(config: JSON, attributes: dict[str, Any], layers: list[La
         layers: Those of the graph.
     """
     places = config["attributes"]
-    stand_ins = {True: keras.Variable(0.0, trainable=False), False: keras.layers.Identity()}
+    weight = keras.Variable("zeros", shape=(), trainable=False, name=_PLACE)
+    stand_ins = {True: weight, False: keras.layers.Identity(name=_PLACE)}
 
     def leaf(value: Any) -> Any:
         if not isinstance(value, dict):

@@ -52,8 +52,10 @@ def copy_value(value: Any, memo: Memo) -> Any:
     """
     if id(value) in memo:
         return memo[id(value)]
-    if isinstance(value, _UNCHANGING) or not _is_of_a_kind(value):
-        return value if isinstance(value, _UNCHANGING) else copy.deepcopy(value, memo)
+    if isinstance(value, _UNCHANGING):
+        return value
+    if not _is_of_a_kind(value):
+        return copy.deepcopy(value, memo)
     if isinstance(value, keras.Operation):
         return copy_layer(value, memo)
     if isinstance(value, (list, set, tuple, dict)):

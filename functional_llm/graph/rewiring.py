@@ -213,7 +213,8 @@ class Rewiring:
         return self._like(graph, inputs, outputs)
 
     def _sequential(self, layer: keras.Sequential, path: str) -> keras.Sequential:
-        _, outputs, _ = self._graph(keras.Model(layer.inputs, layer.outputs), path)  # compares them
+        graph = keras.Model(layer.inputs, layer.outputs, name=layer.name)
+        _, outputs, _ = self._graph(graph, path)  # which compares shapes
         self._changes.leave(layer, tree.flatten(outputs))
         layers = [self._place(x, f"{path}/{x.name}".lstrip("/")) for x in layer.layers]
         spec = layer.inputs[0]
