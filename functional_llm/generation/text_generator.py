@@ -80,8 +80,8 @@ class TextGenerator:
             minute; the context that it returns is left when they are. By default nothing is said.
 
     Raises:
-        RuntimeError: With another backend than JAX; when it generates, if the model's logits are not finite: numbers of float16
-            end at 65504.
+        RuntimeError: With another backend than JAX; when it generates, if the model's logits are
+            not finite: numbers of float16 end at 65504.
     """
 
     def __init__(

@@ -192,12 +192,8 @@ def share_state(layer: keras.Operation, new: keras.Operation) -> None:
 def copy_state(layer: keras.Operation, new: keras.Operation, copied: Callable[[Any], Any]) -> None:
     """Gives a new object copies of the attributes of another, but calls of its own.
 
-    Keras copies a layer only by its config: without weights, and without what it shares.
-
-    Args:
-        layer: A layer, or any other operation.
-        new: Of the same class, made by `__new__` alone.
-        copied: Value -> its copy, with containers that Keras does not track.
+    Keras copies a layer only by its config: without weights, and without what it shares. `new` is
+    made by `__new__` alone; `copied` is value -> its copy, with containers that are not tracked.
     """
     tracker = vars(layer).get("_tracker")
     stores: set[str] = set()
