@@ -16,6 +16,7 @@ from functional_llm.graph.capturing import capture
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.drawing import plot, tree_view
 from functional_llm.graph.freezing import Freezable
+from functional_llm.graph.keeping_values import KeepsValues
 from functional_llm.graph.rewiring import rewire, shared_copy
 from functional_llm.graph.selection import select, walk
 from functional_llm.layers.attention import AttentionDotProduct, AttentionMask, KVCacheLookup
@@ -37,6 +38,7 @@ __all__ = [
     "CompositeLayer",
     "Freezable",
     "KVCacheLookup",
+    "KeepsValues",
     "PromptCache",
     "Past",
     "TextGenerator",

@@ -169,6 +169,87 @@ def test_quantized_embeddings_are_the_integers() -> None:
     assert page.quantized_embeddings(layer) is next(v for v in layer.weights if v.dtype == "int8")
 
 
+def test_a_copy_of_a_state_is_tracked_as_the_original_is() -> None:
+    layer = layers.Dense(3, name="dense")
+    layer.mine = [layers.Dropout(0.5, seed=1), {"x": 3}]
+    layer.build((None, 4))
+    new = layers.Dense.__new__(layers.Dense)
+    memo: dict[int, Any] = {}
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, keras.Variable):
+            return memo.setdefault(id(value), page.copy_variable(value, {}))
+        if isinstance(value, layers.Layer):
+            return memo.setdefault(id(value), type(value).from_config(value.get_config()))
+        return [copied(x) for x in value] if isinstance(value, list) else value
+
+    page.copy_state(layer, new, copied)
+    assert new.kernel is memo[id(layer.kernel)] and new.kernel in new.trainable_variables
+    assert new.mine[0] is memo[id(layer.mine[0])] and len(new.variables) == len(layer.variables)
+    np.testing.assert_array_equal(new(X), layer(X))
+    new.kernel.assign(np.zeros((4, 3)))
+    assert np.abs(np.array(layer(X))).max() > 0
+    new.mine.append(new.mine[0])
+    with pytest.raises(ValueError, match="You cannot add new elements of state"):
+        new.mine.append(layers.Dense(3))
+    assert new._inbound_nodes == [] and new.build.__closure__[0].cell_contents is new
+
+
+def test_a_copy_of_a_variable_has_a_value_of_its_own() -> None:
+    variable = keras.Variable(np.ones(3), name="v", trainable=False)
+    new = page.copy_variable(variable, {})
+    variable.assign(np.zeros(3))
+    np.testing.assert_array_equal(new, np.ones(3))
+    assert (new.name, new.path, new.trainable) == (variable.name, variable.path, False)
+
+
+# Where calls fail.
+
+
+class Fails(layers.Layer):
+    def call(self, x: Any) -> Any:
+        raise ValueError("boom")
+
+
+@pytest.mark.parametrize("filtering", [True, False])
+def test_the_operation_that_failed_is_in_the_traceback(filtering: bool) -> None:
+    layer = Fails()
+    x = keras.Input((4,))
+    if not filtering:
+        keras.config.disable_traceback_filtering()
+    try:
+        for call in (lambda: layer(X), lambda: layer(x), lambda: layers.Dense(3)(np.ones(2))):
+            with pytest.raises(ValueError) as error:
+                call()
+            found = page.failed_operation(error.value)
+            assert found is layer or isinstance(found, layers.Dense)
+    finally:
+        keras.config.enable_traceback_filtering()
+    assert page.failed_operation(ValueError()) is None
+
+
+def test_a_recursive_clone_is_seen_from_inside() -> None:
+    seen: list[bool] = []
+
+    class Sees(layers.Layer):
+        def compute_output_spec(self, x: Any) -> Any:
+            seen.append(page.in_recursive_clone())
+            return keras.KerasTensor(x.shape, x.dtype)
+
+    model = model_of(Sees())
+
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        return layer(*args, **kwargs)
+
+    keras.models.clone_model(model)
+    keras.models.clone_model(model, recursive=True)
+    keras.models.clone_model(model, call_function=call)
+    assert not any(seen)
+    keras.models.clone_model(model, call_function=call, recursive=True)
+    keras.models.clone_model(model, clone_function=lambda layer: Sees(), recursive=True)
+    assert seen[4:] == [True, True]
+
+
 # Arguments and attributes.
 
 
@@ -213,6 +294,13 @@ def test_keras_sets_no_attributes_on_models_that_look_like_a_users() -> None:
     assert page.own_attributes(model, page.names_on_every_model()) == {}
 
 
+def test_metrics_are_those_of_the_layer_itself() -> None:
+    layer = layers.Layer()
+    layer.inner, layer.metric = layers.Layer(), keras.metrics.Mean()
+    layer.inner.metric = keras.metrics.Mean()
+    assert page.own_metrics(layer) == [layer.metric] and len(layer.metrics) == 2
+
+
 # Variables.
 
 
@@ -228,11 +316,34 @@ def test_optimizers_count_batches_and_keep_sums() -> None:
     assert page.accumulation_variables(keras.optimizers.SGD(1.0))[1] == []
 
 
+def test_values_are_kept_when_a_step_fails() -> None:
+    model = model_of(layers.Dense(4))
+    model.compile("sgd", "mse")
+    before = [np.array(v) for v in model.variables]
+
+    class Stops(keras.callbacks.Callback):
+        def on_predict_batch_end(self, batch: int, logs: Any = None) -> None:
+            raise KeyError
+
+    for keeps in (True, False):  # the second time as Keras does it
+        with pytest.raises(KeyError):
+            if keeps:
+                with page.kept_values(model):
+                    model.predict(X, verbose=0, callbacks=[Stops()])
+            else:
+                model.predict(X, verbose=0, callbacks=[Stops()])
+        assert (model.variables[0]._value is None) is not keeps
+        if keeps:
+            for old, variable in zip(before, model.variables, strict=True):
+                np.testing.assert_array_equal(variable, old)
+    assert "_get_jax_state" not in vars(model)
+
+
 def test_variables_are_made_without_values_and_forgotten() -> None:
     layer = layers.Dense(3)
     with page.uninitialized():
         layer.build((None, 4))
-    assert layer.kernel._value is None
+    assert layer.kernel._value is None and layer.kernel._initializer is page.no_value
     with keras.StatelessScope():  # at its end, Keras initialises those that it remembers
         layers.Dense(3).build((None, 4))
     assert layer.kernel._value is None

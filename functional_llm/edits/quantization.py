@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 import keras
 from keras import ops
 
+from functional_llm.graph.backend import require_jax
 from functional_llm.graph.keras_private import quantized_embeddings, uninitialized
 from functional_llm.graph.rewiring import rewire
 from functional_llm.graph.selection import Where, select, walk
@@ -82,9 +83,11 @@ def quantize(model: keras.Model, mode: str = "int8", where: Where | None = None)
         where: Which layers, as for `flm.select`. Defaults to all that can be.
 
     Raises:
+        RuntimeError: With another backend than JAX.
         ValueError: At another mode, or if no layer can be quantised, or a layer is quantised
             already or computes in float16, or the model has adapters.
     """
+    require_jax("flm.quantize")
     if mode != "int8":
         raise ValueError(f"Expected mode 'int8'. Received: {mode!r}.")
     found = dict(walk(model)) if where is None else select(model, where)

@@ -37,6 +37,7 @@ from functional_llm.generation.programs import (
 from functional_llm.generation.prompt_cache import PromptCache
 from functional_llm.generation.prompts import AnyPrompt, Message, encode_prompt, split_prompts
 from functional_llm.generation.stop_strings import StoppingDecoder
+from functional_llm.graph.backend import require_jax
 from functional_llm.layers.cache import Cache, capped_num_slots, num_slots
 from functional_llm.tokenizers import TextTokenizer
 
@@ -80,8 +81,8 @@ class TextGenerator:
             minute; the context that it returns is left when they are. By default nothing is said.
 
     Raises:
-        RuntimeError: When it generates, if the model's logits are not finite: numbers of float16
-            end at 65504.
+        RuntimeError: With another backend than JAX; when it generates, if the model's logits are
+            not finite: numbers of float16 end at 65504.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class TextGenerator:
         tokenizer: TextTokenizer | None = None,
         announce: Announce = nullcontext,
     ) -> None:
+        require_jax("flm.TextGenerator")
         self.backbone = backbone
         self.tokenizer = tokenizer
         self._programs = CompiledPrograms(backbone, announce)

@@ -2,6 +2,7 @@
 
 May import: no other room.
 
-Offers: `CompositeLayer`; `walk`, `select`; `rewire`, `shared_copy`; `Freezable`; `capture`;
-`same_graph`; `tree_view`, `plot`; `keras_private`, the one page that knows Keras's insides.
+Offers: `CompositeLayer`; `walk`, `select`; `rewire`, `shared_copy`; `Freezable`, `KeepsValues`;
+`capture`; `same_graph`; `tree_view`, `plot`; `require_jax`; `keras_private`, the one page that
+knows Keras's insides.
 """

@@ -1,5 +1,6 @@
 """Bodies: what a CompositeLayer can be made of."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -68,19 +69,62 @@ def as_body(body: object) -> Body | None:
     """Returns what a composite was given as a callable body.
 
     Raises:
-        TypeError: If it is no function, list of layers or functional model.
+        TypeError: If it is no function, list of layers or functional model, or a function that
+            cannot be called with the inputs.
     """
     if body is None or isinstance(body, (LayerSequence, ExistingGraph)):
         return body
     if isinstance(body, (list, tuple)) and body and all(callable(x) for x in body):
+        for part in body:
+            check_takes_inputs(part)
         return LayerSequence(body)
-    if isinstance(body, keras.Model) and body.built and hasattr(body, "inputs"):
+    if is_functional(body):
         return ExistingGraph(lambda: _with_flat_inputs(body))
     if callable(body) and not isinstance(body, keras.layers.Layer):
+        check_takes_inputs(body)
         return body
     raise TypeError(
         "CompositeLayer expects a function, a non-empty list of layers or a functional model. "
         f"Received: {body!r} of type {type(body).__name__}. A single layer goes into a list."
+    )
+
+
+def check_takes_inputs(body: Callable[..., Any]) -> None:
+    """Refuses a body that cannot be called with one argument, the nested inputs.
+
+    Raises:
+        TypeError: If it cannot.
+    """
+    if isinstance(body, type):
+        raise TypeError(
+            f"Expected a layer or a function of the inputs, received the class {body.__name__}, "
+            "which takes arguments of its own: make a layer of it."
+        )
+    try:
+        signature = inspect.signature(body)
+    except (TypeError, ValueError):  # of a builtin that does not say what it takes
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        name = getattr(body, "__qualname__", body)
+        raise TypeError(
+            f"CompositeLayer calls its body with one argument, the inputs, which may be nested. "
+            f"Expected a body that takes them, received {name}{signature}: {error}."
+        ) from None
+
+
+def is_functional(layer: object) -> bool:
+    """Whether something is a model that has a graph: Functional, or a Sequential that is built."""
+    if isinstance(layer, keras.Sequential):
+        return layer.built and hasattr(layer, "inputs")
+    return isinstance(layer, keras.Model) and isinstance(layer, keras.Function)
+
+
+def no_graph_yet(name: str) -> ValueError:
+    """Returns an error about a layer that is not built."""
+    return ValueError(
+        f"'{name}' has no graph yet. Expected a built layer: call it, or `build(shape)` it, first."
     )
 
 

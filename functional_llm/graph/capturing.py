@@ -34,7 +34,8 @@ def capture(model: ModelT, where: Where, inputs: bool = False) -> ModelT:
         (nested, if that is). The second call of a layer is at "path#2".
 
     Raises:
-        ValueError: If `where` matches nothing.
+        TypeError: If the model has no graph.
+        ValueError: If it has none yet, or `where` matches nothing.
     """
     new_model = Rewiring(model, captured=select(model, where), of_inputs=inputs).result()
     keep_frozen(model, new_model, None)

@@ -11,26 +11,30 @@ from typing import Any, Self
 import keras
 from keras import tree
 
+from functional_llm.graph.attributes import fingerprints
 from functional_llm.graph.bodies import (
     Body,
     BuiltGraph,
     ExistingGraph,
     LayerSequence,
     as_body,
+    check_takes_inputs,
+    no_graph_yet,
     trace,
 )
-from functional_llm.graph.composite_copying import Memo, copy_attributes, copy_body, copy_graph
+from functional_llm.graph.composite_copying import Memo, copy_layer
 from functional_llm.graph.composite_saving import (
-    body_argument,
     check_arguments_recorded,
     graph_config,
+    keep_body,
     layers_config,
     options_config,
-    restore_graph,
-    restore_options,
+    with_body,
+    without_body,
 )
 from functional_llm.graph.input_specs import (
     InputSpecs,
+    for_any_batch,
     input_spec_of,
     specs_of,
     with_declared,
@@ -38,12 +42,17 @@ from functional_llm.graph.input_specs import (
 )
 from functional_llm.graph.keras_private import (
     copy_recorded_arguments,
+    in_recursive_clone,
     mask_of,
     names_on_layer,
     own_attributes,
+    own_metrics,
     recorded_arguments,
+    set_untracked,
 )
-from functional_llm.graph.layer_paths import moved_layers
+from functional_llm.graph.layer_errors import keep_note, note_layer
+from functional_llm.graph.layer_paths import find_layer, moved_parts
+from functional_llm.graph.own_weights import with_own_weights
 from functional_llm.graph.signature import Signature
 from functional_llm.graph.types import JSON, Layer, Nested, Tensor
 
@@ -72,26 +81,40 @@ class CompositeLayer(keras.layers.Layer):
     first call and says `InputSpec(shape=..., optional=True)`, or it was `None` at the first call
     already (the body then receives `None`, and the input stays absent).
 
+    As in a Functional model, sizes are those of the first call, except the batch's: a body may
+    count with them, so that another size is refused. `keras.Input((None, ...))` or an `input_spec`
+    with `None` leaves a size open.
+
+    A weight of the layer itself takes part where the body gives it to an operation together with
+    something made from the inputs: `inputs * self.scale`, but not `1 + self.scale`, which is a
+    number.
+
     Args:
         body: Callable, list of layers or functional `keras.Model`. Leave it out in a subclass that
             implements `functional_build`.
         **kwargs: Of `keras.layers.Layer`: `name`, `dtype`, `trainable`.
 
     Raises:
-        TypeError: If `body` is none of these.
+        TypeError: If `body` is none of these, or takes no inputs.
     """
 
-    input_spec: Nested  # of keras.layers.Layer, which has no types
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        keep_body(cls)
 
     def __init__(
         self, body: Body | Sequence[Body] | keras.Model | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
+        self._signature: Signature | None = None
         self.supports_masking = True
         self.graph: keras.Model | None = None
-        self._signature: Signature | None = None
+        self._parts: list[Layer] = []  # of the graph; tracked in its place, and each once
         self._body = as_body(body)
         self._rewired = False
+        self._made: frozenset[str] = frozenset()  # what `functional_build` has set
+        if self._makes_graph():
+            check_takes_inputs(self.functional_build)
 
     def functional_build(self, inputs: Nested) -> Nested:
         """Builds the graph: symbolic inputs in, symbolic outputs out. Subclasses override it.
@@ -110,47 +133,72 @@ class CompositeLayer(keras.layers.Layer):
             )
         return self._body(inputs)
 
+    @classmethod
+    def _makes_graph(cls) -> bool:
+        return cls.functional_build is not CompositeLayer.functional_build
+
     # Building and calling.
 
     def __call__(self, inputs: Nested, **kwargs: Any) -> Nested:
         if self._signature is None:
             self.build(InputSpecs(tree.map_structure(input_spec_of, inputs)))
-        return super().__call__(self._built()[1].match(inputs, self.name), **kwargs)
+        try:
+            return super().__call__(self._built()[1].match(inputs, self.name), **kwargs)
+        except Exception as error:
+            keep_note(error)
+            raise
 
     def build(self, input_shape: Nested) -> None:
         """Traces the body into `self.graph`.
 
         Args:
-            input_shape: Nested structure of shapes, `keras.InputSpec`s, tensors, or `None`.
+            input_shape: Nested structure of shapes (for any batch size), `keras.InputSpec`s,
+                tensors, or `None`.
         """
         if self.graph is not None:
             return
-        if isinstance(self._body, ExistingGraph):
-            graph, signature, attributes = self._body.take()
-            for key, value in attributes.items():
-                setattr(self, key, value)
-            self.graph, self._signature = graph, signature
-        else:
-            self.graph, self._signature = self._trace(input_shape)
-        if not self.trainable and not self._rewired:
-            self.graph.trainable = False  # Keras tells only the layers that are there already
+        try:
+            if isinstance(self._body, ExistingGraph):
+                graph, self._signature, attributes = self._body.take()
+                for key, value in attributes.items():
+                    setattr(self, key, value)
+            else:
+                graph, self._signature = self._trace(input_shape)
+            graph = with_own_weights(graph, self.dtype_policy)
+        except Exception as error:
+            note_layer(error, self.name)
+            raise
+        set_untracked(self, "graph", graph)
+        self._parts = [x for x in graph.layers if not isinstance(x, keras.layers.InputLayer)]
+        self._body = None  # what it holds may be freed
+        if not self.trainable and not self._rewired:  # type: ignore[has-type]
+            self.trainable = False  # Keras tells only the layers that are there already
 
     def _trace(self, input_shape: Nested) -> tuple[keras.Model, Signature]:
         specs = specs_of(input_shape, self.compute_dtype)
+        if not isinstance(input_shape, InputSpecs):
+            specs = for_any_batch(specs)
         specs = with_declared(specs, self.input_spec, self.name)
         if self.input_spec is not None:
             anything = keras.InputSpec(optional=True)  # Keras fails at None in a dict
             self.input_spec = tree.map_structure(lambda s: s or anything, self.input_spec)
         if self.autocast and keras.backend.is_float_dtype(self.compute_dtype):
             specs = with_float_dtype(specs, self.compute_dtype)  # as Layer.__call__ casts them
-        return trace(self.functional_build, specs, self.name)
+        before = fingerprints(self._attributes())
+        traced = trace(self.functional_build, specs, self.name)
+        after = fingerprints(self._attributes())
+        self._made = frozenset(key for key in after if before.get(key) != after[key])
+        return traced
+
+    def build_existing(self) -> None:
+        """Builds the layer if its body is a ready graph, for which nothing need be known."""
+        if isinstance(self._body, ExistingGraph):
+            self.build(None)
 
     def _built(self) -> tuple[keras.Model, Signature]:
+        self.build_existing()
         if self.graph is None or self._signature is None:
-            raise ValueError(
-                f"'{self.name}' has no graph yet. Expected a built layer: call it, or "
-                "`build(shape)` it, first."
-            )
+            raise no_graph_yet(self.name)
         return self.graph, self._signature
 
     def call(
@@ -161,10 +209,22 @@ class CompositeLayer(keras.layers.Layer):
         masks = signature.flatten_masks(mask, self.name)
         if masks is not None:
             flat = [_with_room_for_mask(x, m) for x, m in zip(flat, masks, strict=True)]
-        return signature.restore_outputs(graph.call(flat, training=training, mask=masks))
+        try:
+            outputs = graph.call(flat, training=training, mask=masks)
+        except Exception as error:
+            note_layer(error, self.name)
+            raise
+        return signature.restore_outputs(outputs)
 
     def compute_output_spec(self, inputs: Nested, **kwargs: Any) -> Nested:
+        if in_recursive_clone():
+            raise NotImplementedError(
+                f"`clone_model(..., recursive=True)` reaches into models, and not into "
+                f"'{self.name}', a {type(self).__name__}. Expected `functional_llm.rewire(model, "
+                "fn)` or `rewire(model, call=...)`, which reach into every graph."
+            )
         graph, signature = self._built()
+        inputs = signature.with_known_sizes(signature.match(inputs, self.name))
         flat = signature.flatten_inputs(inputs)
         pairs = zip(flat, graph.inputs, strict=True)
         if all(x is not None and x.shape == known.shape for x, known in pairs):
@@ -194,21 +254,32 @@ class CompositeLayer(keras.layers.Layer):
     # The graph.
 
     @property
+    def input_spec(self) -> Nested:
+        """What was declared, in the structure of the inputs; else what the graph was built with."""
+        declared = super().input_spec
+        return self._signature.input_spec if declared is None and self._signature else declared
+
+    @input_spec.setter
+    def input_spec(self, value: Nested) -> None:
+        keras.layers.Layer.input_spec.fset(self, value)
+
+    @property
     def layers(self) -> list[Layer]:
         """The layers of the graph, inputs included; empty before the first call."""
         return [] if self.graph is None else self.graph.layers
 
-    def get_layer(self, name: str) -> Layer:
-        """Returns the layer of the graph with this name.
+    @property
+    def metrics(self) -> list[keras.Metric]:
+        """The metrics of this layer itself. A model asks each of the layers inside for theirs."""
+        return own_metrics(self)
+
+    def get_layer(self, name: str | None = None, index: int | None = None) -> Layer:
+        """Returns the layer of the graph with this name, or at this place in `layers`.
 
         Raises:
-            ValueError: If there is none, or the graph is not traced yet.
+            ValueError: If there is none, the graph is not traced yet, or not one of both is given.
         """
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        names = [layer.name for layer in self.layers]
-        raise ValueError(f"No layer '{name}' in '{self.name}'. It has: {names}.")
+        return find_layer(self._built()[0].layers, name, index, self.name)
 
     def unpack_inputs(self, inputs: Nested) -> list[Tensor | None]:
         """Returns what the flat inputs of the graph are, in a call with these nested inputs."""
@@ -243,15 +314,13 @@ class CompositeLayer(keras.layers.Layer):
             )
         if not isinstance(graph.input, list) or any(map(tree.is_nested, graph.input)):
             graph = keras.Model(graph.inputs, graph.outputs, name=graph.name)
-        attributes = moved_layers(self._attributes(), self.layers, graph.layers)
-        return self._without_constructor(lambda: BuiltGraph(graph, signature, attributes))
+        attributes = moved_parts(self._attributes(), self.layers, graph.layers)
+        new = self._without_constructor(lambda: BuiltGraph(graph, signature, attributes))
+        new._made = self._made
+        return new
 
-    def _without_constructor(self, make: Callable[[], BuiltGraph] | None) -> Self:
-        """Returns a layer of this class and name, with no attributes of its own.
-
-        Args:
-            make: Returns the graph and the attributes; `None` leaves the layer unbuilt.
-        """
+    def _without_constructor(self, make: Callable[[], BuiltGraph]) -> Self:
+        """Returns a layer of this class and name, with a graph and attributes made elsewhere."""
         new = type(self).__new__(type(self))
         CompositeLayer.__init__(
             new,
@@ -261,11 +330,10 @@ class CompositeLayer(keras.layers.Layer):
             autocast=self.autocast,
             activity_regularizer=self.activity_regularizer,
         )
-        new.input_spec = self.input_spec
+        new.input_spec = super().input_spec
         copy_recorded_arguments(self, new)
-        if make is not None:
-            new._body, new._rewired = ExistingGraph(make), True
-            new.build(None)  # inside `build`, Keras names variables by path
+        new._body, new._rewired = ExistingGraph(make), True
+        new.build(None)  # inside `build`, Keras names variables by path
         return new
 
     def _attributes(self) -> dict[str, Any]:
@@ -275,58 +343,40 @@ class CompositeLayer(keras.layers.Layer):
     # Copying and saving.
 
     def __deepcopy__(self, memo: Memo) -> Self:
-        if isinstance(self._body, ExistingGraph):
-            self.build(None)
-        if self.graph is None:
-            new = self._without_constructor(None)
-            for key, value in copy_attributes(self._attributes(), memo).items():
-                setattr(new, key, value)
-            new._body = copy_body(self._body, self, new, memo)
-        else:
-            graph, signature = self._built()
-            new = self._without_constructor(
-                lambda: BuiltGraph(
-                    copy_graph(graph, memo), signature, copy_attributes(self._attributes(), memo)
-                )
-            )
-            new._rewired = self._rewired
-        memo[id(self)] = new
+        self.build_existing()
+        new: Self = copy_layer(self, memo)
         return new
 
+    @with_body
     def get_config(self) -> JSON:
         """Returns the constructor's arguments, and the graph where no constructor can make it."""
         # Keras fills in the arguments of a plain constructor only where nobody overrides this.
         config = {**(recorded_arguments(self) or {}), **super().get_config()}
         config.pop("body", None)
-        body = options_config(self.input_spec, self.autocast) | self._body_config()
+        body = self._saved_body()
         if type(self).get_config is CompositeLayer.get_config:
             check_arguments_recorded(self, has_body="layers" in body or "graph" in body)
         return {**config, "body": body} if body else config
 
-    def _body_config(self) -> JSON:
-        if isinstance(self._body, LayerSequence) and self.graph is None:
-            return layers_config(self._body)
-        if not self._rewired and type(self).functional_build is not CompositeLayer.functional_build:
-            return {}
-        if isinstance(self._body, ExistingGraph):
-            self.build(None)
+    def _saved_body(self) -> JSON:
+        options = options_config(super().input_spec, self.autocast)
+        if isinstance(self._body, LayerSequence):
+            return options | layers_config(self._body)
+        if not self._rewired and self._makes_graph():
+            return options
+        self.build_existing()
         if self.graph is None:
             raise ValueError(
                 f"'{self.name}' is made of a Python function and has not been called yet: there is "
                 "no graph to serialize. Call it once, or write a subclass with `functional_build`."
             )
-        return graph_config(BuiltGraph(*self._built(), self._attributes()))
+        built = BuiltGraph(*self._built(), self._attributes())
+        return options | graph_config(built, self._made)
 
     @classmethod
+    @without_body
     def from_config(cls, config: JSON) -> Self:
-        config = dict(config)
-        stored = config.pop("body", None) or {}
-        new = super().from_config({**config, **body_argument(cls, config, stored)})
-        restore_options(new, stored)
-        if "graph" not in stored:
-            return new
-        # What the constructor made was only there to set the attributes.
-        return new._without_constructor(lambda: restore_graph(stored, new._attributes()))
+        return super().from_config(config)
 
     def get_build_config(self) -> JSON | None:
         return None if self._signature is None else self._signature.get_config()

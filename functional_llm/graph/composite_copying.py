@@ -1,99 +1,183 @@
 """Copies of layers and graphs with weights of their own.
 
-Layers are copied by their config, so that classes need not be registered. `memo` is that of
-`copy.deepcopy`: the id of an original -> its copy.
+A copy shares nothing with the original that can change. What shared a weight, a generator of random
+numbers or a layer before, shares its copy: `memo`, that of `copy.deepcopy`, has the id of each
+original -> its copy.
 """
 
 import copy
+import functools
 import inspect
-from collections.abc import Callable
-from types import MethodType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias
 
 import keras
 
-from functional_llm.graph.bodies import Body, LayerSequence
-from functional_llm.graph.input_specs import inputs_like
-from functional_llm.graph.layer_paths import map_layers
-from functional_llm.graph.types import Layer, Nested
+from functional_llm.graph.bodies import LayerSequence
+from functional_llm.graph.cloning import clone_graph
+from functional_llm.graph.keras_private import (
+    copy_state,
+    copy_variable,
+    freeze_layer_only,
+    make_functional,
+    names_on_every_model,
+    own_attributes,
+)
+from functional_llm.graph.types import Layer
 
 Memo: TypeAlias = dict[int, Any]
 
+_STATE = (keras.Operation, keras.Variable, keras.random.SeedGenerator, keras.Metric)
+_UNCHANGING = (type, ModuleType, inspect.Signature, keras.KerasTensor, keras.DTypePolicy)
+
 
 def copy_layer(layer: Layer, memo: Memo) -> Layer:
-    """Returns a copy of a layer. One in a graph gets its weights from `copy_graph`."""
+    """Returns a copy of a layer or operation, by its attributes: no class need be registered."""
     if id(layer) not in memo:
-        if _copies_itself(layer):
-            memo[id(layer)] = copy.deepcopy(layer, memo)
-        elif isinstance(layer, keras.Sequential):
-            memo[id(layer)] = keras.models.clone_model(
-                layer, clone_function=lambda inner: copy_layer(inner, memo)
-            )
-        elif isinstance(layer, keras.Model) and hasattr(layer, "inputs"):
-            memo[id(layer)] = copy_graph(layer, memo)
+        if isinstance(layer, keras.Model):
+            memo[id(layer)] = _copy_model(layer, memo)
         else:
-            memo[id(layer)] = type(layer).from_config(layer.get_config())
+            cls: Any = type(layer)
+            new = memo[id(layer)] = cls.__new__(cls)  # before what may lead back to it
+            copy_state(layer, new, lambda value: copy_value(value, memo))
     return memo[id(layer)]
 
 
-def copy_graph(graph: keras.Model, memo: Memo) -> keras.Model:
-    """Returns a copy of a functional model and of all layers in it."""
-    new_graph = clone_graph(graph, lambda layer: copy_layer(layer, memo))
-    for layer in graph.layers:
-        if id(layer) in memo and not _copies_itself(layer):
-            pairs = zip(layer.variables, memo[id(layer)].variables, strict=True)
-            for variable, new_variable in pairs:
-                # A copy: training one model donates its arrays, which would delete the other's.
-                new_variable.assign(keras.ops.copy(variable))
-    return new_graph
-
-
-def copy_attributes(attributes: dict[str, Any], memo: Memo) -> dict[str, Any]:
-    """Returns copies of what is set on a layer."""
-    map_layers(lambda _, layer: copy_layer(layer, memo), attributes)
-    # Plain containers: Keras's tracking ones would take their layer along.
-    return copy.deepcopy(map_layers(lambda _, layer: layer, attributes), memo)
-
-
-def copy_body(body: Body | None, layer: Layer, new: Layer, memo: Memo) -> Body | None:
-    """Returns a body for the copy of a layer that is not built yet.
+def copy_value(value: Any, memo: Memo) -> Any:
+    """Returns a copy of anything that a layer may keep; containers become plain ones.
 
     Args:
-        body: The body of `layer`.
-        layer: The original.
-        new: Its copy.
+        value: An attribute.
         memo: The copies made so far.
     """
-    if isinstance(body, LayerSequence):
-        return LayerSequence([copy_layer(part, memo) for part in body.layers])
-    if isinstance(body, MethodType) and body.__self__ is layer:
-        return getattr(new, body.__name__)
-    return body
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, _UNCHANGING):
+        return value
+    if not _is_of_a_kind(value):
+        return copy.deepcopy(value, memo)
+    if isinstance(value, keras.Operation):
+        return copy_layer(value, memo)
+    if isinstance(value, (list, set, tuple, dict)):
+        return _copy_container(value, memo)
+    if isinstance(value, FunctionType):
+        return _copy_function(value, memo)
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, copy_value(value.__self__, memo))
+    if isinstance(value, functools.partial):
+        parts = (value.func, value.args, value.keywords)
+        function, args, keywords = (copy_value(part, memo) for part in parts)
+        return functools.partial(function, *args, **keywords)
+    if isinstance(value, keras.Variable):
+        memo[id(value)] = copy_variable(value, memo)
+    elif isinstance(value, keras.Metric):
+        memo[id(value)] = _with_values(type(value).from_config(value.get_config()), value, memo)
+    else:  # an object of a plain class
+        new = memo[id(value)] = object.__new__(type(value))
+        for key, x in vars(value).items():
+            object.__setattr__(new, key, copy_value(x, memo))
+    return memo[id(value)]
 
 
-def clone_graph(graph: keras.Model, clone_function: Callable[[Layer], Layer]) -> keras.Model:
-    """`keras.models.clone_model`, with optional inputs kept optional.
+def _is_of_a_kind(value: Any) -> bool:
+    """Whether `copy_value` knows how to look into a value; `copy.deepcopy` does the others."""
+    kinds = (*_STATE, list, set, tuple, dict, FunctionType, MethodType, functools.partial)
+    if isinstance(value, (*kinds, LayerSequence)):
+        return True
+    cls: Any = type(value)
+    is_plain = cls.__reduce_ex__ is object.__reduce_ex__ and cls.__reduce__ is object.__reduce__
+    has_slots = any(vars(base).get("__slots__") for base in cls.__mro__)
+    copies_itself = hasattr(cls, "__deepcopy__") or has_slots
+    return hasattr(value, "__dict__") and is_plain and not copies_itself
 
-    Args:
-        graph: Functional model.
-        clone_function: Layer -> the layer to put in its place.
-    """
 
-    def call(layer: Layer, *args: Nested, **kwargs: Nested) -> Nested:
-        # Keras notes the mask as an argument of the call, though nobody gave it: what comes in the
-        # layer's place may not take one. The tensors carry it anyway.
-        if "mask" in kwargs and "mask" not in inspect.signature(layer.call).parameters:
-            del kwargs["mask"]
-        return layer(*args, **kwargs)
+def _copy_container(value: Any, memo: Memo) -> Any:
+    if isinstance(value, dict):
+        is_plain = type(value) is dict or hasattr(value, "tracker")
+        new: dict[Any, Any] = {} if is_plain else copy.copy(value)
+        new.update((key, copy_value(x, memo)) for key, x in value.items())
+        return new
+    copies = [copy_value(x, memo) for x in value]
+    if isinstance(value, tuple):
+        return type(value)(*copies) if hasattr(value, "_replace") else tuple(copies)
+    return set(copies) if isinstance(value, set) else copies
 
-    return keras.models.clone_model(
-        graph,
-        input_tensors=inputs_like(graph),
-        clone_function=clone_function,
-        call_function=call,
+
+def _copy_function(function: FunctionType, memo: Memo) -> FunctionType:
+    """Returns a function that holds copies of the layers and weights which this one holds."""
+    if not _holds_state(function, set()):
+        return function
+    old_cells = function.__closure__ or ()
+    cells = tuple(CellType() for _ in old_cells)
+    new = FunctionType(
+        function.__code__, function.__globals__, function.__name__, None, cells or None
     )
+    memo[id(function)] = new
+    new.__defaults__ = copy_value(function.__defaults__, memo)
+    new.__kwdefaults__ = copy_value(function.__kwdefaults__, memo)
+    for cell, old in zip(cells, old_cells, strict=True):
+        if not _is_empty(old):
+            content = old.cell_contents
+            holds = _holds_state(content, set())
+            cell.cell_contents = copy_value(content, memo) if holds else content
+    return new
 
 
-def _copies_itself(layer: Layer) -> bool:
-    """Whether a layer says how it is copied, weights included, as a CompositeLayer does."""
-    return hasattr(layer, "__deepcopy__")
+def _holds_state(value: Any, seen: set[int]) -> bool:
+    if id(value) in seen:
+        return False
+    seen.add(id(value))
+    if isinstance(value, (*_STATE, LayerSequence)):
+        return True
+    if isinstance(value, MethodType):
+        return _holds_state(value.__self__, seen)
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
+        inside = [*cells, value.__defaults__, value.__kwdefaults__]
+    elif isinstance(value, functools.partial):
+        inside = [value.func, value.args, value.keywords]
+    elif isinstance(value, dict):
+        inside = list(value.values())
+    else:
+        inside = list(value) if isinstance(value, (list, set, tuple)) else []
+    return any(_holds_state(x, seen) for x in inside)
+
+
+def _is_empty(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is cell
+    except ValueError:  # what it is for has no value yet
+        return True
+
+
+def _copy_model(model: keras.Model, memo: Memo) -> keras.Model:
+    if isinstance(model, keras.Sequential) and model.built:
+        return keras.models.clone_model(model, clone_function=lambda inner: copy_layer(inner, memo))
+    if not isinstance(model, keras.Function):
+        new = type(model).from_config(model.get_config())
+        config = model.get_build_config()
+        if model.built and config and not new.built:
+            new.build_from_config(config)
+        return _with_values(new, model, memo)
+    stateful = (keras.Variable, keras.random.SeedGenerator)
+    clone = clone_graph(
+        model,
+        lambda layer: copy_layer(layer, memo),
+        replace=lambda x: copy_value(x, memo) if isinstance(x, stateful) else x,
+    )
+    new = clone
+    if type(clone) is not type(model):
+        new = make_functional(type(model), clone.input, clone.output, model.name)
+    for key, value in own_attributes(model, names_on_every_model()).items():
+        setattr(new, key, copy_value(value, memo))
+    if not model.trainable:
+        freeze_layer_only(new)
+    return new
+
+
+def _with_values(new: Any, original: Any, memo: Memo) -> Any:
+    for variable, new_variable in zip(original.variables, new.variables, strict=True):
+        # A copy: training one model donates its arrays, which would delete the other's.
+        new_variable.assign(keras.ops.copy(variable))
+        memo.setdefault(id(variable), new_variable)
+    return new

@@ -1,21 +1,27 @@
 """How a CompositeLayer is saved: what its config holds beside the constructor's arguments.
 
-Under the key "body" a config may have "graph", "structure" and "attributes" (a graph that no
-constructor can make), "layers" (a list of layers that is not built yet), "input_spec" and
-"autocast".
+Under the key "body" a config may have "graph", "structure", "attributes" and "made" (a graph that
+no constructor can make, and what is set on the layer), "layers" (a list of layers that is not built
+yet), "input_spec" and "autocast".
 """
 
 import inspect
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, TypeAlias
 
 import keras
 
+from functional_llm.graph.attributes import attributes_config, restore_attributes
 from functional_llm.graph.bodies import BuiltGraph, ExistingGraph, LayerSequence
 from functional_llm.graph.keras_private import recorded_arguments
-from functional_llm.graph.layer_paths import Names, layer_at, layer_paths, map_layers
+from functional_llm.graph.own_weights import check_no_ties
 from functional_llm.graph.signature import Signature
 from functional_llm.graph.structure_json import decode, encode
 from functional_llm.graph.types import JSON, Layer, Nested
+
+_GetConfig: TypeAlias = Callable[[Any], JSON]
+_FromConfig: TypeAlias = Callable[[type, JSON], Any]
 
 
 def options_config(input_spec: Nested, autocast: bool) -> JSON:
@@ -40,19 +46,22 @@ def layers_config(body: LayerSequence) -> JSON:
     return {"layers": [keras.saving.serialize_keras_object(layer) for layer in body.layers]}
 
 
-def graph_config(built: BuiltGraph) -> JSON:
-    """Returns the config of a graph, and the places in it of the layers among the attributes.
+def graph_config(built: BuiltGraph, made: Iterable[str]) -> JSON:
+    """Returns the config of a graph, and of what is set on the composite.
 
     Args:
         built: The graph; `attributes` are those set on the composite.
+        made: The names of those that `functional_build` has set.
+
+    Raises:
+        NotImplementedError: At something that a file cannot hold.
     """
-    paths = layer_paths(built.graph.layers)
-    places: dict[str, Names | None] = {}
-    map_layers(lambda at, layer: places.update({at: paths.get(id(layer))}), built.attributes)
+    graph = built.graph
+    check_no_ties(graph)
     return {
-        "graph": keras.saving.serialize_keras_object(built.graph),
+        "graph": keras.saving.serialize_keras_object(graph),
         "structure": built.signature.get_config(),
-        "attributes": places,
+        **attributes_config(built.attributes, made, graph.layers, graph.name),
     }
 
 
@@ -61,20 +70,11 @@ def restore_graph(config: JSON, attributes: dict[str, Any]) -> BuiltGraph:
 
     Args:
         config: From `graph_config`.
-        attributes: Those that the constructor has set. The layers of the graph come in the place of
-            the layers among them.
+        attributes: Those that the constructor has set.
     """
     graph = keras.saving.deserialize_keras_object(config["graph"])
-    places = config["attributes"]
-
-    def replace(at: str, layer: Layer) -> Layer | None:
-        path = places.get(at)
-        if path is None:  # it has no place in the graph, or was lost when that was rewired
-            return layer if at in places else None
-        return layer_at(graph.layers, path)
-
     signature = Signature.from_config(config["structure"])
-    return BuiltGraph(graph, signature, map_layers(replace, attributes))
+    return BuiltGraph(graph, signature, restore_attributes(config, attributes, graph.layers))
 
 
 def body_argument(cls: type, config: JSON, stored: JSON) -> JSON:
@@ -97,6 +97,61 @@ def body_argument(cls: type, config: JSON, stored: JSON) -> JSON:
         layers = [keras.saving.deserialize_keras_object(layer) for layer in stored["layers"]]
         return {name: LayerSequence(layers)}
     return {name: ExistingGraph(None)} if "graph" in stored else {}
+
+
+def keep_body(cls: Any) -> None:
+    """Makes a subclass's own `get_config` and `from_config` leave the body alone.
+
+    They deal with the constructor's arguments, as in any layer of Keras's. One that drops what it
+    does not know would drop the graph; one that calls `cls(**config)` would pass it on.
+    """
+    if not hasattr(cls.get_config, "keeps_body"):
+        cls.get_config = with_body(cls.get_config)
+    if not hasattr(cls.from_config, "keeps_body"):
+        cls.from_config = classmethod(without_body(cls.from_config.__func__))
+
+
+def with_body(get_config: _GetConfig) -> _GetConfig:
+    """Returns a `get_config` that adds the body if it is not there."""
+
+    @wraps(get_config)
+    def complete(self: Any) -> JSON:
+        config = get_config(self)
+        if "body" in config:
+            return config
+        body = self._saved_body()
+        return {**config, "body": body} if body else config
+
+    complete.keeps_body = True  # type: ignore[attr-defined]
+    return complete
+
+
+def without_body(from_config: _FromConfig) -> _FromConfig:
+    """Returns a `from_config` that is not given the body, which is put into what it has made."""
+
+    @wraps(from_config)
+    def complete(cls: type, config: JSON) -> Any:
+        config = dict(config)
+        stored = config.pop("body", None) or {}
+        if not isinstance(stored, dict):  # a body given as an argument, by the next lines
+            return from_config(cls, {**config, "body": stored})
+        return restore_body(
+            from_config(cls, {**config, **body_argument(cls, config, stored)}), stored
+        )
+
+    complete.keeps_body = True  # type: ignore[attr-defined]
+    return complete
+
+
+def restore_body(layer: Any, stored: JSON) -> Any:
+    """Returns a layer like one that a constructor has made, with what `_saved_body` stored."""
+    restore_options(layer, stored)
+    if "graph" not in stored:
+        return layer
+    # What the constructor made was only there to set the attributes.
+    new = layer._without_constructor(lambda: restore_graph(stored, layer._attributes()))
+    new._made = frozenset(stored.get("made", ()))
+    return new
 
 
 def check_arguments_recorded(layer: Layer, has_body: bool) -> None:

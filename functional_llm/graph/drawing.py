@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import keras
 
 from functional_llm.graph.keras_private import calls
-from functional_llm.graph.selection import inner_graph, inner_layers, walk
+from functional_llm.graph.selection import check_graph, inner_graph, inner_layers, walk
 from functional_llm.graph.types import Layer
 
 Picture: TypeAlias = Any  # a pydot.Graph; pydot has no types
@@ -32,7 +32,12 @@ def tree_view(model: Layer, depth: int | None = None, original: Layer | None = N
     Returns:
         A line for each layer: its name, its class, the number of weights, and how many of those
         train in this model.
+
+    Raises:
+        TypeError: If the model has no graph.
+        ValueError: If it has none yet.
     """
+    check_graph(model)
     trainable = {id(v) for v in model.trainable_variables}
     marks = _marks(model, original)
     lines = [_line(model, "", "", trainable)]
@@ -88,8 +93,10 @@ def plot(model: Layer, to_file: str | Path, depth: int = 1, original: Layer | No
 
     Raises:
         ImportError: If pydot or Graphviz's `dot` is missing.
-        ValueError: If the file's ending is none of these.
+        TypeError: If the model has no graph.
+        ValueError: If it has none yet, or the file's ending is none of these.
     """
+    check_graph(model)
     to_file = Path(to_file)
     kind = to_file.suffix.lstrip(".")
     if kind not in ("svg", "png", "pdf", "dot"):

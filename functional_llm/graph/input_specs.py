@@ -93,7 +93,8 @@ def with_declared(specs: Nested, declared: Nested, name: str) -> Nested:
         if by_user is None or (spec is None and by_user.shape is None):
             complete.append(spec)
             continue
-        shape = by_user.shape if spec is None else spec.shape
+        # A size that the user left open stays open: the graph must not keep that of the first call.
+        shape = spec.shape if by_user.shape is None else by_user.shape
         dtype = by_user.dtype or (keras.config.floatx() if spec is None else spec.dtype)
         optional = bool(by_user.optional) or (spec is not None and spec.optional)
         complete.append(keras.InputSpec(shape=shape, dtype=dtype, optional=optional))
@@ -107,6 +108,24 @@ def _spread_none(specs: Nested, declared: Nested) -> Nested:
     if isinstance(specs, dict) and isinstance(declared, dict) and specs.keys() == declared.keys():
         return {key: _spread_none(spec, declared[key]) for key, spec in specs.items()}
     return specs
+
+
+def for_any_batch(shapes: Nested) -> Nested:
+    """Returns shapes that are given by hand, or by another layer, without a batch size.
+
+    Keras builds layers on the shapes of their first call, and layers work for any number of rows.
+
+    Args:
+        shapes: Structure of InputSpecs, of what had only a shape.
+    """
+
+    def forget(spec: keras.InputSpec | None) -> keras.InputSpec | None:
+        if spec is None or not spec.shape:
+            return spec
+        shape = (None, *spec.shape[1:])
+        return keras.InputSpec(shape=shape, dtype=spec.dtype, optional=bool(spec.optional))
+
+    return tree.map_structure(forget, shapes)
 
 
 def with_float_dtype(specs: Nested, dtype: str) -> Nested:
@@ -169,5 +188,5 @@ def input_error(name: str, path: Path, message: str) -> ValueError:
         path: Where the input stands among the nested inputs.
         message: What is wrong with it, without a subject.
     """
-    subject = f"Input '{dotted(path)}'" if path else "The input"
+    subject = f"Input '{dotted(path)}'" if path else "Input"
     return ValueError(f"{subject} of '{name}' {message}")

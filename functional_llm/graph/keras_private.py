@@ -4,6 +4,9 @@ A docstring says what Keras does not offer publicly. tests/test_keras_private.py
 of them, which fails when Keras moves what is behind it; no other module touches these names.
 """
 
+import copy
+import inspect
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +17,8 @@ from typing import Any, TypeVar
 import keras
 from keras import tree
 from keras.src.backend.common import global_state
+from keras.src.models import cloning
+from keras.src.utils import jax_utils, traceback_utils
 
 from functional_llm.graph.types import JSON, Layer, Nested, Tensor
 
@@ -135,6 +140,34 @@ def make_functional(
     return new
 
 
+def failed_operation(error: BaseException) -> keras.Operation | None:
+    """Returns the outermost operation in whose call an exception was raised.
+
+    The exception does not say it, but the traceback has the frame of the call's wrapper.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        called = None
+        if frame.f_code.co_filename == traceback_utils.__file__:
+            called = (frame.f_locals.get("args") or (None,))[0]
+        elif frame.f_code.co_name == "__call__":
+            called = frame.f_locals.get("self")
+        if isinstance(called, keras.Operation):
+            return called
+    return None
+
+
+def in_recursive_clone() -> bool:
+    """Whether `clone_model(recursive=True)` runs with functions of a user: no layer is told so."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is cloning.clone_model.__code__ and frame.f_locals["recursive"]:
+            wrapper, call = frame.f_locals["clone_function"], frame.f_locals["call_function"]
+            clone = inspect.getclosurevars(wrapper).nonlocals["clone_function"]
+            return call is not None or clone.__module__ != cloning.__name__
+        frame = frame.f_back
+    return False
+
+
 # The state of layers.
 
 
@@ -154,6 +187,43 @@ def share_state(layer: keras.Operation, new: keras.Operation) -> None:
         elif isinstance(value, MethodType) and value.__self__ is layer:
             value = MethodType(value.__func__, new)
         set_untracked(new, key, value)  # the tracker of variables is shared, and complete
+
+
+def copy_state(layer: keras.Operation, new: keras.Operation, copied: Callable[[Any], Any]) -> None:
+    """Gives a new object copies of the attributes of another, but calls of its own.
+
+    Keras copies a layer only by its config: without weights, and without what it shares. `new` is
+    made by `__new__` alone; `copied` is value -> its copy, with containers that are not tracked.
+    """
+    tracker = vars(layer).get("_tracker")
+    stores: set[str] = set()
+    if tracker is not None:
+        new._initialize_tracker()
+        stores = {"_tracker", *(f"_{name}" for name in tracker.config)}
+        for name, (_, values) in tracker.config.items():
+            for value in values:
+                new._tracker.add_to_store(name, copied(value))
+    for key, value in vars(layer).items():
+        if key in stores:
+            continue
+        if key in _STATE_OF_EACH:
+            make = _STATE_OF_EACH[key]
+            set_untracked(new, key, vars(new)[key] if make is None else make())
+            continue
+        other = copied(value)
+        set_untracked(new, key, new._tracker.track(other) if hasattr(value, "tracker") else other)
+    if tracker is not None and tracker.locked:
+        new._lock_state()
+
+
+def copy_variable(variable: keras.Variable, memo: dict[int, Any]) -> keras.Variable:
+    """Returns a variable like this one with a copy of its value, as `copy.deepcopy` makes it.
+
+    That one would copy what says how the value is distributed, devices included.
+    """
+    new = copy.copy(variable)
+    new._value = copy.deepcopy(variable._value, memo)
+    return new
 
 
 # What two layers must not share; `None` stands for what `__new__` has made.
@@ -236,6 +306,11 @@ def own_attributes(layer: Layer, names: frozenset[str]) -> dict[str, Any]:
     return {key: x for key, x in attributes.items() if key not in names}
 
 
+def own_metrics(layer: Layer) -> list[keras.Metric]:
+    """Returns the metrics of a layer. The public `metrics` adds those of the layers inside."""
+    return list(layer._metrics)
+
+
 def names_on_layer(layer: Layer) -> frozenset[str]:
     """Returns the names of all attributes on a new layer, and those that Keras sets later.
 
@@ -254,7 +329,7 @@ def names_on_every_model() -> frozenset[str]:
     x = keras.Input((1,))
     of_compile = {"_compile_config", "_compiled_trainable_state", "optimizer", "stop_training"}
     of_fit = {"history", "_jax_state", "_eval_epoch_iterator", "_compiled_metrics"}
-    of_fit |= {"stop_evaluating", "stop_predicting", "_manual_input_spec"}
+    of_fit |= {"stop_evaluating", "stop_predicting"}
     return names_on_layer(keras.Model(x, x)) | of_compile | of_fit
 
 
@@ -284,7 +359,54 @@ def uninitialized() -> Iterator[None]:
 
     That spares loading a checkpoint the random values, and the memory for them. Keras remembers
     such variables, to initialise them when a later scope ends, and has no public way to forget.
+    It also makes new values whenever one of them is read that has none: that is an error now.
     """
     with keras.StatelessScope(initialize_variables=False):
         yield
+    for variable in global_state.get_global_attribute("uninitialized_variables") or ():
+        variable._initializer = no_value
     global_state.set_global_attribute("uninitialized_variables", [])
+
+
+def no_value(shape: tuple[int, ...], dtype: str | None = None) -> Tensor:
+    """Stands for the initial value of a variable that must not have one."""
+    if jax_utils.is_in_jax_tracing_scope():  # only shapes and dtypes are asked for
+        return keras.ops.zeros(shape, dtype)
+    raise RuntimeError(
+        f"A weight of shape {tuple(shape)} has no value: it was not loaded yet, or its value was "
+        "lost when `fit`, `evaluate` or `predict` failed. Load the model again."
+    )
+
+
+@contextmanager
+def kept_values(model: keras.Model) -> Iterator[None]:
+    """Inside, `fit`, `evaluate` and `predict` leave a model with values, even if they fail.
+
+    With JAX, Keras takes the values out of the variables before a step, and puts them back at the
+    end: after a failure only in `fit`, and only if one step was done.
+    """
+    if keras.backend.backend() != "jax" or "_get_jax_state" in vars(model):
+        return (yield)
+    taken: list[tuple[keras.Variable, Tensor]] = []
+    get_state = model._get_jax_state
+
+    def get_state_and_remember(**kwargs: Any) -> Any:
+        of_optimizer = getattr(getattr(model, "optimizer", None), "variables", ())
+        variables = (*model.variables, *model.metrics_variables, *of_optimizer)
+        taken[:] = [(variable, variable._value) for variable in variables]
+        return get_state(**kwargs)
+
+    set_untracked(model, "_get_jax_state", get_state_and_remember)
+    try:
+        yield
+    except BaseException:
+        state = getattr(model, "_jax_state", None) or {}
+        if taken and not any(x.is_deleted() for x in tree.flatten(list(state.values()))):
+            model.jax_state_sync()  # what the last step has made
+        model._jax_state = None
+        for variable, value in taken:
+            if variable._value is None:  # if JAX has deleted the value, reading it says so
+                variable._value = value
+        raise
+    finally:
+        del vars(model)["_get_jax_state"]

@@ -1,29 +1,46 @@
-"""Paths of layers, and layers among the attributes of a layer."""
+"""Paths of layers, and layers and weights among the attributes of a layer."""
 
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeAlias
 
 import keras
 
+from functional_llm.graph.own_weights import weight_of
 from functional_llm.graph.types import Layer
 
 Names: TypeAlias = tuple[str, ...]  # of layers, from the outermost inwards
+Part: TypeAlias = Any  # a layer, or a weight that an `OwnWeight` of the graph holds
 
 
-def layer_paths(layers: Iterable[Layer], above: Names = ()) -> dict[int, Names]:
+def layer_paths(layers: Iterable[Layer], wanted: Collection[int] | None = None) -> dict[int, Names]:
     """Returns the names that lead to each layer, by its id, into nested graphs.
+
+    A weight that an `OwnWeight` holds has the path of that one.
 
     Args:
         layers: The layers of a graph.
-        above: The names that lead to that graph.
+        wanted: The ids to look for: what is deeper than all of them is left out. Defaults to all.
     """
     paths: dict[int, Names] = {}
-    for layer in layers:
-        path = (*above, layer.name)
-        paths.setdefault(id(layer), path)
-        for inner, inner_path in layer_paths(getattr(layer, "layers", ()), path).items():
-            paths.setdefault(inner, inner_path)
+    missing = None if wanted is None else set(wanted)
+    queue: deque[tuple[Layer, Names]] = deque((layer, (layer.name,)) for layer in layers)
+    while queue and (missing is None or missing):
+        layer, path = queue.popleft()
+        if id(layer) in paths:
+            continue
+        found = {id(layer), id(weight_of(layer))} - {id(None)}
+        paths |= {key: path for key in found if key not in paths}
+        if missing is not None:
+            missing -= found
+        queue.extend((inner, (*path, inner.name)) for inner in getattr(layer, "layers", ()))
     return paths
+
+
+def part_at(layers: Iterable[Layer], path: Iterable[str], of_kind: Part) -> Part | None:
+    """Returns the layer that these names lead to, or its weight if `of_kind` is a weight."""
+    layer = layer_at(layers, path)
+    return weight_of(layer) if isinstance(of_kind, keras.Variable) else layer
 
 
 def layer_at(layers: Iterable[Layer], path: Iterable[str]) -> Layer | None:
@@ -35,30 +52,64 @@ def layer_at(layers: Iterable[Layer], path: Iterable[str]) -> Layer | None:
     return found
 
 
-def map_layers(fn: Callable[[str, Layer], object], value: Any, at: str = "") -> Any:
-    """Returns attributes with their layers replaced.
+def find_layer(layers: list[Layer], name: str | None, index: int | None, owner: str) -> Layer:
+    """Returns the layer with this name, or at this index.
 
     Args:
-        fn: `fn(where, layer)` returns what comes in a layer's place; `where` is "name.index".
-        value: A dict of attributes. Plain dicts, lists and tuples in it are looked through.
+        layers: Where to look.
+        name: A name, or `None`.
+        index: An index, or `None`.
+        owner: Whose layers they are, for messages.
+
+    Raises:
+        ValueError: If there is none, or not one of both is given.
+    """
+    if (name is None) == (index is None):
+        raise ValueError(f"Expected a name or an index, received {name=}, {index=}.")
+    if index is None:
+        found = next((layer for layer in layers if layer.name == name), None)
+    else:
+        found = layers[index] if -len(layers) <= index < len(layers) else None
+    if found is None:
+        which = f"'{name}'" if index is None else f"at index {index}"
+        raise ValueError(f"No layer {which} in '{owner}'. It has: {[x.name for x in layers]}.")
+    return found
+
+
+def map_parts(fn: Callable[[str, Part], object], value: Any, at: str = "") -> Any:
+    """Returns attributes with their layers and weights replaced.
+
+    Args:
+        fn: `fn(where, part)` returns what comes in a layer's or a weight's place; `where` is
+            "name.index".
+        value: A dict of attributes. Dicts, lists, tuples and sets in it are looked through.
         at: For the recursion only.
     """
-    if isinstance(value, keras.layers.Layer):
+    if isinstance(value, (keras.layers.Layer, keras.Variable)):
         return fn(at[1:], value)
     if isinstance(value, dict):
-        return {key: map_layers(fn, x, f"{at}.{key}") for key, x in value.items()}
-    if isinstance(value, list) or type(value) is tuple:
-        values = [map_layers(fn, x, f"{at}.{i}") for i, x in enumerate(value)]
-        return tuple(values) if isinstance(value, tuple) else values
+        return {key: map_parts(fn, x, f"{at}.{key}") for key, x in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        values = [map_parts(fn, x, f"{at}.{i}") for i, x in enumerate(value)]
+        if isinstance(value, tuple):
+            return type(value)(*values) if hasattr(value, "_replace") else tuple(values)
+        return set(values) if isinstance(value, set) else values
     return value
 
 
-def moved_layers(
+def parts_of(value: Any) -> dict[str, Part]:
+    """Returns where -> layer or weight, for those among attributes, as `map_parts` finds them."""
+    parts: dict[str, Part] = {}
+    map_parts(parts.__setitem__, value)
+    return parts
+
+
+def moved_parts(
     attributes: dict[str, Any], layers: Iterable[Layer], new_layers: Iterable[Layer]
 ) -> dict[str, Any]:
-    """Returns attributes in which the layers of a graph are those at the same place in another.
+    """Returns attributes in which what is in a graph is what is at the same place in another.
 
-    A layer that both graphs have, or neither, stays; `None` comes where the new graph has no layer.
+    What is in neither stays; `None` comes where the new graph has nothing.
 
     Args:
         attributes: What is set on the layer that has the graph.
@@ -66,10 +117,15 @@ def moved_layers(
         new_layers: Those of the other graph.
     """
     new_layers = list(new_layers)
-    old, new = layer_paths(layers), layer_paths(new_layers)
+    wanted = {id(part) for part in parts_of(attributes).values()}
+    old = layer_paths(layers, wanted) if wanted else {}
 
-    def replace(_: str, layer: Layer) -> Layer | None:
-        kept = id(layer) in new or id(layer) not in old
-        return layer if kept else layer_at(new_layers, old[id(layer)])
+    def replace(_: str, part: Part) -> Part | None:
+        if id(part) not in old:
+            return part
+        there = part_at(new_layers, old[id(part)], part)
+        if there is None and id(part) in layer_paths(new_layers, {id(part)}):
+            return part  # at another place
+        return there
 
-    return map_layers(replace, attributes)
+    return map_parts(replace, attributes)

@@ -8,7 +8,7 @@ that nobody needs.
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
@@ -28,8 +28,10 @@ from functional_llm.graph.keras_private import (
     record_call,
     share_state,
 )
-from functional_llm.graph.layer_paths import map_layers
+from functional_llm.graph.layer_errors import note_path
+from functional_llm.graph.layer_paths import map_parts
 from functional_llm.graph.selection import Where, inner_graph, inner_layers, select, walk
+from functional_llm.graph.shape_changes import ShapeChanges
 from functional_llm.graph.types import Layer, Nested, Tensor
 
 ModelT = TypeVar("ModelT", bound=Layer)  # a functional model or a CompositeLayer
@@ -79,10 +81,14 @@ def rewire(
         freeze: `True`: the original's weights do not train in the new model (they do in the
             original). `False`: all train. `None`: what is frozen in the original stays frozen.
 
+    Outputs of another width or dtype may only go where replaced layers read them, through
+    operations that compute with them, or out of the model.
+
     Raises:
         TypeError: If the model has no graph, or `fn` returns no layer.
-        ValueError: If `where` matches nothing, `call` returns other outputs than the layer had, or
-            `freeze` is asked of a model whose class cannot do that (see `Freezable`).
+        ValueError: If the model has no graph yet, `where` matches nothing, what comes in a layer's
+            place returns other outputs than those that follow can take, or `freeze` is asked of a
+            model whose class cannot do that (see `Freezable`).
     """
     layers = dict(walk(model)) if where is None else select(model, where)
     rewiring = Rewiring(model, fn, call, asked=layers)
@@ -128,6 +134,7 @@ class Rewiring:
         of_inputs: bool = False,
     ) -> None:
         self._model = model
+        self._root = (model.path or model.name) if isinstance(model, CompositeLayer) else ""
         self._fn = fn
         self._call = call
         self._layers = asked
@@ -138,6 +145,7 @@ class Rewiring:
         self._known = {id(layer) for _, layer in walk(model, composites=True)}
         self._places: dict[int, Layer] = {}
         self._replaced: dict[int, Layer] = {}
+        self._changes = ShapeChanges()
 
     def result(self) -> Layer:
         """Returns the new model."""
@@ -150,8 +158,12 @@ class Rewiring:
                     replaced.append(path)
         return self._container(self._model, "")
 
+    def _scopes(self, path: str) -> AbstractContextManager[None]:
+        """What is built inside is named as what stands at this path."""
+        return name_scopes(f"{self._root}/{path}".strip("/").rpartition("/")[0])
+
     def _ask(self, layer: Layer, path: str) -> Layer:
-        with name_scopes(path.rpartition("/")[0]):
+        with self._scopes(path):
             new = self._fn(layer, path) if self._fn is not None else layer
         if not isinstance(new, keras.layers.Layer):
             raise TypeError(
@@ -184,12 +196,13 @@ class Rewiring:
         if is_sequential:  # only a Functional has a place for calls of another kind
             graph = keras.Model(layer.inputs, layer.outputs, name=layer.name)
         inputs, outputs, captured = self._graph(graph, path)
+        self._changes.leave(layer, tree.flatten(outputs))
         self._captured[id(layer)] = captured
         tensors = _captured_tensors(captured)
         if isinstance(layer, CompositeLayer):
             outputs = tree.flatten(outputs)
             structure = (layer.pack_outputs(outputs), tensors) if tensors else None
-            with name_scopes(path.rpartition("/")[0]):
+            with self._scopes(path):
                 graph = keras.Model(inputs, [*outputs, *tensors], name=layer.name)
                 return layer.with_graph(graph, structure)
         if layer is self._model and captured:
@@ -200,6 +213,9 @@ class Rewiring:
         return self._like(graph, inputs, outputs)
 
     def _sequential(self, layer: keras.Sequential, path: str) -> keras.Sequential:
+        graph = keras.Model(layer.inputs, layer.outputs, name=layer.name)
+        _, outputs, _ = self._graph(graph, path)  # which compares shapes
+        self._changes.leave(layer, tree.flatten(outputs))
         layers = [self._place(x, f"{path}/{x.name}".lstrip("/")) for x in layer.layers]
         spec = layer.inputs[0]
         return keras.Sequential(
@@ -225,7 +241,8 @@ class Rewiring:
             if id(old_call.operation) in self._capture_at:
                 value = self._capture(old_call.operation, arguments, outputs)
                 captured.append((self._capture_at[id(old_call.operation)], value))
-        return inputs, tree.map_structure(lambda x: tensors[id(x)], graph.output), captured
+        outputs = tree.map_structure(lambda x: tensors[id(x)], graph.output)
+        return inputs, outputs, captured
 
     def _capture(
         self, operation: keras.Operation, arguments: Arguments, outputs: list[Tensor]
@@ -246,17 +263,24 @@ class Rewiring:
         asked = self._asked.get(id(operation)) if self._call is not None else None
         is_same = id(operation) not in self._replaced and _is_same(old_call, arguments)
         if asked is None and is_same:
-            graph = inner_graph(place)
-            rebuilt = isinstance(graph, keras.Model)  # its outputs may be others
-            return record_call(place, args, kwargs, graph.outputs if rebuilt else old_call.outputs)
+            rebuilt = inner_layers(place) is not None  # its outputs may be others
+            specs = inner_graph(place).outputs if rebuilt else old_call.outputs
+            flat = record_call(place, args, kwargs, specs)
+            self._changes.compare(old_call, path, arguments, flat, place, is_new=False)
+            return flat
         takes_mask = "mask" in inspect.signature(place.call).parameters
         if "mask" in kwargs and (kwargs["mask"] is None or not takes_mask):
             del kwargs["mask"]  # Keras notes the mask as an argument, though nobody gave it
-        with name_scopes(path.rpartition("/")[0]):
-            if asked is None or self._call is None:
-                outputs = place(*args, **kwargs)
-            else:
-                outputs = self._call(place, asked, *args, **kwargs)
+        try:
+            with self._scopes(path):
+                if asked is None or self._call is None:
+                    outputs = place(*args, **kwargs)
+                else:
+                    outputs = self._call(place, asked, *args, **kwargs)
+        except Exception as error:
+            note_path(error, path)
+            self._changes.explain(arguments, path, error)
+            raise
         flat = tree.flatten(outputs)
         is_symbolic = all(isinstance(x, keras.KerasTensor) for x in flat)
         captured = _captured_tensors(self._captured.get(id(operation), []))
@@ -266,13 +290,15 @@ class Rewiring:
                 f"{len(old_call.outputs)} symbolic tensors in the order of the original layer's "
                 f"outputs, of the shapes {[x.shape for x in old_call.outputs]}."
             )
+        is_new = asked is not None or id(operation) in self._replaced
+        self._changes.compare(old_call, path, (args, kwargs), flat, place, is_new)
         return flat
 
     def _like(self, model: keras.Model, inputs: Nested, outputs: Nested) -> keras.Model:
         """Returns a model of the same class and attributes; its constructor does not run."""
         new = make_functional(type(model), inputs, outputs, model.name)
         own = own_attributes(model, names_on_every_model() | {FROZEN})
-        moved = map_layers(lambda _, layer: self._places.get(id(layer), layer), own)
+        moved = map_parts(lambda _, part: self._places.get(id(part), part), own)
         for key, value in moved.items():
             setattr(new, key, value)
         return new

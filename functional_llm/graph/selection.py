@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import keras
 
+from functional_llm.graph.bodies import is_functional, no_graph_yet
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import Layer
 
@@ -20,18 +21,32 @@ def inner_layers(layer: keras.Operation) -> list[Layer] | None:
     Args:
         layer: A CompositeLayer, a functional or Sequential model, or any other layer.
     """
-    if isinstance(layer, CompositeLayer):
-        layers = layer.layers
-    elif isinstance(layer, keras.Model) and layer.built and hasattr(layer, "inputs"):
-        layers = layer.layers
-    else:
+    if not isinstance(layer, CompositeLayer) and not is_functional(layer):
         return None
-    return [x for x in layers if not isinstance(x, keras.layers.InputLayer)]
+    return [x for x in layer.layers if not isinstance(x, keras.layers.InputLayer)]
 
 
 def inner_graph(layer: keras.Operation) -> keras.Operation:
     """Returns the functional model inside a built CompositeLayer; any other layer as it is."""
     return layer.graph if isinstance(layer, CompositeLayer) else layer
+
+
+def check_graph(model: Layer) -> None:
+    """Refuses a model or layer without a graph.
+
+    Raises:
+        TypeError: If it can have none.
+        ValueError: If it has none yet.
+    """
+    if isinstance(model, CompositeLayer):
+        model.build_existing()
+    if isinstance(model, (CompositeLayer, keras.Sequential)) and not model.built:
+        raise no_graph_yet(model.name)
+    if inner_layers(model) is None:
+        raise TypeError(
+            f"Expected a functional model or a CompositeLayer, received {type(model).__name__} "
+            f"'{getattr(model, 'name', model)}', which has no graph to walk through."
+        )
 
 
 def walk(model: Layer, composites: bool = False) -> Iterator[tuple[str, Layer]]:
@@ -44,13 +59,10 @@ def walk(model: Layer, composites: bool = False) -> Iterator[tuple[str, Layer]]:
 
     Raises:
         TypeError: If the model has no graph.
+        ValueError: If it has none yet.
     """
-    if inner_layers(model) is None:
-        raise TypeError(
-            f"Expected a functional model or a CompositeLayer, received {type(model).__name__} "
-            f"'{getattr(model, 'name', model)}', which has no graph to walk through."
-        )
-    yield from _walk(model, "", composites, set())
+    check_graph(model)
+    return _walk(model, "", composites, set())
 
 
 def _walk(layer: Layer, path: str, composites: bool, seen: set[int]) -> Iterator[tuple[str, Layer]]:
@@ -78,7 +90,9 @@ def select(model: Layer, where: Where) -> dict[str, Layer]:
             `"query"`.
 
     Raises:
-        ValueError: If one of them matches nothing. Near paths are named.
+        TypeError: If the model has no graph.
+        ValueError: If it has none yet, or one of the conditions matches nothing. Near paths are
+            named.
     """
     layers = dict(walk(model, composites=True))
     is_single = isinstance(where, (str, type)) or callable(where)

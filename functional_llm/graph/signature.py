@@ -22,6 +22,10 @@ class Signature:
         self.inputs = inputs
         self.outputs = tree.map_structure(lambda _: 0, outputs)
         self._is_taken = [spec is not None for spec in tree.flatten(inputs)]
+        self.input_spec = tree.map_structure(_spec_for_keras, inputs)
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # it never changes
 
     def match(self, values: Nested, name: str) -> Nested:
         """Returns `values` in the exact structure of the inputs; `None` may stand for a subtree.
@@ -31,8 +35,9 @@ class Signature:
             name: The layer's name, for messages.
 
         Raises:
-            ValueError: If structures, ranks or kinds of numbers differ, a required input is
-                `None`, or an input is given that was absent when the graph was traced.
+            ValueError: If structures, ranks, sizes that are not `None`, or kinds of numbers differ,
+                a required input is `None`, or an input is given that was absent when the graph was
+                traced.
         """
         return _match(self.inputs, values, name, ())
 
@@ -60,6 +65,17 @@ class Signature:
             )
         masks = self.flatten_inputs(mask)
         return None if all(m is None for m in masks) else masks
+
+    def with_known_sizes(self, values: Nested) -> Nested:
+        """Returns symbolic inputs with the sizes that the graph was built with, where unknown."""
+
+        def complete(x: Tensor, spec: keras.InputSpec | None) -> Tensor:
+            if x is None or spec is None or None not in x.shape:
+                return x
+            shape = [b if a is None else a for a, b in zip(x.shape, spec.shape, strict=True)]
+            return keras.KerasTensor(shape, x.dtype, x.sparse)
+
+        return tree.map_structure(complete, values, self.inputs)
 
     def restore_outputs(self, outputs: Nested) -> Nested:
         """Returns the graph's flat outputs in the structure that the layer returns."""
@@ -131,6 +147,18 @@ def _check_tensor(spec: keras.InputSpec, value: Tensor, name: str, path: Path) -
         raise input_error(
             name, path, f"expected rank {len(spec.shape)} (shape {spec.shape}), {_received(value)}."
         )
+    if shape is not None:
+        for expected, size in zip(spec.shape, shape, strict=True):
+            if expected is not None and size is not None and size != expected:
+                raise input_error(
+                    name,
+                    path,
+                    f"is incompatible with the layer: expected shape={spec.shape}, "
+                    f"found shape={tuple(shape)}. A graph keeps the sizes that it was built with. "
+                    "If a size may change, call the layer the first time on a "
+                    "keras.Input((None, ...)), or set `layer.input_spec` with None for that axis "
+                    "before that.",
+                )
     dtype = getattr(value, "dtype", None)
     if dtype is None or dtype == spec.dtype:
         return
@@ -146,6 +174,13 @@ def _check_tensor(spec: keras.InputSpec, value: Tensor, name: str, path: Path) -
             f"or build the layer with InputSpec(shape=..., dtype='{dtype}'). A Sequential model "
             f"casts to {keras.config.floatx()} unless it begins with keras.Input(..., dtype=...).",
         )
+
+
+def _spec_for_keras(spec: keras.InputSpec | None) -> keras.InputSpec:
+    """Keras compares dtypes before it casts, and fails at `None` among the specs of a dict."""
+    if spec is None:
+        return keras.InputSpec(optional=True)
+    return keras.InputSpec(shape=spec.shape, optional=bool(spec.optional))
 
 
 _WIDE_FLOATS = ("float32", "float64")

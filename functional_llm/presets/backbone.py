@@ -16,7 +16,9 @@ from functional_llm.backbones.families import FAMILIES
 from functional_llm.backbones.family import Family, ModelConfig
 from functional_llm.formats.hf_directory import write_directory
 from functional_llm.formats.weight_table import HEAD, expand_table, module_names, tied_head
+from functional_llm.graph.backend import require_jax
 from functional_llm.graph.freezing import Freezable
+from functional_llm.graph.keeping_values import KeepsValues
 from functional_llm.graph.keras_private import uninitialized
 from functional_llm.graph.types import Nested
 from functional_llm.layers.call_inputs import as_tensors, complete_inputs, with_mask
@@ -34,7 +36,7 @@ _DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 
 
 @keras.saving.register_keras_serializable("functional_llm")
-class Backbone(LanguageModelLoss, Freezable, keras.Model):
+class Backbone(LanguageModelLoss, KeepsValues, Freezable, keras.Model):
     """A language model as one functional graph, called with as much or as little as there is.
 
     ```python
@@ -135,10 +137,12 @@ class Backbone(LanguageModelLoss, Freezable, keras.Model):
             A Backbone.
 
         Raises:
+            RuntimeError: With another backend than JAX.
             ValueError: At an unknown preset or family, a config key or tensor that is unknown,
                 missing or of a wrong shape, or a damaged file. All differences are named.
             FileNotFoundError: If the path has no such files.
         """
+        require_jax("Backbone.from_preset")
         if not load_weights:
             family, config, edits = read_numbers(handle)
             return apply_edits(cls._build(family, config, dtype), edits, has_values=True)

@@ -18,6 +18,7 @@ from keras import ops, tree
 
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.keras_private import calls, freeze_layer_only, set_untracked
+from functional_llm.graph.own_weights import OwnWeight
 from functional_llm.graph.rewiring import shared_copy
 from functional_llm.graph.selection import inner_graph, inner_layers
 from functional_llm.graph.types import Layer, Nested, Tensor
@@ -351,3 +352,4 @@ def _lower_lookup(layer: Layer, inputs: dict[str, Nested]) -> tuple[list[Tensor]
 register_lowering(AttentionMask, AttentionMask.call)
 register_lowering(AttentionDotProduct, AttentionDotProduct.call)
 register_lowering(KVCacheLookup, _lower_lookup)
+register_lowering(OwnWeight, lambda layer, inputs: layer.variable)

@@ -11,6 +11,7 @@ import keras
 
 from functional_llm.cpu.rewriter import optimize_for_cpu
 from functional_llm.graph.freezing import Freezable, keep_frozen
+from functional_llm.graph.keeping_values import KeepsValues
 from functional_llm.graph.types import Nested, Tensor
 from functional_llm.training.accumulation import TokenMean
 from functional_llm.training.cross_entropy import cross_entropy
@@ -20,7 +21,7 @@ State: TypeAlias = tuple[Values, ...]  # of a compiled model: weights, optimizer
 Logs: TypeAlias = dict[str, jax.Array]
 
 
-class LossModel(Freezable, keras.Model):
+class LossModel(KeepsValues, Freezable, keras.Model):
     """A backbone with its loss, for `fit`, `evaluate` and any Keras callback.
 
     It is the backbone's own graph, cut in two at the hidden states. It shares the backbone's
