@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
+from functional_llm.presets.tokenizer import Tokenizer
 from functional_llm.tokenizers import TextTokenizer
 from functional_llm.tokenizers.chat_template import ChatTemplate
 from functional_llm.tokenizers.tool_schemas import tool_schemas
@@ -409,3 +410,20 @@ def test_what_goes_into_pipelines_is_pickled_and_copied(ours: TextTokenizer) -> 
         rest = make(decoder)
         assert rest.push(ours.encode("日")[1:]) == "日"
         assert make(ChatTemplate(MARKED)).render(MESSAGES) == ChatTemplate(MARKED).render(MESSAGES)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"conversations": [{"from": "gpt", "value": "Hello!"}, {"from": "human", "value": "q"}]},
+        {"prompt": [], "completion": [{"role": "assistant", "content": "Hello!"}]},
+        {"messages": [{"role": "assistant", "content": "Hello!"}]},
+    ],
+)
+def test_an_answer_that_comes_first(fields: dict[str, Any], smollm2_gguf: Path) -> None:
+    """What the template writes before it, a system prompt of its own, is not learnt."""
+    tokenizer = Tokenizer.from_preset(smollm2_gguf)
+    (example,) = make_examples([Record("here", fields)], tokenizer, 512).items
+    learnt = example.token_ids[example.is_target]
+    assert tokenizer.decode(learnt, skip_special_tokens=False) == "Hello!<|im_end|>"

@@ -448,3 +448,36 @@ def test_layers_are_found_once_at_any_depth() -> None:
     model = functional(Nest(20, name="outer"))
     found = [x for x in model._flatten_layers() if isinstance(x, (Nest, layers.Dense))]
     assert len(found) == 22 == len({id(x) for x in found}) and len(model.weights) == 2
+
+
+class _BuildsWeights(CompositeLayer):
+    """Makes its weight in `build`, which is Keras's natural place."""
+
+    def __init__(self, units: int = 4, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.units = units
+
+    def build(self, input_shape: Any) -> None:
+        self.scale = self.add_weight(shape=(self.units,), initializer="ones", name="scale")
+        super().build(input_shape)
+
+    def functional_build(self, inputs: Any) -> Any:
+        self.up = layers.Dense(self.units, name="up")
+        return self.up(inputs) * self.scale
+
+
+def test_weights_made_in_build_are_made_once() -> None:
+    x = keras.Input((4,))
+    model = keras.Model(x, _BuildsWeights(name="c")(x))
+    rewired = flm.rewire(model, lambda layer, path: layer)
+    names = ["c/scale", "c/up/bias", "c/up/kernel"]
+    assert sorted(w.path for w in rewired.weights) == names
+    assert {id(w) for w in rewired.weights} == {id(w) for w in model.weights}
+
+
+def test_an_attribute_is_what_replaced_it_under_another_name() -> None:
+    x = keras.Input((4,))
+    model = keras.Model(x, _BuildsWeights(name="c")(x))
+    new = layers.Dense(4)
+    rewired = flm.rewire(model, lambda layer, path: new if path.endswith("/up") else layer)
+    assert rewired.get_layer("c").up is new

@@ -97,6 +97,10 @@ class TextGenerator:
         self._programs = CompiledPrograms(backbone, announce)
         _use_compilation_cache()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Compiled programs cannot be copied.
+        return type(self), (self.backbone, self.tokenizer, self._programs.announce)
+
     @property
     def stats(self) -> Stats:
         """Where the time of the last generation went."""

@@ -321,7 +321,9 @@ class CompositeLayer(keras.layers.Layer):
 
     def _without_constructor(self, make: Callable[[], BuiltGraph]) -> Self:
         """Returns a layer of this class and name, with a graph and attributes made elsewhere."""
-        new = type(self).__new__(type(self))
+        # Keras calls the `build` of the class that is made; that of a subclass may make weights.
+        new: Self = CompositeLayer.__new__(CompositeLayer)  # type: ignore[assignment]
+        new.__class__ = type(self)
         CompositeLayer.__init__(
             new,
             name=self.name,

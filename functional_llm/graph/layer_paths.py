@@ -109,14 +109,15 @@ def moved_parts(
 ) -> dict[str, Any]:
     """Returns attributes in which what is in a graph is what is at the same place in another.
 
-    What is in neither stays; `None` comes where the new graph has nothing.
+    The place is that of the name, or else of the order, if both graphs have as many layers. What is
+    in neither stays; `None` comes where the new graph has nothing.
 
     Args:
         attributes: What is set on the layer that has the graph.
         layers: Those of its graph.
         new_layers: Those of the other graph.
     """
-    new_layers = list(new_layers)
+    layers, new_layers = list(layers), list(new_layers)
     wanted = {id(part) for part in parts_of(attributes).values()}
     old = layer_paths(layers, wanted) if wanted else {}
 
@@ -126,6 +127,9 @@ def moved_parts(
         there = part_at(new_layers, old[id(part)], part)
         if there is None and id(part) in layer_paths(new_layers, {id(part)}):
             return part  # at another place
+        if there is None and len(layers) == len(new_layers):
+            pairs = zip(layers, new_layers, strict=True)
+            return next((new for old, new in pairs if old is part), None)
         return there
 
     return map_parts(replace, attributes)

@@ -17,10 +17,10 @@ from functional_llm.backbones.family import Family, ModelConfig
 from functional_llm.formats.hf_directory import write_directory
 from functional_llm.formats.weight_table import HEAD, expand_table, module_names, tied_head
 from functional_llm.graph.backend import require_jax
-from functional_llm.graph.freezing import Freezable
+from functional_llm.graph.freezing import Freezable, freeze_variables
 from functional_llm.graph.keeping_values import KeepsValues
 from functional_llm.graph.keras_private import uninitialized
-from functional_llm.graph.types import Nested
+from functional_llm.graph.types import JSON, Nested
 from functional_llm.layers.call_inputs import as_tensors, complete_inputs, with_mask
 from functional_llm.peft.adapter import REVERSED
 from functional_llm.peft.names import Names
@@ -70,6 +70,18 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, keras.Model):
         super().__init__(inputs=inputs, outputs=outputs, name=name, **kwargs)
         self.config: Any = config  # each family has fields of its own
         self.preset: str | None = None  # the handle that the weights came from
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For `copy.deepcopy` and pickle: Keras's own way knows neither of these."""
+        frozen = [v.path for v in self.variables if id(v) in self._frozen]
+        compiled = self.get_compile_config() if self.compiled else None
+        slots = [np.asarray(v) for v in self.optimizer.variables] if compiled else []
+        was_compiled, self.compiled = self.compiled, False  # is compiled again when it is frozen
+        try:
+            make, arguments = super().__reduce__()
+        finally:
+            self.compiled = was_compiled
+        return _restored, (make, arguments, self.config, self.preset, frozen, compiled, slots)
 
     @property
     def input_spec(self) -> None:
@@ -340,6 +352,28 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, keras.Model):
     def _family(self) -> Family | None:
         fitting = (f for f in FAMILIES.values() if isinstance(self.config, f.config_class))
         return next(fitting, None)
+
+
+def _restored(
+    make: Any,
+    arguments: tuple[Any, ...],
+    config: ModelConfig | None,
+    preset: str | None,
+    frozen: list[str],
+    compiled: JSON | None,
+    slots: list[np.ndarray],
+) -> Backbone:
+    """Returns the copy of a Backbone from what its `__reduce__` has kept."""
+    new: Backbone = make(*arguments)
+    new.config, new.preset = config, preset
+    freeze_variables(new, [v for v in new.variables if v.path in frozen])
+    if compiled is not None:
+        new.compile_from_config(compiled)
+        variables = new.optimizer.variables
+        if len(variables) == len(slots):  # not, if the original's was not built yet
+            for variable, value in zip(variables, slots, strict=True):
+                variable.assign(value)
+    return new
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def _find_turn(
 ) -> tuple[int, int] | str:
     """Returns start and end of an answer in the ids, or why they are uncertain."""
     try:
-        before = _render(conversation, tokenizer, turn, True).text if turn else ""
+        before = _question(conversation, tokenizer, turn, text)
         through = _render(conversation, tokenizer, turn + 1, False).text
     except ValueError as error:
         return f"the conversation up to it cannot be written ({error!s:.200})"
@@ -102,7 +102,7 @@ def _find_turn(
             f"and goes on with {text[place : place + 60]!r} when it is there"
         )
     # By common prefixes: a token may reach over the border between question and answer.
-    start = _common(ids, _encode(before, tokenizer)) if before else 0
+    start = _common(ids, _encode(before, tokenizer))
     through_ids = _encode(through, tokenizer)
     end = _common(ids, through_ids)
     stop_ids = tokenizer.stop_token_ids
@@ -116,6 +116,25 @@ def _find_turn(
         f"the answer is written as {through[place : place + 60]!r} at the end of a conversation, "
         f"and as {text[place : place + 60]!r} when messages follow"
     )
+
+
+def _question(conversation: Conversation, tokenizer: TextTokenizer, turn: int, text: str) -> str:
+    """Returns the text before an answer, what asks for it included.
+
+    Before an answer that comes first there is what the template writes by itself: a system prompt,
+    say, and what asks for any answer.
+
+    Raises:
+        ValueError: If the template does not show it.
+    """
+    if turn:
+        return _render(conversation, tokenizer, turn, True).text
+    asked = _render(conversation, tokenizer, len(conversation.messages), True).text
+    prompt = asked[len(text) :] if asked.startswith(text) else ""
+    place = text.find(prompt) if prompt else -1
+    if place < 0:
+        raise ValueError("the template does not show where an answer that comes first begins")
+    return text[: place + len(prompt)]
 
 
 def _encode(text: str, tokenizer: TextTokenizer) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from functional_llm.graph.types import Nested
+from functional_llm.graph.types import JSON, Nested
 from functional_llm.training.loss import Logs, LossModel, State
 
 
@@ -75,6 +75,12 @@ class LanguageModelLoss:
         model = LossModel(self, chunk_size)
         model.compile(self.optimizer, auto_scale_loss=False)  # type: ignore[attr-defined]
         self._loss_model = _Held(model)
+
+    def compile_from_config(self, config: JSON) -> None:
+        """Compiles as a model was from which the config comes; Keras calls it."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None:  # type: ignore[attr-defined]
+            self.optimizer.build(self.trainable_variables)  # type: ignore[attr-defined]
 
     @property
     def _steps(self) -> LossModel | None:
