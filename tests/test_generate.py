@@ -157,6 +157,7 @@ def test_an_attention_mask_is_padding(generator: TextGenerator) -> None:
         ({"attention_mask": np.ones((2, 2))}, "attention_mask of the shape of the prompts"),
         ({"attention_mask": np.full((2, 3), 5)}, "1 for a token and 0 for padding"),
         ({"attention_mask": np.zeros((2, 3))}, "Prompt 0 is empty"),
+        ({"attention_mask": [[1, 1, 1], [1, 1]]}, "attention_mask of the shape of the prompts"),
         ({"mask": np.ones((2, 3, 3))}, "booleans of shape (2, 3, 3)"),
         ({"mask": np.ones((2, 3), bool)}, "booleans of shape (2, 3, 3)"),
     ],

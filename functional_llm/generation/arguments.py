@@ -76,7 +76,7 @@ def without_padding(
     lengths = [len(row) for row in rows]
     keep = [np.ones(n, bool) for n in lengths]
     if attention_mask is not None:
-        given = np.asarray(attention_mask)
+        given = np.asarray(attention_mask, None if _is_regular(attention_mask) else object)
         shape = (len(rows), max(lengths, default=0))
         if given.shape != shape or min(lengths) < shape[1] or not np.isin(given, (0, 1)).all():
             raise ValueError(
@@ -99,6 +99,10 @@ def without_padding(
         [i for i, k in zip(row, ks, strict=True) if k] for row, ks in zip(rows, keep, strict=True)
     ]
     return chosen, masks
+
+
+def _is_regular(rows: Any) -> bool:
+    return hasattr(rows, "shape") or len({np.size(row) for row in rows}) <= 1
 
 
 def as_ids(name: str, ids: Iterable[int]) -> list[int]:

@@ -322,7 +322,7 @@ class CompositeLayer(keras.layers.Layer):
     def _without_constructor(self, make: Callable[[], BuiltGraph]) -> Self:
         """Returns a layer of this class and name, with a graph and attributes made elsewhere."""
         # Keras calls the `build` of the class that is made; that of a subclass may make weights.
-        new: Self = CompositeLayer.__new__(CompositeLayer)  # type: ignore[assignment]
+        new: Self = CompositeLayer.__new__(CompositeLayer)
         new.__class__ = type(self)
         CompositeLayer.__init__(
             new,

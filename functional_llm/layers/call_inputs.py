@@ -36,6 +36,7 @@ def with_mask(inputs: Nested, mask: Nested) -> Nested:
     Raises:
         ValueError: If `inputs` has such a mask already.
     """
+    mask = np.asarray(mask) if isinstance(mask, list) else mask
     given = [x for x in tree.flatten(mask) if x is not None]
     if not given:
         return inputs

@@ -74,13 +74,13 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, keras.Model):
     def __reduce__(self) -> tuple[Any, ...]:
         """For `copy.deepcopy` and pickle: Keras's own way knows neither of these."""
         frozen = [v.path for v in self.variables if id(v) in self._frozen]
-        compiled = self.get_compile_config() if self.compiled else None
+        compiled = self.get_compile_config()
         slots = [np.asarray(v) for v in self.optimizer.variables] if compiled else []
-        was_compiled, self.compiled = self.compiled, False  # is compiled again when it is frozen
+        self.compiled = False  # the copy is compiled when it is frozen
         try:
             make, arguments = super().__reduce__()
         finally:
-            self.compiled = was_compiled
+            self.compiled = compiled is not None
         return _restored, (make, arguments, self.config, self.preset, frozen, compiled, slots)
 
     @property
