@@ -393,7 +393,7 @@ AFTER_LOADING = {"bitfit"}
         (["--rank", 0], "rank"),
         (["--dataset", "none.jsonl"], "Expected a dataset at none.jsonl: there is no such file"),
         (["--held-out", 0.99], "leaves something to train on"),
-        (["--targets", "quary"], "no layer of .* matches 'quary'. Expected names \\(query, "),
+        (["--targets", "quary"], "no layer of .* matches 'quary'. Expected names \\(.*query, "),
         (["--output", "/dev/null/adapter"], "that can be written to. Received: /dev/null/adapter"),
         (["--warmup-steps", 60, "--output", "new"], "fewer steps of warm-up than steps"),
         (["--epochs", "nan"], "--epochs: expected a number above 0, received 'nan'"),

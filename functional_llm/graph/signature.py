@@ -148,7 +148,7 @@ def _check_tensor(spec: keras.InputSpec, value: Tensor, name: str, path: Path) -
             name, path, f"expected rank {len(spec.shape)} (shape {spec.shape}), {_received(value)}."
         )
     if shape is not None:
-        for expected, size in zip(spec.shape, shape, strict=True):
+        for expected, size in zip(_sizes(spec), shape, strict=True):
             if expected is not None and size is not None and size != expected:
                 raise input_error(
                     name,
@@ -180,7 +180,16 @@ def _spec_for_keras(spec: keras.InputSpec | None) -> keras.InputSpec:
     """Keras compares dtypes before it casts, and fails at `None` among the specs of a dict."""
     if spec is None:
         return keras.InputSpec(optional=True)
-    return keras.InputSpec(shape=spec.shape, optional=bool(spec.optional))
+    return keras.InputSpec(shape=_sizes(spec), optional=bool(spec.optional))
+
+
+def _sizes(spec: keras.InputSpec) -> tuple[int | None, ...]:
+    """Returns the sizes that are checked.
+
+    An input that may be left out is a cache, say, of which a window is only the largest length.
+    """
+    shape = tuple(spec.shape)
+    return (*shape[:1], None, *shape[2:]) if spec.optional and len(shape) > 1 else shape
 
 
 _WIDE_FLOATS = ("float32", "float64")
