@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = command_line.adapt(
         flm.Backbone.from_preset(arguments.preset, dtype=arguments.dtype), arguments
     )
-    if arguments.method == "bitfit" and arguments.save == "merged":  # known before training
+    if arguments.method != "full" and arguments.save == "merged":  # known before training
         flm.peft.merge(model, keep=False).check_preset()
     trainable = sum(math.prod(variable.shape) for variable in model.trainable_variables)
     print(f"{trainable:,} of {model.count_params():,} weights train.")

@@ -348,3 +348,12 @@ def test_directions_are_kept_and_read_again(
     kept.write_bytes(b"damaged")
     np.testing.assert_array_equal(decomposition.singular_directions(matrix), first)
     np.testing.assert_allclose(matrix @ first.T @ first, matrix, atol=1e-3)
+
+
+@pytest.mark.parametrize("one", ["llama_multi_head_tied"], indirect=True)
+def test_a_merged_head_of_its_own_does_not_fit_a_tied_config(one: Any) -> None:
+    """It is known from the layers, before they are trained: finetune.py asks then."""
+    merged = flm.peft.merge(flm.peft.lora(one.backbone, targets=["token_embedding"]), keep=False)
+    with pytest.raises(ValueError, match="(?s)reverse_embeddings.*a head of its own beside a tied"):
+        merged.check_preset()
+    flm.peft.merge(flm.peft.lora(one.backbone, targets=["query"]), keep=False).check_preset()

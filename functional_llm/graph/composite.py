@@ -81,9 +81,9 @@ class CompositeLayer(keras.layers.Layer):
     first call and says `InputSpec(shape=..., optional=True)`, or it was `None` at the first call
     already (the body then receives `None`, and the input stays absent).
 
-    As in a Functional model, sizes are those of the first call, except the batch's: a body may
-    count with them, so that another size is refused. `keras.Input((None, ...))` or an `input_spec`
-    with `None` leaves a size open.
+    As in a Functional model, sizes are those of the first call, except the batch's and the length
+    of an optional input: a body may count with them, so that another size is refused.
+    `keras.Input((None, ...))` or an `input_spec` with `None` leaves a size open.
 
     A weight of the layer itself takes part where the body gives it to an operation together with
     something made from the inputs: `inputs * self.scale`, but not `1 + self.scale`, which is a

@@ -75,7 +75,8 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, keras.Model):
         """For `copy.deepcopy` and pickle: Keras's own way knows neither of these."""
         frozen = [v.path for v in self.variables if id(v) in self._frozen]
         compiled = self.get_compile_config()
-        slots = [np.asarray(v) for v in self.optimizer.variables] if compiled else []
+        optimizer = self.optimizer if compiled else None
+        slots = [np.asarray(v) for v in optimizer.variables] if optimizer else []
         self.compiled = False  # the copy is compiled when it is frozen
         try:
             make, arguments = super().__reduce__()
@@ -369,7 +370,7 @@ def _restored(
     freeze_variables(new, [v for v in new.variables if v.path in frozen])
     if compiled is not None:
         new.compile_from_config(compiled)
-        variables = new.optimizer.variables
+        variables = new.optimizer.variables if new.optimizer else []
         if len(variables) == len(slots):  # not, if the original's was not built yet
             for variable, value in zip(variables, slots, strict=True):
                 variable.assign(value)
