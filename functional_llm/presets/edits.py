@@ -64,7 +64,7 @@ def check_unedited(model: keras.Model, family: Family, plain: keras.Model) -> No
         raise ValueError(
             f"The model does not fit its config, {len(problems)} differences:\n  "
             + "\n  ".join(problems[:20])
-            + "\nA directory would lose them. Merge adapters first. What adds weights to the model, as "
+            + "\nA directory would lose them. Merge adapters first. What adds weights, as "
             "biases, or a head of its own beside a tied embedding, is saved as an adapter "
             "(`flm.peft.save_adapter`) or in a .keras file (`save`)."
         )
