@@ -59,9 +59,9 @@ def causal_lm(
         logit_parts: Parts after the head.
 
     Returns:
-        Inputs `token_ids`, `positions`, `segment_ids`, `mask`, `cache`; outputs `logits` (B, T, V),
-        `hidden` (B, T, D), which the head turns into logits, and `cache`. A cache holds, for each
-        type of layers, the positions in its slots and what each layer keeps.
+        Inputs `token_ids`, `positions`, `segment_ids`, `mask`, `in_order`, `cache`; outputs
+        `logits` (B, T, V), `hidden` (B, T, D), which the head turns into logits, and `cache`. A
+        cache holds, for each type of layers, the positions in its slots and what each layer keeps.
     """
     used = {kind: layer_types[kind] for kind in dict.fromkeys(kind for kind, _ in layers)}
     names = {kind: [layer.name for other, layer in layers if other == kind] for kind in used}
@@ -96,9 +96,10 @@ def make_inputs(groups: Mapping[str, tuple[int | None, Shapes]]) -> Inputs:
 
     Returns:
         `token_ids` and `positions` (B, T) int32; `segment_ids` (B, T) int32, optional; `mask`,
-        optional, (B, T, S) boolean for each type; `cache`, optional, for each type: `positions`
-        (B, S) int32, the position of the token in each slot, and what each layer keeps,
-        (B, S, ...).
+        optional, (B, T, S) boolean for each type; `in_order`, optional: it is there if it is
+        certain that in each row the positions are 0, 1, 2 ..., padding only behind them; `cache`,
+        optional, for each type: `positions` (B, S) int32, the position of the token in each slot,
+        and what each layer keeps, (B, S, ...).
     """
     dtype = keras.config.dtype_policy().compute_dtype
 
@@ -120,6 +121,7 @@ def make_inputs(groups: Mapping[str, tuple[int | None, Shapes]]) -> Inputs:
             kind: keras.Input((None, None), dtype="bool", name=f"mask_{kind}", optional=True)
             for kind in groups
         },
+        "in_order": keras.Input((), dtype="int32", name="in_order", optional=True),
         "cache": cache,
     }
 
@@ -138,6 +140,7 @@ def shared_inputs(
             "slot_positions": slot_positions,
             "segment_ids": inputs["segment_ids"],
             "mask": inputs["mask"][kind],
+            "in_order": inputs["in_order"],
         }
     )
     shared = {"positions": positions, "mask": mask}

@@ -110,12 +110,16 @@ def record_call(
 
 
 def is_optional_input(x: keras.KerasTensor) -> bool:
-    """Whether a tensor comes from `keras.Input(..., optional=True)`.
+    """Whether a tensor may be `None` when the graph runs.
 
-    No public way leads from a tensor to the `keras.Input` that made it.
+    It comes from `keras.Input(..., optional=True)`, or from a layer that says `may_return_none`. No
+    public way leads from a tensor to what made it.
     """
     history = getattr(x, "_keras_history", None)
-    return history is not None and getattr(history.operation, "optional", False)
+    if history is None:
+        return False
+    layer = history.operation
+    return bool(getattr(layer, "optional", False) or getattr(layer, "may_return_none", False))
 
 
 def mask_of(x: Tensor) -> Tensor | None:

@@ -281,6 +281,9 @@ class Rewiring:
             note_path(error, path)
             self._changes.explain(arguments, path, error)
             raise
+        read = getattr(operation, "read_replacement", None)
+        if read is not None and place is not operation:
+            outputs = read(outputs)
         flat = tree.flatten(outputs)
         is_symbolic = all(isinstance(x, keras.KerasTensor) for x in flat)
         captured = _captured_tensors(self._captured.get(id(operation), []))

@@ -1,7 +1,7 @@
 """The three layers that depend on whether an input is given. All other layers are stock Keras.
 
 Shapes: B batch, T query tokens, S key slots, N query heads, K key/value heads, G = N / K queries
-per key head, H head size.
+per key head, H head size of queries and keys, V that of values.
 
 A *slot* holds the key and value of one token, and that token's position: -1 if the slot is empty.
 Whether a query sees a slot depends on their positions (and segments) alone, so that padding, ragged
@@ -10,60 +10,118 @@ nothing, and no token sees it.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, Self, TypeAlias
 
+import jax
 import keras
 from keras import ops, tree
 
 from functional_llm.graph.types import JSON, Nested, Tensor
+from functional_llm.kernels import (
+    AttentionFacts,
+    Mask,
+    Scoring,
+    choose_attention,
+)
 from functional_llm.layers.cache import store_token, store_tokens
 
 PACKAGE = "functional_llm"
+
+
+MaskTensors: TypeAlias = "Tensor | Mapping[str, Tensor | None]"
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class AttentionMask(keras.layers.Layer):
     """Which slots each query token sees: causal, within a window, within its own segment.
 
+    It returns a description, of which each `AttentionDotProduct` makes what its kernel needs. What
+    comes in its place may return one, or the boolean mask (B, T, S) itself: `read_replacement`.
+
     Args:
         window: Number of positions a token sees, itself included; `None` for all up to itself.
+        explicit: Whether to return the boolean mask (B, T, S) instead of a description.
     """
 
-    def __init__(self, window: int | None = None, **kwargs: Any) -> None:
+    may_return_none = True  # for those parts of a description that are absent
+
+    def __init__(self, window: int | None = None, explicit: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.window = window
+        self.explicit = explicit
 
-    def call(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Compares positions.
+    def call(self, inputs: Mapping[str, Tensor]) -> MaskTensors:
+        """Describes the mask.
 
         Args:
             inputs: `query_positions` (B, T) int32; `slot_positions` (B, S) int32, -1 if empty;
                 `segment_ids` (B, T) int32 or `None`: a token sees only its own segment. With
                 segments, the slots must be the query tokens themselves. `mask` (B, T, S) boolean or
-                `None`: a token sees no slot at which it is `False`.
+                `None`: a token sees no slot at which it is `False`. `in_order` or `None`: as in
+                `Mask`.
 
         Returns:
-            Boolean mask (B, T, S).
+            `Mask.to_tensors`: those inputs, and the window. Or the boolean mask (B, T, S).
         """
-        query_BT1 = ops.expand_dims(inputs["query_positions"], 2)
-        slot_B1S = ops.expand_dims(inputs["slot_positions"], 1)
-        mask_BTS = ops.logical_and(slot_B1S >= 0, slot_B1S <= query_BT1)
-        if self.window is not None:
-            mask_BTS = ops.logical_and(mask_BTS, query_BT1 - slot_B1S < self.window)
-        segments_BT = inputs.get("segment_ids")
-        if segments_BT is not None:
-            same_BTT = ops.expand_dims(segments_BT, 2) == ops.expand_dims(segments_BT, 1)
-            mask_BTS = ops.logical_and(mask_BTS, same_BTT)
-        if inputs.get("mask") is not None:
-            mask_BTS = ops.logical_and(mask_BTS, inputs["mask"])
-        return mask_BTS
+        mask = replace(Mask.from_tensors(inputs), window=self.window)
+        return mask.visible() if self.explicit else mask.to_tensors()
 
-    def compute_output_spec(self, inputs: Mapping[str, Tensor]) -> keras.KerasTensor:
+    def compute_output_spec(self, inputs: Mapping[str, Tensor]) -> Nested:
         batch, queries = inputs["query_positions"].shape
-        return keras.KerasTensor((batch, queries, inputs["slot_positions"].shape[1]), dtype="bool")
+        if self.explicit:
+            shape = (batch, queries, inputs["slot_positions"].shape[1])
+            return keras.KerasTensor(shape, dtype="bool")
+        return _mask_specs(batch, queries)
 
     def get_config(self) -> JSON:
-        return {**super().get_config(), "window": self.window}
+        return {**super().get_config(), "window": self.window, "explicit": self.explicit}
+
+    @classmethod
+    def from_config(cls, config: JSON) -> Self:
+        # Files of versions that knew nothing else are explicit: their graphs expect one tensor.
+        return cls(**{"explicit": True, **config})
+
+    def read_replacement(self, outputs: MaskTensors) -> MaskTensors:
+        """Returns what was called in this layer's place as this layer would have returned it.
+
+        Args:
+            outputs: A boolean mask (B, T, S), a description with or without all of its parts, or
+                anything else, which is returned as it is.
+        """
+        if self.explicit:
+            return outputs
+        is_mask = isinstance(outputs, keras.KerasTensor) and len(outputs.shape) == 3
+        parts = {field.name for field in fields(Mask)}
+        is_part = isinstance(outputs, Mapping) and set(outputs) < parts
+        describe = DescribedMask(name=f"{self.name}_given")
+        return describe(outputs) if is_mask or is_part else outputs
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class DescribedMask(keras.layers.Layer):
+    """Makes a description of a boolean mask (B, T, S), or of one that lacks parts."""
+
+    may_return_none = True
+
+    def call(self, inputs: MaskTensors) -> MaskTensors:
+        return Mask.from_tensors(inputs).to_tensors()
+
+    def compute_output_spec(self, inputs: MaskTensors) -> dict[str, keras.KerasTensor]:
+        x = inputs if not isinstance(inputs, Mapping) else next(iter(inputs.values()))
+        return _mask_specs(x.shape[0], None)
+
+
+def _mask_specs(batch: int | None, queries: int | None) -> dict[str, keras.KerasTensor]:
+    """Returns symbolic tensors for all parts of a mask, absent or not."""
+    return {
+        "query_positions": keras.KerasTensor((batch, queries), dtype="int32"),
+        "slot_positions": keras.KerasTensor((batch, None), dtype="int32"),
+        "segment_ids": keras.KerasTensor((batch, queries), dtype="int32"),
+        "mask": keras.KerasTensor((batch, queries, None), dtype="bool"),
+        "window": keras.KerasTensor((None, None), dtype="int32"),
+        "in_order": keras.KerasTensor((None,), dtype="int32"),
+    }
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -120,74 +178,92 @@ def _unknown_slots(x: Tensor) -> keras.KerasTensor:
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class AttentionDotProduct(keras.layers.Layer):
-    """Scaled dot-product attention over masked slots, grouped queries included.
+    """Scaled dot-product attention over the slots that each query sees, grouped queries included.
+
+    What it computes is defined by `kernels.attend_explicitly`. How, `kernels.choose_attention`
+    decides when a program is made: see `explain_attention`.
 
     Args:
         scale: Factor on the scores. Defaults to 1 / sqrt(H).
         soft_cap: Bounds the scores to (-soft_cap, soft_cap) by tanh; `None` for no bound.
-
-    Reference:
-        [Attention Is All You Need](https://arxiv.org/abs/1706.03762), section 3.2.1;
-        [GQA](https://arxiv.org/abs/2305.13245); soft cap:
-        [Gemma 2](https://arxiv.org/abs/2408.00118), section 2.
+        kernel: The name of a kernel: an error if it cannot compute this. Defaults to the best one.
     """
 
     def __init__(
-        self, scale: float | None = None, soft_cap: float | None = None, **kwargs: Any
+        self,
+        scale: float | None = None,
+        soft_cap: float | None = None,
+        kernel: str | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.scale = scale
         self.soft_cap = soft_cap
+        self.kernel = kernel
 
-    def call(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def call(self, inputs: Mapping[str, Nested]) -> Tensor:
         """Attends.
 
         Args:
-            inputs: `query` (B, T, N, H); `key` and `value` (B, S, K, H), of which query head n uses
-                head n // G; `mask` (B, T, S) boolean.
+            inputs: `query` (B, T, N, H); `key` (B, S, K, H) and `value` (B, S, K, V), of which
+                query head n uses head n // G; `mask`: what an `AttentionMask` returns, or booleans
+                (B, T, S). Optional: `sinks` (N,) and `slopes` (N,), as for `attend_explicitly`.
 
         Returns:
-            (B, T, N, H).
+            (B, T, N, V).
         """
-        q_BTNH, k_BSKH, v_BSKH = inputs["query"], inputs["key"], inputs["value"]
-        kv_heads, head_dim = k_BSKH.shape[2:]
-        groups = q_BTNH.shape[2] // kv_heads
-        q_BTKGH = _reshape(q_BTNH, (kv_heads, groups, head_dim))
-        scale = head_dim**-0.5 if self.scale is None else self.scale
-        # With keys and values first, and tokens before groups, `jnp.einsum` computes the result in
-        # the order that is written. In other orders it transposes the result: all the scores here.
-        scores_BKTGS = ops.einsum("bskh,btkgh->bktgs", k_BSKH, q_BTKGH * scale)
-        # Softmax in float32 whatever the model's precision, as the reference implementations do.
-        scores_BKTGS = ops.cast(scores_BKTGS, "float32")
-        if self.soft_cap is not None:
-            scores_BKTGS = ops.tanh(scores_BKTGS / self.soft_cap) * self.soft_cap
-        mask_B1T1S = ops.expand_dims(inputs["mask"], (1, 3))
-        # Not -inf: a padding token sees nothing, and its softmax would be NaN.
-        scores_BKTGS = ops.where(mask_B1T1S, scores_BKTGS, -1e30)
-        # The softmax is divided after the product with the values: the product is small, and the
-        # gradient needs no more than the sums. The maximum only keeps the exponentials in range.
-        highest_BKTG1 = ops.max(ops.stop_gradient(scores_BKTGS), axis=-1, keepdims=True)
-        # The divisor is the sum, in float32, of the rounded weights, because those are multiplied
-        # with the values. So the unrounded weights never go to memory.
-        weights_BKTGS = ops.cast(ops.exp(scores_BKTGS - highest_BKTG1), v_BSKH.dtype)
-        sums_BKTG = ops.sum(ops.cast(weights_BKTGS, "float32"), axis=-1)
-        attended_BTKGH = ops.einsum("bskh,bktgs->btkgh", v_BSKH, weights_BKTGS)
-        sums_BTKG1 = ops.expand_dims(ops.transpose(sums_BKTG, (0, 2, 1, 3)), -1)
-        attended_BTKGH = ops.cast(attended_BTKGH, "float32") / sums_BTKG1
-        attended_BTKGH = ops.cast(attended_BTKGH, v_BSKH.dtype)
-        return _reshape(attended_BTKGH, (kv_heads * groups, v_BSKH.shape[3]))
+        names = ("query", "key", "value")
+        q_BTNH, k_BSKH, v_BSKV = (inputs[name] for name in names)
+        mask = Mask.from_tensors(inputs["mask"])
+        scale = k_BSKH.shape[3] ** -0.5 if self.scale is None else self.scale
+        kernel, _ = choose_attention(self.facts(inputs), self.kernel)
+        added = inputs.get("sinks"), inputs.get("slopes")
+        return kernel.attend(q_BTNH, k_BSKH, v_BSKV, mask, Scoring(scale, self.soft_cap), *added)
 
-    def compute_output_spec(self, inputs: Mapping[str, Tensor]) -> keras.KerasTensor:
+    def facts(self, inputs: Mapping[str, Nested]) -> AttentionFacts:
+        """Returns what is known of a call when its program is made.
+
+        Args:
+            inputs: As for `call`; of the tensors, shapes and dtypes are read.
+        """
+        query, key, value = inputs["query"], inputs["key"], inputs["value"]
+        mask = Mask.from_tensors(inputs["mask"])
+        platform, capability = "other", (0, 0)
+        if keras.backend.backend() == "jax" and not isinstance(query, keras.KerasTensor):
+            platform, capability = jax.default_backend(), _capability()
+        return AttentionFacts(
+            platform=platform,
+            capability=capability,
+            dtype=keras.backend.standardize_dtype(query.dtype),
+            batch_size=query.shape[0],
+            queries=query.shape[1],
+            slots=key.shape[1],
+            heads=query.shape[2],
+            kv_heads=key.shape[2],
+            head_dim=query.shape[3],
+            value_dim=value.shape[3],
+            soft_cap=self.soft_cap is not None,
+            window=mask.window,
+            has_positions=mask.slot_positions is not None,
+            has_segments=mask.segment_ids is not None,
+            has_mask=mask.mask is not None,
+            in_order=mask.in_order,
+            has_sinks=inputs.get("sinks") is not None,
+            has_slopes=inputs.get("slopes") is not None,
+        )
+
+    def compute_output_spec(self, inputs: Mapping[str, Nested]) -> keras.KerasTensor:
         shape = (*inputs["query"].shape[:3], inputs["value"].shape[3])
         return keras.KerasTensor(shape, dtype=self.compute_dtype)
 
     def get_config(self) -> JSON:
-        return {**super().get_config(), "scale": self.scale, "soft_cap": self.soft_cap}
+        own = {"scale": self.scale, "soft_cap": self.soft_cap, "kernel": self.kernel}
+        return {**super().get_config(), **own}
 
 
-def _reshape(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """Returns (B, T, *sizes)."""
-    # Of a KerasTensor, `ops.reshape` cannot leave both B and T open.
-    if isinstance(x, keras.KerasTensor):
-        return keras.layers.Reshape((-1, *sizes), dtype=x.dtype)(x)
-    return ops.reshape(x, (*ops.shape(x)[:2], *sizes))
+def _capability() -> tuple[int, int]:
+    """Returns the compute capability of an NVIDIA GPU; (0, 0) for all else."""
+    numbers = str(getattr(jax.devices()[0], "compute_capability", "")).split(".")
+    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+        return 0, 0
+    return int(numbers[0]), int(numbers[1])

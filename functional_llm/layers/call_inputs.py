@@ -57,7 +57,9 @@ def complete_inputs(
         vocabulary_size: Token ids must be below it.
         inputs: Token ids (B, T), or a dict with `token_ids` and any optional inputs: those of the
             graph, and `attention_mask` (B, T), 0 for padding, as Transformers means it.
-            `padding_mask`, KerasHub's name, is the same.
+            `padding_mask`, KerasHub's name, is the same. `in_order` is `True` if the caller knows
+            that the positions given are 0, 1, 2 ... in each row, padding only behind them: some
+            kernels of attention need to know.
 
     Raises:
         ValueError: If a key is unknown, a shape or a dtype is wrong, token ids are out of range, or
@@ -84,9 +86,20 @@ def complete_inputs(
         "positions": positions,
         "segment_ids": segment_ids,
         "mask": None if "mask" not in specs else _masks(specs["mask"], given, positions),
+        "in_order": _in_order(given),
         "cache": tree.map_structure(lambda _: None, specs["cache"]) if cache is None else cache,
     }
     return {name: complete[name] for name in specs}
+
+
+def _in_order(given: Mapping[str, Nested]) -> Tensor | None:
+    """Returns a tensor if the positions are 0, 1, 2 ... in each row, padding only behind them."""
+    known = given.get("in_order")
+    if known not in (None, True, False):
+        raise ValueError(f"Expected in_order to be True, False or None, received {known!r}.")
+    names = ("positions", "cache", "segment_ids", *_PADDING_MASKS)
+    made_here = all(given.get(name) is None for name in names)
+    return ops.zeros((0,), "int32") if known or (known is None and made_here) else None
 
 
 def _padding_mask(given: Mapping[str, Nested]) -> Tensor | None:

@@ -1,6 +1,6 @@
 """Stock Keras: the same model in built-in layers, for files and for other runtimes.
 
-May import: files, graph, tokenizers, layers, backbones, formats.
+May import: files, graph, tokenizers, kernels, layers, backbones, formats.
 
 Offers: `register_lowering`, `Lowering`, `.keras` files, StableHLO.
 """

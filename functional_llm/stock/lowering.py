@@ -22,7 +22,13 @@ from functional_llm.graph.own_weights import OwnWeight
 from functional_llm.graph.rewiring import shared_copy
 from functional_llm.graph.selection import inner_graph, inner_layers
 from functional_llm.graph.types import Layer, Nested, Tensor
-from functional_llm.layers.attention import AttentionDotProduct, AttentionMask, KVCacheLookup
+from functional_llm.kernels import Mask
+from functional_llm.layers.attention import (
+    AttentionDotProduct,
+    AttentionMask,
+    DescribedMask,
+    KVCacheLookup,
+)
 
 Lower: TypeAlias = Callable[..., Nested]  # (layer, *args, **kwargs) -> outputs
 _Body: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
@@ -73,6 +79,7 @@ class Lowering:
         self._frozen = frozenset(getattr(original, "_frozen", ()))
         self._places: dict[int, Layer] = {}  # by the identity of the original's objects
         self._stand_ins: dict[int, Layer] = {}
+        self._given: dict[int, list[bool]] = {}  # which of a layer's outputs are not None
         self._homes: dict[int, Layer] = {}
         self._home: Layer = original  # what is being lowered now: a model of its own
         self._names: set[str] = set()
@@ -192,9 +199,13 @@ class Lowering:
                 for x, name in zip(given, names, strict=True)
             ]
             outside, self._home = self._home, layer
-            self._places[id(layer)] = keras.Model(inputs, body(inputs), name=layer.name)
+            outputs = body(inputs)
+            self._given[id(layer)] = [x is not None for x in outputs]
+            outputs = [x for x in outputs if x is not None]
+            self._places[id(layer)] = keras.Model(inputs, outputs, name=layer.name)
             self._home = outside
-        return tree.flatten(self._places[id(layer)](given))
+        returned = iter(tree.flatten(self._places[id(layer)](given)))
+        return [next(returned) if is_given else None for is_given in self._given[id(layer)]]
 
     def _run(self, graph: keras.Model, tensors: dict[int, Tensor], path: str) -> list[Tensor]:
         """Returns the flat outputs of a graph for new tensors in the places of its inputs."""
@@ -349,7 +360,23 @@ def _lower_lookup(layer: Layer, inputs: dict[str, Nested]) -> tuple[list[Tensor]
     return [ops.concatenate(pair, axis=1) for pair in pairs], new
 
 
-register_lowering(AttentionMask, AttentionMask.call)
-register_lowering(AttentionDotProduct, AttentionDotProduct.call)
+def _lower_mask(layer: Layer, inputs: Nested) -> Nested:
+    """Returns the mask as one boolean tensor: made once for all layers that share it."""
+    outputs = layer.call(inputs)
+    if not isinstance(outputs, dict):
+        return outputs
+    return Mask(mask=Mask.from_tensors(outputs).visible()).to_tensors()
+
+
+def _lower_product(layer: AttentionDotProduct, inputs: dict[str, Nested]) -> Tensor:
+    """Returns the attention in its explicit form."""
+    explicit = shared_copy(layer)
+    explicit.kernel = "explicit"
+    return explicit.call(inputs)
+
+
+register_lowering(AttentionMask, _lower_mask)
+register_lowering(DescribedMask, _lower_mask)
+register_lowering(AttentionDotProduct, _lower_product)
 register_lowering(KVCacheLookup, _lower_lookup)
 register_lowering(OwnWeight, lambda layer, inputs: layer.variable)
