@@ -19,8 +19,10 @@ from functional_llm.graph.freezing import Freezable
 from functional_llm.graph.keeping_values import KeepsValues
 from functional_llm.graph.rewiring import rewire, shared_copy
 from functional_llm.graph.selection import select, walk
+from functional_llm.kernels import AttentionFacts, AttentionKernel, Mask, register_attention
 from functional_llm.layers.attention import AttentionDotProduct, AttentionMask, KVCacheLookup
 from functional_llm.layers.cache import make_cache
+from functional_llm.layers.explaining import attention_choices, explain_attention
 from functional_llm.presets import Backbone, Tokenizer
 from functional_llm.presets.table import list_presets, preset_names
 from functional_llm.stock.lowering import register_lowering
@@ -32,6 +34,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionDotProduct",
+    "AttentionFacts",
+    "AttentionKernel",
     "AttentionMask",
     "Backbone",
     "Chat",
@@ -39,10 +43,13 @@ __all__ = [
     "Freezable",
     "KVCacheLookup",
     "KeepsValues",
+    "Mask",
     "PromptCache",
     "Past",
     "TextGenerator",
     "Tokenizer",
+    "attention_choices",
+    "explain_attention",
     "list_presets",
     "capture",
     "make_cache",
@@ -50,6 +57,7 @@ __all__ = [
     "plot",
     "preset_names",
     "quantize",
+    "register_attention",
     "register_lowering",
     "rewire",
     "samplers",

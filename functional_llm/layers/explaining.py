@@ -1,0 +1,74 @@
+"""Which kernel of attention each layer takes, and why."""
+
+from typing import Any, NamedTuple
+
+import jax
+import keras
+
+from functional_llm.graph.capturing import capture
+from functional_llm.graph.selection import select
+from functional_llm.kernels import choose_attention
+from functional_llm.layers.attention import AttentionDotProduct
+
+
+class AttentionChoice(NamedTuple):
+    """The kernel of one layer.
+
+    Args:
+        path: Of the `AttentionDotProduct`.
+        kernel: The kernel's name.
+        reason: Why it is this one.
+    """
+
+    path: str
+    kernel: str
+    reason: str
+
+
+def attention_choices(
+    backbone: keras.Model, batch_size: int = 1, tokens: int = 2048, packed: bool = False
+) -> list[AttentionChoice]:
+    """Returns the kernel that each `AttentionDotProduct` takes on this machine's device.
+
+    Nothing is computed: shapes go through the graph as it is, rewired or not.
+
+    Args:
+        backbone: A model with the inputs of a Backbone.
+        batch_size: Rows.
+        tokens: Tokens of a row.
+        packed: Whether rows hold several segments.
+    """
+    products = select(backbone, _is_product)
+    captured = capture(backbone, _is_product, inputs=True)
+    ids = jax.ShapeDtypeStruct((batch_size, tokens), "int32")
+    inputs = {"token_ids": ids} | ({"segment_ids": ids, "positions": ids} if packed else {})
+    received: dict[str, Any] = jax.eval_shape(lambda x: captured(x)["captured"], inputs)
+    choices = []
+    for path, layer in products.items():
+        kernel, reason = choose_attention(layer.facts(received[path]), layer.kernel)
+        choices.append(AttentionChoice(path, kernel.name, reason))
+    return choices
+
+
+def explain_attention(
+    backbone: keras.Model, batch_size: int = 1, tokens: int = 2048, packed: bool = False
+) -> None:
+    """Prints which kernel of attention the layers take on this machine's device, and why.
+
+    Args:
+        backbone: A model with the inputs of a Backbone.
+        batch_size: Rows.
+        tokens: Tokens of a row.
+        packed: Whether rows hold several segments, as in the training of short texts.
+    """
+    paths: dict[tuple[str, str], list[str]] = {}
+    for path, *choice in attention_choices(backbone, batch_size, tokens, packed):
+        paths.setdefault((choice[0], choice[1]), []).append(path)
+    print(f"{batch_size} x {tokens} tokens{', packed' if packed else ''}, {jax.default_backend()}:")
+    for (kernel, reason), layers in paths.items():
+        others = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+        print(f"  {kernel}: {layers[0]}{others}\n    {reason}")
+
+
+def _is_product(layer: keras.layers.Layer, path: str) -> bool:
+    return isinstance(layer, AttentionDotProduct)
