@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from functional_llm.cpu.rewriter import compiler_options, optimize_for_cpu
+from functional_llm.xla.rewriter import compiler_options, optimize_for_cpu, optimize_for_gpu
 from functional_llm.generation.samplers import Sampler
 from functional_llm.layers.cache import Cache, grow_cache, make_cache, num_slots, store_tokens
 
@@ -118,7 +118,7 @@ class _Call(NamedTuple):
 
     def traceable(self) -> Program:
         """Returns what is compiled, of a form that suits the platform."""
-        return optimize_for_cpu(self.function)
+        return optimize_for_gpu(optimize_for_cpu(self.function))
 
     def compile(self) -> Callable[[], Program]:
         """Traces, in this thread; returns what compiles, in any thread."""
