@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
-from functional_llm.cpu import rewriter
-from functional_llm.cpu.processor import read_processor
+from functional_llm.xla import rewriter
+from functional_llm.xla.processor import read_processor
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NO_RULE = "none"  # is left out

@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("mutation")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
-    from functional_llm.cpu.rewriter import OLDEST_JAX
+    from functional_llm.xla.rewriter import OLDEST_JAX
 
     oldest = ".".join(map(str, OLDEST_JAX))
     too_old = pytest.mark.skipif(jax.__version_info__ < OLDEST_JAX, reason=f"before JAX {oldest}")

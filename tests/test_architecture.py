@@ -17,7 +17,7 @@ SOURCE = Path(__file__).resolve().parents[1] / PACKAGE
 ROOMS = (
     "files",
     "graph",
-    "cpu",
+    "xla",
     "tokenizers",
     "kernels",
     "layers",
@@ -232,7 +232,7 @@ def test_the_test_sees(module: str, code: str, expected: str) -> None:
 
 def test_the_test_reads_what_rooms_allow() -> None:
     assert allowed_imports("layers", "X.\n\nMay import: no other room.\n\nOffers: x.") == set()
-    assert allowed_imports("cpu", "X.\n\nMay import: every room above.") == {"files", "graph"}
+    assert allowed_imports("xla", "X.\n\nMay import: every room above.") == {"files", "graph"}
     assert allowed_imports("blocks", "May import: graph,\nlayers.\n") == {"graph", "layers"}
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from functional_llm.cpu.processor import Processor
-from functional_llm.cpu.rewriter import optimize_for_cpu as optimize
+from functional_llm.xla.processor import Processor
+from functional_llm.xla.rewriter import optimize_for_cpu as optimize
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="others need no exchange")
 RANDOM = np.random.default_rng(0)
@@ -233,7 +233,7 @@ def test_integers_times_bytes_stay_integers(num_rows: int) -> None:
 def test_a_large_head_of_bytes_in_parts(
     processor: str, num_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("functional_llm.cpu.product_rules._PART", 200)
+    monkeypatch.setattr("functional_llm.xla.product_rules._PART", 200)
     matrix = _array(35, 24, dtype="int8")
     x, weights = _array(2, num_rows, 24, dtype="float32"), _array(2, num_rows, 35, dtype="float32")
 

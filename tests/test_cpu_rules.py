@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from functional_llm.cpu.processor import Processor, read_processor
-from functional_llm.cpu.rewriter import RULES, optimize_for_cpu
-from functional_llm.cpu.rule import ProductRule, StepRule
+from functional_llm.xla.processor import Processor, read_processor
+from functional_llm.xla.rewriter import RULES, optimize_for_cpu
+from functional_llm.xla.rule import ProductRule, StepRule
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="others need no exchange")
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from functional_llm.cpu import jax_private
-from functional_llm.cpu.jax_private import Equation, Loop, Program
+from functional_llm.xla import jax_private
+from functional_llm.xla.jax_private import Equation, Loop, Program
 
 VECTOR = jnp.arange(3.0)
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from functional_llm.cpu.rewriter import compiler_options, optimize_for_cpu
+from functional_llm.xla.rewriter import compiler_options, optimize_for_cpu, optimize_for_gpu
 from functional_llm.generation.samplers import Sampler
 from functional_llm.layers.cache import Cache, grow_cache, make_cache, num_slots, store_tokens
 
@@ -116,10 +116,14 @@ class _Call(NamedTuple):
     arguments: tuple[Any, ...]
     donated: int | tuple[int, ...] = ()
 
+    def traceable(self) -> Program:
+        """Returns what is compiled, of a form that suits the platform."""
+        return optimize_for_gpu(optimize_for_cpu(self.function))
+
     def compile(self) -> Callable[[], Program]:
         """Traces, in this thread; returns what compiles, in any thread."""
         program = jax.jit(
-            optimize_for_cpu(self.function),
+            self.traceable(),
             donate_argnums=self.donated,
             compiler_options=compiler_options(),
         )
@@ -138,7 +142,7 @@ class CompiledPrograms:
     def __init__(self, backbone: keras.Model, announce: Announce = nullcontext) -> None:
         outputs = backbone.output
         kept = {"hidden": outputs["hidden"], "cache": outputs["cache"]}
-        self._backbone = backbone
+        self.backbone = backbone
         self._trunk = keras.Model(backbone.input, kept)
         self._head = keras.Model(outputs["hidden"], outputs["logits"])
         self._variables = backbone.variables
@@ -198,11 +202,23 @@ class CompiledPrograms:
         self.stats.decode_tokens += int((new_BC >= 0).sum())
         return new_BC, state
 
+    def decode_shapes(
+        self, rows: int, slots: int, sampler: Sampler, stop_ids: np.ndarray
+    ) -> _Call:
+        """Returns the program of `decode` with shapes, for those who only want to compile it."""
+        last_B, keys_B = np.zeros(rows, "int32"), jax.random.split(jax.random.key(0), rows)
+        seen_BV = np.zeros((rows, self.backbone.output["logits"].shape[-1]), bool)
+        prompt = Prompt(last_B[:, None], last_B[:, None], last_B, seen_BV, keys_B, None)
+        state = self._state_shapes(slots, prompt)
+        return self._decode_call(
+            self.weights(), state, sampler, np.zeros(rows, bool), stop_ids, TOKENS_PER_RUN
+        )
+
     def grow(self, cache: Cache, slots: int) -> Cache:
         """Returns the cache with more slots, copied by one program: the peak is old and new."""
 
         def copy(cache: Cache) -> Cache:
-            return grow_cache(self._backbone, cache, slots)
+            return grow_cache(self.backbone, cache, slots)
 
         rows = next(iter(cache.values()))["positions"].shape[0]
         program = self._compiled([_Call(("grow", rows, num_slots(cache), slots), copy, (cache,))])
@@ -244,7 +260,7 @@ class CompiledPrograms:
         cache = prompt.cache
         if cache is None:
             rows = len(prompt.last)
-            cache = jax.eval_shape(lambda: make_cache(self._backbone, rows, slots))
+            cache = jax.eval_shape(lambda: make_cache(self.backbone, rows, slots))
         token_B, step, seen_BV = (jnp.asarray(x) for x in (prompt.last, np.int32(1), prompt.seen))
         mask_BT = None if prompt.mask is None else jnp.asarray(prompt.mask[:, 0])
         state = DecodeState(token_B, token_B, step, seen_BV, prompt.keys, cache, mask_BT)
@@ -254,7 +270,7 @@ class CompiledPrograms:
         self, weights: Weights, inputs: Mapping[str, Any], last_B: jax.Array | np.ndarray
     ) -> tuple[jax.Array, Cache]:
         """Runs the graph; the head at one position of each row only."""
-        inputs = self._backbone.complete_inputs(inputs)
+        inputs = self.backbone.complete_inputs(inputs)
         with keras.StatelessScope(state_mapping=list(zip(self._variables, weights, strict=True))):
             outputs = self._trunk(inputs, training=False)
             hidden_B1D = jnp.take_along_axis(outputs["hidden"], last_B[:, None, None], axis=1)
@@ -275,7 +291,7 @@ class CompiledPrograms:
                 last_BT = jnp.take_along_axis(jnp.asarray(prompt.mask), last_B11, axis=1)[:, 0]
             logits_BV, cache = self._forward(weights, inputs, prompt.last)
             if prompt.cache is None:  # the graph returned what it keeps of the prompt's tokens
-                empty = make_cache(self._backbone, prompt.tokens.shape[0], slots)
+                empty = make_cache(self.backbone, prompt.tokens.shape[0], slots)
                 cache = jax.tree.map(
                     lambda new, slots: store_tokens(new, slots, prompt.positions), cache, empty
                 )

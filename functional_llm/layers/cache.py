@@ -112,15 +112,15 @@ def store_token(new: Tensor, cache: Tensor, positions_B1: Tensor) -> Tensor:
     Returns:
         (B, S, ...), in the cache's dtype.
     """
-    batch, slots = ops.shape(cache)[:2]
+    rows, slots = ops.shape(cache)[:2]
     position_B = positions_B1[:, 0]
-    index_B2 = ops.stack([ops.arange(batch, dtype="int32"), position_B % slots], axis=1)
-    old = ops.take_along_axis(
-        cache, ops.reshape(index_B2[:, 1], (batch, 1) + (1,) * (cache.ndim - 2)), axis=1
+    # There is no slot of this number: JAX drops what is written there.
+    slot_B = ops.where(position_B >= 0, position_B % slots, slots)
+    row_B = ops.arange(rows, dtype="int32")
+    new_B = ops.cast(new, cache.dtype)[:, 0]
+    return ops.convert_to_tensor(cache).at[row_B, slot_B].set(
+        new_B, mode="drop", unique_indices=True, indices_are_sorted=True
     )
-    is_token = ops.reshape(position_B >= 0, (batch,) + (1,) * (cache.ndim - 1))
-    value = ops.where(is_token, ops.cast(new, cache.dtype), old)
-    return ops.scatter_update(cache, index_B2, value[:, 0])
 
 
 def store_tokens(new: Tensor, cache: Tensor, positions_BT: Tensor) -> Tensor:

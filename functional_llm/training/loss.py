@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from functional_llm.cpu.rewriter import optimize_for_cpu
+from functional_llm.xla.rewriter import optimize_for_cpu
 from functional_llm.graph.freezing import Freezable, keep_frozen
 from functional_llm.graph.keeping_values import KeepsValues
 from functional_llm.graph.types import Nested, Tensor

@@ -6,10 +6,10 @@ from typing import ClassVar, Protocol
 
 import jax
 
-from functional_llm.cpu.axis_order import Value
-from functional_llm.cpu.jax_private import Program
-from functional_llm.cpu.processor import Processor
-from functional_llm.cpu.steps import Product, Step
+from functional_llm.xla.axis_order import Value
+from functional_llm.xla.jax_private import Program
+from functional_llm.xla.processor import Processor
+from functional_llm.xla.steps import Product, Step
 
 
 class Again(Protocol):

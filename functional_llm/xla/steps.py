@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from functional_llm.cpu.axis_order import Axes, Reordered, Value, in_program_order
-from functional_llm.cpu.jax_private import (
+from functional_llm.xla.axis_order import Axes, Reordered, Value, in_program_order
+from functional_llm.xla.jax_private import (
     Equation,
     Params,
     Shaped,

@@ -1,9 +1,10 @@
-"""Programs that XLA compiles badly on CPUs, rewritten after they are traced.
+"""Programs that XLA compiles badly, rewritten after they are traced.
 
 What a program has of that is known once it is traced. So the rules apply to the jaxpr, whoever has
 written it: a layer, an adapter, a gradient. The graph knows nothing of it, and other platforms get
-the program as it was. `RULES` are tried in order; the docstring of each says what XLA does without
-it. `python -m benchmarks.cpu_rules` measures each.
+the program as it was. `RULES`, or `GPU_RULES`, are tried in order; the docstring of each says what
+XLA does without it. `python -m benchmarks.cpu_rules` measures each of those for CPUs,
+`python -m benchmarks.gpu_programs` counts what GPUs run.
 
 Reference:
     [Writing custom interpreters in JAX](https://docs.jax.dev/en/latest/notebooks/Writing_custom_interpreters_in_Jax.html).
@@ -15,8 +16,9 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
-from functional_llm.cpu.axis_order import Value, in_program_order
-from functional_llm.cpu.jax_private import (
+from functional_llm.xla.axis_order import Value, in_program_order
+from functional_llm.xla.gpu_rules import GPU_RULES
+from functional_llm.xla.jax_private import (
     PROGRAMS,
     Literal,
     OpenProgram,
@@ -25,11 +27,11 @@ from functional_llm.cpu.jax_private import (
     bind_again,
     dot_general_p,
 )
-from functional_llm.cpu.order_rules import ORDER_RULES
-from functional_llm.cpu.processor import Processor, read_processor
-from functional_llm.cpu.product_rules import PRODUCT_RULES
-from functional_llm.cpu.rule import ProductRule, Rule, StepRule
-from functional_llm.cpu.steps import Product, Source, Step
+from functional_llm.xla.order_rules import ORDER_RULES
+from functional_llm.xla.processor import Processor, read_processor
+from functional_llm.xla.product_rules import PRODUCT_RULES
+from functional_llm.xla.rule import ProductRule, Rule, StepRule
+from functional_llm.xla.steps import Product, Source, Step
 
 # Before it, JAX binds an equation otherwise, and XLA lacks a product of bfloat16 that is made here.
 OLDEST_JAX = (0, 9, 2)
@@ -57,11 +59,27 @@ def optimize_for_cpu(
     """
     if jax.default_backend() != "cpu" or jax.__version_info__ < OLDEST_JAX:
         return function
+    return _rewritten(function, RULES if rules is None else rules, processor)
 
+
+def optimize_for_gpu(function: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
+    """Returns a function that computes the same, in a form that is fast on GPUs.
+
+    To be compiled by `jax.jit`. On other platforms, and with a JAX before `OLDEST_JAX`, it is the
+    function itself.
+    """
+    if jax.default_backend() != "gpu" or jax.__version_info__ < OLDEST_JAX:
+        return function
+    return _rewritten(function, GPU_RULES, None)
+
+
+def _rewritten(
+    function: Callable[Inputs, Result], rules: Sequence[Rule], processor: Processor | None
+) -> Callable[Inputs, Result]:
     @wraps(function)
     def optimized(*args: Inputs.args, **kwargs: Inputs.kwargs) -> Result:
         traced = jax.jit(function).trace(*args, **kwargs)
-        rewriter = Rewriter(RULES if rules is None else rules, processor or read_processor())
+        rewriter = Rewriter(rules, processor or read_processor())
         outputs = rewriter.run(traced.jaxpr, *jax.tree.leaves((args, kwargs)))
         arrays = [in_program_order(x) for x in outputs]
         return jax.tree.unflatten(jax.tree.structure(traced.out_info), arrays)

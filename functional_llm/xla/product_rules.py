@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from functional_llm.cpu.axis_order import HALF
-from functional_llm.cpu.matrix_vector import is_matrix_vector, multiply_matrix_vector
-from functional_llm.cpu.processor import Processor
-from functional_llm.cpu.rule import Again, ProductRule
-from functional_llm.cpu.steps import Product, Source
+from functional_llm.xla.axis_order import HALF
+from functional_llm.xla.matrix_vector import is_matrix_vector, multiply_matrix_vector
+from functional_llm.xla.processor import Processor
+from functional_llm.xla.rule import Again, ProductRule
+from functional_llm.xla.steps import Product, Source
 
 _FEW = 64  # rows of a product whose result is worth transposing rather than a matrix
 _FEW_WITHOUT_BFLOAT16 = 32

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from functional_llm.cpu.jax_private import Shaped
-from functional_llm.cpu.steps import Pair
+from functional_llm.xla.jax_private import Shaped
+from functional_llm.xla.steps import Pair
 
 Place: TypeAlias = tuple[slice, ...]
 

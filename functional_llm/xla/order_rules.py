@@ -4,6 +4,7 @@
 matches, the array goes back to the program's order.
 """
 
+from dataclasses import dataclass
 from typing import cast
 
 import jax
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from functional_llm.cpu.axis_order import (
+from functional_llm.xla.axis_order import (
     HALF,
+    Axes,
     Reordered,
     Value,
     from_loop_form,
@@ -24,7 +26,7 @@ from functional_llm.cpu.axis_order import (
     write_rows,
     writes_rows,
 )
-from functional_llm.cpu.jax_private import (
+from functional_llm.xla.jax_private import (
     Loop,
     Params,
     apply,
@@ -36,33 +38,40 @@ from functional_llm.cpu.jax_private import (
     shape_of,
     while_p,
 )
-from functional_llm.cpu.processor import Processor
-from functional_llm.cpu.rule import Again, StepRule
-from functional_llm.cpu.steps import Product, Step, kept_axes
+from functional_llm.xla.processor import Processor
+from functional_llm.xla.rule import Again, StepRule
+from functional_llm.xla.steps import Product, Step, kept_axes
 
 
+@dataclass(frozen=True)
 class LoopOrder(StepRule):
     """XLA transposes a cache that a loop carries in each step, for the products that read it.
 
     The loop carries it in the order that the products want.
+
+    Args:
+        summed_first: Of `wanted_orders`.
+        as_bits: Whether half floats are carried as their bits.
     """
 
     name = "loop_order"
+    summed_first: bool = True
+    as_bits: bool = True
 
     def matches(self, step: Step, processor: Processor) -> bool:
         is_loop = step.equation.primitive is while_p
-        return is_loop and any(wanted_orders(Loop(step.equation).body.jaxpr))
+        return is_loop and any(self._orders(Loop(step.equation)))
 
     def rewrite(self, step: Step, again: Again) -> list[Value]:
         loop = Loop(step.equation)
         num_cond = loop.num_cond_constants
         num_constants = num_cond + loop.num_body_constants
-        orders = wanted_orders(loop.body.jaxpr)[loop.num_body_constants :]
+        orders = self._orders(loop)[loop.num_body_constants :]
         shapes = [shape_of(x) for x in step.equation.outvars]
 
         def to_loop(values: list[Value]) -> list[jax.Array]:
             return [
-                in_program_order(x) if order is None else loop_form(reorder(x, order))
+                in_program_order(x) if order is None else loop_form(reorder(x, order, self.as_bits))
                 for x, order in zip(values, orders, strict=True)
             ]
 
@@ -91,6 +100,9 @@ class LoopOrder(StepRule):
             for x in from_loop(loop.run(new_cond, new_body, [*constants, *carried]))
         ]
 
+    def _orders(self, loop: Loop) -> list[Axes | None]:
+        return wanted_orders(loop.body.jaxpr, self.summed_first)
+
 
 class InnerProgram(StepRule):
     """A compiled function inside the program: its steps can be said of the other order."""
@@ -104,10 +116,17 @@ class InnerProgram(StepRule):
         return again.run(inner_program(step.equation), *step.inputs)
 
 
+@dataclass(frozen=True)
 class ProductOfReordered(StepRule):
-    """A product reads a factor in whatever order, if the axes that it keeps are in theirs."""
+    """A product reads a factor in whatever order, if the axes that it keeps are in theirs.
+
+    Args:
+        turns_smaller: Whether XLA transposes one of two factors of float32 that are both summed
+            over their last axes: rather the small one.
+    """
 
     name = "product_of_reordered"
+    turns_smaller: bool = True
 
     def matches(self, step: Step, processor: Processor) -> bool:
         reordered = [isinstance(x, Reordered) for x in step.inputs]
@@ -134,8 +153,7 @@ class ProductOfReordered(StepRule):
             params,
         )
         is_last = max(product.summed[1], default=-1) == product.right.ndim - 1
-        if large.dtype == jnp.float32 and is_last:
-            # XLA transposes one of them: rather the small one.
+        if self.turns_smaller and large.dtype == jnp.float32 and is_last:
             result = product.from_swapped(product.swapped().compute())
         else:
             result = again.product(product)

@@ -12,6 +12,8 @@ Shapes: B batch, S slots, K heads, H head size.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import and_
 from typing import TypeAlias
 
 import jax
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from functional_llm.cpu.jax_private import (
+from functional_llm.xla.jax_private import (
     Equation,
     Literal,
     OpenProgram,
@@ -42,7 +44,7 @@ _FEW = 64  # rows of the other factor, for each of the paired axes
 class Reordered:
     """An array of the program in another order: axis i of `array` is axis `order[i]` of that.
 
-    Half floats are held as their bits: to write some, XLA would convert all to float32.
+    On CPUs half floats are held as their bits: to write some, XLA would convert all to float32.
     """
 
     array: jax.Array
@@ -72,12 +74,13 @@ class Reordered:
 Value: TypeAlias = jax.Array | Reordered
 
 
-def reorder(value: Value, order: Axes) -> Reordered:
-    """Returns a value, in whatever order it is, in this order of axes."""
+def reorder(value: Value, order: Axes, as_bits: bool = True) -> Reordered:
+    """Returns a value, in whatever order it is, in this order of axes; half floats as bits."""
     if isinstance(value, Reordered) and value.order == order:
         return value
     array = in_program_order(value)
-    return Reordered(_bits(jnp.transpose(array, order)), order, array.dtype)
+    turned = jnp.transpose(array, order)
+    return Reordered(_bits(turned) if as_bits else turned, order, array.dtype)
 
 
 def in_program_order(value: Value) -> jax.Array:
@@ -121,14 +124,20 @@ def _bits(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype in HALF else x
 
 
-def wanted_orders(program: OpenProgram) -> list[Axes | None]:
-    """Returns the order that products want of each input of a program, if it is not its own."""
-    orders, _ = _look(program)
+def wanted_orders(program: OpenProgram, summed_first: bool = True) -> list[Axes | None]:
+    """Returns the order that products want of each input of a program, if it is not its own.
+
+    Args:
+        program: The program.
+        summed_first: Whether, behind the axes that are paired, those summed over come first. Else
+            the others stay as they are: a row of them is written in one piece.
+    """
+    orders, _ = _look(program, summed_first)
     return [orders.get(variable) for variable in program.invars]
 
 
 def _look(
-    program: OpenProgram,
+    program: OpenProgram, summed_first: bool
 ) -> tuple[dict[Variable | None, Axes], dict[Variable, Variable | None]]:
     """Returns input -> order, and variable -> the input that it is, but for some rows."""
     origins: dict[Variable, Variable | None] = {variable: variable for variable in program.invars}
@@ -139,7 +148,7 @@ def _look(
             origins[equation.outvars[0]] = inputs[0]
         elif equation.primitive is jit_p:
             inner = inner_program(equation).jaxpr
-            found, sources = _look(inner)
+            found, sources = _look(inner, summed_first)
             outer: dict[Variable | None, Variable | None] = dict(
                 zip(inner.invars, inputs, strict=True)
             )
@@ -150,15 +159,15 @@ def _look(
                 origins[result] = outer.get(None if is_literal else sources.get(inner_result))
         elif equation.primitive is dot_general_p:
             for which in (0, 1):
-                wanted = _wanted_order(equation, which)
+                wanted = _wanted_order(equation, which, summed_first)
                 if wanted is not None:
                     orders.setdefault(inputs[which], wanted)
     orders.pop(None, None)
     return orders, origins
 
 
-def _wanted_order(equation: Equation, which: int) -> Axes | None:
-    """Returns the order of a factor: the axes that are paired, those summed over, the others."""
+def _wanted_order(equation: Equation, which: int, summed_first: bool) -> Axes | None:
+    """Returns the order of a factor: the axes that are paired, then the others."""
     contracting, batch = equation.params["dimension_numbers"]
     factor, other = (shape_of(equation.invars[i]) for i in (which, 1 - which))
     paired = batch[which]
@@ -167,7 +176,7 @@ def _wanted_order(equation: Equation, which: int) -> Axes | None:
     taken = [*batch[1 - which], *contracting[1 - which]]
     if math.prod(n for axis, n in enumerate(other.shape) if axis not in taken) > _FEW:
         return None
-    summed = contracting[which]
+    summed = contracting[which] if summed_first else ()
     others = (axis for axis in range(factor.ndim) if axis not in (*paired, *summed))
     return (*paired, *summed, *others)
 
@@ -217,17 +226,15 @@ def write_rows(
     XLA transposes an array that is not written along its first axes, and converts one in half
     precision to float32; not so if it writes slices.
     """
-    written = params["dimension_numbers"].scatter_dims_to_operand_dims
-    indices = indices.reshape(-1, len(written)).astype(jnp.int32)
-    kept = [axis for axis in operand.order if axis not in written]
-    rows = _bits(updates).reshape(-1, *updates.shape[updates.ndim - len(kept) :])
-    rows = jnp.transpose(rows, (0, *(1 + sorted(kept).index(axis) for axis in kept)))
+    written, indices, rows = _rows(operand, indices, updates, params)
     shape = [
         1 if axis in written else n
         for axis, n in zip(operand.order, operand.array.shape, strict=True)
     ]
-    limits = np.array([operand.array.shape[place] for place in operand.places(written)], "int32")
-    is_inside = jnp.all((indices >= 0) & (indices < limits), axis=1)
+    limits = [operand.array.shape[place] for place in operand.places(written)]
+    columns = zip(indices.T, limits, strict=True)
+    # Not `jnp.all`: a reduction is a kernel of its own on GPUs.
+    is_inside = reduce(and_, [(column >= 0) & (column < limit) for column, limit in columns])
     ones = _num_ones(operand)
     zero = jnp.int32(0)  # all of one type, with 64 bits switched on too
 
@@ -245,3 +252,50 @@ def write_rows(
     else:
         array = lax.fori_loop(0, len(indices), write, array)
     return replace(operand, array=array.reshape(operand.array.shape))
+
+
+def scatter_rows(
+    operand: Reordered, indices: jax.Array, updates: jax.Array, params: Params
+) -> Reordered:
+    """Does what a `scatter` that `writes_rows` does, all rows at once.
+
+    XLA transposes an array that is not written along its first axes. So the indices name those that
+    come before the last written one too.
+    """
+    written, indices, rows = _rows(operand, indices, updates, params)
+    first = operand.order[: 1 + max(operand.places(written))]
+    unwritten = [axis for axis in first if axis not in written]
+    shape = rows.shape[: 1 + len(unwritten)]
+
+    def index(axis: int) -> jax.Array:
+        if axis not in written:
+            return lax.broadcasted_iota(jnp.int32, shape, 1 + unwritten.index(axis))
+        return lax.broadcast_in_dim(indices[:, written.index(axis)], shape, (0,))
+
+    numbers = lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(len(shape), rows.ndim)),
+        inserted_window_dims=tuple(range(len(first))),
+        scatter_dims_to_operand_dims=tuple(range(len(first))),
+    )
+    array = lax.scatter(
+        operand.array,
+        jnp.stack([index(axis) for axis in first], axis=-1),
+        rows,
+        numbers,
+        unique_indices=params["unique_indices"],
+        mode=params["mode"],
+    )
+    return replace(operand, array=array)
+
+
+def _rows(
+    operand: Reordered, indices: jax.Array, updates: jax.Array, params: Params
+) -> tuple[Axes, jax.Array, jax.Array]:
+    """Returns the written axes, (n, these) indices, and n rows in the order of the array."""
+    written = params["dimension_numbers"].scatter_dims_to_operand_dims
+    indices = indices.reshape(-1, len(written)).astype(jnp.int32)
+    kept = [axis for axis in operand.order if axis not in written]
+    rows = _bits(updates) if operand.is_bits else updates
+    rows = rows.reshape(-1, *updates.shape[updates.ndim - len(kept) :])
+    rows = jnp.transpose(rows, (0, *(1 + sorted(kept).index(axis) for axis in kept)))
+    return written, indices, rows
