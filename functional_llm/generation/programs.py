@@ -21,6 +21,7 @@ import numpy as np
 
 from functional_llm.cpu.rewriter import compiler_options, optimize_for_cpu
 from functional_llm.generation.samplers import Sampler
+from functional_llm.graph.precision import full_float32
 from functional_llm.layers.cache import Cache, grow_cache, make_cache, num_slots, store_tokens
 
 Weights: TypeAlias = list[jax.Array]
@@ -255,7 +256,8 @@ class CompiledPrograms:
     ) -> tuple[jax.Array, Cache]:
         """Runs the graph; the head at one position of each row only."""
         inputs = self._backbone.complete_inputs(inputs)
-        with keras.StatelessScope(state_mapping=list(zip(self._variables, weights, strict=True))):
+        scope = keras.StatelessScope(state_mapping=list(zip(self._variables, weights, strict=True)))
+        with scope, full_float32(str(self._backbone.output["hidden"].dtype)):
             outputs = self._trunk(inputs, training=False)
             hidden_B1D = jnp.take_along_axis(outputs["hidden"], last_B[:, None, None], axis=1)
             logits_B1V = self._head(hidden_B1D, training=False)

@@ -12,6 +12,7 @@ import keras
 from functional_llm.cpu.rewriter import optimize_for_cpu
 from functional_llm.graph.freezing import Freezable, keep_frozen
 from functional_llm.graph.keeping_values import KeepsValues
+from functional_llm.graph.precision import FullFloat32, full_float32
 from functional_llm.graph.types import Nested, Tensor
 from functional_llm.training.accumulation import TokenMean
 from functional_llm.training.cross_entropy import cross_entropy
@@ -21,7 +22,7 @@ State: TypeAlias = tuple[Values, ...]  # of a compiled model: weights, optimizer
 Logs: TypeAlias = dict[str, jax.Array]
 
 
-class LossModel(KeepsValues, Freezable, keras.Model):
+class LossModel(KeepsValues, Freezable, FullFloat32, keras.Model):
     """A backbone with its loss, for `fit`, `evaluate` and any Keras callback.
 
     It is the backbone's own graph, cut in two at the hidden states. It shares the backbone's
@@ -66,6 +67,11 @@ class LossModel(KeepsValues, Freezable, keras.Model):
         self._token_mean: TokenMean | None = None
         self.built = True
         keep_frozen(backbone, self, freeze=None)
+
+    @property
+    def product_dtype(self) -> str:
+        """The dtype of the hidden states."""
+        return str(self.backbone.output["hidden"].dtype)
 
     def compile(self, optimizer: Any = "rmsprop", **kwargs: Any) -> None:
         """Sets the optimizer; arguments as for `keras.Model.compile`, without a loss."""
@@ -138,9 +144,10 @@ class LossModel(KeepsValues, Freezable, keras.Model):
         labels_BT, weights_BT = self._targets(x, y, sample_weight)
         weight = jnp.sum(weights_BT)
         shares_BT = weights_BT / jnp.maximum(weight, 1e-9)
-        loss, losses_BT = cross_entropy(
-            self.head, y_pred, labels_BT, shares_BT, self.chunk_size, training
-        )
+        with full_float32(self.product_dtype):
+            loss, losses_BT = cross_entropy(
+                self.head, y_pred, labels_BT, shares_BT, self.chunk_size, training
+            )
         total = sum(self.losses, loss)
         self.total_loss.update_state(total, sample_weight=weight)
         self.token_loss.update_state(losses_BT, sample_weight=weights_BT)
