@@ -126,7 +126,7 @@ def test_gradients_that_are_functions(tmp_path: Path) -> None:
 def test_prefill_and_decode(tmp_path: Path, dtype: str, is_highest: bool) -> None:
     generator = flm.TextGenerator(_tiny(tmp_path, dtype, "llama_grouped"))
     generator.generate_ids([[1, 2, 3]], max_new_tokens=3)
-    programs = generator._programs.compiled.values()
+    programs: list[Any] = [*generator._programs.compiled.values()]
     assert len(programs) == 2
     for program in programs:
         products = re.findall(r".* dot\(.*", program.as_text())

@@ -23,8 +23,9 @@ def full_float32(dtype: str) -> AbstractContextManager[object]:
     Reference:
         [jax.default_matmul_precision](https://docs.jax.dev/en/latest/_autosummary/jax.default_matmul_precision.html).
     """
-    is_free = keras.backend.backend() == "jax" and jax.config.jax_default_matmul_precision is None
-    if is_free and dtype == "float32":
+    config: Any = jax.config
+    is_jax = keras.backend.backend() == "jax"
+    if is_jax and dtype == "float32" and config.jax_default_matmul_precision is None:
         return jax.default_matmul_precision("float32")
     return nullcontext()
 

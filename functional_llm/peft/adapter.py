@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 from tqdm import tqdm
 
+from functional_llm.graph.backend import stored
 from functional_llm.graph.freezing import freeze_variables
 from functional_llm.graph.rewiring import rewire, shared_copy
 from functional_llm.graph.selection import Where, matches, select, walk
@@ -145,6 +146,8 @@ class Adapter(keras.layers.Layer):
             return y
         change = self.gate * self.change(self.linear.prepare(x, self.compute_dtype), training)
         changed = ops.cast(ops.cast(y, self.compute_dtype) + change, y.dtype)
+        if training:
+            changed = stored(changed)
         return self.activation(changed)
 
     def call_base(self, x: Tensor, reverse: bool) -> Tensor:

@@ -45,19 +45,27 @@ class LossModel(KeepsValues, Freezable, FullFloat32, keras.Model):
 
     Args:
         backbone: A model with the inputs and outputs of a Backbone.
-        chunk_size: C, the tokens whose logits exist at a time.
-        remat: Compute each decoder layer again in the backward pass instead of keeping its inner
-            activations: less memory, about a third more time. On CPUs, see `REMAT_XLA_FLAG`.
+        chunk_size: C, the tokens whose logits exist at a time; chosen for the device and the
+            vocabulary unless it is given.
+        remat: What is computed again in the backward pass instead of being kept. `"nothing"`;
+            `"products"`: all of a decoder layer but its products with weights, mainly attention;
+            `"layer"`: whole decoder layers, for the least memory and about a third more time.
+            `False` and `True` are the first and the last. On CPUs, see `REMAT_XLA_FLAG`.
     """
 
-    def __init__(self, backbone: keras.Model, chunk_size: int = 512, remat: bool = False) -> None:
+    def __init__(
+        self,
+        backbone: keras.Model,
+        chunk_size: int | None = None,
+        remat: bool | str = "nothing",
+    ) -> None:
         super().__init__(name=f"{backbone.name}_loss")
-        if chunk_size < 1:
+        if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"Expected a chunk size of at least 1, received {chunk_size}.")
         hidden, logits = backbone.output["hidden"], backbone.output["logits"]
         trunk = keras.Model(backbone.input, hidden)
         self.backbone = backbone
-        self.trunk = rematerialize(trunk) if remat else trunk
+        self.trunk = rematerialize(trunk, remat)
         self.head = keras.Model(hidden, logits)
         self.chunk_size = chunk_size
         self.total_loss = keras.metrics.Mean(name="total_loss")
