@@ -21,7 +21,7 @@ SAVING_FLAG = REMAT_XLA_FLAG  # the name of 0.1
 # products with weights, which take the time; nothing but its inputs.
 REMAT = ("nothing", "products", "layer")
 
-_TERMS = 256  # of a product that is worth to be kept
+_WIDEST = 8  # results a term of a product that is worth to be kept: Gemma's gate has so many
 
 Values: TypeAlias = list[jax.Array]  # of variables, in their model's order
 
@@ -115,4 +115,6 @@ def _is_kept(primitive: Any, *inputs: Any, **params: Any) -> bool:
     if primitive is not dot_general_p:
         return False
     (summed, _), (paired, _) = params["dimension_numbers"]
-    return not paired and math.prod(inputs[0].shape[axis] for axis in summed) >= _TERMS
+    terms = math.prod(inputs[0].shape[axis] for axis in summed)
+    width = min(math.prod(x.shape) // max(1, terms) for x in inputs)  # of the matrix
+    return not paired and terms * _WIDEST >= width
