@@ -147,6 +147,8 @@ class Adapter(keras.layers.Layer):
         change = self.gate * self.change(self.linear.prepare(x, self.compute_dtype), training)
         changed = ops.cast(ops.cast(y, self.compute_dtype) + change, y.dtype)
         if training:
+            # Otherwise XLA keeps what this is the sum of for the gradient, one part in float32:
+            # 1064 instead of 791 MB a layer of Llama 3.2 1B and 8192 tokens in bfloat16 (H100).
             changed = stored(changed)
         return self.activation(changed)
 

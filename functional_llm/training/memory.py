@@ -91,7 +91,8 @@ def predict_memory(model: keras.Model, batch: Any) -> StepMemory | None:
     """Compiles a training step, and returns what it will take; it runs nothing.
 
     XLA knows before a program runs where it puts what. Python, JAX and the data are not counted:
-    about 0.5 GB of a computer's memory, and none of a GPU's.
+    about 0.5 GB of a computer's memory, and none of a GPU's. On a CPU, four layers of SmolLM2 with
+    LoRA grew by 0.86 and 1.66 GB in a step of 4 and 8 rows of 512; 0.77 and 1.59 GB are predicted.
 
     Args:
         model: A compiled LossModel.
