@@ -1,4 +1,4 @@
-"""Counts what a GPU would run, without a GPU: compiles for an H100 and reads the program.
+r"""Counts what a GPU would run, without a GPU: compiles for an H100 and reads the program.
 
     python -m pip install --target FOLDER --no-deps jax-cuda12-plugin==VERSION \\
         jax-cuda12-pjrt==VERSION nvidia-cuda-nvcc-cu12
@@ -135,9 +135,9 @@ def count_decode(layers: int, rows: int, arguments: argparse.Namespace) -> list[
 
 def _size_of_keys(programs: Any) -> int:
     """Returns how many numbers a layer keeps of a token's keys."""
-    from functional_llm.layers.cache import make_cache
-
     import jax
+
+    from functional_llm.layers.cache import make_cache
 
     cache = jax.eval_shape(lambda: make_cache(programs.backbone, 1, 1))
     return min(x.size for x in jax.tree.leaves(cache) if x.dtype != "int32")
@@ -145,10 +145,10 @@ def _size_of_keys(programs: Any) -> int:
 
 def count_training(layers: int, arguments: argparse.Namespace) -> list[float]:
     """Returns the counts of one LoRA training step of all linear layers."""
-    import functional_llm as flm
-
     import jax
     import jax.numpy as jnp
+
+    import functional_llm as flm
 
     model = flm.peft.lora(build(layers, arguments), rank=16, alpha=32, targets="all", seed=0)
     settings = flm.training.Settings(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accelerator_work import WORKS as ON_ACCELERATORS
 from benchmarks.engines import ENGINES
 from benchmarks.memory import read_bandwidth
 
@@ -39,7 +40,8 @@ class Worker:
         self._weights = weights
         self._log = logs / f"{engine}-{precision}-{work}.log"
         # What is to be compiled shall not be found on the disk.
-        cold = {"JAX_ENABLE_COMPILATION_CACHE": "0"} if work == "compile" else {}
+        is_cold = work == "compile" or work in ON_ACCELERATORS
+        cold = {"JAX_ENABLE_COMPILATION_CACHE": "0"} if is_cold else {}
         arguments = [engine, precision, str(weights), work]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -111,8 +113,12 @@ class Worker:
             return 0.0
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
+    def kill(self) -> None:
+        """Ends the process in whatever it does."""
+        self._process.kill()
+
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process when it has answered."""
         try:
             self._process.communicate(timeout=20)  # the end of its input ends the worker
         except subprocess.TimeoutExpired:

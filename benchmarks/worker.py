@@ -11,6 +11,7 @@ import time
 import traceback
 from pathlib import Path
 
+from benchmarks import accelerator_work
 from benchmarks.engines import ENGINES
 from benchmarks.measures import CHECK, CHECKS, MEASURES
 
@@ -22,7 +23,10 @@ def main() -> None:
     os.dup2(2, 1)
     started = time.perf_counter()
     try:
-        subject = ENGINES[engine].load(work, Path(weights), precision)
+        if work in accelerator_work.WORKS:
+            subject = accelerator_work.load(engine, work, Path(weights), precision)
+        else:
+            subject = ENGINES[engine].load(work, Path(weights), precision)
     except Exception as error:
         traceback.print_exc()
         print(json.dumps({"error": _first_line(error)}), file=answers)
@@ -33,6 +37,8 @@ def main() -> None:
         try:
             if request["measure"] == CHECK:
                 answer = {"figures": CHECKS[work](subject)}
+            elif work in accelerator_work.WORKS:
+                answer = {"figures": accelerator_work.measure(subject, request["measure"])}
             else:
                 run = MEASURES[request["measure"]].run
                 answer = {"figures": run(subject, request["round"])}

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 METHODS = ("lora", "dora", "svf", "ia3", "bitfit", "full")
 DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
+REMAT = ("nothing", "products", "layer")
 SAMPLER_NUMBERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -158,8 +159,11 @@ def parse_finetune(description: str | None) -> argparse.Namespace:
     add("--weight-decay", type=not_negative, default=0.0, help="of AdamW")
     add("--clip-norm", type=not_negative, default=1.0, help="longest gradient; 0 for no limit")
     add("--seed", type=whole, default=0, help="of adapters, dropout and the order of the data")
-    add("--chunk-size", type=positive, default=512, help="tokens whose logits exist at a time")
-    add("--remat", action="store_true", help="less memory, more time")
+    add("--chunk-size", type=positive, help="tokens whose logits exist at a time (as fits)")
+    remat = "computed again in the backward pass: less memory, more time; alone: layer"
+    add("--remat", choices=REMAT, nargs="?", const="layer", default="nothing", help=remat)
+    no_check = "try a step that is estimated not to fit into memory"
+    add("--no-memory-check", dest="check_memory", action="store_false", help=no_check)
     add("--checkpoint-every", type=whole, default=50, help="steps between checkpoints; 0: none")
     add("--evaluate-every", type=whole, default=0, help="steps between evaluations; 0: at the end")
     add("--tensorboard", action="store_true", help="write logs for TensorBoard (pip: tensorboardX)")

@@ -30,7 +30,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     training = flm.training
     training.keep_memory()
-    if arguments.remat:  # before XLA starts; its default order of work on CPUs undoes the saving
+    if (
+        arguments.remat != "nothing"
+    ):  # before XLA starts; its default order of work on CPUs undoes the saving
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {training.REMAT_XLA_FLAG}"
     keras.utils.set_random_seed(arguments.seed)
     tokenizer, rows, held_out, settings = prepare(arguments, training)
@@ -60,6 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         folder,
         tensorboard=arguments.tensorboard,
         save=save,
+        check_memory=arguments.check_memory,
         **resume,
     )
     if find_spec("matplotlib") is not None:

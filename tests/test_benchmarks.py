@@ -5,9 +5,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 
-from benchmarks import report
+from benchmarks import accelerator, accelerator_work, report
 from benchmarks.engines import ENGINES
 from benchmarks.measures import CHECK, MEASURES, WORKS, make_prompts
 from benchmarks.memory import read_bandwidth
@@ -83,6 +84,39 @@ def test_table_and_log(tmp_path: Path) -> None:
     assert text.count(table) == 2 and "UTC: second" in text and "cores" in text
     assert "(median of the turns): decode_1 30%" in text
     assert "(median of the rounds, range): decode_1 25 (20 to 30)" in text
+
+
+def test_an_accelerator_is_measured(repository: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.accelerator", "--smoke", "--measures", "text"]
+    command += ["--engines", "functional_llm", "--log", str(tmp_path / "LOG.md"), "--note", "a try"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repository, check=True)
+    heading, *_, row = (tmp_path / "LOG.md").read_text().strip().splitlines()
+    assert f"cpu JAX {jax.__version__}, one small layer, bfloat16: a try" in heading
+    kind, engine, rate, first, peak = [x.strip() for x in row.strip("|").split("|")]
+    assert (kind, engine) == ("text 2x8+4", "functional_llm")
+    assert float(rate) > 0 and float(first) > 0 and float(peak) > 0.1
+    assert row in done.stdout
+
+
+def test_what_an_accelerator_lacks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = replace(ENGINES["keras_hub"], packages=("no-such-package",))
+    monkeypatch.setitem(ENGINES, "keras_hub", entry)
+    log = accelerator.Log(tmp_path / "LOG.md")
+    assert not accelerator.is_installed("keras_hub", log)
+    assert "no-such-package is not installed" in (tmp_path / "LOG.md").read_text()
+    failed = accelerator.make_row("full", "4x2048", "keras_hub", {"error": "no memory"})
+    assert failed == "| full 4x2048 | keras_hub | failed: no memory | | |"
+    figures = {"rate": 12345.6, "first": 9.87, "peak": 17.2e9}
+    row = accelerator.make_row("full", "4x2048", "transformers", {"figures": figures})
+    assert row == "| full 4x2048 | transformers | 12346 | 9.9 | 17.20 |"
+    (late,) = accelerator.measure("full", "keras_hub", ["4x2048"], tmp_path, 0.0)
+    assert late == "| full | keras_hub | the time was over | | |"
+
+
+def test_every_work_has_sizes_and_engines() -> None:
+    for table in (accelerator_work.SIZES, accelerator_work.SMOKE_SIZES):
+        assert set(table) == set(accelerator_work.WORKS) == set(accelerator_work.ENGINES_OF)
+    assert not set(accelerator_work.WORKS) & set(WORKS)  # one worker serves both
 
 
 def test_memory_is_read() -> None:

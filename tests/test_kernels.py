@@ -74,8 +74,8 @@ def _arrays(case: dict[str, Any], seed: int, sizes: Any = (B, T, K, G, H, V)) ->
     if case.get("mask"):
         mask["mask"] = jnp.asarray(rng.random((batch, length, slots)) < 0.6)
     heads = kv * groups
-    shapes = (batch, length, heads, h), (batch, slots, kv, h), (batch, slots, kv, v)
-    shapes = (*shapes, (batch, length, heads, v))
+    sizes = (length, heads, h), (slots, kv, h), (slots, kv, v), (length, heads, v)
+    shapes = [(batch, *size) for size in sizes]
     query, key, value, gradient = (jnp.asarray(rng.normal(size=s), dtype) for s in shapes)
     of_heads = rng.normal(size=heads), rng.random(heads)
     sinks, slopes = (
@@ -196,7 +196,8 @@ def _temporary_bytes(attend: Any, length: int) -> int:
     x = jax.ShapeDtypeStruct((1, length, 4, 8), "float32")
     positions = jax.ShapeDtypeStruct((1, length), "int32")
     program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x, positions).compile()
-    return int(program.memory_analysis().temp_size_in_bytes)
+    analysis: Any = program.memory_analysis()
+    return int(analysis.temp_size_in_bytes)
 
 
 def test_memory_of_blocks_grows_with_the_tokens() -> None:
@@ -309,7 +310,7 @@ class _OnlyThePast(flm.AttentionMask):
     """Hides every third slot, in the description that it inherits."""
 
     def call(self, inputs: Any) -> Any:
-        described = super().call(inputs)
+        described: Any = super().call(inputs)
         seen = jnp.broadcast_to(described["slot_positions"][:, None] % 3 != 0, (2, 12, 12))
         return {**described, "mask": seen}
 
@@ -318,9 +319,8 @@ class _Everything(flm.AttentionMask):
     """A boolean mask in the place of a description: every token sees every token."""
 
     def call(self, inputs: Any) -> Any:
-        return (inputs["slot_positions"] >= 0)[:, None] & (inputs["query_positions"] >= 0)[
-            ..., None
-        ]
+        visible: Any = (inputs["slot_positions"] >= 0)[:, None]
+        return visible & (inputs["query_positions"] >= 0)[..., None]
 
     def compute_output_spec(self, inputs: Any) -> Any:
         return keras.KerasTensor((None, None, None), "bool")

@@ -10,8 +10,8 @@ class Engine(abc.ABC):
     """One library with one loaded model, alone in a process.
 
     The constructor loads `weights`, a directory in Hugging Face layout, in `precision`, with the
-    settings that the library itself recommends for speed. Without `load_weights` they are random:
-    only engines that compile are asked for that.
+    settings that the library itself recommends for speed. Without `load_weights` they are random,
+    and `weights` has a `config.json` only.
     """
 
     @abc.abstractmethod
@@ -32,11 +32,20 @@ class Trainer(abc.ABC):
     The constructor loads `weights` for AdamW, without decay and clipping: with `lora`, adapters of
     `RANK` on all seven projections of each layer, in a model whose weights are of `precision`;
     without, all weights, which stay in float32 where `precision` is bfloat16, and only the sums
-    are narrower: steps of this size are lost in bfloat16 weights.
+    are narrower: steps of this size are lost in bfloat16 weights. With the targets `"qv"`, only
+    queries and values have adapters. With `remat`, layers are computed again in the backward pass.
     """
 
     @abc.abstractmethod
-    def __init__(self, weights: Path, precision: str, lora: bool) -> None: ...
+    def __init__(
+        self,
+        weights: Path,
+        precision: str,
+        lora: bool,
+        load_weights: bool = True,
+        targets: str = "all",
+        remat: bool = False,
+    ) -> None: ...
 
     @abc.abstractmethod
     def step(self, rows: list[list[int]]) -> float:

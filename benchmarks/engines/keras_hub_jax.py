@@ -47,11 +47,22 @@ class KerasHub(Engine):
 class KerasHubTrainer(Trainer):
     """`train_on_batch` of the CausalLM. Its LoRA's alpha is the rank: the work is the same."""
 
-    def __init__(self, weights: Path, precision: str, lora: bool) -> None:
+    def __init__(
+        self,
+        weights: Path,
+        precision: str,
+        lora: bool,
+        load_weights: bool = True,
+        targets: str = "all",
+        remat: bool = False,
+    ) -> None:
+        if remat:
+            raise ValueError("KerasHub has no option to compute layers again.")
         dtype = "mixed_bfloat16" if precision == "bfloat16" and not lora else precision
-        self._model = _load(weights, dtype)
+        self._model = _load(weights, dtype, load_weights)
         if lora:
-            self._model.backbone.enable_lora(RANK, target_layer_names=_PROJECTIONS)
+            chosen = ("query", "value") if targets == "qv" else _PROJECTIONS
+            self._model.backbone.enable_lora(RANK, target_layer_names=chosen)
         self._model.compile(
             optimizer=keras.optimizers.AdamW(LEARNING_RATE, weight_decay=0.0, epsilon=1e-8),
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),

@@ -26,15 +26,26 @@ class FunctionalLLMTrainer(Trainer):
     """What `scripts/finetune.py` makes."""
 
     def __init__(
-        self, weights: Path, precision: str, lora: bool, load_weights: bool = True
+        self,
+        weights: Path,
+        precision: str,
+        lora: bool,
+        load_weights: bool = True,
+        targets: str = "all",
+        remat: bool = False,
     ) -> None:
         flm.training.keep_memory()
         dtype = "mixed_bfloat16" if precision == "bfloat16" and not lora else precision
         model = flm.Backbone.from_preset(weights, dtype=dtype, load_weights=load_weights)
         if lora:
-            model = flm.peft.lora(model, rank=RANK, alpha=ALPHA, targets="all", seed=0)
+            chosen = ["query", "value"] if targets == "qv" else "all"
+            model = flm.peft.lora(model, rank=RANK, alpha=ALPHA, targets=chosen, seed=0)
         settings = flm.training.Settings(
-            steps=1000, learning_rate=LEARNING_RATE, schedule="constant", clip_norm=0
+            steps=1000,
+            learning_rate=LEARNING_RATE,
+            schedule="constant",
+            clip_norm=0,
+            remat="layer" if remat else "nothing",
         )
         self._model = flm.training.compile_model(model, settings)
 

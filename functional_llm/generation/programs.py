@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from functional_llm.xla.rewriter import compiler_options, optimize_for_cpu, optimize_for_gpu
 from functional_llm.generation.samplers import Sampler
+from functional_llm.graph.precision import full_float32
 from functional_llm.layers.cache import Cache, grow_cache, make_cache, num_slots, store_tokens
+from functional_llm.xla.rewriter import compiler_options, optimize_for_cpu, optimize_for_gpu
 
 Weights: TypeAlias = list[jax.Array]
 Program: TypeAlias = Callable[..., Any]
@@ -202,9 +203,7 @@ class CompiledPrograms:
         self.stats.decode_tokens += int((new_BC >= 0).sum())
         return new_BC, state
 
-    def decode_shapes(
-        self, rows: int, slots: int, sampler: Sampler, stop_ids: np.ndarray
-    ) -> _Call:
+    def decode_shapes(self, rows: int, slots: int, sampler: Sampler, stop_ids: np.ndarray) -> _Call:
         """Returns the program of `decode` with shapes, for those who only want to compile it."""
         last_B, keys_B = np.zeros(rows, "int32"), jax.random.split(jax.random.key(0), rows)
         seen_BV = np.zeros((rows, self.backbone.output["logits"].shape[-1]), bool)
@@ -271,7 +270,8 @@ class CompiledPrograms:
     ) -> tuple[jax.Array, Cache]:
         """Runs the graph; the head at one position of each row only."""
         inputs = self.backbone.complete_inputs(inputs)
-        with keras.StatelessScope(state_mapping=list(zip(self._variables, weights, strict=True))):
+        scope = keras.StatelessScope(state_mapping=list(zip(self._variables, weights, strict=True)))
+        with scope, full_float32(str(self.backbone.output["hidden"].dtype)):
             outputs = self._trunk(inputs, training=False)
             hidden_B1D = jnp.take_along_axis(outputs["hidden"], last_B[:, None, None], axis=1)
             logits_B1V = self._head(hidden_B1D, training=False)
@@ -284,6 +284,8 @@ class CompiledPrograms:
             inputs: dict[str, Any] = {"token_ids": prompt.tokens, "positions": prompt.positions}
             if prompt.cache is not None:
                 inputs["cache"] = prompt.cache
+            elif "in_order" in self.backbone.input:
+                inputs["in_order"] = True
             last_BT = None
             if prompt.mask is not None:
                 inputs["mask"] = prompt.mask

@@ -118,8 +118,10 @@ def store_token(new: Tensor, cache: Tensor, positions_B1: Tensor) -> Tensor:
     slot_B = ops.where(position_B >= 0, position_B % slots, slots)
     row_B = ops.arange(rows, dtype="int32")
     new_B = ops.cast(new, cache.dtype)[:, 0]
-    return ops.convert_to_tensor(cache).at[row_B, slot_B].set(
-        new_B, mode="drop", unique_indices=True, indices_are_sorted=True
+    return (
+        ops.convert_to_tensor(cache)
+        .at[row_B, slot_B]
+        .set(new_B, mode="drop", unique_indices=True, indices_are_sorted=True)
     )
 
 

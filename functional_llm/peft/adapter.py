@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 from tqdm import tqdm
 
+from functional_llm.graph.backend import stored
 from functional_llm.graph.freezing import freeze_variables
 from functional_llm.graph.rewiring import rewire, shared_copy
 from functional_llm.graph.selection import Where, matches, select, walk
@@ -145,6 +146,10 @@ class Adapter(keras.layers.Layer):
             return y
         change = self.gate * self.change(self.linear.prepare(x, self.compute_dtype), training)
         changed = ops.cast(ops.cast(y, self.compute_dtype) + change, y.dtype)
+        if training:
+            # Otherwise XLA keeps what this is the sum of for the gradient, one part in float32:
+            # 1064 instead of 791 MB a layer of Llama 3.2 1B and 8192 tokens in bfloat16 (H100).
+            changed = stored(changed)
         return self.activation(changed)
 
     def call_base(self, x: Tensor, reverse: bool) -> Tensor:

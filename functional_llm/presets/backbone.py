@@ -20,6 +20,7 @@ from functional_llm.graph.backend import require_jax
 from functional_llm.graph.freezing import Freezable, freeze_variables
 from functional_llm.graph.keeping_values import KeepsValues
 from functional_llm.graph.keras_private import uninitialized
+from functional_llm.graph.precision import FullFloat32, full_float32
 from functional_llm.graph.types import JSON, Nested
 from functional_llm.layers.call_inputs import as_tensors, complete_inputs, with_mask
 from functional_llm.peft.adapter import REVERSED
@@ -36,7 +37,7 @@ _DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 
 
 @keras.saving.register_keras_serializable("functional_llm")
-class Backbone(LanguageModelLoss, KeepsValues, Freezable, keras.Model):
+class Backbone(LanguageModelLoss, KeepsValues, Freezable, FullFloat32, keras.Model):
     """A language model as one functional graph, called with as much or as little as there is.
 
     ```python
@@ -238,7 +239,8 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, keras.Model):
         """
         stock = Lowering(self).model
         if format == "stablehlo":
-            export_stablehlo(stock, Path(filepath))
+            with full_float32(self.product_dtype):
+                export_stablehlo(stock, Path(filepath))
             return
         stock(np.zeros((1, 1), "int32"))  # Keras wants it to have been called
         stock.export(str(filepath), format=format, **kwargs)
@@ -308,6 +310,11 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, keras.Model):
     def vocabulary_size(self) -> int:
         """Number of tokens."""
         return self.output["logits"].shape[-1]
+
+    @property
+    def product_dtype(self) -> str:
+        """What the graph computes in; the policy of a rewired model says nothing of it."""
+        return str(self.output["hidden"].dtype)
 
     @property
     def module_names(self) -> dict[str, str]:

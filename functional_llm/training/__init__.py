@@ -22,15 +22,16 @@ from functional_llm.training.examples import (
 )
 from functional_llm.training.loop import Settings, check_resume, compile_model, train
 from functional_llm.training.loss import LossModel
-from functional_llm.training.memory import keep_memory
+from functional_llm.training.memory import StepMemory, keep_memory, predict_memory
 from functional_llm.training.optimizer import make_optimizer, make_schedule
 from functional_llm.training.packing import Batches, Rows, pack
 from functional_llm.training.plan import Plan, plan_run
 from functional_llm.training.plotting import plot_losses
 from functional_llm.training.records import Record, read_records
-from functional_llm.training.rematerialize import REMAT_XLA_FLAG, SAVING_FLAG
+from functional_llm.training.rematerialize import REMAT, REMAT_XLA_FLAG, SAVING_FLAG
 
 __all__ = [
+    "REMAT",
     "REMAT_XLA_FLAG",
     "SAVING_FLAG",
     "Batches",
@@ -44,6 +45,7 @@ __all__ = [
     "Record",
     "Rows",
     "Settings",
+    "StepMemory",
     "TensorBoard",
     "check_length",
     "check_resume",
@@ -57,6 +59,7 @@ __all__ = [
     "pack",
     "plan_run",
     "plot_losses",
+    "predict_memory",
     "read_records",
     "save_checkpoint",
     "split_examples",

@@ -8,6 +8,7 @@ import keras
 
 from functional_llm.graph.types import JSON, Nested
 from functional_llm.training.loss import Logs, LossModel, State
+from functional_llm.training.rematerialize import remat_name
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class LanguageModelLoss:
         metrics: Any = None,
         weighted_metrics: Any = None,
         *,
-        chunk_size: int = 512,
+        chunk_size: int | None = None,
+        remat: bool | str = "nothing",
         **kwargs: Any,
     ) -> None:
         """Prepares `fit` and `evaluate`.
@@ -52,17 +54,26 @@ class LanguageModelLoss:
             loss_weights: As for `keras.Model.compile`.
             metrics: Metrics of the logits. They need a loss that receives the logits, too.
             weighted_metrics: As `metrics`.
-            chunk_size: The tokens whose logits exist at a time, without another loss.
+            chunk_size: The tokens whose logits exist at a time, without another loss. Chosen for
+                the device and the vocabulary unless it is given.
+            remat: What is computed again in the backward pass, without another loss, for less
+                memory: `"nothing"`, `"products"` or `"layer"`, as for `LossModel`.
             **kwargs: As for `keras.Model.compile`.
 
         Raises:
-            ValueError: If a loss takes logits for probabilities, or metrics come without a loss.
+            ValueError: If a loss takes logits for probabilities or comes with `remat`, or metrics
+                come without a loss.
         """
         self._loss_model = None
         others = {"loss_weights": loss_weights, "metrics": metrics}
         others |= {"weighted_metrics": weighted_metrics, **kwargs}
         if loss is not None:
             _check_takes_logits(loss)
+            if remat_name(remat) != "nothing":
+                raise ValueError(
+                    f"Expected remat={remat!r} without a loss: the steps of another loss are "
+                    "Keras's own. Leave out the loss, or `remat`."
+                )
             super().compile(optimizer, loss, **others)  # type: ignore[misc]
             return
         if metrics or weighted_metrics:
@@ -72,7 +83,7 @@ class LanguageModelLoss:
                 "loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True)."
             )
         super().compile(optimizer, **others)  # type: ignore[misc]
-        model = LossModel(self, chunk_size)
+        model = LossModel(self, chunk_size, remat)
         model.compile(self.optimizer, auto_scale_loss=False)  # type: ignore[attr-defined]
         self._loss_model = _Held(model)
 

@@ -11,8 +11,10 @@ from functional_llm.graph.types import JSON
 from functional_llm.training.callbacks import Checkpoints, History, Logs, Progress, TensorBoard
 from functional_llm.training.checkpoints import check_arguments, load_checkpoint, read_facts
 from functional_llm.training.loss import LossModel
+from functional_llm.training.memory import advise, predict_memory
 from functional_llm.training.optimizer import make_optimizer, make_schedule
 from functional_llm.training.packing import Batches, Rows
+from functional_llm.training.rematerialize import remat_name
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -31,8 +33,9 @@ class Settings:
         weight_decay: AdamW's weight decay.
         clip_norm: Largest norm of the gradient; 0 for no limit.
         seed: Seed of the order of the data.
-        chunk_size: Tokens whose logits exist at a time.
-        remat: Compute decoder layers again in the backward pass: less memory, more time.
+        chunk_size: Tokens whose logits exist at a time; `None` to choose for the device.
+        remat: What is computed again in the backward pass, for less memory: `"nothing"`,
+            `"products"` or `"layer"`, as for `LossModel`.
         checkpoint_every: Steps from one checkpoint to the next; 0 for none.
         evaluate_every: Steps from one evaluation to the next; 0 for one at the end.
     """
@@ -46,8 +49,8 @@ class Settings:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     seed: int = 0
-    chunk_size: int = 512
-    remat: bool = False
+    chunk_size: int | None = None
+    remat: bool | str = "nothing"
     checkpoint_every: int = 50
     evaluate_every: int = 0
 
@@ -58,6 +61,7 @@ class Settings:
             if isinstance(value, (int, float)) and not (value >= least and math.isfinite(value)):
                 raise ValueError(f"Expected `{name}` of at least {least}, received {value}.")
         make_schedule(self.schedule, self.learning_rate, self.steps, self.warmup_steps)
+        remat_name(self.remat)
 
     def evaluates_at(self, history: History) -> bool:
         """Whether an evaluation is due now that is not in the history."""
@@ -85,6 +89,7 @@ def train(
     callbacks: Sequence[keras.callbacks.Callback] = (),
     save: Callable[[], object] | None = None,
     say: Callable[[str], None] = print,
+    check_memory: bool = True,
 ) -> History:
     """Trains the trainable weights of a backbone.
 
@@ -104,14 +109,16 @@ def train(
         callbacks: More callbacks, which come after those of the run.
         save: Saves the result. Called after the last step and before the last evaluation: if that
             fails, a line says so, and nothing is lost.
-        say: Receives a line about each evaluation.
+        say: Receives a line about the memory of a step, and one about each evaluation.
+        check_memory: Whether a step that will not fit into the device's memory is an error before
+            it is tried.
 
     Returns:
         The losses, including those before a resume.
 
     Raises:
-        ValueError: If no weight is trainable, `folder` has a checkpoint and `resume` is `False`, or
-            the checkpoint is damaged or of a run with other arguments.
+        ValueError: If no weight is trainable, `folder` has a checkpoint and `resume` is `False`,
+            the checkpoint is damaged or of a run with other arguments, or a step does not fit.
         OSError: If the folder cannot be made, or a checkpoint cannot be written.
     """
     if not backbone.trainable_variables:
@@ -128,6 +135,12 @@ def train(
     if resume and not path.exists():
         say(f"There is no checkpoint in {path.parent}: this run begins at step 0.")
     batches = Batches(rows, settings.batch_size, settings.seed)
+    memory = predict_memory(model, batches[0])  # kept to the end, for its program
+    if memory is not None:
+        say(memory.describe())
+        if check_memory:
+            name = remat_name(settings.remat)
+            memory.check(advise(settings.batch_size, name, model.product_dtype))
     validation = None if held_out is None else Batches(held_out, settings.batch_size)
     progress = Progress(settings.steps, batches, history)
     saver = Checkpoints(path, settings.checkpoint_every or settings.steps, history, arguments)
@@ -184,6 +197,7 @@ def _all_arguments(
 ) -> JSON:
     numbers = asdict(settings)
     del numbers["checkpoint_every"]  # changes no weight
+    numbers["remat"] = remat_name(settings.remat)
     data = {"data": rows.fingerprint()}
     if held_out is not None:
         data["held_out_data"] = held_out.fingerprint()
@@ -222,7 +236,8 @@ def check_resume(
             "or delete it to begin anew."
         )
     given = _all_arguments(settings, rows, held_out, arguments)
-    check_arguments(path, read_facts(path).get("arguments", {}), given)
+    kept = {"remat": "nothing", **read_facts(path).get("arguments", {})}
+    check_arguments(path, {**kept, "remat": remat_name(kept["remat"])}, given)  # 0.1: a boolean
 
 
 def _start_or_resume(path: Path, model: keras.Model, settings: Settings) -> History:

@@ -9,19 +9,20 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from functional_llm.xla.rewriter import optimize_for_cpu
 from functional_llm.graph.freezing import Freezable, keep_frozen
 from functional_llm.graph.keeping_values import KeepsValues
+from functional_llm.graph.precision import FullFloat32, full_float32
 from functional_llm.graph.types import Nested, Tensor
 from functional_llm.training.accumulation import TokenMean
 from functional_llm.training.cross_entropy import cross_entropy
 from functional_llm.training.rematerialize import Values, rematerialize
+from functional_llm.xla.rewriter import optimize_for_cpu
 
 State: TypeAlias = tuple[Values, ...]  # of a compiled model: weights, optimizer, metrics
 Logs: TypeAlias = dict[str, jax.Array]
 
 
-class LossModel(KeepsValues, Freezable, keras.Model):
+class LossModel(KeepsValues, Freezable, FullFloat32, keras.Model):
     """A backbone with its loss, for `fit`, `evaluate` and any Keras callback.
 
     It is the backbone's own graph, cut in two at the hidden states. It shares the backbone's
@@ -44,19 +45,27 @@ class LossModel(KeepsValues, Freezable, keras.Model):
 
     Args:
         backbone: A model with the inputs and outputs of a Backbone.
-        chunk_size: C, the tokens whose logits exist at a time.
-        remat: Compute each decoder layer again in the backward pass instead of keeping its inner
-            activations: less memory, about a third more time. On CPUs, see `REMAT_XLA_FLAG`.
+        chunk_size: C, the tokens whose logits exist at a time; chosen for the device and the
+            vocabulary unless it is given.
+        remat: What is computed again in the backward pass instead of being kept. `"nothing"`;
+            `"products"`: all of a decoder layer but its products with weights, mainly attention;
+            `"layer"`: whole decoder layers, for the least memory and about a third more time.
+            `False` and `True` are the first and the last. On CPUs, see `REMAT_XLA_FLAG`.
     """
 
-    def __init__(self, backbone: keras.Model, chunk_size: int = 512, remat: bool = False) -> None:
+    def __init__(
+        self,
+        backbone: keras.Model,
+        chunk_size: int | None = None,
+        remat: bool | str = "nothing",
+    ) -> None:
         super().__init__(name=f"{backbone.name}_loss")
-        if chunk_size < 1:
+        if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"Expected a chunk size of at least 1, received {chunk_size}.")
         hidden, logits = backbone.output["hidden"], backbone.output["logits"]
         trunk = keras.Model(backbone.input, hidden)
         self.backbone = backbone
-        self.trunk = rematerialize(trunk) if remat else trunk
+        self.trunk = rematerialize(trunk, remat)
         self.head = keras.Model(hidden, logits)
         self.chunk_size = chunk_size
         self.total_loss = keras.metrics.Mean(name="total_loss")
@@ -66,6 +75,11 @@ class LossModel(KeepsValues, Freezable, keras.Model):
         self._token_mean: TokenMean | None = None
         self.built = True
         keep_frozen(backbone, self, freeze=None)
+
+    @property
+    def product_dtype(self) -> str:
+        """The dtype of the hidden states."""
+        return str(self.backbone.output["hidden"].dtype)
 
     def compile(self, optimizer: Any = "rmsprop", **kwargs: Any) -> None:
         """Sets the optimizer; arguments as for `keras.Model.compile`, without a loss."""
@@ -138,9 +152,10 @@ class LossModel(KeepsValues, Freezable, keras.Model):
         labels_BT, weights_BT = self._targets(x, y, sample_weight)
         weight = jnp.sum(weights_BT)
         shares_BT = weights_BT / jnp.maximum(weight, 1e-9)
-        loss, losses_BT = cross_entropy(
-            self.head, y_pred, labels_BT, shares_BT, self.chunk_size, training
-        )
+        with full_float32(self.product_dtype):
+            loss, losses_BT = cross_entropy(
+                self.head, y_pred, labels_BT, shares_BT, self.chunk_size, training
+            )
         total = sum(self.losses, loss)
         self.total_loss.update_state(total, sample_weight=weight)
         self.token_loss.update_state(losses_BT, sample_weight=weights_BT)
