@@ -19,7 +19,7 @@ from functional_llm.formats.weight_table import HEAD, expand_table, module_names
 from functional_llm.graph.backend import require_jax
 from functional_llm.graph.freezing import Freezable, freeze_variables
 from functional_llm.graph.keeping_values import KeepsValues
-from functional_llm.graph.keras_private import uninitialized
+from functional_llm.graph.keras_values import uninitialized
 from functional_llm.graph.types import JSON, Nested
 from functional_llm.layers.call_inputs import as_tensors, complete_inputs, with_mask
 from functional_llm.peft.adapter import REVERSED

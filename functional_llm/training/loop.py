@@ -152,6 +152,8 @@ def train(
         finish.run()
     except Exception as error:
         if not finish.is_done:
+            if path.exists():
+                error.add_note(f"{path} has step {read_facts(path)['step']}: resume from there.")
             raise
         say(f"What was trained is saved; the last evaluation failed: {_first_line(error)}")
     finally:
