@@ -14,6 +14,7 @@ from functional_llm.graph.freezing import Freezable, keep_frozen
 from functional_llm.graph.keeping_values import KeepsValues
 from functional_llm.graph.types import Nested, Tensor
 from functional_llm.training.accumulation import TokenMean
+from functional_llm.training.checked_data import ChecksData, check_batch
 from functional_llm.training.cross_entropy import cross_entropy
 from functional_llm.training.rematerialize import Values, rematerialize
 
@@ -21,7 +22,7 @@ State: TypeAlias = tuple[Values, ...]  # of a compiled model: weights, optimizer
 Logs: TypeAlias = dict[str, jax.Array]
 
 
-class LossModel(KeepsValues, Freezable, keras.Model):
+class LossModel(ChecksData, KeepsValues, Freezable, keras.Model):
     """A backbone with its loss, for `fit`, `evaluate` and any Keras callback.
 
     It is the backbone's own graph, cut in two at the hidden states. It shares the backbone's
@@ -49,6 +50,8 @@ class LossModel(KeepsValues, Freezable, keras.Model):
             activations: less memory, about a third more time. On CPUs, see `REMAT_XLA_FLAG`.
     """
 
+    takes_token_labels = True
+
     def __init__(self, backbone: keras.Model, chunk_size: int = 512, remat: bool = False) -> None:
         super().__init__(name=f"{backbone.name}_loss")
         if chunk_size < 1:
@@ -59,6 +62,7 @@ class LossModel(KeepsValues, Freezable, keras.Model):
         self.trunk = rematerialize(trunk) if remat else trunk
         self.head = keras.Model(hidden, logits)
         self.chunk_size = chunk_size
+        self.vocabulary_size = logits.shape[-1]
         self.total_loss = keras.metrics.Mean(name="total_loss")
         self.token_loss = keras.metrics.Mean(name="token_loss")
         self.batch_loss = Latest(name="batch_loss")
@@ -161,6 +165,7 @@ class LossModel(KeepsValues, Freezable, keras.Model):
                 f"Expected labels of the shape of token_ids, {shape}, integers, received "
                 f"{labels.shape} of {labels.dtype}. The label of a token is the id of the next one."
             )
+        check_batch(None, labels, self.vocabulary_size)
         labels_BT = jnp.where(positions_BT >= 0, labels.astype("int32"), -1)
         weights_BT = (labels_BT >= 0).astype("float32")
         if sample_weight is not None:
