@@ -27,6 +27,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_a_clone_can_be_called_and_trained(tmp_path: Path) -> None:
+    save_reference(CONFIGS["mistral_window"], tmp_path)
+    backbone = flm.Backbone.from_preset(tmp_path)
+    backbone.compile("adamw")
+    clone = keras.models.clone_model(backbone)
+    assert type(clone) is flm.Backbone and not np.array_equal(clone(IDS), backbone(IDS))
+    clone.set_weights(backbone.get_weights())
+    np.testing.assert_array_equal(clone(IDS), backbone(IDS))
+    cache = flm.make_cache(clone, batch_size=2, num_slots=16)
+    result = clone({"token_ids": IDS, "cache": cache})
+    np.testing.assert_allclose(result["logits"], backbone(IDS), atol=1e-5)
+    clone.fit(IDS, verbose=0)
+    assert not np.array_equal(clone(IDS), backbone(IDS))
+
+
 @in_both_ways
 def test_what_is_frozen_stays_so_and_the_config_comes_along(
     folder: Path, duplicate: Callable[[Any], Any]

@@ -303,6 +303,15 @@ def test_metrics_are_those_of_the_layer_itself() -> None:
     assert page.own_metrics(layer) == [layer.metric] and len(layer.metrics) == 2
 
 
+def test_inputs_are_optional_or_not() -> None:
+    x = keras.Input((4,), optional=True)
+    clone = keras.models.clone_model(keras.Model(x, layers.Identity()(x)))
+    assert page.is_optional_input(x) and not page.is_optional_input(clone.input)
+    page.make_optional(clone.input)
+    assert page.is_optional_input(clone.input)
+    page.make_optional(clone.output)  # which comes from no Input
+
+
 # Variables.
 
 

@@ -120,6 +120,12 @@ def is_optional_input(x: keras.KerasTensor) -> bool:
     return bool(getattr(layer, "optional", False) or getattr(layer, "may_return_none", False))
 
 
+def make_optional(x: keras.KerasTensor) -> None:
+    """Makes the `keras.Input` that a tensor comes from optional; `clone_model` forgets that."""
+    if hasattr(x._keras_history.operation, "optional"):
+        x._keras_history.operation.optional = True
+
+
 def mask_of(x: Tensor) -> Tensor | None:
     """Returns the mask that travels with a tensor, if any. Keras has no public reader."""
     return getattr(x, "_keras_mask", None)

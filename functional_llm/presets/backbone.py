@@ -19,6 +19,7 @@ from functional_llm.formats.weight_table import HEAD, expand_table, module_names
 from functional_llm.graph.backend import require_jax
 from functional_llm.graph.freezing import Freezable, freeze_variables
 from functional_llm.graph.keeping_values import KeepsValues
+from functional_llm.graph.keras_private import make_optional
 from functional_llm.graph.keras_values import uninitialized
 from functional_llm.graph.types import JSON, Nested
 from functional_llm.layers.call_inputs import as_tensors, complete_inputs, with_mask
@@ -32,6 +33,7 @@ from functional_llm.stock.stablehlo import export_stablehlo
 from functional_llm.tokenizers import TextTokenizer, save_tokenizer
 from functional_llm.training.default_loss import LanguageModelLoss
 
+_REQUIRED = {"token_ids", "positions"}
 _DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 
 
@@ -50,6 +52,9 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, keras.Model):
     False where a token must not see another that it would see, and with a cache (B, T, P), a column
     for each position; `cache` from `make_cache` or from an earlier call.
 
+    `copy.deepcopy` copies all of it. `keras.models.clone_model` makes new weights, and passes on
+    neither `config` nor which weights are frozen.
+
     Args:
         inputs: Symbolic inputs, a dict with all of the above.
         outputs: Symbolic outputs: `logits` (B, T, V), `hidden` (B, T, D), which the head turns
@@ -67,6 +72,9 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, keras.Model):
         config: ModelConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        for key in set(inputs) - _REQUIRED:
+            for x in keras.tree.flatten(inputs[key]):
+                make_optional(x)
         super().__init__(inputs=inputs, outputs=outputs, name=name, **kwargs)
         self.config: Any = config  # each family has fields of its own
         self.preset: str | None = None  # the handle that the weights came from
