@@ -339,6 +339,29 @@ def test_a_step_over_batches_is_that_of_one_batch_of_their_rows(
             np.testing.assert_allclose(value, expected, atol=2e-6)
 
 
+def test_a_batch_that_overflows_counts_for_nothing(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 128, (3, 2, 12)).astype("int32")
+    weights = np.ones((2, 12), "float32")
+    weights[0, 4:] = 0
+
+    def trained(batches: list[int]) -> list[np.ndarray]:
+        model = LossModel(Backbone.from_preset(folder))
+        inner = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
+        optimizer = keras.optimizers.LossScaleOptimizer(inner, initial_scale=2.0**10)
+        model.compile(optimizer, auto_scale_loss=False)
+        for number in batches:
+            bad = np.where(weights > 0, np.inf, 0).astype("float32")
+            model.train_on_batch(rows[number], sample_weight=bad if number == 2 else weights)
+        assert float(optimizer.dynamic_scale) == 2.0**10 / 2 ** batches.count(2)
+        return [np.array(v) for v in model.trainable_variables]
+
+    expected = trained([0, 1, 1, 0])
+    for batches in ([2, 0, 1, 1, 0], [0, 2, 1, 1, 0], [0, 1, 2, 2, 1, 0]):
+        for received, value in zip(trained(batches), expected, strict=True):
+            np.testing.assert_allclose(received, value, atol=1e-6)
+
+
 def test_compile_without_a_loss_trains_a_language_model(folder: Path) -> None:
     backbone = Backbone.from_preset(folder)
     x, y, weights = batch = _uneven_batch(backbone)

@@ -87,11 +87,13 @@ class LossModel(ChecksData, KeepsValues, Freezable, keras.Model):
         return optimize_for_cpu(self._train_step)(state, data)
 
     def _train_step(self, state: State, data: Nested) -> tuple[Logs, State]:
-        if self._token_mean is not None:
-            trainable, fixed, optimizer, metrics = state
-            count = jnp.sum(self._targets(*keras.utils.unpack_x_y_sample_weight(data))[1])
-            state = trainable, fixed, self._token_mean.begin_batch(optimizer, count), metrics
-        return super().train_step(state, data)
+        if self._token_mean is None:
+            return super().train_step(state, data)
+        trainable, fixed, optimizer, metrics = state
+        count = jnp.sum(self._targets(*keras.utils.unpack_x_y_sample_weight(data))[1])
+        state = trainable, fixed, self._token_mean.begin_batch(optimizer, count), metrics
+        logs, (trainable, fixed, after, metrics) = super().train_step(state, data)
+        return logs, (trainable, fixed, self._token_mean.end_batch(optimizer, after), metrics)
 
     def test_step(self, state: State, data: Nested) -> tuple[Logs, State]:
         """Returns the logs and the state after an evaluation; Keras compiles it."""
