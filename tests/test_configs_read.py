@@ -141,13 +141,19 @@ def test_spellings_that_agree(keys: dict[str, Any]) -> None:
     ("keys", "values"),
     [
         ({"rope_parameters": {"rope_theta": 500.0}, "rope_theta": 300.0}, ("300.0", "500.0")),
-        ({"rope_parameters": {"rope_theta": 500.0}, "rope_scaling": YARN4}, ("500.0", "no rope_th")),
+        (
+            {"rope_parameters": {"rope_theta": 500.0}, "rope_scaling": YARN4},
+            ("500.0", "no rope_th"),
+        ),
         ({"rope_parameters": {**YARN4, "factor": 2.0}, "rope_scaling": YARN4}, ("2.0", "4.0")),
         (
             {"rope_parameters": YARN4, "rope_scaling": {"type": "linear", "factor": 4.0}},
             ("'yarn'", "'linear'"),
         ),
-        ({"rope_parameters": {**YARN4, "beta_fast": 16}, "rope_scaling": YARN4}, ("16", "no beta_fast")),
+        (
+            {"rope_parameters": {**YARN4, "beta_fast": 16}, "rope_scaling": YARN4},
+            ("16", "no beta_fast"),
+        ),
         ({"rope_scaling": {"type": "linear", "rope_type": "yarn"}}, ("'linear'", "'yarn'")),
     ],
 )

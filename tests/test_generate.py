@@ -240,12 +240,15 @@ def test_what_a_tokenizer_of_transformers_returns_is_a_prompt(
 def test_texts_in_arrays(generator: TextGenerator) -> None:
     texts = ["The quick", "The"]
     expected = generator.generate(texts, 4)
+    array: Any
+    one: Any
     for array in (np.array(texts), np.array(texts, object), tuple(texts)):
         assert generator.generate(array, 4) == expected
     for one in (np.array(texts)[0], np.array(texts[0])):
-        assert generator.generate(one, 4) == "".join(generator.stream(one, 4)) == expected[0]
+        assert generator.generate(one, 4) == expected[0]
+        assert "".join(generator.stream(one, 4)) == expected[0]
     with pytest.raises(ValueError, match="one prompt, received 2"):
-        list(generator.stream(np.array(texts), 4))
+        list(generator.stream(array, 4))
 
 
 def test_no_tokens_are_refused_by_the_model(generator: TextGenerator) -> None:

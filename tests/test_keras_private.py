@@ -448,7 +448,7 @@ def test_only_the_page_touches_private_keras() -> None:
     private = used_names(page_tree) | {str(x) for x in on_page if is_private(x)} | foreign
     private |= {"fill_in", "is_input", "keras_tensors"}
     found = [
-        f"{path.relative_to(PACKAGE)}:{line}: expected it in graph/keras_private.py or its second half"
+        f"{path.relative_to(PACKAGE)}:{line}: expected it in graph/keras_private.py"
         for path, tree in trees.items()
         for line in find_private(tree, private)
     ]

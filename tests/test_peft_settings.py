@@ -155,7 +155,14 @@ def test_tokens_that_train_alone(one: Any, target: str | None, tmp_path: Path) -
 
 # Every setting for two models that have all parts; the others for what differs in them.
 EVERY = ["gpt2_tied", "llama_biases"]
-OF_TIED = ["embedding", "dora of the embedding", "embedding and mlp", "tokens", "tokens of both", "tokens of the head"]
+OF_TIED = [
+    "embedding",
+    "dora of the embedding",
+    "embedding and mlp",
+    "tokens",
+    "tokens of both",
+    "tokens of the head",
+]
 CASES = [
     (name, setting)
     for name in NAMES

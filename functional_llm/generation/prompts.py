@@ -78,7 +78,5 @@ def encode_prompt(
 def _is_number(value: object) -> bool:
     # Elements of arrays have no dimensions.
     return isinstance(value, (int, float, np.number)) or (
-        hasattr(value, "dtype")
-        and not isinstance(value, (str, bytes))
-        and np.ndim(value) == 0  # type: ignore[arg-type]
+        hasattr(value, "dtype") and not isinstance(value, (str, bytes)) and np.ndim(value) == 0  # type: ignore[arg-type]
     )

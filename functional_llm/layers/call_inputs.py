@@ -169,7 +169,7 @@ def _checked_token_ids(token_ids: Tensor, vocabulary_size: int) -> Tensor:
             "Expected token_ids, an array of shape (batch, tokens) and an integer dtype, received "
             f"a {type(token_ids).__name__} of shape {tuple(shape)}, dtype {dtype}."
         )
-    if shape[1] == 0:
+    if 0 in shape[1:]:
         raise ValueError(
             f"Expected token_ids of at least one token, received shape {tuple(shape)}."
         )

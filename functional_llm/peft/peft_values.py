@@ -23,7 +23,7 @@ def tokens_from_peft(
 ) -> tuple[JSON, dict[str, np.ndarray]]:
     """Returns config and tensors of PEFT's TRAINABLE_TOKENS as LoRA's would be, for no targets."""
     end = ".trainable_tokens_delta"
-    renamed = {f"{x.removesuffix(end)}{_ROWS}" if x.endswith(end) else x: t for x, t in tensors.items()}
+    renamed = {x.replace(end, _ROWS) if x.endswith(end) else x: t for x, t in tensors.items()}
     modules = {x.removeprefix(PREFIX).removesuffix(_ROWS) for x in renamed if x.endswith(_ROWS)}
     indices = dict.fromkeys(modules, config.get("token_indices"))
     own = {"token_indices", "init_weights", "target_modules", "exclude_modules"}

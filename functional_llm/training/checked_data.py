@@ -17,12 +17,18 @@ class ChecksData:
     """A mixin for language models: ids that are not in the vocabulary are an error.
 
     A compiled step would make them NaN, and then all weights. Put this class before `keras.Model`,
-    which calls these methods. The model has a `vocabulary_size`, and says with
-    `takes_token_labels` whether its labels are ids.
+    which calls these methods.
     """
 
-    vocabulary_size: int
-    takes_token_labels: bool
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens."""
+        raise NotImplementedError
+
+    @property
+    def takes_token_labels(self) -> bool:
+        """Whether labels are ids."""
+        return True
 
     def make_train_function(self, force: bool = False) -> None:
         """Makes the step of `fit`."""
@@ -50,8 +56,9 @@ class ChecksData:
 
     def _checked_batch(self, data: Nested) -> Nested:
         x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        token_ids = x.get("token_ids") if isinstance(x, Mapping) else x
         labels = y if self.takes_token_labels else None
-        check_batch(x.get("token_ids") if isinstance(x, Mapping) else x, labels, self.vocabulary_size)
+        check_batch(token_ids, labels, self.vocabulary_size)
         return data
 
 

@@ -84,7 +84,7 @@ class LanguageModelLoss(ChecksData):
             self.optimizer.build(self.trainable_variables)  # type: ignore[attr-defined]
 
     @property
-    def takes_token_labels(self) -> bool:  # type: ignore[override]
+    def takes_token_labels(self) -> bool:
         """Whether labels are ids: another loss may take others."""
         return self._steps is not None
 

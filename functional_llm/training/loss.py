@@ -50,8 +50,6 @@ class LossModel(ChecksData, KeepsValues, Freezable, keras.Model):
             activations: less memory, about a third more time. On CPUs, see `REMAT_XLA_FLAG`.
     """
 
-    takes_token_labels = True
-
     def __init__(self, backbone: keras.Model, chunk_size: int = 512, remat: bool = False) -> None:
         super().__init__(name=f"{backbone.name}_loss")
         if chunk_size < 1:
@@ -62,7 +60,6 @@ class LossModel(ChecksData, KeepsValues, Freezable, keras.Model):
         self.trunk = rematerialize(trunk) if remat else trunk
         self.head = keras.Model(hidden, logits)
         self.chunk_size = chunk_size
-        self.vocabulary_size = logits.shape[-1]
         self.total_loss = keras.metrics.Mean(name="total_loss")
         self.token_loss = keras.metrics.Mean(name="token_loss")
         self.batch_loss = Latest(name="batch_loss")
@@ -70,6 +67,11 @@ class LossModel(ChecksData, KeepsValues, Freezable, keras.Model):
         self._token_mean: TokenMean | None = None
         self.built = True
         keep_frozen(backbone, self, freeze=None)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens."""
+        return self.backbone.output["logits"].shape[-1]
 
     def compile(self, optimizer: Any = "rmsprop", **kwargs: Any) -> None:
         """Sets the optimizer; arguments as for `keras.Model.compile`, without a loss."""
