@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,3 +83,23 @@ def test_a_generator_that_has_written(folder: Path, duplicate: Callable[[Any], A
     generator = flm.TextGenerator(flm.Backbone.from_preset(folder))
     expected = generator.generate_ids([[1, 2, 3]], max_new_tokens=3)
     assert duplicate(generator).generate_ids([[1, 2, 3]], max_new_tokens=3) == expected
+
+
+FULL_DISK = """
+import resource, signal, sys
+import functional_llm as flm
+backbone = flm.Backbone.from_preset(sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    backbone.save_weights(sys.argv[2])
+except OSError as error:
+    print(error)
+"""
+
+
+def test_weights_on_a_full_disk(folder: Path, tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", FULL_DISK, str(folder), str(tmp_path / "x.weights.h5")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert "Expected a folder that can be written to, with room for" in done.stdout
+    assert list(tmp_path.iterdir()) == []

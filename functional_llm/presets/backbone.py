@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, S slots, V vocabulary.
 """
 
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import numpy as np
 
 from functional_llm.backbones.families import FAMILIES
 from functional_llm.backbones.family import Family, ModelConfig
+from functional_llm.files.replacing import check_writable
 from functional_llm.formats.hf_directory import write_directory
 from functional_llm.formats.weight_table import HEAD, expand_table, module_names, tied_head
 from functional_llm.graph.backend import require_jax
@@ -191,6 +193,13 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, keras.Model):
             load_keras_weights(Path(filepath), self)
         else:
             super().load_weights(filepath, *args, **kwargs)
+
+    def save_weights(self, filepath: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As `keras.Model.save_weights`; on a full disk an OSError, where HDF5 crashes."""
+        sizes = (math.prod(v.shape) * np.dtype(v.dtype).itemsize for v in self.variables)
+        about_each = 16_384 * len(self.variables)  # what HDF5 writes beside the values
+        check_writable(Path(filepath).parent, sum(sizes) + about_each)
+        super().save_weights(filepath, *args, **kwargs)
 
     def save(
         self,
