@@ -42,7 +42,7 @@ def run_command(
     try:
         command()
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if advice:

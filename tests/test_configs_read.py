@@ -1,11 +1,15 @@
 """RoPE in a config.json against Transformers, and what anybody may write into one."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,8 +18,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import functional_llm as flm
 from configs import CONFIGS, ONE_OF_EACH_FAMILY
 from functional_llm.backbones.families import FAMILIES
+from functional_llm.blocks import mlp
 from functional_llm.blocks.rope import Rope
-from functional_llm.formats.hf_config import read_config, write_config
+from functional_llm.formats.hf_config import ACTIVATIONS, read_config, write_config
 from functional_llm.formats.hf_directory import HuggingFaceDirectory
 from functional_llm.presets.sources import read_numbers
 from reference import reference_greedy, save_reference
@@ -136,13 +141,19 @@ def test_spellings_that_agree(keys: dict[str, Any]) -> None:
     ("keys", "values"),
     [
         ({"rope_parameters": {"rope_theta": 500.0}, "rope_theta": 300.0}, ("300.0", "500.0")),
-        ({"rope_parameters": {"rope_theta": 500.0}, "rope_scaling": YARN4}, ("500.0", "10000.0")),
+        (
+            {"rope_parameters": {"rope_theta": 500.0}, "rope_scaling": YARN4},
+            ("500.0", "no rope_th"),
+        ),
         ({"rope_parameters": {**YARN4, "factor": 2.0}, "rope_scaling": YARN4}, ("2.0", "4.0")),
         (
             {"rope_parameters": YARN4, "rope_scaling": {"type": "linear", "factor": 4.0}},
             ("'yarn'", "'linear'"),
         ),
-        ({"rope_parameters": {**YARN4, "beta_fast": 16}, "rope_scaling": YARN4}, ("16", "None")),
+        (
+            {"rope_parameters": {**YARN4, "beta_fast": 16}, "rope_scaling": YARN4},
+            ("16", "no beta_fast"),
+        ),
         ({"rope_scaling": {"type": "linear", "rope_type": "yarn"}}, ("'linear'", "'yarn'")),
     ],
 )
@@ -179,6 +190,14 @@ def test_two_kinds_of_rope(keys: dict[str, Any]) -> None:
     expected = transformers.AutoConfig.for_model(**json.loads(json.dumps(config)))
     local = expected.rope_parameters["sliding_attention"]["rope_theta"]
     assert ours.local_rope_max_wavelength == local
+
+
+def test_flat_parameters_of_two_kinds_of_rope_name_no_default() -> None:
+    keys = {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}
+    with pytest.raises(ValueError, match=r"=300\.0 in rope_parameters, and no rope_theta where"):
+        read_config({**GEMMA3, **keys}, FAMILIES["gemma3_text"])
+    with pytest.raises(ValueError, match=r"=300\.0 in rope_parameters, and 5000\.0 as rope_theta"):
+        read_config({**GEMMA3, **keys, "rope_theta": 5e3}, FAMILIES["gemma3_text"])
 
 
 @pytest.mark.parametrize(
@@ -343,6 +362,45 @@ def test_any_text_in_the_file(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"config\.json"):
         read_numbers(tmp_path)
+
+
+def test_activations_are_all_that_transformers_has() -> None:
+    x = np.concatenate([np.linspace(-12, 12, 97), [-1e-3, 0.0, 1e-3]]).astype("float32")
+    assert set(transformers.activations.ACT2FN) - set(ACTIVATIONS) == {"prelu", "xielu"}
+    for theirs, ours in ACTIVATIONS.items():
+        expected = transformers.activations.ACT2FN[theirs](torch.from_numpy(x)).numpy()
+        received = mlp.ACTIVATIONS[ours](jnp.asarray(x))
+        np.testing.assert_allclose(received, expected, atol=1e-5, rtol=1e-5, err_msg=theirs)
+    assert set(ACTIVATIONS.values()) == set(mlp.ACTIVATIONS)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
+def test_activations_are_written_so_that_they_are_read_again(name: str) -> None:
+    family = FAMILIES[CONFIGS[name]["model_type"]]
+    config: Any = read_config(CONFIGS[name], family)
+    for activation in mlp.ACTIVATIONS:
+        ours = dataclasses.replace(config, activation=activation)
+        assert read_config(write_config(ours, family, "float32"), family) == ours
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "received"),
+    [
+        ("gemma_grouped", {"hidden_activation": "relu"}, "no hidden_act, which means 'gelu_pyt"),
+        (
+            "gemma_grouped",
+            {"hidden_activation": "relu", "hidden_act": "gelu"},
+            "hidden_act='gelu', which means 'gelu_pyt",
+        ),
+        ("gemma2_soft_caps", {"hidden_act": "silu"}, "='silu' and no hidden_activation, which"),
+        ("gemma2_soft_caps", {"sliding_window_size": 4}, "_size=4 and sliding_window=8. Transf"),
+    ],
+)
+def test_a_key_that_is_not_read_is_told_from_a_default(
+    name: str, keys: dict[str, Any], received: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(received)):
+        read_config({**CONFIGS[name], **keys}, FAMILIES[CONFIGS[name]["model_type"]])
 
 
 def test_heads_that_do_not_share_out_evenly() -> None:

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny")
     save_reference(CONFIGS["llama_grouped"], path)
     return path
+
+
+def test_a_clone_can_be_called_and_trained(tmp_path: Path) -> None:
+    save_reference(CONFIGS["mistral_window"], tmp_path)
+    backbone = flm.Backbone.from_preset(tmp_path)
+    backbone.compile("adamw")
+    clone = keras.models.clone_model(backbone)
+    assert type(clone) is flm.Backbone and not np.array_equal(clone(IDS), backbone(IDS))
+    clone.set_weights(backbone.get_weights())
+    np.testing.assert_array_equal(clone(IDS), backbone(IDS))
+    cache = flm.make_cache(clone, batch_size=2, num_slots=16)
+    result = clone({"token_ids": IDS, "cache": cache})
+    np.testing.assert_allclose(result["logits"], backbone(IDS), atol=1e-5)
+    clone.fit(IDS, verbose=0)
+    assert not np.array_equal(clone(IDS), backbone(IDS))
 
 
 @in_both_ways
@@ -66,3 +83,23 @@ def test_a_generator_that_has_written(folder: Path, duplicate: Callable[[Any], A
     generator = flm.TextGenerator(flm.Backbone.from_preset(folder))
     expected = generator.generate_ids([[1, 2, 3]], max_new_tokens=3)
     assert duplicate(generator).generate_ids([[1, 2, 3]], max_new_tokens=3) == expected
+
+
+FULL_DISK = """
+import resource, signal, sys
+import functional_llm as flm
+backbone = flm.Backbone.from_preset(sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    backbone.save_weights(sys.argv[2])
+except OSError as error:
+    print(error)
+"""
+
+
+def test_weights_on_a_full_disk(folder: Path, tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", FULL_DISK, str(folder), str(tmp_path / "x.weights.h5")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert "Expected a folder that can be written to, with room for" in done.stdout
+    assert list(tmp_path.iterdir()) == []

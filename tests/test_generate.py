@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import transformers
 
 import functional_llm as flm
 from functional_llm.generation.stop_strings import StoppingDecoder
@@ -214,6 +215,45 @@ def test_messages_a_rendered_text_and_ids_are_the_same_prompt(generator: TextGen
     rows: Any = np.array([ids, ids])
     assert generator.generate(rows, 20) == [expected] * 2
     assert generator.generate([MESSAGES], 20) == [expected]
+
+
+def test_what_a_tokenizer_of_transformers_returns_is_a_prompt(
+    folder: str, generator: TextGenerator
+) -> None:
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs.pad_token, theirs.padding_side = "<s>", "left"
+    texts = ["The quick", "The quick brown fox"]
+    rows = [theirs(text)["input_ids"] for text in texts]
+    expected = [generator.generate(row, 4) for row in rows]
+    assert generator.generate(theirs(texts[0]), 4) == expected[0]
+    assert "".join(generator.stream(theirs(texts[0], return_tensors="np"), 4)) == expected[0]
+    for encoding in (theirs(texts), theirs(texts, padding=True, return_tensors="pt")):
+        assert generator.generate(encoding, 4) == expected
+        assert generator.generate_ids(encoding, 4) == generator.generate_ids(rows, 4)
+    assert generator.generate([theirs(text) for text in texts], 4) == expected
+    padded = theirs(texts, padding=True, return_tensors="np")
+    logits = np.asarray(generator.backbone(padded))
+    alone = np.asarray(generator.backbone(np.array(rows[:1])))
+    np.testing.assert_allclose(logits[0, -len(rows[0]) :], alone[0], atol=1e-5)
+
+
+def test_texts_in_arrays(generator: TextGenerator) -> None:
+    texts = ["The quick", "The"]
+    expected = generator.generate(texts, 4)
+    array: Any
+    one: Any
+    for array in (np.array(texts), np.array(texts, object), tuple(texts)):
+        assert generator.generate(array, 4) == expected
+    for one in (np.array(texts)[0], np.array(texts[0])):
+        assert generator.generate(one, 4) == expected[0]
+        assert "".join(generator.stream(one, 4)) == expected[0]
+    with pytest.raises(ValueError, match="one prompt, received 2"):
+        list(generator.stream(array, 4))
+
+
+def test_no_tokens_are_refused_by_the_model(generator: TextGenerator) -> None:
+    with pytest.raises(ValueError, match=r"at least one token, received shape \(1, 0\)"):
+        generator.backbone(np.zeros((1, 0), "int32"))
 
 
 def test_a_text_from_strangers_holds_no_special_tokens(generator: TextGenerator) -> None:

@@ -1,13 +1,15 @@
 """What graphs refuse, and how: sizes, what has no graph yet, errors from inside, failed steps."""
 
 import copy
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import keras
 import numpy as np
 import pytest
@@ -404,6 +406,70 @@ def test_weights_outlive_a_failure(what: str, when: str) -> None:
     assert np.isfinite(model.predict(X, verbose=0)).all()
 
 
+FAILURES = (RuntimeError, ValueError)  # which of them, only JAX knows
+
+
+class FailsWhenItRuns(layers.Layer):
+    is_broken = False
+
+    def call(self, x: Any) -> Any:
+        def check(value: Any) -> Any:
+            if FailsWhenItRuns.is_broken:
+                raise RuntimeError("boom")
+            return value
+
+        first = jax.lax.stop_gradient(x[:1, :1])
+        return x + 0 * jax.pure_callback(check, jax.typeof(first), first, vmap_method="sequential")
+
+
+@pytest.fixture
+def fails_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    x = keras.Input((4,))
+    frozen = layers.Dense(4, trainable=False)
+    model = Keeping(x, layers.Dense(4)(FailsWhenItRuns()(frozen(x))))
+    model.compile("adam", "mse")
+    model.fit(X, X, verbose=0)
+    logging.disable()  # JAX logs what a callback raises
+    yield model
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("what", ["predict", "evaluate", "predict_on_batch", "test_on_batch"])
+def test_weights_outlive_a_step_that_fails_while_it_runs(
+    what: str, fails_when_it_runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fails_when_it_runs
+    before = [np.array(v) for v in model.variables]
+    given = [X] if "predict" in what else [X, X]
+    with monkeypatch.context() as patch, pytest.raises(FAILURES, match="boom"):
+        patch.setattr(FailsWhenItRuns, "is_broken", True)
+        getattr(model, what)(*given, **({} if "batch" in what else {"verbose": 0}))
+    for old, variable in zip(before, model.variables, strict=True):
+        np.testing.assert_array_equal(variable, old)
+    model.fit(X, X, verbose=0)
+
+
+@pytest.mark.parametrize("what", ["fit", "train_on_batch"])
+def test_what_trains_is_lost_with_such_a_step_and_says_so(
+    what: str, fails_when_it_runs: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = fails_when_it_runs
+    model.save_weights(tmp_path / "x.weights.h5")
+    expected = model.predict(X, verbose=0)
+    with monkeypatch.context() as patch, pytest.raises(FAILURES, match="boom") as error:
+        patch.setattr(FailsWhenItRuns, "is_broken", True)
+        getattr(model, what)(X, X)
+    assert "dense" in notes(error) and "Load them again" in notes(error)
+    trained, frozen = model.layers[3].kernel, model.layers[1].kernel
+    with pytest.raises(RuntimeError, match="of shape .4, 4. has no value.*Load the model again"):
+        np.array(trained)
+    assert np.isfinite(np.array(frozen)).all()
+    model.load_weights(tmp_path / "x.weights.h5")
+    np.testing.assert_array_equal(model.predict(X, verbose=0), expected)
+    model.compile("adam", "mse")
+    model.fit(X, X, verbose=0)
+
+
 def test_a_backbone_outlives_a_failure(backbone: Any) -> None:
     expected = np.array(backbone(IDS))
     with pytest.raises(RuntimeError, match="boom"):
@@ -423,7 +489,7 @@ def test_other_models_are_never_random(piece: Any) -> None:
 
 
 def test_a_weight_without_a_value_is_never_random() -> None:
-    from functional_llm.graph.keras_private import uninitialized
+    from functional_llm.graph.keras_values import uninitialized
 
     layer = layers.Dense(3)
     with uninitialized():

@@ -1,6 +1,7 @@
 """Each thing of Keras's without a public name, in one test that fails when Keras moves it.
 
-All stand on one page, functional_llm/graph/keras_private.py: a new version of Keras is tried here.
+All stand on two pages, functional_llm/graph/keras_private.py and keras_values.py: a new version of
+Keras is tried here.
 """
 
 import ast
@@ -14,10 +15,11 @@ import pytest
 from keras import layers, ops
 
 from functional_llm.graph import keras_private as page
+from functional_llm.graph import keras_values as values_page
 from functional_llm.graph.composite import CompositeLayer
 
-PAGE = Path(page.__file__)
-PACKAGE = PAGE.parents[1]
+PAGES = [Path(page.__file__), Path(values_page.__file__)]
+PACKAGE = PAGES[0].parents[1]
 X = np.linspace(-1, 1, 8).reshape(2, 4).astype("float32")
 
 
@@ -301,6 +303,15 @@ def test_metrics_are_those_of_the_layer_itself() -> None:
     assert page.own_metrics(layer) == [layer.metric] and len(layer.metrics) == 2
 
 
+def test_inputs_are_optional_or_not() -> None:
+    x = keras.Input((4,), optional=True)
+    clone = keras.models.clone_model(keras.Model(x, layers.Identity()(x)))
+    assert page.is_optional_input(x) and not page.is_optional_input(clone.input)
+    page.make_optional(clone.input)
+    assert page.is_optional_input(clone.input)
+    page.make_optional(clone.output)  # which comes from no Input
+
+
 # Variables.
 
 
@@ -328,7 +339,7 @@ def test_values_are_kept_when_a_step_fails() -> None:
     for keeps in (True, False):  # the second time as Keras does it
         with pytest.raises(KeyError):
             if keeps:
-                with page.kept_values(model):
+                with values_page.kept_values(model):
                     model.predict(X, verbose=0, callbacks=[Stops()])
             else:
                 model.predict(X, verbose=0, callbacks=[Stops()])
@@ -339,11 +350,33 @@ def test_values_are_kept_when_a_step_fails() -> None:
     assert "_get_jax_state" not in vars(model)
 
 
+def test_steps_do_not_write_into_what_they_do_not_change() -> None:
+    model = model_of(layers.Dense(4, trainable=False))
+    outputs = layers.Dense(4)(layers.Dropout(0.5, seed=0)(model.output))
+    model = keras.Model(model.input, outputs)
+    model.compile("sgd", "mse")
+    with values_page.donating(0, 2, 3):
+        model.make_train_function()
+    kernel, seed = model.layers[1].kernel.value, model.layers[2].seed_generator.state.value
+    trained = model.layers[3].kernel.value
+    assert kernel.shape == (4, 4)
+    model.fit(X, X, verbose=0)
+    assert model.layers[1].kernel.value is kernel and not kernel.is_deleted()
+    assert trained.is_deleted() and not np.array_equal(model.layers[2].seed_generator.state, seed)
+    with values_page.donating():
+        model.make_predict_function()
+        model.make_test_function()
+    now = model.layers[3].kernel.value
+    model.predict(X, verbose=0)
+    model.evaluate(X, X, verbose=0)
+    assert model.layers[3].kernel.value is now and not now.is_deleted()
+
+
 def test_variables_are_made_without_values_and_forgotten() -> None:
     layer = layers.Dense(3)
-    with page.uninitialized():
+    with values_page.uninitialized():
         layer.build((None, 4))
-    assert layer.kernel._value is None and layer.kernel._initializer is page.no_value
+    assert layer.kernel._value is None and layer.kernel._initializer is values_page.no_value
     with keras.StatelessScope():  # at its end, Keras initialises those that it remembers
         layers.Dense(3).build((None, 4))
     assert layer.kernel._value is None
@@ -405,7 +438,7 @@ def find_private(tree: ast.Module, names: set[str]) -> list[str]:
 
 def test_only_the_page_touches_private_keras() -> None:
     trees = {path: ast.parse(path.read_text("utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
-    page_tree = trees.pop(PAGE)
+    page_tree = ast.Module([x for path in PAGES for x in trees.pop(path).body], [])
     # What no module here defines belongs to somebody else: to Keras, but for these.
     of_named_tuples = {"_replace"}
     of_jax = set().union(*(used_names(x) for path, x in trees.items() if "cpu" in path.parts))
@@ -442,5 +475,6 @@ def test_the_test_sees(code: str, expected: list[str]) -> None:
 
 def test_each_part_of_the_page_has_a_test() -> None:
     tests = Path(__file__).read_text("utf-8")
-    public = [x.name for x in ast.parse(PAGE.read_text("utf-8")).body if hasattr(x, "name")]
+    bodies = [x for path in PAGES for x in ast.parse(path.read_text("utf-8")).body]
+    public = [x.name for x in bodies if hasattr(x, "name") and not is_private(x.name)]
     assert [name for name in public if f"page.{name}" not in tests and name != "Call"] == []

@@ -30,6 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`init_lora_weights` is 'eva' but"),
     pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu"),
     pytest.mark.filterwarnings("ignore:.*not supported for PeftType.LORA"),
+    pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`, but"),
 ]
 
 IDS = np.random.default_rng(0).integers(0, 128, (1, 9)).astype("int32")
@@ -68,6 +69,10 @@ LORA: dict[str, Any] = {"r": 3, "lora_alpha": 5, "task_type": "CAUSAL_LM"}
 SETTINGS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "head": lambda x: {"target_modules": [*x.targets, "lm_head"]},
     "embedding": lambda x: {"target_modules": [x.embedding, *x.targets], "use_rslora": True},
+    "dora of the embedding": lambda x: {
+        "target_modules": [x.embedding, *x.targets[1:]],
+        "use_dora": True,
+    },
     "bias of targets": lambda x: {"target_modules": x.targets, "bias": "lora_only"},
     "all biases": lambda x: {"target_modules": x.targets, "bias": "all", "lora_dropout": 0.1},
     "whole modules": lambda x: {
@@ -110,9 +115,54 @@ SETTINGS: dict[str, Callable[[Any], dict[str, Any]]] = {
 }
 
 
+# What else PEFT writes for a tied embedding with `ensure_weight_tying`.
+TIED_SETTINGS: dict[str, dict[str, Any]] = {
+    "lora": {"target_modules": ["embed_tokens", "q_proj"]},
+    "lora of the head": {"target_modules": ["lm_head", "q_proj"], "use_dora": True},
+    "module": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [7, 3]},
+}
+
+
+@pytest.mark.parametrize("one", ["llama_multi_head_tied"], indirect=True)
+@pytest.mark.parametrize("setting", TIED_SETTINGS)
+def test_an_embedding_and_a_head_that_train_together(
+    one: Any, setting: str, tmp_path: Path
+) -> None:
+    config = theirs.LoraConfig(**LORA, **TIED_SETTINGS[setting], ensure_weight_tying=True)
+    model = theirs.get_peft_model(one.make(), config).eval()
+    _noise(model)
+    model.save_pretrained(tmp_path)
+    ours = flm.peft.load_adapter(one.backbone, tmp_path)
+    np.testing.assert_allclose(ours(IDS), reference_logits(model, IDS), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("one", ["llama_multi_head_tied", "gpt2_untied_inner"], indirect=True)
+@pytest.mark.parametrize("target", [None, "lm_head"])
+def test_tokens_that_train_alone(one: Any, target: str | None, tmp_path: Path) -> None:
+    options = {} if target is None else {"target_modules": [target]}
+    config = theirs.TrainableTokensConfig(
+        token_indices=[7, 3, 90], task_type="CAUSAL_LM", **options
+    )
+    model = theirs.get_peft_model(one.make(), config).eval()
+    _noise(model)
+    model.save_pretrained(tmp_path)
+    expected = reference_logits(model, IDS)
+    assert np.abs(expected - one.base).max() > 1e-2
+    ours = flm.peft.load_adapter(one.backbone, tmp_path)
+    np.testing.assert_allclose(ours(IDS), expected, atol=1e-4, rtol=0)
+
+
 # Every setting for two models that have all parts; the others for what differs in them.
 EVERY = ["gpt2_tied", "llama_biases"]
-OF_TIED = ["embedding", "embedding and mlp", "tokens", "tokens of both", "tokens of the head"]
+OF_TIED = [
+    "embedding",
+    "dora of the embedding",
+    "embedding and mlp",
+    "tokens",
+    "tokens of both",
+    "tokens of the head",
+]
 CASES = [
     (name, setting)
     for name in NAMES
@@ -236,7 +286,7 @@ def _edit(folder: Path, **changes: Any) -> None:
         ({"init_lora_weights": "loftq"}, "'loftq' quantises the base"),
         ({"init_lora_weights": "corda"}, "'corda' changes the base's weights"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
-        ({"lora_bias": True}, "'lora_bias' = True is not supported"),
+        ({"lora_bias": True}, "lora_bias = True gives B a bias"),
         ({"bias": "some"}, "'bias' = 'some' is not supported"),
         ({"target_parameters": ["x"]}, "'target_parameters' = .* is not supported"),
         ({"layer_replication": [[0, 1]]}, "'layer_replication'"),

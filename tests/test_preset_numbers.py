@@ -18,7 +18,7 @@ from functional_llm.formats.hf_config import (
     read_config,
     write_config,
 )
-from functional_llm.graph.keras_private import uninitialized
+from functional_llm.graph.keras_values import uninitialized
 from functional_llm.presets.table import PresetTable, read_preset
 
 # The config.json of published models, under the names of their presets: keys and values as public

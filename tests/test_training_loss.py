@@ -340,6 +340,29 @@ def test_a_step_over_batches_is_that_of_one_batch_of_their_rows(
             np.testing.assert_allclose(value, expected, atol=2e-6)
 
 
+def test_a_batch_that_overflows_counts_for_nothing(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 128, (3, 2, 12)).astype("int32")
+    weights = np.ones((2, 12), "float32")
+    weights[0, 4:] = 0
+
+    def trained(batches: list[int]) -> list[np.ndarray]:
+        model = LossModel(Backbone.from_preset(folder))
+        inner = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
+        optimizer = keras.optimizers.LossScaleOptimizer(inner, initial_scale=2.0**10)
+        model.compile(optimizer, auto_scale_loss=False)
+        for number in batches:
+            bad = np.where(weights > 0, np.inf, 0).astype("float32")
+            model.train_on_batch(rows[number], sample_weight=bad if number == 2 else weights)
+        assert float(optimizer.dynamic_scale) == 2.0**10 / 2 ** batches.count(2)
+        return [np.array(v) for v in model.trainable_variables]
+
+    expected = trained([0, 1, 1, 0])
+    for batches in ([2, 0, 1, 1, 0], [0, 2, 1, 1, 0], [0, 1, 2, 2, 1, 0]):
+        for received, value in zip(trained(batches), expected, strict=True):
+            np.testing.assert_allclose(received, value, atol=1e-6)
+
+
 def test_compile_without_a_loss_trains_a_language_model(folder: Path) -> None:
     backbone = Backbone.from_preset(folder)
     x, y, weights = batch = _uneven_batch(backbone)
@@ -421,6 +444,54 @@ def test_a_rewired_model_is_compiled_anew(backbone: Backbone) -> None:
 def test_a_loss_of_probabilities_is_refused(backbone: Backbone, loss: Any) -> None:
     with pytest.raises(ValueError, match="takes logits"):
         backbone.compile("adamw", loss)
+
+
+class Generated(keras.utils.PyDataset):
+    """Batches of which the second is another."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        super().__init__()
+        self.batches = [first, second]
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Any:
+        return self.batches[index]
+
+
+@pytest.mark.parametrize("what", ["fit", "evaluate", "train_on_batch", "test_on_batch"])
+def test_ids_beyond_the_vocabulary_are_refused_and_weights_stay(
+    backbone: Backbone, what: str
+) -> None:
+    ids = np.arange(16, dtype="int32").reshape(2, 8)
+    wrong, no_labels = np.where(ids == 5, 128, ids), np.full_like(ids, -100)
+    backbone.compile("adamw")
+    kwargs: Any = {} if "batch" in what else {"verbose": 0}
+    run = getattr(backbone, what)
+    run(ids, np.where(ids < 9, ids, no_labels), **kwargs)
+    before = [np.array(v) for v in backbone.variables]
+    with pytest.raises(ValueError, match=r"labels from 0 to 127, or negative .* from 0 to 128"):
+        run(ids, wrong, **kwargs)
+    with pytest.raises(ValueError, match="token ids from 0 to 127, received token ids from 0 to"):
+        run({"token_ids": wrong}, **kwargs)
+    if "batch" not in what:
+        with pytest.raises(ValueError, match="received labels from 0 to 128"):
+            run(Generated((ids, ids), (ids, wrong)), **kwargs)
+    else:
+        for old, variable in zip(before, backbone.variables, strict=True):
+            np.testing.assert_array_equal(variable, old)
+    assert all(np.isfinite(v).all() for v in backbone.variables)
+    run(ids, **kwargs)
+
+
+def test_other_losses_and_predict_check_token_ids(backbone: Backbone) -> None:
+    ids = np.arange(8, dtype="int32").reshape(1, 8)
+    backbone.compile("sgd", "mse")
+    backbone.train_on_batch(ids, np.full((1, 8, 128), 300))  # labels of another kind
+    for run in (backbone.predict, backbone.predict_on_batch):
+        with pytest.raises(ValueError, match="received token ids from 0 to 500"):
+            run(np.where(ids == 7, 500, 0))
 
 
 def test_bad_arguments_of_training(backbone: Backbone) -> None:

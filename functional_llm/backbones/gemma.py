@@ -90,6 +90,11 @@ def complete_keys(keys: JSON) -> JSON:
     return complete_common_keys(own | keys | {"hidden_act": activation})
 
 
+def written_keys(config: Config) -> JSON:
+    """Returns what Transformers needs: `complete_keys` says what "gelu" means to it."""
+    return {"hidden_act": "gelu_python"} if config.activation == "gelu" else {}
+
+
 FAMILY = Family(
     model_type="gemma",
     architecture="GemmaForCausalLM",
@@ -99,6 +104,7 @@ FAMILY = Family(
     config_ignored={"hidden_activation": "hidden_act"},
     config_constants=CONSTANTS,
     complete_keys=complete_keys,
+    written_keys=written_keys,
     weights=llama.WEIGHTS,
     ignored=llama.FAMILY.ignored,
     gguf_architecture="gemma",

@@ -12,7 +12,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": ops.silu,
     "gelu": lambda x: ops.gelu(x, approximate=False),
     "gelu_approximate": lambda x: ops.gelu(x, approximate=True),
+    "gelu_10": lambda x: ops.clip(ops.gelu(x, approximate=False), -10.0, 10.0),
+    "quick_gelu": lambda x: x * ops.sigmoid(1.702 * x),
     "relu": ops.relu,
+    "relu2": lambda x: ops.square(ops.relu(x)),
+    "relu6": ops.relu6,
+    "leaky_relu": lambda x: ops.leaky_relu(x, 0.01),
+    "hard_silu": ops.hard_silu,
+    "mish": lambda x: x * ops.tanh(ops.softplus(x)),
+    "sigmoid": ops.sigmoid,
+    "tanh": ops.tanh,
+    "linear": lambda x: x,
+    "laplace": lambda x: 0.5 * (1.0 + ops.erf((x - 0.707107) / (0.282095 * 2**0.5))),
+    "sqrt_softplus": lambda x: ops.sqrt(ops.softplus(x)),
 }
 
 

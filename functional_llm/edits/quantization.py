@@ -14,7 +14,8 @@ import keras
 from keras import ops
 
 from functional_llm.graph.backend import require_jax
-from functional_llm.graph.keras_private import quantized_embeddings, uninitialized
+from functional_llm.graph.keras_private import quantized_embeddings
+from functional_llm.graph.keras_values import uninitialized
 from functional_llm.graph.rewiring import rewire
 from functional_llm.graph.selection import Where, select, walk
 from functional_llm.graph.types import Layer, Tensor

@@ -17,16 +17,20 @@ from functional_llm.formats.rope_config import (
 )
 from functional_llm.graph.types import JSON
 
-ACTIVATIONS = {
-    "silu": "silu",
+# What Transformers calls a function of `blocks.mlp`: all that it has but two with weights, "prelu"
+# and "xielu".
+_SAME_NAME = """silu gelu gelu_10 quick_gelu relu relu2 relu6 leaky_relu mish sigmoid tanh linear
+    laplace""".split()
+ACTIVATIONS = {name: name for name in _SAME_NAME} | {
+    "hardswish": "hard_silu",
+    "sqrtsoftplus": "sqrt_softplus",
     "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_approximate",
-    "gelu_pytorch_tanh": "gelu_approximate",
-    "gelu_fast": "gelu_approximate",
-    "gelu_accurate": "gelu_approximate",
     "gelu_python": "gelu",
-    "relu": "relu",
+    "gelu_accurate": "gelu_approximate",
+    "gelu_fast": "gelu_approximate",
+    "gelu_new": "gelu_approximate",
+    "gelu_python_tanh": "gelu_approximate",
+    "gelu_pytorch_tanh": "gelu_approximate",
 }
 
 # Keys that change no logits: bookkeeping, training, serving.
@@ -160,9 +164,11 @@ def _check_ignored(given: Mapping[str, Any], full: JSON, family: Family) -> None
         said, taken = given.get(key), full[read]
         names = [ACTIVATIONS.get(x, x) if isinstance(x, str) else x for x in (said, taken)]
         if said is not None and said != given.get(read) and names[0] != names[1]:
+            there = f"{read}={shown(given[read])}" if given.get(read) is not None else f"no {read}"
+            means = "" if given.get(read) == taken else f", which means {shown(taken)}"
             raise ValueError(
-                f"config.json: expected {key} and {read} to say the same, received {shown(said)} "
-                f"and {shown(taken)}. Transformers reads {read} only."
+                f"config.json: expected {key} and {read} to say the same, received {key}="
+                f"{shown(said)} and {there}{means}. Transformers reads {read} only."
             )
 
 

@@ -163,10 +163,12 @@ def _read_parameters(
         if other_kind not in ("default", kind):
             differing = {"rope_type": other_kind}
         for key, value in differing.items():
-            used = kind if key == "rope_type" else counting.get(key)
+            in_file = {**places.get(f"the key {theta_key}", {}), **parameters}
+            in_file.setdefault("rope_type", in_file.get("type"))
+            taken = "no" if in_file.get(key) is None else f"{shown(in_file[key])} as"
             raise ValueError(
                 f"config.json says two things about RoPE: {key}={shown(value)} in {place}, and "
-                f"{shown(used)} in the parameters that Transformers takes. Remove one of them."
+                f"{taken} {key} where Transformers reads it. Remove one of them."
             )
     del counting["rope_theta"]
     return float(theta), _scaling(kind, counting, defaults["max_position_embeddings"])

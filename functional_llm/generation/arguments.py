@@ -4,7 +4,7 @@ Shapes: B rows.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -59,19 +59,43 @@ def as_rows(prompts: Iterable[Iterable[int]]) -> list[list[int]]:
     return [as_ids(f"Prompt {i}", row) for i, row in enumerate(rows)]
 
 
+def is_encoding(value: object) -> bool:
+    """Whether a value is what a tokenizer of Transformers returns."""
+    return isinstance(value, Mapping) and "input_ids" in value
+
+
+def encoded_rows(encoding: Mapping[str, Any]) -> list[list[int]]:
+    """Returns the ids of each prompt that a tokenizer of Transformers has encoded, unpadded."""
+    ids, mask = encoding["input_ids"], encoding.get("attention_mask")
+    is_single = np.ndim(next(iter(ids), 0)) == 0
+    rows, masks = (as_rows([x] if is_single else x) for x in (ids, ids if mask is None else mask))
+    if [len(row) for row in rows] != [len(row) for row in masks]:
+        raise ValueError(
+            f"Expected input_ids and attention_mask of one shape, received {encoding!r:.200}."
+        )
+    if mask is None:
+        return rows
+    pairs = zip(rows, masks, strict=True)
+    return [[i for i, keep in zip(row, kept, strict=True) if keep] for row, kept in pairs]
+
+
 def without_padding(
     prompts: Iterable[Iterable[int]], attention_mask: Any, mask: Any
 ) -> tuple[list[list[int]], list[np.ndarray] | None]:
     """Returns rows of ids without padding, and which of their tokens see which.
 
     Args:
-        prompts: Rows of token ids.
+        prompts: Rows of token ids, or what a tokenizer of Transformers returns.
         attention_mask: (B, T), 0 for padding, or `None`: then there is none.
         mask: (B, T, T) boolean, T of the longest row, or `None`.
 
     Raises:
         ValueError: If a mask has another shape or dtype.
     """
+    if isinstance(prompts, Mapping) and is_encoding(prompts):
+        if attention_mask is None and mask is None:
+            return encoded_rows(prompts), None
+        prompts = prompts["input_ids"]
     rows = as_rows(prompts)
     lengths = [len(row) for row in rows]
     keep = [np.ones(n, bool) for n in lengths]
@@ -108,7 +132,12 @@ def _is_regular(rows: Any) -> bool:
 def as_ids(name: str, ids: Iterable[int]) -> list[int]:
     """Returns ids as a list; `name` begins the message if they are not one row."""
     given: Any = list(ids) if isinstance(ids, (set, frozenset)) else ids
-    if isinstance(given, str) or np.ndim(given) != 1:
+    is_row = not isinstance(given, str)
+    try:
+        is_row = is_row and np.ndim(given) == 1
+    except ValueError:  # of lists in it that differ in length
+        is_row = False
+    if not is_row:
         raise ValueError(
             f"{name}: expected a list of token ids, received {ids!r:.100}. Prompts are a list of "
             "such lists, also where there is only one."

@@ -5,7 +5,7 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 
-from functional_llm.generation.arguments import as_ids
+from functional_llm.generation.arguments import as_ids, encoded_rows, is_encoding
 from functional_llm.tokenizers import TextTokenizer, is_record
 
 Message: TypeAlias = Mapping[str, Any]
@@ -16,20 +16,39 @@ def split_prompts(prompts: Any) -> tuple[list[AnyPrompt], bool]:
     """Returns a list of prompts, and whether one was given instead of a list.
 
     Args:
-        prompts: A text, messages (a list of dicts), ids; or a list of any of these.
+        prompts: A text, messages (a list of dicts), ids; or a list of any of these, or what a
+            tokenizer of Transformers returns.
 
     Raises:
         ValueError: If it is none of them.
     """
-    is_single = isinstance(prompts, (str, bytes)) or is_record(prompts)
-    if not is_single and not (hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")):
+    if isinstance(prompts, (np.ndarray, np.generic)) and prompts.ndim == 0:
+        prompts = prompts.item()
+    if is_encoding(prompts):
+        return list(encoded_rows(prompts)), np.ndim(next(iter(prompts["input_ids"]), 0)) == 0
+    if isinstance(prompts, str) or is_record(prompts):
+        return [prompts], True
+    is_list = hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")
+    if isinstance(prompts, bytes) or not is_list:
         raise ValueError(
             f"Expected a text or a list of texts, received {prompts!r:.100}. Messages (a list of "
             'dicts such as {"role": "user", "content": "Hello"}) and lists of ids are prompts too.'
         )
-    if is_single or (len(prompts) and (is_record(prompts[0]) or _is_number(prompts[0]))):
+    given = list(prompts)
+    if given and not is_encoding(given[0]) and (is_record(given[0]) or _is_number(given[0])):
         return [prompts], True
-    return list(prompts), False
+    return [only_prompt(x) if is_encoding(x) else x for x in given], False
+
+
+def only_prompt(prompts: Any) -> AnyPrompt:
+    """Returns the prompt of what may be a prompt, or a list of one."""
+    given, _ = split_prompts(prompts)
+    if len(given) != 1:
+        raise ValueError(
+            f"Expected one prompt, received {len(given)}: {prompts!r:.100}. `generate` takes "
+            "several at once."
+        )
+    return given[0]
 
 
 def encode_prompt(
@@ -57,7 +76,7 @@ def encode_prompt(
 
 
 def _is_number(value: object) -> bool:
-    # Elements of arrays have no dimensions, and are no words.
+    # Elements of arrays have no dimensions.
     return isinstance(value, (int, float, np.number)) or (
-        hasattr(value, "dtype") and np.ndim(value) == 0  # type: ignore[arg-type]
+        hasattr(value, "dtype") and not isinstance(value, (str, bytes)) and np.ndim(value) == 0  # type: ignore[arg-type]
     )

@@ -35,7 +35,13 @@ from functional_llm.generation.programs import (
     Stats,
 )
 from functional_llm.generation.prompt_cache import PromptCache
-from functional_llm.generation.prompts import AnyPrompt, Message, encode_prompt, split_prompts
+from functional_llm.generation.prompts import (
+    AnyPrompt,
+    Message,
+    encode_prompt,
+    only_prompt,
+    split_prompts,
+)
 from functional_llm.generation.stop_strings import StoppingDecoder
 from functional_llm.graph.backend import require_jax
 from functional_llm.layers.cache import Cache, capped_num_slots, num_slots
@@ -153,7 +159,8 @@ class TextGenerator:
         Args:
             prompts: A prompt, or a list of them. A prompt is a text, which the model goes on with;
                 messages (a list of dicts with "role" and "content"), which it answers by its chat
-                template; or ids. A BOS that the model expects is put first, once.
+                template; or ids, also as a tokenizer of Transformers returns them. A BOS that the
+                model expects is put first, once.
             max_new_tokens: Most tokens to write, at least 1.
             sampler: A sampler, or its name (`samplers.get`).
             stop: Texts that end a row; they are left out of the result. Special tokens are not
@@ -208,6 +215,7 @@ class TextGenerator:
             parse_special: As for `generate`.
         """
         tokenizer = self._need_tokenizer()
+        prompt = only_prompt(prompt)
         ids = encode_prompt(tokenizer, prompt, parse_special)
         decoder = StoppingDecoder(tokenizer, stop, isinstance(prompt, str))
         run = self._run(

@@ -8,7 +8,6 @@ import copy
 import inspect
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import MethodType
@@ -16,9 +15,8 @@ from typing import Any, TypeVar
 
 import keras
 from keras import tree
-from keras.src.backend.common import global_state
 from keras.src.models import cloning
-from keras.src.utils import jax_utils, traceback_utils
+from keras.src.utils import traceback_utils
 
 from functional_llm.graph.types import JSON, Layer, Nested, Tensor
 
@@ -120,6 +118,12 @@ def is_optional_input(x: keras.KerasTensor) -> bool:
         return False
     layer = history.operation
     return bool(getattr(layer, "optional", False) or getattr(layer, "may_return_none", False))
+
+
+def make_optional(x: keras.KerasTensor) -> None:
+    """Makes the `keras.Input` that a tensor comes from optional; `clone_model` forgets that."""
+    if hasattr(x._keras_history.operation, "optional"):
+        x._keras_history.operation.optional = True
 
 
 def mask_of(x: Tensor) -> Tensor | None:
@@ -352,65 +356,3 @@ def accumulation_variables(
     """
     sums = getattr(optimizer, "_accumulated_gradients", [])
     return optimizer._iterations, [x for x in sums if x is not None]
-
-
-# Variables.
-
-
-@contextmanager
-def uninitialized() -> Iterator[None]:
-    """Inside, variables are made without values: whoever makes them must assign every one.
-
-    That spares loading a checkpoint the random values, and the memory for them. Keras remembers
-    such variables, to initialise them when a later scope ends, and has no public way to forget.
-    It also makes new values whenever one of them is read that has none: that is an error now.
-    """
-    with keras.StatelessScope(initialize_variables=False):
-        yield
-    for variable in global_state.get_global_attribute("uninitialized_variables") or ():
-        variable._initializer = no_value
-    global_state.set_global_attribute("uninitialized_variables", [])
-
-
-def no_value(shape: tuple[int, ...], dtype: str | None = None) -> Tensor:
-    """Stands for the initial value of a variable that must not have one."""
-    if jax_utils.is_in_jax_tracing_scope():  # only shapes and dtypes are asked for
-        return keras.ops.zeros(shape, dtype)
-    raise RuntimeError(
-        f"A weight of shape {tuple(shape)} has no value: it was not loaded yet, or its value was "
-        "lost when `fit`, `evaluate` or `predict` failed. Load the model again."
-    )
-
-
-@contextmanager
-def kept_values(model: keras.Model) -> Iterator[None]:
-    """Inside, `fit`, `evaluate` and `predict` leave a model with values, even if they fail.
-
-    With JAX, Keras takes the values out of the variables before a step, and puts them back at the
-    end: after a failure only in `fit`, and only if one step was done.
-    """
-    if keras.backend.backend() != "jax" or "_get_jax_state" in vars(model):
-        return (yield)
-    taken: list[tuple[keras.Variable, Tensor]] = []
-    get_state = model._get_jax_state
-
-    def get_state_and_remember(**kwargs: Any) -> Any:
-        of_optimizer = getattr(getattr(model, "optimizer", None), "variables", ())
-        variables = (*model.variables, *model.metrics_variables, *of_optimizer)
-        taken[:] = [(variable, variable._value) for variable in variables]
-        return get_state(**kwargs)
-
-    set_untracked(model, "_get_jax_state", get_state_and_remember)
-    try:
-        yield
-    except BaseException:
-        state = getattr(model, "_jax_state", None) or {}
-        if taken and not any(x.is_deleted() for x in tree.flatten(list(state.values()))):
-            model.jax_state_sync()  # what the last step has made
-        model._jax_state = None
-        for variable, value in taken:
-            if variable._value is None:  # if JAX has deleted the value, reading it says so
-                variable._value = value
-        raise
-    finally:
-        del vars(model)["_get_jax_state"]

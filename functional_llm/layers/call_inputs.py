@@ -17,11 +17,17 @@ _PADDING_MASKS = ("attention_mask", "padding_mask")  # Transformers's name, Kera
 
 
 def as_tensors(inputs: Nested) -> Nested:
-    """Returns nested inputs without NumPy arrays: Keras refuses a mixture of those and tensors."""
+    """Returns inputs without NumPy arrays: Keras refuses a mixture of those and tensors.
+
+    Transformers's name of the token ids becomes ours.
+    """
 
     def convert(x: Tensor) -> Tensor:
         return x if x is None or isinstance(x, keras.KerasTensor) else ops.convert_to_tensor(x)
 
+    if isinstance(inputs, Mapping):  # a tokenizer of Transformers returns more than a dict
+        names = {"input_ids": "token_ids"} if "token_ids" not in inputs else {}
+        inputs = {names.get(name, name): x for name, x in inputs.items()}
     return tree.map_structure(convert, inputs)
 
 
@@ -162,6 +168,10 @@ def _checked_token_ids(token_ids: Tensor, vocabulary_size: int) -> Tensor:
         raise ValueError(
             "Expected token_ids, an array of shape (batch, tokens) and an integer dtype, received "
             f"a {type(token_ids).__name__} of shape {tuple(shape)}, dtype {dtype}."
+        )
+    if 0 in shape[1:]:
+        raise ValueError(
+            f"Expected token_ids of at least one token, received shape {tuple(shape)}."
         )
     ids = _values(token_ids)
     if ids is not None and ids.size:

@@ -29,7 +29,7 @@ from functional_llm.peft.adapter import (
 from functional_llm.peft.linear import MATRIX_LAYERS, Linear
 from functional_llm.peft.names import NamedModel, to_numpy
 from functional_llm.peft.peft_format import SavedAdapter, from_peft, to_peft
-from functional_llm.peft.peft_values import values_from_peft, values_to_peft
+from functional_llm.peft.peft_values import tokens_from_peft, values_from_peft, values_to_peft
 from functional_llm.peft.retrained import Retrained
 from functional_llm.peft.tokens import TrainedTokens
 
@@ -147,7 +147,7 @@ def load_adapter(
     Args:
         model: The model that the adapter is for. It stays as it is, and its weights are shared.
         folder: From `save_adapter`, or from PEFT's `save_pretrained` (LoRA, DoRA, IA3, and their
-            `modules_to_save`, `bias` and `trainable_token_indices`).
+            `modules_to_save`, `bias` and `trainable_token_indices`; TRAINABLE_TOKENS).
         adapter_name: Another name for each adapter in one model.
         methods: Your own subclasses of `Adapter`, unless they are registered with
             `keras.saving.register_keras_serializable`.
@@ -229,11 +229,13 @@ def _read(
     if "registered_name" in config:
         by_path, problems = _from_paths(config, tensors, methods)
         return list(by_path.items()), problems
-    if config.get("peft_type") not in ("LORA", "IA3"):
+    if config.get("peft_type") not in ("LORA", "IA3", "TRAINABLE_TOKENS"):
         raise ValueError(
-            f"{folder / CONFIG_NAME}: peft_type is {config.get('peft_type')!r:.200}. Expected LORA "
-            "or IA3, or a file from `save_adapter`."
+            f"{folder / CONFIG_NAME}: peft_type is {config.get('peft_type')!r:.200}. Expected "
+            "LORA, IA3 or TRAINABLE_TOKENS, or a file from `save_adapter`."
         )
+    if config["peft_type"] == "TRAINABLE_TOKENS":
+        config, tensors = tokens_from_peft(config, tensors)
     named = NamedModel(model)
     try:
         saved, others, problems = from_peft(config, tensors, named)

@@ -24,8 +24,6 @@ class DoRA(LoRA):
     def make_weights(self, linear: Linear) -> None:
         if self.init != "zeros":
             raise ValueError(f"DoRA begins with init 'zeros'. Received: {self.init!r}.")
-        if linear.takes_integers:
-            raise ValueError(f"DoRA has no form for embeddings: '{self.name}'.")
         super().make_weights(linear)
         self.magnitude = self.add_weight((linear.out_size,), "ones", name="magnitude")
         self.magnitude.assign(column_lengths(linear.kernel()))

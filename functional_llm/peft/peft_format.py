@@ -26,12 +26,13 @@ _IRRELEVANT = {
     *("auto_mapping", "peft_version", "target_modules", "exclude_modules", "layers_to_transform"),
     *("fan_in_fan_out",),  # how the base keeps its matrices; the tensors are the same
     *("layers_pattern", "runtime_config", "megatron_core", "qalora_group_size"),
-    *("modules_to_save", "ensure_weight_tying"),
+    *("modules_to_save", "ensure_weight_tying"),  # tensors of both are in the file
     # How A and B came to be: `init_lora_weights` says whether the base was changed for that.
     *("eva_config", "corda_config", "lora_ga_config", "loftq_config"),
 }
 _LORA_KEYS = {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "bias"}
 _LORA_KEYS |= {"use_rslora", "use_dora", "init_lora_weights", "trainable_token_indices"}
+_LORA_KEYS |= {"lora_bias"}
 _IA3_KEYS = {"feedforward_modules", "init_ia3_weights"}
 # `init_lora_weights` with which the base stays as it was; those that take a part of it away, which
 # can be found again; and the others.
@@ -207,8 +208,6 @@ def from_peft(
     """
     is_lora = config.get("peft_type") == "LORA"
     problems = _check_keys(config, _LORA_KEYS if is_lora else _IA3_KEYS)
-    if config.get("ensure_weight_tying") and model.names.tied:
-        problems.append("config key 'ensure_weight_tying' is not supported for a tied embedding")
     if problems:
         return [], {}, problems
     grouped, others, problems = _group_tensors(tensors, model.paths_of)
@@ -308,6 +307,8 @@ _CONVERT = "save it with PEFT's `path_initial_model_for_weight_conversion`"
 def _check_keys(config: JSON, known: set[str]) -> list[str]:
     """Returns a line for each key that asks for something and that nobody reads."""
     problems = []
+    if config.get("lora_bias"):
+        problems.append("lora_bias = True gives B a bias, which no part here has")
     for key, value in config.items():
         neutral = value in (None, False, {}, [], "none")
         if key not in _IRRELEVANT | known and not neutral:

@@ -18,6 +18,19 @@ _BASE = ".base_layer"
 _WRAPPER = re.compile(r"\.modules_to_save\.[^.]+\.")
 
 
+def tokens_from_peft(
+    config: JSON, tensors: Mapping[str, np.ndarray]
+) -> tuple[JSON, dict[str, np.ndarray]]:
+    """Returns config and tensors of PEFT's TRAINABLE_TOKENS as LoRA's would be, for no targets."""
+    end = ".trainable_tokens_delta"
+    renamed = {x.replace(end, _ROWS) if x.endswith(end) else x: t for x, t in tensors.items()}
+    modules = {x.removeprefix(PREFIX).removesuffix(_ROWS) for x in renamed if x.endswith(_ROWS)}
+    indices = dict.fromkeys(modules, config.get("token_indices"))
+    own = {"token_indices", "init_weights", "target_modules", "exclude_modules"}
+    others = {key: value for key, value in config.items() if key not in own}
+    return {**others, "peft_type": "LORA", "trainable_token_indices": indices}, renamed
+
+
 def values_from_peft(
     config: JSON, tensors: Mapping[str, np.ndarray], model: NamedModel
 ) -> tuple[list[tuple[str, SavedAdapter]], list[str]]:
@@ -28,6 +41,7 @@ def values_from_peft(
         tensors: The tensors, without PEFT's prefix.
         model: The model, and the names of its parts.
     """
+    config = _with_tied(config, model)
     found: dict[tuple[str, bool | None], dict[str, np.ndarray]] = {}  # layer, direction -> weights
     saved, problems = [], []
     # With `bias`, PEFT also writes what is inside its wrappers; `original_module` is not in use.
@@ -56,6 +70,17 @@ def values_from_peft(
         options |= {} if reverse is False else {"reverse": reverse}
         saved.append((layer, SavedAdapter(Retrained, options, weights)))
     return saved, problems
+
+
+def _with_tied(config: JSON, model: NamedModel) -> JSON:
+    """Returns the config with embedding and head both to be saved, if PEFT has tied them."""
+    tied = model.names.tied
+    if not config.get("ensure_weight_tying") or not tied:
+        return config
+    if not any(is_to_save(config, x) for x in tied):
+        return config
+    modules = [x.removesuffix(".weight") for x in tied]
+    return {**config, "modules_to_save": [*config["modules_to_save"], *modules]}
 
 
 def _values(

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, S slots, V vocabulary.
 """
 
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +15,14 @@ import numpy as np
 
 from functional_llm.backbones.families import FAMILIES
 from functional_llm.backbones.family import Family, ModelConfig
+from functional_llm.files.replacing import check_writable
 from functional_llm.formats.hf_directory import write_directory
 from functional_llm.formats.weight_table import HEAD, expand_table, module_names, tied_head
 from functional_llm.graph.backend import require_jax
 from functional_llm.graph.freezing import Freezable, freeze_variables
 from functional_llm.graph.keeping_values import KeepsValues
-from functional_llm.graph.keras_private import uninitialized
+from functional_llm.graph.keras_private import make_optional
+from functional_llm.graph.keras_values import uninitialized
 from functional_llm.graph.precision import FullFloat32, full_float32
 from functional_llm.graph.types import JSON, Nested
 from functional_llm.layers.call_inputs import as_tensors, complete_inputs, with_mask
@@ -33,6 +36,7 @@ from functional_llm.stock.stablehlo import export_stablehlo
 from functional_llm.tokenizers import TextTokenizer, save_tokenizer
 from functional_llm.training.default_loss import LanguageModelLoss
 
+_REQUIRED = {"token_ids", "positions"}
 _DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 
 
@@ -51,6 +55,9 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, FullFloat32, keras.Mod
     False where a token must not see another that it would see, and with a cache (B, T, P), a column
     for each position; `cache` from `make_cache` or from an earlier call.
 
+    `copy.deepcopy` copies all of it. `keras.models.clone_model` makes new weights, and passes on
+    neither `config` nor which weights are frozen.
+
     Args:
         inputs: Symbolic inputs, a dict with all of the above.
         outputs: Symbolic outputs: `logits` (B, T, V), `hidden` (B, T, D), which the head turns
@@ -68,6 +75,9 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, FullFloat32, keras.Mod
         config: ModelConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        for key in set(inputs) - _REQUIRED:
+            for x in keras.tree.flatten(inputs[key]):
+                make_optional(x)
         super().__init__(inputs=inputs, outputs=outputs, name=name, **kwargs)
         self.config: Any = config  # each family has fields of its own
         self.preset: str | None = None  # the handle that the weights came from
@@ -184,6 +194,13 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, FullFloat32, keras.Mod
             load_keras_weights(Path(filepath), self)
         else:
             super().load_weights(filepath, *args, **kwargs)
+
+    def save_weights(self, filepath: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As `keras.Model.save_weights`; on a full disk an OSError, where HDF5 crashes."""
+        sizes = (math.prod(v.shape) * np.dtype(v.dtype).itemsize for v in self.variables)
+        about_each = 16_384 * len(self.variables)  # what HDF5 writes beside the values
+        check_writable(Path(filepath).parent, sum(sizes) + about_each)
+        super().save_weights(filepath, *args, **kwargs)
 
     def save(
         self,

@@ -41,6 +41,8 @@ def read_directory(path: Path) -> TokenizerFields:
         return ids[0] if ids else None
 
     bos, eos = special_id("bos_token"), special_id("eos_token")
+    # Transformers 4 did what tokenizer_config.json says. Version 5 does what the post-processor in
+    # tokenizer.json does, and loses the BOS that DeepSeek-R1-Distill-Qwen was published with.
     adds = config.get("add_bos_token")
     check(isinstance(adds, bool | None), "add_bos_token", "true or false", adds)
     stops = {eos, *_as_ids(generation.get("eos_token_id")), *_as_ids(model.get("eos_token_id"))}

@@ -51,6 +51,23 @@ class TokenMean:
         values[index[id(self._count)]] = after
         return values
 
+    def end_batch(self, before: Values, after: Values) -> Values:
+        """Returns the optimizer's values after a batch: as if it had not been, if it was skipped.
+
+        A `LossScaleOptimizer` skips a batch whose gradients are not finite.
+
+        Args:
+            before: The values before `begin_batch`.
+            after: Those after the batch.
+        """
+        index = {id(v): i for i, v in enumerate(self._optimizer.variables)}
+        batches_done, sums = accumulation_variables(self._inner)
+        at, values = index[id(batches_done)], list(after)
+        is_counted = after[at] != before[at]
+        for i in (index[id(x)] for x in (self._count, *sums)):
+            values[i] = jnp.where(is_counted, after[i], before[i])
+        return values
+
     def factor(self, optimizer_variables: Values, count: jax.Array) -> jax.Array:
         """Returns what a batch's mean loss is multiplied by; after `begin_batch`."""
         variables = self._optimizer.variables

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from functional_llm.graph.types import JSON, Nested
+from functional_llm.training.checked_data import ChecksData
 from functional_llm.training.loss import Logs, LossModel, State
 from functional_llm.training.rematerialize import remat_name
 
@@ -18,7 +19,7 @@ class _Held:
     model: LossModel
 
 
-class LanguageModelLoss:
+class LanguageModelLoss(ChecksData):
     """A mixin for models: `compile` without a loss trains them as language models.
 
     Put this class before `keras.Model`. Steps are those of a `LossModel`, which never holds the
@@ -92,6 +93,11 @@ class LanguageModelLoss:
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None:  # type: ignore[attr-defined]
             self.optimizer.build(self.trainable_variables)  # type: ignore[attr-defined]
+
+    @property
+    def takes_token_labels(self) -> bool:
+        """Whether labels are ids: another loss may take others."""
+        return self._steps is not None
 
     @property
     def _steps(self) -> LossModel | None:

@@ -9,6 +9,7 @@ import keras
 
 from functional_llm.graph.types import JSON
 from functional_llm.training.callbacks import Checkpoints, History, Logs, Progress, TensorBoard
+from functional_llm.training.checked_data import check_batch
 from functional_llm.training.checkpoints import check_arguments, load_checkpoint, read_facts
 from functional_llm.training.loss import LossModel
 from functional_llm.training.memory import advise, predict_memory
@@ -117,8 +118,9 @@ def train(
         The losses, including those before a resume.
 
     Raises:
-        ValueError: If no weight is trainable, `folder` has a checkpoint and `resume` is `False`,
-            the checkpoint is damaged or of a run with other arguments, or a step does not fit.
+        ValueError: If no weight is trainable, an id is not in the vocabulary, `folder` has a
+            checkpoint and `resume` is `False`, the checkpoint is damaged or of a run with other
+            arguments, or a step does not fit.
         OSError: If the folder cannot be made, or a checkpoint cannot be written.
     """
     if not backbone.trainable_variables:
@@ -130,6 +132,8 @@ def train(
     path.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is known at once
     check_resume(folder, rows, held_out, settings, resume=resume, arguments=arguments)
     arguments = _all_arguments(settings, rows, held_out, arguments)
+    for data in [rows, *([] if held_out is None else [held_out])]:
+        check_batch(data.token_ids, data.labels, backbone.output["logits"].shape[-1])
     model = compile_model(backbone, settings)
     history = _start_or_resume(path, model, settings)
     if resume and not path.exists():
@@ -165,6 +169,8 @@ def train(
         finish.run()
     except Exception as error:
         if not finish.is_done:
+            if path.exists():
+                error.add_note(f"{path} has step {read_facts(path)['step']}: resume from there.")
             raise
         say(f"What was trained is saved; the last evaluation failed: {_first_line(error)}")
     finally:

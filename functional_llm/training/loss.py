@@ -14,6 +14,7 @@ from functional_llm.graph.keeping_values import KeepsValues
 from functional_llm.graph.precision import FullFloat32, full_float32
 from functional_llm.graph.types import Nested, Tensor
 from functional_llm.training.accumulation import TokenMean
+from functional_llm.training.checked_data import ChecksData, check_batch
 from functional_llm.training.cross_entropy import cross_entropy
 from functional_llm.training.rematerialize import Values, rematerialize
 from functional_llm.xla.rewriter import optimize_for_cpu
@@ -22,7 +23,7 @@ State: TypeAlias = tuple[Values, ...]  # of a compiled model: weights, optimizer
 Logs: TypeAlias = dict[str, jax.Array]
 
 
-class LossModel(KeepsValues, Freezable, FullFloat32, keras.Model):
+class LossModel(ChecksData, KeepsValues, Freezable, FullFloat32, keras.Model):
     """A backbone with its loss, for `fit`, `evaluate` and any Keras callback.
 
     It is the backbone's own graph, cut in two at the hidden states. It shares the backbone's
@@ -81,6 +82,11 @@ class LossModel(KeepsValues, Freezable, FullFloat32, keras.Model):
         """The dtype of the hidden states."""
         return str(self.backbone.output["hidden"].dtype)
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens."""
+        return self.backbone.output["logits"].shape[-1]
+
     def compile(self, optimizer: Any = "rmsprop", **kwargs: Any) -> None:
         """Sets the optimizer; arguments as for `keras.Model.compile`, without a loss."""
         super().compile(optimizer, **kwargs)
@@ -97,11 +103,13 @@ class LossModel(KeepsValues, Freezable, FullFloat32, keras.Model):
         return optimize_for_cpu(self._train_step)(state, data)
 
     def _train_step(self, state: State, data: Nested) -> tuple[Logs, State]:
-        if self._token_mean is not None:
-            trainable, fixed, optimizer, metrics = state
-            count = jnp.sum(self._targets(*keras.utils.unpack_x_y_sample_weight(data))[1])
-            state = trainable, fixed, self._token_mean.begin_batch(optimizer, count), metrics
-        return super().train_step(state, data)
+        if self._token_mean is None:
+            return super().train_step(state, data)
+        trainable, fixed, optimizer, metrics = state
+        count = jnp.sum(self._targets(*keras.utils.unpack_x_y_sample_weight(data))[1])
+        state = trainable, fixed, self._token_mean.begin_batch(optimizer, count), metrics
+        logs, (trainable, fixed, after, metrics) = super().train_step(state, data)
+        return logs, (trainable, fixed, self._token_mean.end_batch(optimizer, after), metrics)
 
     def test_step(self, state: State, data: Nested) -> tuple[Logs, State]:
         """Returns the logs and the state after an evaluation; Keras compiles it."""
@@ -176,6 +184,7 @@ class LossModel(KeepsValues, Freezable, FullFloat32, keras.Model):
                 f"Expected labels of the shape of token_ids, {shape}, integers, received "
                 f"{labels.shape} of {labels.dtype}. The label of a token is the id of the next one."
             )
+        check_batch(None, labels, self.vocabulary_size)
         labels_BT = jnp.where(positions_BT >= 0, labels.astype("int32"), -1)
         weights_BT = (labels_BT >= 0).astype("float32")
         if sample_weight is not None:
