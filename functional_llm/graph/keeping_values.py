@@ -4,6 +4,8 @@ from typing import Any
 
 from functional_llm.graph.keras_values import donating, kept_values
 
+TRAINED = (0, 2, 3)  # the groups of a training step's state that it changes: not other weights
+
 
 class KeepsValues:
     """A mixin for models: after a failure, weights are what they were after the last step.
@@ -50,7 +52,7 @@ class KeepsValues:
 
     def make_train_function(self, force: bool = False) -> Any:
         """Makes the step of `fit`, which writes into what it changes; Keras calls it."""
-        with donating(0, 2, 3):
+        with donating(*TRAINED):
             return super().make_train_function(force)  # type: ignore[misc]
 
     def make_test_function(self, force: bool = False) -> Any:

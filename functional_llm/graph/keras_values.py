@@ -5,6 +5,7 @@ The second half of `keras_private.py`, with the same rules.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -119,19 +120,15 @@ def donating(*groups: int) -> Iterator[None]:
         if "donate_argnums" not in options:  # not a step
             return compile_step(step, **options)
 
-        def run(given: Nested, kept: Nested, data: Nested) -> tuple[Nested, Nested]:
-            logs, new = step(tuple(map(_either, given, kept)), data)
-            return logs, tuple(map(_changed, kept, new))
-
         shardings = options.pop("out_shardings", None)
         if shardings is not None:
             chosen = (x if i in groups else None for i, x in enumerate(shardings[1]))
             shardings = shardings[0], tuple(chosen)
-        program = compile_step(run, out_shardings=shardings, **options)
+        step_of_groups = StepOfGroups(step, groups)
+        program = compile_step(step_of_groups, out_shardings=shardings, **options)
 
         def call(state: _State, data: Nested) -> tuple[Nested, _State]:
-            given = tuple(x if i in groups else None for i, x in enumerate(state))
-            kept = tuple(None if i in groups else x for i, x in enumerate(state))
+            given, kept = step_of_groups.split(state)
             logs, new = program(given, kept, data)
             return logs, tuple(map(_completed, kept, new))
 
@@ -142,6 +139,30 @@ def donating(*groups: int) -> Iterator[None]:
         yield
     finally:
         trainer.jit = compile_step
+
+
+@dataclass(frozen=True)
+class StepOfGroups:
+    """A step whose state comes in two parts, the first for its results to be written into.
+
+    Equal ones are one program for JAX.
+
+    Args:
+        step: From a state and data to logs and the new state.
+        groups: The groups of the state that are in the first part.
+    """
+
+    step: Callable[..., Any]
+    groups: tuple[int, ...]
+
+    def __call__(self, given: Nested, kept: Nested, data: Nested) -> tuple[Nested, Nested]:
+        logs, new = self.step(tuple(map(_either, given, kept)), data)
+        return logs, tuple(map(_changed, kept, new))
+
+    def split(self, state: _State) -> tuple[Nested, Nested]:
+        """Returns the two parts of a state, `None` in the place of what is in the other."""
+        given = tuple(x if i in self.groups else None for i, x in enumerate(state))
+        return given, tuple(None if i in self.groups else x for i, x in enumerate(state))
 
 
 def _either(given: Nested, kept: Nested) -> Nested:

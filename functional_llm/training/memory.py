@@ -10,6 +10,9 @@ from typing import Any
 import jax
 import keras
 
+from functional_llm.graph.keeping_values import TRAINED
+from functional_llm.graph.keras_values import StepOfGroups
+
 # Of mallopt, from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
@@ -114,8 +117,10 @@ def predict_memory(model: keras.Model, batch: Any) -> StepMemory | None:
         model.metrics_variables,
     )
     state = tuple([_shape_of(variable.value) for variable in group] for group in groups)
-    program = jax.jit(model.train_step, donate_argnums=0)
-    used = program.lower(state, jax.tree.map(_shape_of, batch)).compile().memory_analysis()
+    step = StepOfGroups(model.train_step, TRAINED)
+    program = jax.jit(step, donate_argnums=0)
+    shapes = (*step.split(state), jax.tree.map(_shape_of, batch))
+    used = program.lower(*shapes).compile().memory_analysis()
     if used is None:
         return None
     return StepMemory(
