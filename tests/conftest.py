@@ -18,19 +18,20 @@ import keras
 import pytest
 
 from configs import CONFIGS
+from quick import compile_quickly, keep_programs
 from stock import BACKENDS, StockKeras
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-_OPTIMIZED = {
-    "test_cpu_rewriter",
-    "test_generate",
-    "test_growing_cache",
-    "test_quantizing",
-    "test_training_loss",
-}
 _REWRITTEN = {"test_cpu_rewriter", "test_cpu_rules", "test_jax_private"}
+
+
+def pytest_configure() -> None:
+    """Keeps compiled programs for the other process and for later runs."""
+    from functional_llm.formats.download import cache_directory
+
+    keep_programs(str(cache_directory() / "xla_of_tests"))
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
@@ -91,8 +92,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     are exchanged for fast ones: what those rely on is what XLA makes of them.
     """
     keras.utils.set_random_seed(0)
-    is_optimized = item.get_closest_marker("real") or item.path.stem in _OPTIMIZED
-    jax.config.update("jax_disable_most_optimizations", not is_optimized)
+    marks = ("real", "optimized")
+    compile_quickly(not any(item.get_closest_marker(name) for name in marks))
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from quick import ENVIRONMENT, KEPT
+
 BACKENDS = ("jax", "torch", "tensorflow")
 TESTS = Path(__file__).resolve().parent
 
@@ -21,14 +23,10 @@ def stock_python() -> str:
 
 
 def _environment(backend: str) -> dict[str, str]:
-    names = ("PATH", "HOME", "LANG", "TMPDIR")
+    names = ["PATH", "HOME", "LANG", "TMPDIR", *map(str.upper, KEPT)]
     environment = {name: os.environ[name] for name in names if name in os.environ}
-    return environment | {
-        "KERAS_BACKEND": backend,
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "OMP_NUM_THREADS": "1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # they take longer than what they save
-    }
+    own = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1"}
+    return environment | ENVIRONMENT | own
 
 
 def run_stock(backend: str, *arguments: str, folder: str | Path = "/") -> str:

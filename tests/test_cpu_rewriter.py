@@ -15,7 +15,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from functional_llm.xla.processor import Processor
 from functional_llm.xla.rewriter import optimize_for_cpu as optimize
 
-pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="others need no exchange")
+pytestmark = [
+    pytest.mark.skipif(jax.default_backend() != "cpu", reason="others need no exchange"),
+    pytest.mark.optimized,
+]
 RANDOM = np.random.default_rng(0)
 PROCESSORS = {"bfloat16": Processor(bfloat16=True), "no bfloat16": Processor()}
 optimize_for_cpu = partial(optimize, processor=PROCESSORS["bfloat16"])

@@ -14,6 +14,7 @@ import transformers
 import functional_llm as flm
 from functional_llm.generation.stop_strings import StoppingDecoder
 from functional_llm.generation.text_generator import TextGenerator
+from pair import compiled
 from tiny import save_tiny
 
 PROMPT = "The quick brown fox"
@@ -34,11 +35,11 @@ def _tokenizer(generator: TextGenerator) -> Any:
 
 
 def _full_forward_greedy(backbone: Any, ids: Sequence[int], count: int) -> list[int]:
-    ids = list(ids)
-    for _ in range(count):
-        logits = backbone(np.array([ids]))
-        ids.append(int(np.asarray(logits)[0, -1].argmax()))
-    return ids[-count:]
+    whole, run = np.zeros((1, 16), "int32"), compiled(backbone)  # no token sees what follows
+    whole[0, : len(ids)] = ids
+    for length in range(len(ids), len(ids) + count):
+        whole[0, length] = run(whole)[0, length - 1].argmax()
+    return whole[0, len(ids) : len(ids) + count].tolist()
 
 
 def test_greedy_equals_the_graph_run_without_a_cache(generator: TextGenerator) -> None:
@@ -127,16 +128,14 @@ def test_masks_hold_in_the_prompt_and_in_what_follows(generator: TextGenerator) 
     rows = [rng.integers(0, 100, n).tolist() for n in (9, 5)]
     mask = (rng.random((2, 9, 9)) < 0.5) | np.eye(9, dtype=bool)
     mask[:, :, 0] = False  # not even the last token of a prompt sees the first one
-    expected = []
+    expected, run = [], compiled(generator.backbone)
     for row, seen in zip(rows, mask, strict=True):
-        ids, count = list(row), len(row)
-        for _ in range(6):
-            whole = np.ones((len(ids), len(ids)), bool)
-            whole[:count, :count] = seen[:count, :count]
-            whole[count:, :count] = seen[count - 1, :count]
-            result = generator.backbone({"token_ids": np.array([ids]), "mask": whole[None]})
-            ids.append(int(np.asarray(result)[0, -1].argmax()))
-        expected.append(ids[count:])
+        ids, count, whole = np.zeros((1, 16), "int32"), len(row), np.ones((1, 16, 16), bool)
+        ids[0, :count], whole[0, :count, :count] = row, seen[:count, :count]
+        whole[0, count:, :count] = seen[count - 1, :count]
+        for length in range(count, count + 6):
+            ids[0, length] = run({"token_ids": ids, "mask": whole})[0, length - 1].argmax()
+        expected.append(ids[0, count : count + 6].tolist())
     assert generator.generate_ids(rows, max_new_tokens=6, mask=mask) == expected
     assert generator.generate_ids(rows, max_new_tokens=6) != expected
 

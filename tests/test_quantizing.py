@@ -106,7 +106,7 @@ def test_gradients_pass_what_is_rounded(backbone: Any) -> None:
             logits = adapted.stateless_call(values, others, token_ids)[0].astype("float32")
             return jax.nn.logsumexp(logits, axis=-1).mean() - logits[..., 3].mean()
 
-        return np.asarray(jax.grad(loss)(trained)[1]).ravel()
+        return np.asarray(jax.jit(jax.grad(loss))(trained)[1]).ravel()
 
     plain, quantized = gradient(backbone), gradient(flm.quantize(backbone))
     cosine = plain @ quantized / np.linalg.norm(plain) / np.linalg.norm(quantized)

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +155,12 @@ def test_packed_examples_do_not_see_each_other(backbone: Backbone) -> None:
     rows = pack(examples, 128)
     assert len(rows) == 1
     model = LossModel(backbone)
-    losses = _token_losses(model, rows)
-    alone = _token_losses(model, pack(examples, 128, join=False))
+    token_losses = _token_losses(model)
+    losses = token_losses(rows)
+    alone = token_losses(pack(examples, 128, join=False))
     changed_ids = np.where(rows.segment_ids == 2, (rows.token_ids + 1) % 128, rows.token_ids)
     changed = Rows(changed_ids, rows.positions, rows.segment_ids, rows.labels)
-    moved = _token_losses(model, changed) != losses
+    moved = token_losses(changed) != losses
     learnt = rows.labels >= 0
     assert moved[learnt & (rows.segment_ids == 2)].all()
     assert not moved[rows.segment_ids != 2].any()
@@ -166,11 +168,11 @@ def test_packed_examples_do_not_see_each_other(backbone: Backbone) -> None:
     np.testing.assert_allclose(np.sort(losses[losses > 0]), np.sort(alone[alone > 0]), rtol=1e-4)
 
 
-def _token_losses(model: LossModel, rows: Rows) -> np.ndarray:
+def _token_losses(model: LossModel) -> Callable[[Rows], np.ndarray]:
     from functional_llm.training.cross_entropy import cross_entropy
 
-    x, y, weights = Batches(rows, len(rows))[0]
-    return np.asarray(cross_entropy(model.head, model(x), y, weights, 64, False)[1])
+    program = jax.jit(lambda x, y, w: cross_entropy(model.head, model(x), y, w, 64, False)[1])
+    return lambda rows: np.asarray(program(*Batches(rows, len(rows))[0]))
 
 
 def test_no_array_holds_all_logits(backbone: Backbone) -> None:

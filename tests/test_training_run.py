@@ -36,6 +36,7 @@ from functional_llm.training.checkpoints import (
     save_checkpoint,
 )
 from functional_llm.training.loop import compile_model
+from quick import ENVIRONMENT
 from tiny import save_tiny
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -56,7 +57,7 @@ def rows() -> Rows:
 
 def _run(*command: Any) -> subprocess.CompletedProcess[str]:
     """Runs a program of this checkout."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
     environment.pop("KERAS_BACKEND", None)  # as in a new user's shell
     return subprocess.run(
         [sys.executable, *map(str, command)],

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from quick import ENVIRONMENT
+
 PROGRAM = """
 import sys
 import jax
@@ -13,7 +15,6 @@ import numpy as np
 import functional_llm as flm
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_disable_most_optimizations", True)
 for folder in sys.argv[1:]:
     backbone = flm.Backbone.from_preset(folder)
     for model, sampler in ((backbone, "greedy"), (flm.quantize(backbone), "top_k")):
@@ -39,7 +40,7 @@ def test_all_runs_in_64_bits(checkpoint: Callable[[str], Path]) -> None:
         [sys.executable, "-c", PROGRAM, *folders],
         capture_output=True,
         text=True,
-        env={**os.environ, "JAX_ENABLE_X64": "1"},
+        env={**os.environ, **ENVIRONMENT, "JAX_ENABLE_X64": "1"},
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
