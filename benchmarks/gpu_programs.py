@@ -1,7 +1,7 @@
 r"""Counts what a GPU would run, without a GPU: compiles for an H100 and reads the program.
 
-    python -m pip install --target FOLDER --no-deps jax-cuda12-plugin==VERSION \\
-        jax-cuda12-pjrt==VERSION nvidia-cuda-nvcc-cu12
+    python -m pip install --target FOLDER --no-deps nvidia-cuda-nvcc-cu12
+    python -m pip install --target FOLDER --no-deps jax-cuda12-{plugin,pjrt}==VERSION
     python -m benchmarks.gpu_programs --cuda FOLDER
 
 VERSION is that of the installed JAX; the folder, of half a gigabyte, lies outside the repository.

@@ -78,7 +78,7 @@ def test_a_cache_that_grows_writes_what_a_large_one_does(
     assert generator.generate_ids(ROWS, 180, sampler, seed=3) == expected
     assert len(set(large)) == 1
     limit = large[0]  # all that 201 tokens need, or the ring
-    assert sorted(set(sizes)) == sorted({min(x, limit) for x in (64, 128, 256)})
+    assert sorted(set(sizes)) == sorted({min(x, limit) for x in (32, 64, 128, 256)})
 
 
 @pytest.fixture

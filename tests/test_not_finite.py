@@ -31,10 +31,8 @@ def test_a_weight_too_large_for_float16_is_noticed(
     backbone: Any = flm.Backbone.from_preset(str(checkpoint(name)), dtype="float16")
     programs = CompiledPrograms(backbone)
     positions = np.arange(len(IDS), dtype="int32")[None]
-    keys = jax.vmap(jax.random.key)(np.array([0], "uint32"))
-    seen = np.zeros((1, backbone.vocabulary_size), bool)
     last = np.array([len(IDS) - 1], "int32")
-    prompt = Prompt(np.array([IDS], "int32"), positions, last, seen, keys, None)
+    prompt = Prompt(np.array([IDS], "int32"), positions, last, None, None, None)
 
     @jax.jit
     def run(weights: Any) -> Any:

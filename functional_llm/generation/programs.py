@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from functional_llm.generation.samplers import Sampler
+from functional_llm.generation.samplers import Sampler, needs_keys
 from functional_llm.graph.precision import full_float32
 from functional_llm.layers.cache import Cache, grow_cache, make_cache, num_slots, store_tokens
 from functional_llm.xla.rewriter import compiler_options, optimize_for_cpu, optimize_for_gpu
@@ -28,7 +28,7 @@ Weights: TypeAlias = list[jax.Array]
 Program: TypeAlias = Callable[..., Any]
 Announce: TypeAlias = Callable[[str], AbstractContextManager[object]]
 
-TOKENS_PER_RUN = 32  # C: the decode loop returns to Python after so many, if not earlier
+TOKENS_PER_RUN = 128  # C: the decode loop returns to Python after so many, if not earlier
 NOT_FINITE = -2  # what a row gets in the place of a token if its logits are not finite
 
 
@@ -65,8 +65,9 @@ class Prompt(NamedTuple):
         tokens: (B, T) int32.
         positions: (B, T) int32, -1 for padding.
         last: (B,) int32, the index of each row's last token.
-        seen: (B, V) bool, the tokens that occur in each row.
-        keys: (B,) random keys.
+        row_ids: (B, L) int32, all tokens of each row, -1 for padding; `None` if the sampler does
+            not need them.
+        keys: (B,) random keys, or `None` if the sampler draws nothing.
         cache: The cache of an earlier turn, or `None`.
         mask: (B, T, T) bool, False where a token must not see another, or `None`.
     """
@@ -74,8 +75,8 @@ class Prompt(NamedTuple):
     tokens: np.ndarray
     positions: np.ndarray
     last: np.ndarray
-    seen: np.ndarray
-    keys: jax.Array
+    row_ids: np.ndarray | None
+    keys: jax.Array | None
     cache: Cache | None
     mask: np.ndarray | None = None
 
@@ -87,8 +88,9 @@ class DecodeState(NamedTuple):
         token: (B,) int32, the last token written, which is not in the cache yet.
         position: (B,) int32, its position.
         step: () int32, how many tokens have been written.
-        seen: (B, V) bool, the tokens that occur in each row.
-        keys: (B,) random keys.
+        seen: (B, V) bool, the tokens that occur in each row; `None` if the sampler does not need
+            them.
+        keys: (B,) random keys, or `None` if the sampler draws nothing.
         cache: The cache.
         mask: (B, T) bool, False for tokens of the prompt that no new token sees, or `None`.
     """
@@ -96,8 +98,8 @@ class DecodeState(NamedTuple):
     token: jax.Array
     position: jax.Array
     step: jax.Array
-    seen: jax.Array
-    keys: jax.Array
+    seen: jax.Array | None
+    keys: jax.Array | None
     cache: Cache
     mask: jax.Array | None = None
 
@@ -169,7 +171,8 @@ class CompiledPrograms:
         time: it makes no pause after the first token.
         """
         given = prompt.cache is not None, prompt.mask is not None
-        key = ("prefill", prompt.tokens.shape, slots, *given)
+        row_ids = None if prompt.row_ids is None else prompt.row_ids.shape
+        key = ("prefill", prompt.tokens.shape, slots, row_ids, *given)
         arguments = (weights, prompt, sampler)
         calls = [_Call(key, self._prefill_program(slots), arguments)]
         # On several devices, the first result says how the state is spread over them.
@@ -198,16 +201,18 @@ class CompiledPrograms:
         call = self._decode_call(weights, state, sampler, done_B, stop_ids, limit)
         program = self._compiled([call])
         with self.stats.timed("decode_seconds"):
-            new_BC, count, state = program(*call.arguments)
-            new_BC = np.asarray(new_BC)[:, : int(count)]
+            *written, state = program(*call.arguments)
+            new_BC, count = jax.device_get(written)
+            new_BC = new_BC[:, :count]
         self.stats.decode_tokens += int((new_BC >= 0).sum())
         return new_BC, state
 
     def decode_shapes(self, rows: int, slots: int, sampler: Sampler, stop_ids: np.ndarray) -> _Call:
         """Returns the program of `decode` with shapes, for those who only want to compile it."""
-        last_B, keys_B = np.zeros(rows, "int32"), jax.random.split(jax.random.key(0), rows)
-        seen_BV = np.zeros((rows, self.backbone.output["logits"].shape[-1]), bool)
-        prompt = Prompt(last_B[:, None], last_B[:, None], last_B, seen_BV, keys_B, None)
+        last_B = np.zeros(rows, "int32")
+        keys_B = jax.random.split(jax.random.key(0), rows) if needs_keys(sampler) else None
+        row_ids = last_B[:, None] if sampler.needs_seen else None
+        prompt = Prompt(last_B[:, None], last_B[:, None], last_B, row_ids, keys_B, None)
         state = self._state_shapes(slots, prompt)
         return self._decode_call(
             self.weights(), state, sampler, np.zeros(rows, bool), stop_ids, TOKENS_PER_RUN
@@ -260,10 +265,20 @@ class CompiledPrograms:
         if cache is None:
             rows = len(prompt.last)
             cache = jax.eval_shape(lambda: make_cache(self.backbone, rows, slots))
-        token_B, step, seen_BV = (jnp.asarray(x) for x in (prompt.last, np.int32(1), prompt.seen))
+        token_B, step = jnp.asarray(prompt.last), jnp.int32(1)
+        seen_BV = jax.eval_shape(lambda: self._seen(prompt))
         mask_BT = None if prompt.mask is None else jnp.asarray(prompt.mask[:, 0])
         state = DecodeState(token_B, token_B, step, seen_BV, prompt.keys, cache, mask_BT)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+
+    def _seen(self, prompt: Prompt) -> jax.Array | None:
+        """Returns (B, V) bool, the tokens that occur in each row, if the sampler needs them."""
+        if prompt.row_ids is None:
+            return None
+        rows, vocabulary = len(prompt.row_ids), self.backbone.output["logits"].shape[-1]
+        ids_BL = jnp.where(prompt.row_ids < 0, jnp.int32(vocabulary), prompt.row_ids)
+        seen_BV = jnp.zeros((rows, vocabulary), bool)
+        return seen_BV.at[jnp.arange(rows)[:, None], ids_BL].set(True, mode="drop")
 
     def _forward(
         self, weights: Weights, inputs: Mapping[str, Any], last_B: jax.Array | np.ndarray
@@ -297,7 +312,7 @@ class CompiledPrograms:
                 cache = jax.tree.map(
                     lambda new, slots: store_tokens(new, slots, prompt.positions), cache, empty
                 )
-            seen_BV = jnp.asarray(prompt.seen)
+            seen_BV = self._seen(prompt)
             token_B, seen_BV = _sample(sampler, logits_BV, prompt.keys, jnp.int32(0), seen_BV)
             return token_B, DecodeState(
                 token=token_B,
@@ -339,7 +354,8 @@ class CompiledPrograms:
                 inputs["mask"] = state.mask[:, None]
             logits_BV, cache = self._forward(weights, inputs, jnp.zeros_like(state.token))
             token_B, seen_BV = _sample(sampler, logits_BV, state.keys, state.step, state.seen)
-            new_BC = new_BC.at[:, i].set(jnp.where(done_B, jnp.int32(-1), token_B))
+            new_B1 = jnp.where(done_B, jnp.int32(-1), token_B)[:, None]
+            new_BC = jax.lax.dynamic_update_slice(new_BC, new_B1, (jnp.int32(0), i))
             ends_B = jnp.any(token_B[:, None] == stop_ids, axis=1) | (token_B == NOT_FINITE)
             done_B = done_B | ends_B
             position_B = state.position + 1
@@ -356,12 +372,19 @@ class CompiledPrograms:
 
 
 def _sample(
-    sampler: Sampler, logits_BV: jax.Array, keys_B: jax.Array, step: jax.Array, seen_BV: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    sampler: Sampler,
+    logits_BV: jax.Array,
+    keys_B: jax.Array | None,
+    step: jax.Array,
+    seen_BV: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None]:
     """Returns a token for each row, or `NOT_FINITE`, and the tokens seen so far with it."""
-    keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, step)
+    if keys_B is not None:
+        keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, step)
     token_B = sampler(logits_BV, keys_B, seen_BV)
     # The maximum is NaN if a logit is. One of -inf is a token that cannot come.
     is_finite_B = jnp.isfinite(jnp.max(logits_BV, axis=1))
     token_B = jnp.where(is_finite_B, token_B, jnp.int32(NOT_FINITE))
-    return token_B, seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
+    if seen_BV is not None:
+        seen_BV = seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
+    return token_B, seen_BV

@@ -16,7 +16,7 @@ Shape suffixes: B batch, V vocabulary. An axis written 1 is kept for broadcastin
 import dataclasses
 import difflib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ __all__ = [
     "TopP",
     "get",
     "make",
+    "needs_keys",
     "register_part",
 ]
 
@@ -55,7 +56,8 @@ class Sampler(Protocol):
 
     Args:
         logits_BV: Floating-point logits of the next token. Sampling computes in float32.
-        keys_B: One typed JAX key a row (`jax.random.key`). May be `None` if the draw is not random.
+        keys_B: One typed JAX key a row (`jax.random.key`); `None` for a sampler that has
+            `needs_keys`, and it is false.
         seen_BV: Bool, the tokens that occur in the row's prompt and text so far. May be `None`
             unless `needs_seen` is true.
 
@@ -69,6 +71,11 @@ class Sampler(Protocol):
     def __call__(
         self, logits_BV: jax.Array, keys_B: jax.Array | None, seen_BV: jax.Array | None = None
     ) -> jax.Array: ...
+
+
+def needs_keys(sampler: Sampler) -> bool:
+    """Returns whether a sampler draws: if it does not say, it may."""
+    return bool(getattr(sampler, "needs_keys", True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +123,8 @@ class Greedy(_TransformingSampler):
     Args:
         parts: Logit transforms, applied in this order.
     """
+
+    needs_keys: ClassVar[bool] = False
 
     def __call__(
         self, logits_BV: jax.Array, keys_B: jax.Array | None, seen_BV: jax.Array | None = None

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from functional_llm.formats.download import cache_directory
 from functional_llm.generation import samplers
 from functional_llm.generation.arguments import (
     as_ids,
@@ -25,6 +24,7 @@ from functional_llm.generation.arguments import (
     padded_stop_ids,
     without_padding,
 )
+from functional_llm.generation.compilation_cache import use_compilation_cache
 from functional_llm.generation.not_finite import not_finite_error
 from functional_llm.generation.programs import (
     NOT_FINITE,
@@ -50,9 +50,8 @@ from functional_llm.tokenizers import TextTokenizer
 _SMALLEST_PROMPT = 32
 _SMALLEST_CACHE = 256
 _SLOTS_AHEAD = 256  # slots that a cache has for new tokens from the beginning
+_TOKENS_UNSEEN = 32  # that are written before a stop string among them is noticed
 _SECONDS_PER_PIECE = 0.1  # of a stream; a piece has at least one token
-_CACHE_FOLDER = "jax_compilation_cache_dir"
-_LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 
 SamplerOrName: TypeAlias = samplers.Sampler | str
 Seeds: TypeAlias = int | Sequence[int] | None
@@ -101,7 +100,7 @@ class TextGenerator:
         self.backbone = backbone
         self.tokenizer = tokenizer
         self._programs = CompiledPrograms(backbone, announce)
-        _use_compilation_cache()
+        use_compilation_cache()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Compiled programs cannot be copied.
@@ -182,7 +181,8 @@ class TextGenerator:
         decoders = [StoppingDecoder(tokenizer, stop, isinstance(x, str)) for x in given]
         rows = [encode_prompt(tokenizer, prompt, parse_special) for prompt in given]
         pieces = [""] * len(given)
-        for new in self._run(rows, max_new_tokens, sampler, tokenizer.stop_token_ids, seed):
+        ends, most = tokenizer.stop_token_ids, _TOKENS_UNSEEN if stop else TOKENS_PER_RUN
+        for new in self._run(rows, max_new_tokens, sampler, ends, seed, most=most):
             for i, ids in enumerate(new.ids):
                 pieces[i] += decoders[i].push(ids)
                 if decoders[i].stopped:
@@ -226,6 +226,7 @@ class TextGenerator:
             seed,
             past,
             _SECONDS_PER_PIECE,
+            most=_TOKENS_UNSEEN,
         )
         for new in run:
             piece = decoder.push(new.ids[0])
@@ -287,10 +288,12 @@ class TextGenerator:
         prompt_cache: PromptCache | None = None,
         seconds: float = math.inf,
         masks: list[np.ndarray] | None = None,
+        most: int = TOKENS_PER_RUN,
     ) -> Iterator["_NewTokens"]:
         """Prefills, then decodes until every row has ended; yields what is new.
 
-        After the prefill, a yield has as many tokens as take `seconds`, judged by the one before.
+        After the prefill, a yield has as many tokens as take `seconds`, judged by the one before,
+        and `most` at most.
         """
         check_request(rows, max_new_tokens, self._vocabulary_size, self.context)
         max_new_tokens = int(max_new_tokens)
@@ -298,7 +301,8 @@ class TextGenerator:
         chosen_sampler = jax.tree.map(_as_array, samplers.get(sampler))
         stop_ids = padded_stop_ids(sorted(stop_token_ids))
         weights = self._programs.weights()
-        prompt, slots = self._prompt(rows, max_new_tokens, make_keys(seed, len(rows)), prompt_cache)
+        keys_B = make_keys(seed, len(rows))
+        prompt, slots = self._prompt(rows, max_new_tokens, chosen_sampler, keys_B, prompt_cache)
         if masks is not None:
             prompt = prompt._replace(mask=padded_masks(masks, prompt.tokens.shape[1]))
         token_B, state = self._programs.prefill(
@@ -322,10 +326,14 @@ class TextGenerator:
                     prompt_cache.ids += [int(i) for i in new_BC[0] if i >= 0]
                 if written >= max_new_tokens or done_B.all():
                     break
-                fitting = max(1, int(min(seconds / token_seconds, TOKENS_PER_RUN)))
+                fitting = max(1, int(min(seconds / token_seconds, most)))
                 limit = min(fitting, max_new_tokens - written)
                 # The last token written is stored by the next step: one slot fewer than tokens.
-                needed = int(lengths_B[~done_B].max()) + written + limit - 1
+                taken = int(lengths_B[~done_B].max()) + written - 1
+                # A cache grows when it is full, and is doubled then.
+                free = num_slots(state.cache) - taken
+                limit = min(limit, free if free > 0 else num_slots(state.cache))
+                needed = taken + limit
                 state = state._replace(cache=self._grown(state.cache, needed))
                 before = self.stats.decode_seconds
                 new_BC, state = self._programs.decode(
@@ -341,11 +349,13 @@ class TextGenerator:
         self,
         rows: list[list[int]],
         max_new_tokens: int,
+        sampler: samplers.Sampler,
         keys_B: jax.Array,
         prompt_cache: PromptCache | None,
     ) -> tuple[Prompt, int]:
         """Returns what the prefill reads, padded to few shapes, and the number of slots."""
-        slots = self._num_slots(max(map(len, rows)) + min(max_new_tokens, _SLOTS_AHEAD))
+        longest = max(map(len, rows))
+        slots = self._num_slots(longest + min(max_new_tokens, _SLOTS_AHEAD))
         known, cache = (0, None) if prompt_cache is None else prompt_cache.reuse(rows[0])
         if cache is not None:
             cache = self._grown(cache, slots)
@@ -354,14 +364,17 @@ class TextGenerator:
         length = _power_of_two(max(lengths), _SMALLEST_PROMPT)
         tokens_BT = np.zeros((len(rows), length), "int32")
         positions_BT = np.full((len(rows), length), -1, "int32")
-        seen_BV = np.zeros((len(rows), self._vocabulary_size), bool)
+        # No fewer than the slots, so that few shapes serve all lengths.
+        ids_BL = np.full((len(rows), max(slots, _power_of_two(longest, 1))), -1, "int32")
         for i, row in enumerate(rows):
             tokens_BT[i, : lengths[i]] = row[known:]
             positions_BT[i, : lengths[i]] = np.arange(known, len(row))
-            seen_BV[i, row] = True
+            ids_BL[i, : len(row)] = row
         last_B = np.array(lengths, "int32") - 1
         self.stats.prefill_tokens = sum(lengths)
-        return Prompt(tokens_BT, positions_BT, last_B, seen_BV, keys_B, cache), slots
+        row_ids = ids_BL if sampler.needs_seen else None
+        keys = keys_B if samplers.needs_keys(sampler) else None
+        return Prompt(tokens_BT, positions_BT, last_B, row_ids, keys, cache), slots
 
     def _num_slots(self, needed: int) -> int:
         return capped_num_slots(self.backbone, _power_of_two(needed, _SMALLEST_CACHE))
@@ -395,15 +408,3 @@ def _power_of_two(number: int, smallest: int) -> int:
 
 def _as_array(number: float) -> jax.Array:
     return jnp.asarray(number, "int32" if isinstance(number, int) else "float32")
-
-
-def _use_compilation_cache() -> None:
-    """Keeps compiled programs across processes, unless the user has set a place already.
-
-    JAX keeps what took a second or more to compile. The prefill of a small model takes about as
-    long, and would be kept on one machine and made in each process on another.
-    """
-    if getattr(jax.config, _CACHE_FOLDER) is None:
-        jax.config.update(_CACHE_FOLDER, str(cache_directory() / "xla"))
-    if getattr(jax.config, _LEAST_SECONDS) == 1.0:
-        jax.config.update(_LEAST_SECONDS, 0.1)

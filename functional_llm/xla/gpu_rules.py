@@ -93,7 +93,7 @@ def _writes_rows(step: Step) -> bool:
 
 
 GPU_RULES: tuple[Rule, ...] = (
-    LoopOrder(summed_first=False, as_bits=False),
+    LoopOrder(as_bits=False),
     InnerProgram(),
     ProductOfReordered(turns_smaller=False),
     RowsRead(),
