@@ -189,7 +189,7 @@ def test_a_run_does_not_fall_over_an_earlier_one(tiny: Path, rows: Rows, tmp_pat
     settings = Settings(steps=2, batch_size=2)
     said: list[str] = []
     history = train(Backbone.from_preset(tiny), rows, rows, settings, tmp_path, say=said.append)
-    assert len(said) == 2 and "perplexity" in said[1]
+    assert "Memory of a step" in said[0] and len(said) == 3 and "perplexity" in said[2]
     assert history.held_out[1][1] < history.held_out[0][1]
     with pytest.raises(ValueError, match="is the checkpoint of an earlier run. Ask to resume it"):
         train(Backbone.from_preset(tiny), rows, rows, settings, tmp_path)
