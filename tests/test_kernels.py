@@ -367,3 +367,49 @@ class _Fixed(flm.AttentionMask):
 
     def compute_output_spec(self, inputs: Any) -> Any:
         return {"mask": keras.KerasTensor((None, None, None), "bool")}
+
+
+def test_a_mask_of_an_older_file_is_one_tensor_as_it_was() -> None:
+    old = {"name": "full_mask", "window": 3}  # what its config was before masks were described
+    layer = flm.AttentionMask.from_config(old)
+    positions = np.tile(np.arange(5, dtype="int32"), (2, 1))
+    inputs = {"query_positions": positions, "slot_positions": positions, "segment_ids": None}
+    mask = np.asarray(layer(inputs))
+    np.testing.assert_array_equal(
+        mask[0], np.tril(np.ones((5, 5), bool)) & ~np.tri(5, k=-3, dtype=bool)
+    )
+    new = flm.AttentionMask(window=3)
+    again = flm.AttentionMask.from_config(new.get_config())
+    assert isinstance(again(inputs), dict) and again.window == 3
+    x = np.random.default_rng(0).normal(size=(2, 5, 2, 4)).astype("float32")
+    parts = {"query": x, "key": x, "value": x}
+    product = flm.AttentionDotProduct()
+    np.testing.assert_allclose(
+        product({**parts, "mask": mask}), product({**parts, "mask": again(inputs)}), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("remat", ["nothing", "layer"])
+def test_training_with_blocks_is_training_with_all_scores(tmp_path: Any, remat: str) -> None:
+    save_reference(CONFIGS["gemma2_soft_caps"], tmp_path)
+    losses = []
+    for kernel in ("explicit", "blockwise"):
+        backbone = flm.Backbone.from_preset(str(tmp_path))
+        backbone = flm.rewire(backbone, partial(_with_kernel, kernel))
+        backbone.compile(keras.optimizers.SGD(0.1), remat=remat)
+        rows = {
+            "token_ids": np.arange(1, 41).reshape(2, 20),
+            "segment_ids": np.repeat([[0, 1]], 10, axis=1).repeat(2, axis=0).reshape(2, 20),
+            "positions": np.tile(np.arange(10), (2, 2)),
+        }
+        history = backbone.fit(rows, epochs=3, verbose=0)
+        losses.append(history.history["loss"])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-5)
+    assert losses[0][0] - losses[0][-1] > 1e-3
+
+
+def _with_kernel(kernel: str, layer: Any, path: str) -> Any:
+    if isinstance(layer, flm.AttentionDotProduct):
+        config = {**layer.get_config(), "kernel": kernel}
+        return flm.AttentionDotProduct.from_config(config)
+    return layer
