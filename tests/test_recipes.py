@@ -148,3 +148,16 @@ def test_activations_page_with_smollm2(repository: Path, smollm2_gguf: Path) -> 
     sea = ("sea", "ocean", "Ocean")
     assert not any(word in names["before"] for word in sea)
     assert any(word in names["after"] for word in sea)
+
+
+def test_the_page_on_attention(
+    repository: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = run(blocks(repository / "docs" / "attention.md"), folder, {})
+    assert "1 x 4096 tokens, " in capsys.readouterr().out
+    plain, encoder = logits_of(names["backbone"]), logits_of(names["encoder"])
+    np.testing.assert_allclose(logits_of(names["in_blocks_backbone"]), plain, atol=2e-5)
+    assert np.abs(encoder - plain)[:, 0].max() > 1e-3  # the first token sees what follows
+    allowed = names["backbone"]({"token_ids": names["ids"], "mask": np.ones((1, 4, 4), bool)})
+    changed = np.abs(np.asarray(allowed) - np.asarray(names["logits"])).max(axis=(0, 2))
+    assert changed[3] > 1e-4 and changed[:3].max() < 1e-5
