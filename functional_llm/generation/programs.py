@@ -7,11 +7,9 @@ Shapes: B rows, T tokens of a padded prompt, S cache slots, C tokens of one run 
 V vocabulary, D model.
 """
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -19,6 +17,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from functional_llm.generation.results import Stats
 from functional_llm.generation.samplers import Sampler, needs_keys
 from functional_llm.graph.precision import full_float32
 from functional_llm.layers.cache import Cache, grow_cache, make_cache, num_slots, store_tokens
@@ -30,32 +29,6 @@ Announce: TypeAlias = Callable[[str], AbstractContextManager[object]]
 
 TOKENS_PER_RUN = 128  # C: the decode loop returns to Python after so many, if not earlier
 NOT_FINITE = -2  # what a row gets in the place of a token if its logits are not finite
-
-
-@dataclass
-class Stats:
-    """Where the time of one generation went.
-
-    Args:
-        compile_seconds: Tracing and compiling, or reading the compilation cache.
-        prefill_seconds: The prompt, up to the first token.
-        prefill_tokens: Tokens of the prompts, without padding.
-        decode_seconds: The rest.
-        decode_tokens: Tokens of all rows after the first.
-    """
-
-    compile_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    prefill_tokens: int = 0
-    decode_seconds: float = 0.0
-    decode_tokens: int = 0
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Adds the seconds of a block to the field of this name."""
-        started = time.perf_counter()
-        yield
-        setattr(self, name, getattr(self, name) + time.perf_counter() - started)
 
 
 class Prompt(NamedTuple):

@@ -6,7 +6,6 @@ Shapes: B rows, T tokens of a padded prompt, C new tokens of one run, V vocabula
 import math
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, TypeAlias, overload
 
 import jax
@@ -32,7 +31,6 @@ from functional_llm.generation.programs import (
     Announce,
     CompiledPrograms,
     Prompt,
-    Stats,
 )
 from functional_llm.generation.prompt_cache import PromptCache
 from functional_llm.generation.prompts import (
@@ -42,6 +40,7 @@ from functional_llm.generation.prompts import (
     only_prompt,
     split_prompts,
 )
+from functional_llm.generation.results import NewTokens, Stats
 from functional_llm.generation.stop_strings import StoppingDecoder
 from functional_llm.graph.backend import require_jax
 from functional_llm.layers.cache import Cache, capped_num_slots, num_slots
@@ -289,7 +288,7 @@ class TextGenerator:
         seconds: float = math.inf,
         masks: list[np.ndarray] | None = None,
         most: int = TOKENS_PER_RUN,
-    ) -> Iterator["_NewTokens"]:
+    ) -> Iterator[NewTokens]:
         """Prefills, then decodes until every row has ended; yields what is new.
 
         After the prefill, a yield has as many tokens as take `seconds`, judged by the one before,
@@ -321,7 +320,7 @@ class TextGenerator:
                         prompt_cache.ids = []  # nor is what it holds
                     raise not_finite_error(self.backbone)
                 done_B |= np.isin(new_BC, stop_ids[stop_ids >= 0]).any(axis=1)
-                yield _NewTokens([[int(i) for i in ids if i >= 0] for ids in new_BC], done_B)
+                yield NewTokens([[int(i) for i in ids if i >= 0] for ids in new_BC], done_B)
                 if prompt_cache is not None:
                     prompt_cache.ids += [int(i) for i in new_BC[0] if i >= 0]
                 if written >= max_new_tokens or done_B.all():
@@ -383,23 +382,6 @@ class TextGenerator:
         """Returns a cache in which so many positions fit, before a ring that may grow wraps."""
         slots = self._num_slots(needed)
         return cache if slots <= num_slots(cache) else self._programs.grow(cache, slots)
-
-
-@dataclass(frozen=True)
-class _NewTokens:
-    """What one run has written.
-
-    Args:
-        ids: The new ids of each row.
-        is_done: (B,) bool, which rows have ended; shared with the loop that writes.
-    """
-
-    ids: list[list[int]]
-    is_done: np.ndarray
-
-    def finish_row(self, row: int) -> None:
-        """Ends a row in whose text a stop string was found."""
-        self.is_done[row] = True
 
 
 def _power_of_two(number: int, smallest: int) -> int:

@@ -5,8 +5,6 @@ Shapes: B batch, T tokens, S slots, V vocabulary.
 
 import math
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,6 +26,7 @@ from functional_llm.graph.types import JSON, Nested
 from functional_llm.layers.call_inputs import as_tensors, complete_inputs, with_mask
 from functional_llm.peft.adapter import REVERSED
 from functional_llm.peft.names import Names
+from functional_llm.presets.dtypes import dtype_policy
 from functional_llm.presets.edits import apply_edits, check_unedited, edits_of
 from functional_llm.presets.sources import open_source, read_numbers, transformers_name
 from functional_llm.stock.keras_model import load_keras_weights, write_keras_model
@@ -37,7 +36,6 @@ from functional_llm.tokenizers import TextTokenizer, save_tokenizer
 from functional_llm.training.default_loss import LanguageModelLoss
 
 _REQUIRED = {"token_ids", "positions"}
-_DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 
 
 @keras.saving.register_keras_serializable("functional_llm")
@@ -319,7 +317,7 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, FullFloat32, keras.Mod
 
     @classmethod
     def _build(cls, family: Family, config: ModelConfig, dtype: str) -> Self:
-        with _dtype_policy(dtype):
+        with dtype_policy(dtype):
             inputs, outputs = family.build(config)
             return cls(inputs, outputs, name=family.model_type, config=config)
 
@@ -399,16 +397,3 @@ def _restored(
             for variable, value in zip(variables, slots, strict=True):
                 variable.assign(value)
     return new
-
-
-@contextmanager
-def _dtype_policy(dtype: str) -> Iterator[None]:
-    """Builds layers in a dtype; the configs of parts need not carry it."""
-    if dtype not in _DTYPES and not isinstance(dtype, keras.DTypePolicy):
-        raise ValueError(f"Expected dtype to be one of {', '.join(_DTYPES)}, received {dtype!r}.")
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(dtype)
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(before)
