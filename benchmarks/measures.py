@@ -60,10 +60,10 @@ class Measure:
 def make_prompts(batch_size: int, length: int, round_number: int) -> list[list[int]]:
     """Returns (B, T) ids: other ones in each round, the same for every engine.
 
-    Ids from 100 to 1000 are frequent words in most vocabularies, and none of the special tokens.
+    Ids from 100 to 500 are frequent words in most vocabularies, and none of the special tokens.
     """
     rng = np.random.default_rng([round_number, batch_size, length])
-    return rng.integers(100, 1000, (batch_size, length)).tolist()
+    return rng.integers(100, 500, (batch_size, length)).tolist()
 
 
 def measure_decode(engine: Engine, round_number: int, batch_size: int) -> float:

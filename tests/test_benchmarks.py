@@ -21,8 +21,7 @@ def test_worker_measures_and_survives_an_error(material: Path, tmp_path: Path) -
     try:
         assert worker.wait()["figures"]["load"] > 0
         assert "KeyError" in worker.ask("no_such_measure", 0)["error"]
-        # Its vocabulary has 512 tokens: an id of the prompts is not among them.
-        assert "expected token ids" in worker.ask("prefill_32", 0)["error"]
+        assert worker.ask("prefill_32", 0)["figures"] > 0
         assert worker.ask("peak_memory", 1)["figures"] > 50
     finally:
         worker.close()

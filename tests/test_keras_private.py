@@ -366,6 +366,9 @@ def test_steps_do_not_write_into_what_they_do_not_change() -> None:
     with values_page.donating():
         model.make_predict_function()
         model.make_test_function()
+    step = values_page.StepOfGroups(model.train_step, (0, 2, 3))
+    assert step == values_page.StepOfGroups(model.train_step, (0, 2, 3))  # one program for JAX
+    assert step.split(("a", "b", "c", "d")) == (("a", None, "c", "d"), (None, "b", None, None))
     now = model.layers[3].kernel.value
     model.predict(X, verbose=0)
     model.evaluate(X, X, verbose=0)
@@ -441,7 +444,7 @@ def test_only_the_page_touches_private_keras() -> None:
     page_tree = ast.Module([x for path in PAGES for x in trees.pop(path).body], [])
     # What no module here defines belongs to somebody else: to Keras, but for these.
     of_named_tuples = {"_replace"}
-    of_jax = set().union(*(used_names(x) for path, x in trees.items() if "cpu" in path.parts))
+    of_jax = set().union(*(used_names(x) for path, x in trees.items() if "xla" in path.parts))
     own = set().union(*map(defined_names, trees.values()))
     foreign = set().union(*map(used_names, trees.values())) - own - of_named_tuples - of_jax
     on_page = {x.value for x in ast.walk(page_tree) if isinstance(x, ast.Constant)}

@@ -119,7 +119,7 @@ def test_every_family_has_a_published_config() -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("gemma2_9b", {"sliding_window_size": 512}, "512 and 4096"),
+        ("gemma2_9b", {"sliding_window_size": 512}, "=512 and sliding_window=4096"),
         ("qwen2.5_7b", {"use_mrope": True}, "use_mrope=True"),
         ("gpt2_medium", {"n_special": 3}, "n_special=3"),
         ("llama3.2_1b", {"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -140,7 +140,7 @@ def test_the_older_name_of_gemma2s_window_is_not_read_as_in_transformers() -> No
     del raw["sliding_window"]
     config: Any = read_config({**raw, "sliding_window_size": 4096}, FAMILIES["gemma2"])
     assert config.sliding_window == 4096  # the default of Transformers, whatever this key says
-    with pytest.raises(ValueError, match="received 77 and 4096"):
+    with pytest.raises(ValueError, match="=77 and no sliding_window, which means 4096"):
         read_config({**raw, "sliding_window_size": 77}, FAMILIES["gemma2"])
 
 
