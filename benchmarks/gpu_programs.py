@@ -18,7 +18,8 @@ import dataclasses
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -49,6 +50,27 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@contextmanager
+def for_h100() -> Iterator[None]:
+    """Inside, the library and JAX find an H100 with cuDNN where they ask what to compile for."""
+    import jax
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    from functional_llm.layers import attention
+
+    answers: list[tuple[Any, str, Any]] = [
+        (jax, "default_backend", "gpu"),
+        (attention, "_capability", (9, 0)),
+        (cudnn, "check_cudnn_version", 91000),
+        (cudnn, "check_compute_capability", True),
+        (cudnn, "is_cuda_compute_capability_equal", False),
+    ]
+    with ExitStack() as stack:
+        for module, name, answer in answers:
+            stack.enter_context(mock.patch.object(module, name, lambda *_, x=answer: x))
+        yield
+
+
 def main() -> int:
     arguments = parse_arguments()
     if arguments.cuda:
@@ -61,10 +83,7 @@ def main() -> int:
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0"
-    import jax
-
-    # The library asks it for the platform to compile for.
-    with mock.patch.object(jax, "default_backend", lambda: "gpu"):
+    with for_h100():
         print("| program | layers | " + " | ".join(COUNTS) + " |")
         print("|---|---:|" + "---:|" * len(COUNTS), flush=True)
         if arguments.only != TRAINING:
