@@ -368,7 +368,7 @@ def test_steps_do_not_write_into_what_they_do_not_change() -> None:
         model.make_test_function()
     step = values_page.StepOfGroups(model.train_step, (0, 2, 3))
     assert step == values_page.StepOfGroups(model.train_step, (0, 2, 3))  # one program for JAX
-    assert step.split(("a", "b", "c", "d")) == (("a", None, "c", "d"), (None, "b", None, None))
+    assert step.split(([1], [2], [3], [4])) == (([1], None, [3], [4]), (None, [2], None, None))
     now = model.layers[3].kernel.value
     model.predict(X, verbose=0)
     model.evaluate(X, X, verbose=0)
