@@ -413,3 +413,35 @@ def _with_kernel(kernel: str, layer: Any, path: str) -> Any:
         config = {**layer.get_config(), "kernel": kernel}
         return flm.AttentionDotProduct.from_config(config)
     return layer
+
+
+def test_a_mask_that_is_rewired_is_not_in_order(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that knows by index who sees whom would not see what a replacement has moved."""
+    save_reference(CONFIGS["llama_grouped"], tmp_path)
+    backbone = flm.Backbone.from_preset(str(tmp_path), load_weights=False)
+
+    def orders(model: Any) -> set[tuple[bool, int | None]]:
+        found = set()
+        facts = flm.AttentionDotProduct.facts
+
+        def noted(self: Any, inputs: Any) -> Any:
+            result = facts(self, inputs)
+            found.add((result.in_order, result.window))
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(flm.AttentionDotProduct, "facts", noted)
+            flm.attention_choices(model, 2, 12)
+        return found
+
+    assert orders(backbone) == {(True, None)}
+    window = flm.rewire(backbone, lambda x, p: flm.AttentionMask(3) if _is_mask(x) else x)
+    assert orders(window) == {(True, 3)}
+    moved = flm.rewire(backbone, lambda x, p: _OnlyThePast(3) if _is_mask(x) else x)
+    assert orders(moved) == {(False, 3)}
+    by_call = flm.rewire(
+        backbone, call=lambda x, p, inputs: x(inputs), where=lambda x, p: _is_mask(x)
+    )
+    assert orders(by_call) == {(False, None)}

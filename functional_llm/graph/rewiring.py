@@ -281,8 +281,13 @@ class Rewiring:
             note_path(error, path)
             self._changes.explain(arguments, path, error)
             raise
+        is_new = asked is not None or id(operation) in self._replaced
         read = getattr(operation, "read_replacement", None)
-        if read is not None and place is not operation:
+        if (
+            is_new
+            and read is not None
+            and (asked is not None or type(place) is not type(operation))
+        ):
             outputs = read(outputs)
         flat = tree.flatten(outputs)
         is_symbolic = all(isinstance(x, keras.KerasTensor) for x in flat)
@@ -293,7 +298,6 @@ class Rewiring:
                 f"{len(old_call.outputs)} symbolic tensors in the order of the original layer's "
                 f"outputs, of the shapes {[x.shape for x in old_call.outputs]}."
             )
-        is_new = asked is not None or id(operation) in self._replaced
         self._changes.compare(old_call, path, (args, kwargs), flat, place, is_new)
         return flat
 

@@ -85,27 +85,29 @@ class AttentionMask(keras.layers.Layer):
     def read_replacement(self, outputs: MaskTensors) -> MaskTensors:
         """Returns what was called in this layer's place as this layer would have returned it.
 
+        Nobody knows any more that tokens are in order: what came here may have moved positions.
+
         Args:
             outputs: A boolean mask (B, T, S), a description with or without all of its parts, or
                 anything else, which is returned as it is.
         """
-        if self.explicit:
-            return outputs
         is_mask = isinstance(outputs, keras.KerasTensor) and len(outputs.shape) == 3
         parts = {field.name for field in fields(Mask)}
-        is_part = isinstance(outputs, Mapping) and set(outputs) < parts
-        describe = DescribedMask(name=f"{self.name}_given")
-        return describe(outputs) if is_mask or is_part else outputs
+        if self.explicit or not (is_mask or isinstance(outputs, Mapping) and set(outputs) <= parts):
+            return outputs
+        if not is_mask:
+            outputs = {name: x for name, x in outputs.items() if x is not None}
+        return DescribedMask(name=f"{self.name}_given")(outputs)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class DescribedMask(keras.layers.Layer):
-    """Makes a description of a boolean mask (B, T, S), or of one that lacks parts."""
+    """Makes a description of a boolean mask (B, T, S), or of one that may lack parts."""
 
     may_return_none = True
 
     def call(self, inputs: MaskTensors) -> MaskTensors:
-        return Mask.from_tensors(inputs).to_tensors()
+        return replace(Mask.from_tensors(inputs), in_order=False).to_tensors()
 
     def compute_output_spec(self, inputs: MaskTensors) -> dict[str, keras.KerasTensor]:
         x = inputs if not isinstance(inputs, Mapping) else next(iter(inputs.values()))
