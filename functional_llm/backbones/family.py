@@ -4,11 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
+from functional_llm.backbones.transforms import Transform
+from functional_llm.backbones.wrapper import Wrapper
 from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.rope import RopeScaling
 from functional_llm.graph.types import JSON
 
-Row: TypeAlias = tuple[str, str, str]
+# Tensor of a checkpoint, path of a variable, and the transform between them or its name.
+Row: TypeAlias = tuple[str, str, str | Transform]
+Rows: TypeAlias = Sequence[Row]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +66,12 @@ class Family:
         complete_keys: Given keys -> all keys, with the values that absent and outdated keys mean.
         config_constants: Key -> the one value for which the graph is right.
         written_keys: Config -> what Transformers needs in a `config.json` beside `config_keys`.
-        weights: Rows (tensor of a checkpoint, path of a variable, name of a transform); `{}` stands
-            for the layer. Rows that name one tensor are its parts, in order.
-        ignored: Patterns of tensors that checkpoints carry and that the model does not need.
+        weights: Rows (tensor of a checkpoint, path of a variable, a transform or its name); `{}`
+            stands for the layer. Rows that name one tensor are its parts, in order. Or a function
+            of the config that returns them.
+        ignored: Patterns of tensors that checkpoints carry and that the model does not need. Or a
+            function of the config that returns them.
+        wrappers: Checkpoints of several models that may hold one of this family.
         base_prefix: Prefix that the names of tensors lack in checkpoints of the bare model.
         gguf_architecture: Its name in GGUF files; `None` if they have none of their own.
         gguf_keys: Key of a GGUF file, without the architecture -> key of a `config.json`, if they
@@ -86,8 +93,9 @@ class Family:
     complete_keys: Callable[[JSON], JSON]
     config_constants: Mapping[str, Any] = field(default_factory=dict)
     written_keys: Callable[[Any], JSON] = _nothing
-    weights: Sequence[Row]
-    ignored: Sequence[str] = ()
+    weights: Rows | Callable[[Any], Rows]
+    ignored: Sequence[str] | Callable[[Any], Sequence[str]] = ()
+    wrappers: Sequence[Wrapper] = ()
     base_prefix: str = "model."
     gguf_architecture: str | None = None
     gguf_keys: Mapping[str, str] = field(default_factory=dict)
@@ -96,9 +104,20 @@ class Family:
     gguf_transposed: Sequence[str] = ()
     gguf_offset: Sequence[str] = ()
 
+    def rows(self, config: ModelConfig) -> Rows:
+        """Returns the weight table of a model with these numbers."""
+        return self.weights(config) if callable(self.weights) else self.weights
+
+    def ignored_tensors(self, config: ModelConfig) -> Sequence[str]:
+        """Returns the patterns of tensors that a model with these numbers does not need."""
+        return self.ignored(config) if callable(self.ignored) else self.ignored
+
 
 def dense_rows(
-    source: str, target: str, kernel: str = "transpose", bias: str = "same"
+    source: str,
+    target: str,
+    kernel: str | Transform = "transpose",
+    bias: str | Transform = "same",
 ) -> list[Row]:
     """Rows of a Dense: its kernel, which PyTorch's Linear stores transposed, and its bias."""
     return [

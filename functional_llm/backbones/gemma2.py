@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import keras
 
-from functional_llm.backbones import gemma
+from functional_llm.backbones import gemma, llama
 from functional_llm.backbones.family import COMMON_KEYS, DecoderConfig, Family
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import sandwich
@@ -85,7 +85,7 @@ def gguf_defaults(keys: JSON) -> JSON:
 
 _LAYERS, _NORM = "num_hidden_layers", "model.layers.{}.%s_layernorm.weight"
 WEIGHTS = [
-    *(row for row in gemma.FAMILY.weights if "post_attention_layernorm" not in row[0]),
+    *(row for row in llama.WEIGHTS if "post_attention_layernorm" not in row[0]),
     (_NORM % "post_attention", "decoder_{}/attention_post_norm/scale", "same"),
     (_NORM % "pre_feedforward", "decoder_{}/mlp_norm/scale", "same"),
     (_NORM % "post_feedforward", "decoder_{}/mlp_post_norm/scale", "same"),

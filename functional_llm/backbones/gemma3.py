@@ -10,6 +10,7 @@ import keras
 
 from functional_llm.backbones import gemma, gemma2, qwen3
 from functional_llm.backbones.family import DecoderConfig, Family
+from functional_llm.backbones.wrapper import llava
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import sandwich
 from functional_llm.blocks.language_model import Graph, LayerType
@@ -99,6 +100,17 @@ FAMILY = Family(
     complete_keys=complete_keys,
     weights=[*gemma2.WEIGHTS, *qwen3.QK_NORMS],
     ignored=gemma2.FAMILY.ignored,
+    wrappers=[
+        # The 4B says none of these numbers: they are the defaults of Gemma3TextConfig.
+        llava(
+            "gemma3",
+            "gemma3_text",
+            vocab_size=262_208,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=256,
+        )
+    ],
     gguf_architecture="gemma3",
     gguf_defaults=gemma2.gguf_defaults,
     gguf_offset=gemma2.FAMILY.gguf_offset,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from functional_llm.backbones import llama
 from functional_llm.backbones.family import COMMON_KEYS, DecoderConfig, Family, complete_common_keys
+from functional_llm.backbones.wrapper import llava
 from functional_llm.blocks.language_model import Graph
 from functional_llm.graph.types import JSON
 
@@ -46,4 +47,5 @@ FAMILY = Family(
     complete_keys=complete_keys,
     weights=llama.WEIGHTS,
     ignored=llama.FAMILY.ignored,
+    wrappers=[llava("mistral3", "mistral")],  # Mistral Small 3.1 and later
 )

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, D model, N query heads, K key/value heads, H head siz
 A *part* is a layer, or a function `(x, inputs) -> x` that may use the block's other inputs.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
@@ -52,8 +53,8 @@ def attention(
     Args:
         query: Parts from (B, T, D) to (B, T, N, H).
         key: Parts from (B, T, D) to (B, T, K, H).
-        value: Parts from (B, T, D) to (B, T, K, H).
-        output: Layer from (B, T, N * H) to (B, T, D).
+        value: Parts from (B, T, D) to (B, T, K, V); V is the head size of the values.
+        output: Layer from (B, T, N * V) to (B, T, D).
         product: The layer that attends. Defaults to `AttentionDotProduct()`.
 
     Returns:
@@ -70,7 +71,7 @@ def attention(
             {"new": new, "cache": inputs["cache"], "positions": inputs["positions"]}
         )
         attended = product({"query": q_BTNH, **visible, "mask": inputs["mask"]})
-        merge = keras.layers.Reshape((-1, q_BTNH.shape[2] * q_BTNH.shape[3]), name="merge_heads")
+        merge = keras.layers.Reshape((-1, math.prod(attended.shape[2:])), name="merge_heads")
         return {"x": output(merge(attended)), "cache": cache}
 
     return CompositeLayer(body, name="attention")

@@ -8,6 +8,7 @@ from typing import TypeVar
 import keras
 
 from functional_llm.backbones.family import Family, ModelConfig
+from functional_llm.backbones.wrapper import Wrapper
 from functional_llm.files.json_files import read_json, write_json
 from functional_llm.files.replacing import replaced_folder
 from functional_llm.formats.hf_config import read_config, write_config
@@ -15,9 +16,11 @@ from functional_llm.formats.safetensors_reader import open_safetensors
 from functional_llm.formats.safetensors_writer import WEIGHT_FILES, write_safetensors
 from functional_llm.formats.source import Source, known_family
 from functional_llm.formats.weight_table import (
+    HEAD,
     TensorSource,
     expand_table,
     export_weights,
+    with_names,
     with_prefix,
 )
 from functional_llm.graph.types import JSON
@@ -43,16 +46,48 @@ class HuggingFaceDirectory(Source):
         return read_json(self.path / _CONFIG)
 
     @property
+    def _wrapper(self) -> Wrapper | None:
+        wrappers = (wrapper for family in self.families.values() for wrapper in family.wrappers)
+        return next((x for x in wrappers if x.model_type == self._raw.get("model_type")), None)
+
+    @cached_property
+    def _text(self) -> JSON:
+        """The keys of the text model: all, or those that a wrapper has for it."""
+        wrapper = self._wrapper
+        if wrapper is None:
+            return self._raw
+        text = self._raw.get(wrapper.text_key)
+        if not isinstance(text, dict):
+            raise ValueError(
+                f"{self.path / _CONFIG}: expected the keys of the text model as "
+                f"{wrapper.text_key}, received {text!r:.200}."
+            )
+        text = {"model_type": wrapper.text_family, **wrapper.text_defaults, **text}
+        if any(self.path.glob("*.safetensors")):
+            # Wrapper and text model may say different things. A head of its own is untied.
+            names = map(wrapper.text_name, open_safetensors(self.path).shapes)
+            text["tie_word_embeddings"] = HEAD not in names
+        return text
+
+    @property
     def family(self) -> Family:
-        where = f"{self.path / _CONFIG}: model_type"
-        return known_family(self._raw.get("model_type"), where, self.families)
+        key = "model_type" if self._wrapper is None else f"{self._wrapper.text_key}.model_type"
+        where = f"{self.path / _CONFIG}: {key}"
+        return known_family(self._text.get("model_type"), where, self.families)
 
     @cached_property
     def config(self) -> ModelConfig:
-        return read_config(self._raw, self.family)
+        return read_config(self._text, self.family)
+
+    @property
+    def ignored(self) -> Sequence[str]:
+        return [*super().ignored, *(self._wrapper.ignored if self._wrapper else ())]
 
     def open_tensors(self, names: Sequence[str]) -> TensorSource:
-        return with_prefix(open_safetensors(self.path), self.family.base_prefix, names)
+        source: TensorSource = open_safetensors(self.path)
+        if self._wrapper is not None:
+            source = with_names(source, self._wrapper.text_name)
+        return with_prefix(source, self.family.base_prefix, names)
 
     def read_tokenizer(self, cls: type[_Tokenizer]) -> _Tokenizer:
         return cls.from_directory(self.path)
@@ -82,7 +117,7 @@ def write_directory(
     Raises:
         OSError: If the directory cannot be written to. All is as it was then.
     """
-    tensors = expand_table(family.weights, [v.path for v in variables], config.num_layers)
+    tensors = expand_table(family.rows(config), [v.path for v in variables], config.num_layers)
     with replaced_folder(directory, stale=WEIGHT_FILES) as folder:
         write_safetensors(folder, export_weights(variables, tensors), max_shard_bytes)
         write_tokenizer(folder)

@@ -85,6 +85,11 @@ class Source(ABC):
         """What was edited; nothing, in formats that cannot say it."""
         return Edits()
 
+    @property
+    def ignored(self) -> Sequence[str]:
+        """Patterns of tensors that may be there and that the model does not need."""
+        return self.family.ignored_tensors(self.config)
+
     @abstractmethod
     def open_tensors(self, names: Sequence[str]) -> TensorSource:
         """Returns the tensors under the names of the family's weight table.
@@ -117,12 +122,13 @@ class Source(ABC):
                 shape is named.
         """
         variables, config = model.variables, self.config
-        tensors = expand_table(self.family.weights, [v.path for v in variables], config.num_layers)
+        table = self.family.rows(config)
+        tensors = expand_table(table, [v.path for v in variables], config.num_layers)
         # A file may hold the head though it is the embedding: beside it, or in its place.
         copies = dict([tied_head(tensors)]) if config.tie_word_embeddings else {}
         source = self.open_tensors([*(tensor.name for tensor in tensors), *copies])
         source = with_originals(source, copies)
-        ignored = [*self.family.ignored, *copies]
+        ignored = [*self.ignored, *copies]
         check_source(tensors, {v.path: tuple(v.shape) for v in variables}, source, ignored)
         load_weights(variables, tensors, source, _progress_bar)
         check_copies(copies, variables, tensors, source)

@@ -1,7 +1,7 @@
 """Weight tables: tensors of a file to variables of a model and back, strict both ways.
 
-A row is (tensor name, variable path, transform name); `{}` in both names stands for the number of
-the layer. A table may hold rows for parts that a config leaves out, such as a bias: a row whose
+A row is (tensor name, variable path, transform); `{}` in both names stands for the number of the
+layer. A table may hold rows for parts that a config leaves out, such as a bias: a row whose
 variable the model lacks does not count, so that its tensor in a file is an unknown one. Rows that
 name the same tensor are its parts, in order, along the axis that their transform names.
 """
@@ -18,6 +18,7 @@ import keras
 import numpy as np
 
 from functional_llm.backbones.family import Row
+from functional_llm.backbones.transforms import TRANSFORMS, Transform
 
 
 class TensorSource(Protocol):
@@ -29,32 +30,6 @@ class TensorSource(Protocol):
 
     def read(self, name: str, dtype: str) -> np.ndarray:
         """Returns one tensor in a dtype."""
-
-
-@dataclass(frozen=True)
-class Transform:
-    """A change of layout of arrays, and its inverse.
-
-    Args:
-        forward: Tensor of a checkpoint -> value of a variable.
-        inverse: The way back.
-        axis: Axis along which the parts of a fused tensor lie; `None` for tensors in one part.
-    """
-
-    forward: Callable[[np.ndarray], np.ndarray]
-    inverse: Callable[[np.ndarray], np.ndarray]
-    axis: int | None = None
-
-
-def _same(array: np.ndarray) -> np.ndarray:
-    return array
-
-
-TRANSFORMS = {
-    "same": Transform(_same, _same),
-    "transpose": Transform(np.transpose, np.transpose),
-    "last_axis": Transform(_same, _same, axis=-1),
-}
 
 
 @dataclass(frozen=True)
@@ -73,16 +48,11 @@ class Tensor:
 
     def split(self, array: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
         """Returns the values of the variables; `sizes` are those of the parts on the axis."""
-        axis = self.transform.axis
-        ends = np.cumsum(sizes)[:-1]
-        parts = [array] if axis is None else np.split(array, ends, axis=axis)
-        return [np.ascontiguousarray(self.transform.forward(part)) for part in parts]
+        return self.transform.split(array, sizes)
 
     def join(self, arrays: Iterable[np.ndarray]) -> np.ndarray:
         """Returns the tensor of the variables' values."""
-        parts = [self.transform.inverse(array) for array in arrays]
-        axis = self.transform.axis
-        return np.ascontiguousarray(parts[0] if axis is None else np.concatenate(parts, axis))
+        return self.transform.join(arrays)
 
     def sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
         """Returns how long each part is on the axis, from the shapes of the variables."""
@@ -125,7 +95,9 @@ def expand_table(
             path, name = target.format(index), source.format(index)
             if path in present:
                 targets.setdefault(name, []).append(path)
-                transforms[name] = TRANSFORMS[transform]
+                transforms[name] = (
+                    TRANSFORMS[transform] if isinstance(transform, str) else transform
+                )
     missing = sorted(present - {path for paths in targets.values() for path in paths})
     if missing and strict:
         raise ValueError(f"The checkpoint table has no row for the variables {missing}.")
@@ -257,6 +229,19 @@ def with_prefix(source: TensorSource, prefix: str, names: Iterable[str]) -> Tens
             return name.removeprefix(prefix)
         return f"{prefix}{name}" if f"{prefix}{name}" in needed else name
 
+    return with_names(source, rename)
+
+
+def with_names(source: TensorSource, rename: Callable[[str], str]) -> TensorSource:
+    """Returns a checkpoint under other names.
+
+    Args:
+        source: The checkpoint.
+        rename: Name in the checkpoint -> new name.
+
+    Raises:
+        ValueError: If two tensors get the same name.
+    """
     renamed: dict[str, str] = {}
     for name in source.shapes:
         other = renamed.setdefault(rename(name), name)

@@ -76,6 +76,18 @@ class NamedModel:
         """Returns the names of all weights of the layer at a path."""
         return [v.name for v in self._layers[path].weights]
 
+    def split_outputs(
+        self, module: str, array: np.ndarray, sizes: Sequence[int]
+    ) -> list[np.ndarray]:
+        """Returns the part of each layer that a fused module is, of an array (..., outputs)."""
+        return self.tensors[f"{module}.weight"].transform.parts(array, sizes, -1)
+
+    def join_outputs(self, module: str, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns the array (..., outputs) of a module, of one for each of its layers."""
+        if len(arrays) == 1:
+            return arrays[0]
+        return self.tensors[f"{module}.weight"].transform.whole(arrays, -1)
+
     def split(self, name: str, array: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the path of each variable in a tensor of a checkpoint -> its value.
 

@@ -70,7 +70,7 @@ def to_peft(
         model: The model, and the names of its parts.
     """
     modules = {
-        module: _join([adapters.get(path) for path in paths], paths, model)
+        module: _join([adapters.get(path) for path in paths], paths, module, model)
         for module, paths in model.paths_of.items()
         if any(path in adapters for path in paths)
     }
@@ -112,12 +112,12 @@ class _ModuleTensors:
 
 
 def _join(
-    adapters: Sequence[Adapter | None], paths: list[str], model: NamedModel
+    adapters: Sequence[Adapter | None], paths: list[str], module: str, model: NamedModel
 ) -> _ModuleTensors:
     """Makes one adapter for the outputs of several layers side by side (or of one)."""
     present: list[Any] = [x for x in adapters if x is not None]
     if isinstance(present[0], IA3):
-        return _ModuleTensors({"ia3_l": _join_ia3(adapters, paths, model)})
+        return _ModuleTensors({"ia3_l": _join_ia3(adapters, paths, module, model)})
     scale = present[0].scale
     factors = [None if x is None else [to_numpy(f) for f in x.factors()] for x in adapters]
     a = np.concatenate([f[0] for f in factors if f is not None], axis=1)
@@ -132,18 +132,20 @@ def _join(
         blocks[-1][row : row + b.shape[0]] = b
         row += b.shape[0]
     names = _EMBEDDING_FACTORS if present[0].linear.takes_integers else _FACTORS
-    tensors = dict(zip(names, (a.T, np.concatenate(blocks, axis=1).T), strict=True))
+    tensors = dict(zip(names, (a.T, model.join_outputs(module, blocks).T), strict=True))
     if isinstance(present[0], DoRA):
         lengths = [
             column_lengths(model.linear(path).kernel()) if x is None else x.magnitude
             for path, x in zip(paths, adapters, strict=True)
         ]
-        tensors["lora_magnitude_vector"] = np.concatenate([to_numpy(x) for x in lengths])
+        tensors["lora_magnitude_vector"] = model.join_outputs(
+            module, [to_numpy(x) for x in lengths]
+        )
     return _ModuleTensors(tensors, scale)
 
 
 def _join_ia3(
-    adapters: Sequence[Adapter | None], paths: list[str], model: NamedModel
+    adapters: Sequence[Adapter | None], paths: list[str], module: str, model: NamedModel
 ) -> np.ndarray:
     present = [x for x in adapters if x is not None]
     if not any(x.scales_inputs for x in present):
@@ -151,7 +153,7 @@ def _join_ia3(
             np.ones(model.linear(path).out_size, "float32") if x is None else to_numpy(x.scale)
             for path, x in zip(paths, adapters, strict=True)
         ]
-        return np.concatenate(scales)[:, None]
+        return model.join_outputs(module, scales)[:, None]
     if len(paths) > 1:
         raise ValueError(
             f"PEFT's files keep {paths} as one module, whose inputs cannot be scaled one by one. "
@@ -221,7 +223,7 @@ def from_peft(
         whole = _read_lora(config, module, found) if is_lora else _read_ia3(found)
         paths = model.paths_of[module]
         try:
-            pieces = _split(whole, [model.linear(x).out_size for x in paths] if paths[1:] else [])
+            pieces = _split(whole, module, paths, model)
         except ValueError as error:
             problems.append(f"module '{module}': {error}")
             continue
@@ -275,15 +277,13 @@ def _own_weights(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def _split(whole: SavedAdapter, sizes: list[int]) -> list[SavedAdapter]:
-    """Returns the adapters of the layers that one fused module stands for.
-
-    Args:
-        whole: The module's.
-        sizes: Outputs of each layer; empty if the module stands for one layer.
-    """
-    if not sizes:
+def _split(
+    whole: SavedAdapter, module: str, paths: Sequence[str], model: NamedModel
+) -> list[SavedAdapter]:
+    """Returns the adapters of the layers that one fused module stands for (or one)."""
+    if len(paths) == 1:
         return [whole]
+    sizes = [model.linear(path).out_size for path in paths]
     if (init := whole.options.get("init", "zeros")) != "zeros":
         raise ValueError(
             f"init_lora_weights = {init!r} was taken from a matrix that is {len(sizes)} layers "
@@ -294,8 +294,8 @@ def _split(whole: SavedAdapter, sizes: list[int]) -> list[SavedAdapter]:
     for name, array in whole.weights.items():
         if name != shared and array.shape[-1] != sum(sizes):
             raise ValueError(f"'{name}' expected {sum(sizes)} outputs, received {array.shape[-1]}")
-        ends = np.cumsum(sizes)[:-1]
-        arrays = [array] * len(sizes) if name == shared else np.split(array, ends, axis=-1)
+        is_shared = name == shared
+        arrays = [array] * len(sizes) if is_shared else model.split_outputs(module, array, sizes)
         for piece, part in zip(pieces, arrays, strict=True):
             piece[name] = np.ascontiguousarray(part)
     return [SavedAdapter(whole.cls, whole.options, piece) for piece in pieces]

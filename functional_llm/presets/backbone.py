@@ -340,7 +340,7 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, FullFloat32, keras.Mod
         family = self._family()
         if family is None:
             return {}
-        names = module_names(family.weights, self.config.num_layers)
+        names = module_names(family.rows(self.config), self.config.num_layers)
         if self.config.tie_word_embeddings:
             names[f"token_embedding{REVERSED}"] = HEAD.removesuffix(".weight")
         return names
@@ -352,7 +352,10 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, FullFloat32, keras.Mod
         if family is None:
             return Names()
         tensors = expand_table(
-            family.weights, [v.path for v in self.variables], self.config.num_layers, strict=False
+            family.rows(self.config),
+            [v.path for v in self.variables],
+            self.config.num_layers,
+            strict=False,
         )
         tied = tied_head(tensors) if self.config.tie_word_embeddings else None
         base, revision = (None, None) if self.preset is None else transformers_name(self.preset)

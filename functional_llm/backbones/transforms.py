@@ -1,0 +1,75 @@
+"""Changes of layout between a checkpoint's tensors and a model's variables."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A change of layout of arrays, and its inverse.
+
+    Args:
+        forward: Tensor of a checkpoint -> value of a variable.
+        inverse: The way back.
+        axis: Axis along which the parts of a fused tensor lie; `None` for tensors in one part.
+        groups: In how many equal pieces the axis falls, each of which holds a share of every part,
+            in order: all queries, all keys and all values are one group; a query, a key and a value
+            of each head are as many groups as heads.
+    """
+
+    forward: Callable[[np.ndarray], np.ndarray]
+    inverse: Callable[[np.ndarray], np.ndarray]
+    axis: int | None = None
+    groups: int = 1
+
+    def split(self, array: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
+        """Returns the values of the variables; `sizes` are those of the parts on the axis."""
+        parts = [array] if self.axis is None else self.parts(array, sizes, self.axis)
+        return [np.ascontiguousarray(self.forward(part)) for part in parts]
+
+    def join(self, arrays: Iterable[np.ndarray]) -> np.ndarray:
+        """Returns the tensor of the variables' values."""
+        parts = [self.inverse(array) for array in arrays]
+        return np.ascontiguousarray(parts[0] if self.axis is None else self.whole(parts, self.axis))
+
+    def parts(self, array: np.ndarray, sizes: Sequence[int], axis: int) -> list[np.ndarray]:
+        """Returns the parts that lie along an axis, as they lie along this transform's own."""
+        moved = np.moveaxis(array, axis, 0)
+        grouped = moved.reshape(self.groups, -1, *moved.shape[1:])
+        ends = np.cumsum([size // self.groups for size in sizes])[:-1]
+        return [
+            np.moveaxis(part.reshape(-1, *moved.shape[1:]), 0, axis)
+            for part in np.split(grouped, ends, axis=1)
+        ]
+
+    def whole(self, parts: Iterable[np.ndarray], axis: int) -> np.ndarray:
+        """Returns the array of parts along an axis: `parts` the other way round."""
+        moved = [np.moveaxis(part, axis, 0) for part in parts]
+        rest = moved[0].shape[1:]
+        grouped = np.concatenate([part.reshape(self.groups, -1, *rest) for part in moved], axis=1)
+        return np.moveaxis(grouped.reshape(-1, *rest), 0, axis)
+
+
+def _same(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+TRANSFORMS = {
+    "same": Transform(_same, _same),
+    "transpose": Transform(np.transpose, np.transpose),
+    "last_axis": Transform(_same, _same, axis=-1),
+}
+
+
+def fused(groups: int = 1) -> tuple[Transform, Transform]:
+    """Returns the transforms of weight and bias of a Linear that is several Dense in one.
+
+    Args:
+        groups: As in `Transform`.
+    """
+    return (
+        Transform(np.transpose, np.transpose, axis=0, groups=groups),
+        Transform(_same, _same, axis=0, groups=groups),
+    )
