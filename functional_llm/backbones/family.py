@@ -40,6 +40,18 @@ class DecoderConfig(ModelConfig):
     rope_scaling: RopeScaling | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class PartialRotaryConfig(DecoderConfig):
+    """The numbers of a model with RoPE on the first channels of each head only."""
+
+    partial_rotary_factor: float
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many channels of a head turn."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+
 AnyConfig = TypeVar("AnyConfig", bound=DecoderConfig)  # the same one throughout a signature
 
 
@@ -74,8 +86,8 @@ class Family:
         wrappers: Checkpoints of several models that may hold one of this family.
         base_prefix: Prefix that the names of tensors lack in checkpoints of the bare model.
         gguf_architecture: Its name in GGUF files; `None` if they have none of their own.
-        gguf_keys: Key of a GGUF file, without the architecture -> key of a `config.json`, if they
-            are not those of a Llama.
+        gguf_keys: Key of a GGUF file, without the architecture -> key of a `config.json`, where it
+            is not that of a Llama.
         gguf_defaults: Given keys -> what a GGUF file does not say.
         gguf_permuted: Projection whose rows llama.cpp reorders -> field with their number of heads.
         gguf_transposed: Patterns of tensors that GGUF files hold transposed.

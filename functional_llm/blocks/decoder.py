@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from functional_llm.blocks.attention import Inputs, Part, apply_parts
 from functional_llm.graph.composite import CompositeLayer
-from functional_llm.graph.types import Nested
+from functional_llm.graph.types import Nested, Tensor
 
 
 def decoder(name: str, branches: Sequence[Sequence[Part]]) -> CompositeLayer:
@@ -26,12 +26,67 @@ def decoder(name: str, branches: Sequence[Sequence[Part]]) -> CompositeLayer:
         for branch in branches:
             y = x
             for part in branch:
-                if isinstance(part, CompositeLayer) and part.name in inputs["cache"]:
-                    result = part({**inputs, "x": y, "cache": inputs["cache"][part.name]})
-                    y, caches[part.name] = result["x"], result["cache"]
-                else:
-                    y = apply_parts([part], y, inputs)
+                y = _apply(part, y, inputs, caches)
             x = x + y
+        return {"x": x, "cache": caches}
+
+    return CompositeLayer(body, name=name)
+
+
+def _apply(part: Part, x: Tensor, inputs: Inputs, caches: dict[str, Nested]) -> Tensor:
+    """Returns `x` after a part, which also receives its own part of the cache and renews it."""
+    if isinstance(part, CompositeLayer) and part.name in inputs["cache"]:
+        result = part({**inputs, "x": x, "cache": inputs["cache"][part.name]})
+        caches[part.name] = result["cache"]
+        return result["x"]
+    return apply_parts([part], x, inputs)
+
+
+def parallel(
+    name: str, norms: Sequence[Part], attention: CompositeLayer, mlp: CompositeLayer
+) -> CompositeLayer:
+    """A decoder layer whose branches see the same input: x + attention(norm(x)) + mlp(norm(x)).
+
+    Args:
+        name: Name of the layer.
+        norms: One norm that both branches share, or that of the attention and that of the MLP.
+        attention: Layer named "attention".
+        mlp: Layer named "mlp".
+
+    Reference:
+        [GPT-J](https://github.com/kingoflolz/mesh-transformer-jax), with one norm;
+        [GPT-NeoX](https://arxiv.org/abs/2204.06745), section 2.1, with two.
+    """
+
+    def body(inputs: Inputs) -> dict[str, Nested]:
+        x, caches = inputs["x"], {}
+        normed = [apply_parts([norm], x, inputs) for norm in norms]
+        attended = _apply(attention, normed[0], inputs, caches)
+        return {"x": x + attended + _apply(mlp, normed[-1], inputs, caches), "cache": caches}
+
+    return CompositeLayer(body, name=name)
+
+
+def post_norm(
+    name: str, norm: Callable[[str], Part], attention: CompositeLayer, mlp: CompositeLayer
+) -> CompositeLayer:
+    """A decoder layer with a norm behind each sum: norm(x + attention(x)), as in 2017.
+
+    Args:
+        name: Name of the layer.
+        norm: Makes a norm of a given name.
+        attention: Layer named "attention".
+        mlp: Layer named "mlp".
+
+    Reference:
+        [Attention Is All You Need](https://arxiv.org/abs/1706.03762).
+    """
+
+    def body(inputs: Inputs) -> dict[str, Nested]:
+        x, caches = inputs["x"], {}
+        for part in (attention, mlp):
+            x = x + _apply(part, x, inputs, caches)
+            x = apply_parts([norm(f"{part.name}_norm")], x, inputs)
         return {"x": x, "cache": caches}
 
     return CompositeLayer(body, name=name)

@@ -42,6 +42,7 @@ def causal_lm(
     keeps: Shapes,
     final_norm: Part,
     tie_word_embeddings: bool,
+    head_bias: bool = False,
     embedding_parts: Sequence[Part] = (),
     logit_parts: Sequence[Part] = (),
 ) -> Graph:
@@ -55,6 +56,7 @@ def causal_lm(
         keeps: What each layer keeps of a token in the cache.
         final_norm: Part before the head.
         tie_word_embeddings: Whether the head is the transposed embedding.
+        head_bias: Whether the head adds a bias.
         embedding_parts: Parts after the embedding; they may use the input "positions".
         logit_parts: Parts after the head.
 
@@ -82,8 +84,9 @@ def causal_lm(
     hidden = apply_parts([final_norm], x, inputs)
     if tie_word_embeddings:
         logits = embedding(hidden, reverse=True)
+        logits = Bias(name="head")(logits) if head_bias else logits
     else:
-        logits = keras.layers.Dense(vocabulary_size, use_bias=False, name="head")(hidden)
+        logits = keras.layers.Dense(vocabulary_size, use_bias=head_bias, name="head")(hidden)
     logits = apply_parts(logit_parts, logits, inputs)
     return inputs, {"logits": logits, "hidden": hidden, "cache": cache}
 
@@ -163,8 +166,24 @@ def soft_cap(bound: float) -> PartFunction:
     return lambda x, inputs: ops.tanh(x / bound) * bound
 
 
-def learned_positions(max_sequence_length: int, hidden_dim: int) -> PartFunction:
-    """Part that adds a learned vector for each position."""
-    embedding = keras.layers.Embedding(max_sequence_length, hidden_dim, name="position_embedding")
+@keras.saving.register_keras_serializable("functional_llm")
+class Bias(CompositeLayer):
+    """A layer that adds a learned vector."""
+
+    def functional_build(self, inputs: Tensor) -> Tensor:
+        self.bias = self.add_weight(inputs.shape[-1:], "zeros", name="bias")
+        return inputs + self.bias
+
+
+def learned_positions(max_sequence_length: int, hidden_dim: int, offset: int = 0) -> PartFunction:
+    """Part that adds a learned vector for each position.
+
+    Args:
+        max_sequence_length: How many positions there are.
+        hidden_dim: D.
+        offset: Row of the table that belongs to position 0.
+    """
+    rows = max_sequence_length + offset
+    embedding = keras.layers.Embedding(rows, hidden_dim, name="position_embedding")
     # Padding has position -1. It may get any vector, because no token sees it.
-    return lambda x, inputs: x + embedding(ops.maximum(inputs["positions"], 0))
+    return lambda x, inputs: x + embedding(ops.maximum(inputs["positions"], 0) + offset)

@@ -52,14 +52,17 @@ def gated_mlp(
     return CompositeLayer(body, name="mlp")
 
 
-def mlp(intermediate_dim: int, hidden_dim: int, activation: str) -> CompositeLayer:
-    """down(activation(up(x))), each a Dense with a bias.
+def mlp(
+    intermediate_dim: int, hidden_dim: int, activation: str, use_bias: bool = True
+) -> CompositeLayer:
+    """down(activation(up(x))), each a Dense.
 
     Args:
         intermediate_dim: Width in the middle.
         hidden_dim: Width of the result.
         activation: A key of `ACTIVATIONS`.
+        use_bias: Whether the two Dense layers have a bias.
     """
-    up = keras.layers.Dense(intermediate_dim, name="up")
-    down = keras.layers.Dense(hidden_dim, name="down")
+    up = keras.layers.Dense(intermediate_dim, use_bias=use_bias, name="up")
+    down = keras.layers.Dense(hidden_dim, use_bias=use_bias, name="down")
     return CompositeLayer(lambda x: down(ACTIVATIONS[activation](up(x))), name="mlp")

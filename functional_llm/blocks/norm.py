@@ -1,10 +1,13 @@
 """Normalisation layers."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
 from functional_llm.blocks.attention import Inputs, PartFunction
-from functional_llm.graph.types import Tensor
+from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.types import JSON, Tensor
 
 
 def rms_norm(epsilon: float, name: str) -> keras.layers.Layer:
@@ -40,3 +43,50 @@ def layer_norm(epsilon: float, name: str) -> keras.layers.Layer:
         [Layer Normalization](https://arxiv.org/abs/1607.06450).
     """
     return keras.layers.LayerNormalization(epsilon=epsilon, name=name)
+
+
+def layer_norm_without_bias(epsilon: float, name: str) -> keras.layers.Layer:
+    """Layer norm, which subtracts the mean, with a learned scale and no bias."""
+    return keras.layers.LayerNormalization(epsilon=epsilon, center=False, name=name)
+
+
+def offset_layer_norm(epsilon: float, name: str) -> PartFunction:
+    """Layer norm whose learned scale is an offset from one: norm(x) * (1 + scale) + bias.
+
+    The variable is the offset, as in checkpoints: see `offset_rms_norm`.
+
+    Reference:
+        [NVIDIA's NeMo](https://github.com/NVIDIA/NeMo), `LayerNorm1P`.
+    """
+    scaled = keras.layers.LayerNormalization(epsilon=epsilon, gamma_initializer="zeros", name=name)
+
+    def norm(x: Tensor, inputs: Inputs) -> Tensor:
+        return scaled(x) + ops.layer_normalization(x, epsilon=epsilon)
+
+    return norm
+
+
+@keras.saving.register_keras_serializable("functional_llm")
+class LayerNormOfHeads(CompositeLayer):
+    """Layer norm of each head, (..., N, H), with scales of its own and no bias, in float32.
+
+    Args:
+        epsilon: Added to the variance.
+        **kwargs: Of `keras.layers.Layer`.
+
+    Reference:
+        [Scaling Vision Transformers to 22 Billion Parameters](https://arxiv.org/abs/2302.05442),
+        section 2.1; one scale for all heads there.
+    """
+
+    def __init__(self, epsilon: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.epsilon = epsilon
+
+    def functional_build(self, inputs: Tensor) -> Tensor:
+        self.scale = self.add_weight(inputs.shape[-2:], "ones", name="scale")
+        x = ops.layer_normalization(ops.cast(inputs, "float32"), epsilon=self.epsilon)
+        return ops.cast(x * self.scale, inputs.dtype)
+
+    def get_config(self) -> JSON:
+        return {**super().get_config(), "epsilon": self.epsilon}

@@ -162,7 +162,7 @@ class Rope:
     """The frequencies of a rotary position embedding.
 
     Args:
-        head_dim: H, even.
+        head_dim: H, even; or the number of channels that `on_first_channels` rotates.
         max_wavelength: The base (theta): wavelengths go from 2 pi to nearly 2 pi times this.
         scaling: How frequencies are scaled; `None` for not at all.
 
@@ -236,3 +236,33 @@ def rotary() -> PartFunction:
         return x * cos + ops.roll(x, x.shape[-1] // 2, axis=-1) * sin
 
     return rotate
+
+
+def rotary_pairs() -> PartFunction:
+    """As `rotary`, with channels 2i and 2i + 1 as a pair: the order of the paper and of GPT-J."""
+
+    def rotate(x: Tensor, inputs: Inputs) -> Tensor:
+        half = x.shape[-1] // 2
+        halves = inputs["rotation"]
+        cos, sin = (ops.repeat(halves[key][..., half:], 2, axis=-1) for key in ("cos", "sin"))
+        even, odd = (np.tile(np.float32(pair), half) for pair in ([-1, 0], [0, 1]))
+        turned = ops.roll(x, -1, axis=-1) * (sin * even) + ops.roll(x, 1, axis=-1) * (sin * odd)
+        return x * cos + turned
+
+    return rotate
+
+
+def on_first_channels(rotate: PartFunction) -> PartFunction:
+    """Part that rotates as many first channels as the rotation has angles for, and keeps the rest.
+
+    Args:
+        rotate: `rotary()` or `rotary_pairs()`.
+    """
+
+    def rotate_some(x: Tensor, inputs: Inputs) -> Tensor:
+        size = inputs["rotation"]["cos"].shape[-1]
+        if size == x.shape[-1]:
+            return rotate(x, inputs)
+        return ops.concatenate([rotate(x[..., :size], inputs), x[..., size:]], axis=-1)
+
+    return rotate_some

@@ -91,7 +91,7 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
         ValueError: At keys of the architecture that have no counterpart, all named.
     """
     prefix = f"{family.gguf_architecture}."
-    keys = family.gguf_keys or _KEYS
+    keys = {**_KEYS, **family.gguf_keys}
     given = {
         key.removeprefix(prefix): value
         for key, value in file.metadata.items()
@@ -108,6 +108,9 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
     sizes: list[Any] = [config.get(key) for key in ("hidden_size", "num_attention_heads")]
     if head_dim is None and all(type(size) is int and size > 0 for size in sizes):
         head_dim = config["head_dim"] = sizes[0] // sizes[1]
+    if "partial_rotary_factor" in family.config_keys and "rope.dimension_count" in given:
+        turning = given.pop("rope.dimension_count")
+        config["partial_rotary_factor"] = _share(turning, head_dim)
     for key in ("rope.dimension_count", "attention.value_length"):
         if given.pop(key, head_dim) != head_dim:
             raise ValueError(f"{file.path}: {prefix}{key} unlike the head size {head_dim}.")
@@ -119,6 +122,12 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
             f"{file.path} has keys that nobody handles: {sorted(prefix + key for key in given)}."
         )
     return family.gguf_defaults(config) | config
+
+
+def _share(part: int, whole: int) -> float:
+    """Returns the quotient, made large enough for `int(whole * quotient)` to be the part."""
+    share = part / whole
+    return share if int(whole * share) == part else float(np.nextafter(share, 1))
 
 
 def _rope_scaling(file: GGUFFile, given: JSON) -> JSON:

@@ -192,6 +192,7 @@ def _check_heads(config: ModelConfig, family: Family) -> None:
 def _check_known(given: Mapping[str, Any], family: Family) -> None:
     private = {key for key in given if key.startswith("_")}  # of Transformers itself
     constants = {**_CONSTANTS, **family.config_constants}
+    constants = {key: x for key, x in constants.items() if key not in family.config_keys}
     ours = {*family.config_keys, *family.config_ignored, *constants}
     known = {*ours, *private, *IRRELEVANT}
     if _has(family.config_class, "rope_max_wavelength"):

@@ -56,13 +56,13 @@ def read_rope(
     Args:
         given: The keys in the file: `rope_parameters`, or `rope_theta` and `rope_scaling`.
         defaults: The same, completed: `rope_theta`, `max_position_embeddings` and, if `has_local`,
-            `rope_local_base_freq` are there.
+            `rope_local_base_freq` are there; `partial_rotary_factor`, if the model has one.
         has_local: Whether layers with a window turn by a theta of their own,
             `rope_local_base_freq` or the parameters of "sliding_attention".
 
     Returns:
-        The fields `rope_max_wavelength`, `rope_scaling`, `max_sequence_length` and, if asked for,
-        `local_rope_max_wavelength`.
+        The fields `rope_max_wavelength`, `rope_scaling`, `max_sequence_length` and, if there is
+        such a thing, `local_rope_max_wavelength` or `partial_rotary_factor`.
 
     Raises:
         ValueError: At an unknown `rope_type` or parameter, or two places that disagree.
@@ -70,14 +70,44 @@ def read_rope(
     named = {key: _parameters(given.get(key), key) for key in ("rope_parameters", "rope_scaling")}
     if has_local:
         return _read_two(named, given, defaults)
+    parameters, partial = named["rope_scaling"] or named["rope_parameters"], {}
+    if _PARTIAL in defaults:
+        partial = {_PARTIAL: _read_partial(parameters, named, given, defaults)}
     theta, scaling = _read_parameters(
-        named["rope_scaling"] or named["rope_parameters"],
-        "rope_theta",
-        defaults,
-        {**named, **_theta(given, "rope_theta")},
+        parameters, "rope_theta", defaults, {**named, **_theta(given, "rope_theta")}
     )
     length = defaults["max_position_embeddings"]
-    return _fields(theta, scaling, length if scaling is None else scaling.context(length))
+    context = length if scaling is None else scaling.context(length)
+    return {**_fields(theta, scaling, context), **partial}
+
+
+_PARTIAL = "partial_rotary_factor"
+
+
+def _read_partial(
+    parameters: Mapping[str, Any],
+    named: Mapping[str, dict[str, Any]],
+    given: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+) -> float:
+    """Takes the part of a head that turns out of RoPE's parameters, or reads the key beside them.
+
+    Args:
+        parameters: Those that count, one of `named`.
+        named: Key of a dict of parameters -> the dict.
+        given: The keys in the file.
+        defaults: The same, completed.
+    """
+    factor = parameters.get(_PARTIAL, defaults[_PARTIAL])
+    said = {key: other.pop(_PARTIAL, factor) for key, other in named.items()}
+    if _PARTIAL in given:
+        said[f"the key {_PARTIAL}"] = given[_PARTIAL]
+    check_value(_PARTIAL, factor, float)
+    if factor > 1 or any(x != factor for x in said.values()):
+        raise ValueError(
+            f"config.json: expected one {_PARTIAL} of at most 1, received {shown(said)}."
+        )
+    return float(factor)
 
 
 def _read_two(
