@@ -57,6 +57,14 @@ _GPT2 = {
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
 }
+_STARCODER2 = {**_LLAMA, "model_type": "starcoder2", "sliding_window": 8}
+_PHI = {
+    **_LLAMA,
+    "model_type": "phi",
+    "num_key_value_heads": 4,
+    "intermediate_size": 192,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+}
 
 
 def _llama(**changes: Any) -> dict[str, Any]:
@@ -160,6 +168,38 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "n_layer": 1,
         "n_head": 1,
         "activation_function": "relu",
+    },
+    "starcoder2_window": _STARCODER2,
+    "starcoder2_no_biases_untied": {
+        **_STARCODER2,
+        "num_key_value_heads": 1,
+        "sliding_window": None,
+        "use_bias": False,
+        "tie_word_embeddings": False,
+        "hidden_act": "gelu",
+    },
+    "starcoder2_linear_one_layer": {
+        **_STARCODER2,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 1,
+        "sliding_window": None,
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+    },
+    "phi_half_of_each_head": _PHI,
+    "phi_query_key_norm_grouped": {
+        **_PHI,
+        "num_key_value_heads": 2,
+        "intermediate_size": 80,
+        "qk_layernorm": True,
+        "rope_parameters": {**_PHI["rope_parameters"], "partial_rotary_factor": 0.4},
+    },
+    "phi_tied_one_layer": {
+        **_PHI,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 1,
+        "tie_word_embeddings": True,
+        "partial_rotary_factor": 1.0,
+        "rope_parameters": {"rope_type": "yarn", **_STRETCHED},
     },
 }
 # The first config of each family, for what no config changes.

@@ -165,6 +165,11 @@ COMMON_KEYS: dict[str, str | type] = {
 }
 
 
+def renamed_keys(**names: str) -> dict[str, str | type]:
+    """Returns `COMMON_KEYS` with other names for some of them."""
+    return {names.get(key, key): field for key, field in COMMON_KEYS.items()}
+
+
 def complete_common_keys(keys: JSON) -> JSON:
     """Adds Transformers' defaults for keys of most families that a `config.json` leaves out."""
     num_heads = keys["num_attention_heads"]

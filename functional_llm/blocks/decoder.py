@@ -22,7 +22,8 @@ def decoder(name: str, branches: Sequence[Sequence[Part]]) -> CompositeLayer:
     """
 
     def body(inputs: Inputs) -> dict[str, Nested]:
-        x, caches = inputs["x"], {}
+        x = inputs["x"]
+        caches: dict[str, Nested] = {}
         for branch in branches:
             y = x
             for part in branch:
@@ -59,7 +60,8 @@ def parallel(
     """
 
     def body(inputs: Inputs) -> dict[str, Nested]:
-        x, caches = inputs["x"], {}
+        x = inputs["x"]
+        caches: dict[str, Nested] = {}
         normed = [apply_parts([norm], x, inputs) for norm in norms]
         attended = _apply(attention, normed[0], inputs, caches)
         return {"x": x + attended + _apply(mlp, normed[-1], inputs, caches), "cache": caches}
@@ -83,7 +85,8 @@ def post_norm(
     """
 
     def body(inputs: Inputs) -> dict[str, Nested]:
-        x, caches = inputs["x"], {}
+        x = inputs["x"]
+        caches: dict[str, Nested] = {}
         for part in (attention, mlp):
             x = x + _apply(part, x, inputs, caches)
             x = apply_parts([norm(f"{part.name}_norm")], x, inputs)

@@ -46,7 +46,14 @@ _ROPE_KEYS = {
     "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
 }
-_BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+_TOLD_BY_TENSORS = {
+    "attention_bias": "blk.0.attn_q.bias",
+    "mlp_bias": "blk.0.ffn_up.bias",
+    "qk_layernorm": "blk.0.attn_q_norm.weight",
+    "use_bias": "blk.0.attn_q.bias",
+    "use_qk_norm": "blk.0.attn_q_norm.weight",
+    "use_qkv_bias": "blk.0.attn_q.bias",
+}
 _FREQUENCIES = "rope_freqs.weight"
 
 
@@ -101,15 +108,15 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
     config.setdefault("vocab_size", file.shapes.get("token_embd.weight", (0,))[0])
     config["tie_word_embeddings"] = "output.weight" not in file.shapes
     # llama.cpp, too, tells these by the tensors.
-    for key, tensor in _BIASES.items():
+    for key, tensor in _TOLD_BY_TENSORS.items():
         if key in family.config_keys:
             config[key] = tensor in file.shapes
     head_dim = config.get("head_dim")
     sizes: list[Any] = [config.get(key) for key in ("hidden_size", "num_attention_heads")]
     if head_dim is None and all(type(size) is int and size > 0 for size in sizes):
         head_dim = config["head_dim"] = sizes[0] // sizes[1]
-    if "partial_rotary_factor" in family.config_keys and "rope.dimension_count" in given:
-        turning = given.pop("rope.dimension_count")
+    if "partial_rotary_factor" in family.config_keys and head_dim:
+        turning = given.pop("rope.dimension_count", head_dim)
         config["partial_rotary_factor"] = _share(turning, head_dim)
     for key in ("rope.dimension_count", "attention.value_length"):
         if given.pop(key, head_dim) != head_dim:

@@ -46,6 +46,8 @@ IRRELEVANT = frozenset(
     torch_dtype torchscript transformers.js_config transformers_version unk_token_id
     unsloth_fixed unsloth_version use_bfloat16 use_cache""".split()
 )
+# Dropout and initial values under the names of some families.
+IRRELEVANT |= frozenset("dropout embedding_dropout init_std layerdrop residual_dropout".split())
 # Keys for generating, which versions of Transformers before 5 wrote into this file.
 IRRELEVANT |= frozenset(
     """assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens

@@ -1,0 +1,127 @@
+"""StarCoder 2: a Llama with LayerNorm, a plain GELU MLP, and biases on every Dense; a tied head.
+
+The published models see a window. Reference: [StarCoder 2](https://arxiv.org/abs/2402.19173).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from functional_llm.backbones.family import (
+    ROPE_BUFFERS,
+    AnyConfig,
+    DecoderConfig,
+    Family,
+    complete_common_keys,
+    dense_rows,
+    layer_norm_rows,
+    renamed_keys,
+)
+from functional_llm.blocks.attention import Part, attention, heads, key_value_shapes
+from functional_llm.blocks.decoder import pre_norm
+from functional_llm.blocks.language_model import Graph, LayerType, causal_lm
+from functional_llm.blocks.mlp import mlp
+from functional_llm.blocks.norm import layer_norm
+from functional_llm.blocks.rope import Rope, rotary
+from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.types import JSON
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DecoderConfig):
+    """The numbers of a StarCoder 2, beside those of `DecoderConfig`."""
+
+    use_bias: bool
+    sliding_window: int | None
+
+
+def build(config: Config) -> Graph:
+    """Returns the inputs and outputs of the graph."""
+    rope = Rope(config.head_dim, config.rope_max_wavelength, config.rope_scaling)
+    return build_stack(config, build_decoder, layer_norm, LayerType(rope, config.sliding_window))
+
+
+def build_stack(
+    config: AnyConfig,
+    build_decoder: Callable[[AnyConfig, str], CompositeLayer],
+    norm: Callable[[float, str], Part],
+    layer_type: LayerType,
+    **others: Any,
+) -> Graph:
+    """Returns the graph around decoder layers of one type, for this family and its kin.
+
+    `others` are further arguments of `causal_lm`.
+    """
+    kind = "full_attention" if layer_type.window is None else "sliding_attention"
+    return causal_lm(
+        vocabulary_size=config.vocabulary_size,
+        hidden_dim=config.hidden_dim,
+        layer_types={kind: layer_type},
+        layers=[(kind, build_decoder(config, f"decoder_{i}")) for i in range(config.num_layers)],
+        keeps=key_value_shapes(config.num_key_value_heads, config.head_dim),
+        final_norm=norm(config.layer_norm_epsilon, "final_norm"),
+        tie_word_embeddings=config.tie_word_embeddings,
+        **others,
+    )
+
+
+def build_decoder(config: Config, name: str) -> CompositeLayer:
+    """Returns one decoder layer."""
+    queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
+    epsilon, bias = config.layer_norm_epsilon, config.use_bias
+    self_attention = attention(
+        query=[heads(queries, size, "query", bias), rotary()],
+        key=[heads(keys, size, "key", bias), rotary()],
+        value=[heads(keys, size, "value", bias)],
+        output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),
+    )
+    plain = mlp(config.intermediate_dim, config.hidden_dim, config.activation, bias)
+    return pre_norm(name, lambda part: layer_norm(epsilon, part), self_attention, plain)
+
+
+def complete_keys(keys: JSON) -> JSON:
+    """Adds Transformers' defaults for keys that a `config.json` leaves out."""
+    own = {"num_key_value_heads": 2, "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5}
+    own |= {"max_position_embeddings": 4096, "sliding_window": None, "use_bias": True}
+    return complete_common_keys(own | {"tie_word_embeddings": True} | keys)
+
+
+_LAYER = "model.layers.{}"
+ATTENTION = [
+    *dense_rows(f"{_LAYER}.self_attn.q_proj", "decoder_{}/attention/query"),
+    *dense_rows(f"{_LAYER}.self_attn.k_proj", "decoder_{}/attention/key"),
+    *dense_rows(f"{_LAYER}.self_attn.v_proj", "decoder_{}/attention/value"),
+    *dense_rows(f"{_LAYER}.self_attn.o_proj", "decoder_{}/attention/output"),
+]
+# What is outside of the decoder layers, and their two norms.
+AROUND = [
+    ("model.embed_tokens.weight", "token_embedding/embeddings", "same"),
+    *layer_norm_rows(f"{_LAYER}.input_layernorm", "decoder_{}/attention_norm"),
+    *layer_norm_rows(f"{_LAYER}.post_attention_layernorm", "decoder_{}/mlp_norm"),
+    *layer_norm_rows("model.norm", "final_norm"),
+    ("lm_head.weight", "head/kernel", "transpose"),
+]
+
+FAMILY = Family(
+    model_type="starcoder2",
+    architecture="Starcoder2ForCausalLM",
+    config_class=Config,
+    build=build,
+    config_keys={
+        **renamed_keys(rms_norm_eps="norm_epsilon"),
+        "use_bias": "use_bias",
+        "sliding_window": "sliding_window",
+    },
+    complete_keys=complete_keys,
+    weights=[
+        *AROUND,
+        *ATTENTION,
+        *dense_rows(f"{_LAYER}.mlp.c_fc", "decoder_{}/mlp/up"),
+        *dense_rows(f"{_LAYER}.mlp.c_proj", "decoder_{}/mlp/down"),
+    ],
+    ignored=ROPE_BUFFERS,
+    gguf_architecture="starcoder2",
+    gguf_keys={"attention.layer_norm_epsilon": "norm_epsilon"},
+)
