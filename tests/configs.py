@@ -65,6 +65,32 @@ _PHI = {
     "intermediate_size": 192,
     "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
 }
+_STABLELM = {**_LLAMA, "model_type": "stablelm", "hidden_size": 64}
+_COHERE = {**_LLAMA, "model_type": "cohere", "logit_scale": 0.3}
+_COHERE2 = {
+    **_COHERE,
+    "model_type": "cohere2",
+    "sliding_window": 7,
+    "layer_types": ["full_attention", "sliding_attention"],
+}
+# Narrow: norms that scale by 2 make scores large, and float32 shows.
+_NEMOTRON = {**_LLAMA, "model_type": "nemotron", "hidden_size": 24, "head_dim": 12}
+_GPTJ = {
+    **{key: value for key, value in _GPT2.items() if key != "model_type"},
+    "model_type": "gptj",
+    "rotary_dim": 6,
+}
+_OPT = {
+    "model_type": "opt",
+    "vocab_size": 128,
+    "hidden_size": 48,
+    "ffn_dim": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "dropout": 0.0,
+}
+_ERNIE = {**_LLAMA, "model_type": "ernie4_5", "head_dim": 20}
 
 
 def _llama(**changes: Any) -> dict[str, Any]:
@@ -199,6 +225,120 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 1,
         "tie_word_embeddings": True,
         "partial_rotary_factor": 1.0,
+        "rope_parameters": {"rope_type": "yarn", **_STRETCHED},
+    },
+    "stablelm_quarter_of_each_head": _STABLELM,
+    "stablelm_parallel_biases": {
+        **_STABLELM,
+        "use_parallel_residual": True,
+        "use_qkv_bias": True,
+        "tie_word_embeddings": True,
+        "partial_rotary_factor": 0.4,
+    },
+    "stablelm_llama3_one_layer": {
+        **_STABLELM,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 1,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "partial_rotary_factor": 0.75,
+            **_STRETCHED,
+        },
+    },
+    "cohere_pairs": _COHERE,
+    "cohere_query_key_norm_untied": {
+        **_COHERE,
+        "num_key_value_heads": 1,
+        "use_qk_norm": True,
+        "tie_word_embeddings": False,
+    },
+    "cohere_biases_linear_one_layer": {
+        **_COHERE,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 1,
+        "attention_bias": True,
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+    },
+    "cohere2_full_layer_first": _COHERE2,
+    "cohere2_default_pattern": {
+        **_COHERE2,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 1,
+        "layer_types": None,
+    },
+    "cohere2_one_layer_without_positions": {
+        **_COHERE2,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 4,
+        "layer_types": ["full_attention"],
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+    },
+    "nemotron_half_of_each_head": _NEMOTRON,
+    "nemotron_biases_tied_head_size": {
+        **_NEMOTRON,
+        "num_key_value_heads": 4,
+        "head_dim": 18,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+        "partial_rotary_factor": 0.25,
+    },
+    "nemotron_one_layer_linear": {
+        **_NEMOTRON,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 1,
+        "rope_parameters": {
+            "rope_type": "linear",
+            "factor": 4.0,
+            "rope_theta": 5000.0,
+            "partial_rotary_factor": 1.0,
+        },
+    },
+    "gptj_half_of_each_head": _GPTJ,
+    "gptj_whole_heads_tied": {
+        **_GPTJ,
+        "n_inner": 100,
+        "rotary_dim": 12,
+        "tie_word_embeddings": True,
+    },
+    "gptj_one_layer_one_head": {
+        **_GPTJ,
+        "n_layer": 1,
+        "n_head": 1,
+        "rotary_dim": 2,
+        "activation_function": "relu",
+    },
+    "opt_norms_before": _OPT,
+    "opt_norms_behind_narrow_embedding": {
+        **_OPT,
+        "do_layer_norm_before": False,
+        "word_embed_proj_dim": 20,
+    },
+    "opt_one_layer_without_weights": {
+        **_OPT,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "_remove_final_layer_norm": True,
+        "enable_bias": False,
+        "layer_norm_elementwise_affine": False,
+        "tie_word_embeddings": False,
+        "activation_function": "gelu",
+    },
+    "ernie4_5_pairs_head_size": _ERNIE,
+    "ernie4_5_biases_untied": {
+        **_ERNIE,
+        "num_key_value_heads": 4,
+        "head_dim": None,
+        "use_bias": True,
+        "tie_word_embeddings": False,
+    },
+    "ernie4_5_yarn_one_layer": {
+        **_ERNIE,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 1,
         "rope_parameters": {"rope_type": "yarn", **_STRETCHED},
     },
 }

@@ -1,5 +1,6 @@
 """Transformers as the reference: tiny random models that exercise every part."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ def make_reference(config: dict[str, Any], seed: int = 0) -> Any:
     rotation, window or norm change the logits by more than 1e-3.
     """
     torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(**config)
+    # A copy: some families of Transformers write into the dict of RoPE's parameters.
+    config = transformers.AutoConfig.for_model(**copy.deepcopy(config))
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", dtype=torch.float32
     )

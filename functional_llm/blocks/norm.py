@@ -50,6 +50,11 @@ def layer_norm_without_bias(epsilon: float, name: str) -> keras.layers.Layer:
     return keras.layers.LayerNormalization(epsilon=epsilon, center=False, name=name)
 
 
+def bare_layer_norm(epsilon: float, name: str) -> keras.layers.Layer:
+    """Layer norm with nothing learned."""
+    return keras.layers.LayerNormalization(epsilon=epsilon, center=False, scale=False, name=name)
+
+
 def offset_layer_norm(epsilon: float, name: str) -> PartFunction:
     """Layer norm whose learned scale is an offset from one: norm(x) * (1 + scale) + bias.
 

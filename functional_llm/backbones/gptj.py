@@ -1,0 +1,98 @@
+"""GPT-J: attention and MLP side by side behind one LayerNorm, RoPE on pairs of the first channels.
+
+Attention has no biases; the MLP and the head have. Reference:
+[GPT-J-6B](https://github.com/kingoflolz/mesh-transformer-jax).
+"""
+
+from dataclasses import dataclass
+
+import keras
+
+from functional_llm.backbones import gpt2
+from functional_llm.backbones.family import Family, ModelConfig, dense_rows, layer_norm_rows
+from functional_llm.blocks.attention import attention, heads, key_value_shapes
+from functional_llm.blocks.decoder import parallel
+from functional_llm.blocks.language_model import Graph, LayerType, causal_lm
+from functional_llm.blocks.mlp import mlp
+from functional_llm.blocks.norm import layer_norm
+from functional_llm.blocks.rope import Rope, on_first_channels, rotary_pairs
+from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.types import JSON
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ModelConfig):
+    """The numbers of a GPT-J, beside those of `ModelConfig`."""
+
+    num_heads: int
+    rotary_dim: int
+
+
+def build(config: Config) -> Graph:
+    """Returns the inputs and outputs of the graph."""
+    names = [f"decoder_{i}" for i in range(config.num_layers)]
+    return causal_lm(
+        vocabulary_size=config.vocabulary_size,
+        hidden_dim=config.hidden_dim,
+        layer_types={"full_attention": LayerType(Rope(config.rotary_dim, 10000.0))},
+        layers=[("full_attention", build_decoder(config, name)) for name in names],
+        keeps=key_value_shapes(config.num_heads, config.hidden_dim // config.num_heads),
+        final_norm=layer_norm(config.layer_norm_epsilon, "final_norm"),
+        tie_word_embeddings=config.tie_word_embeddings,
+        head_bias=True,
+    )
+
+
+def build_decoder(config: Config, name: str) -> CompositeLayer:
+    """Returns one decoder layer."""
+    size, rotate = config.hidden_dim // config.num_heads, on_first_channels(rotary_pairs())
+    self_attention = attention(
+        query=[heads(config.num_heads, size, "query"), rotate],
+        key=[heads(config.num_heads, size, "key"), rotate],
+        value=[heads(config.num_heads, size, "value")],
+        output=keras.layers.Dense(config.hidden_dim, use_bias=False, name="output"),
+    )
+    plain = mlp(config.intermediate_dim, config.hidden_dim, config.activation)
+    norm = layer_norm(config.layer_norm_epsilon, "norm")
+    return parallel(name, [norm], self_attention, plain)
+
+
+def complete_keys(keys: JSON) -> JSON:
+    """Adds Transformers' defaults for keys that a `config.json` leaves out."""
+    own = {"n_positions": 2048, "rotary_dim": 64, "tie_word_embeddings": False}
+    keys = gpt2.complete_keys(own | keys)
+    if keys["rotary_dim"] * keys["n_head"] > keys["n_embd"]:
+        raise ValueError(
+            "config.json: expected a rotary_dim of at most n_embd / n_head, received "
+            f"{keys['rotary_dim']} beside {keys['n_embd']} / {keys['n_head']}."
+        )
+    return keys
+
+
+_LAYER = "transformer.h.{}"
+WEIGHTS = [
+    ("transformer.wte.weight", "token_embedding/embeddings", "same"),
+    *layer_norm_rows(f"{_LAYER}.ln_1", "decoder_{}/norm"),
+    *dense_rows(f"{_LAYER}.attn.q_proj", "decoder_{}/attention/query"),
+    *dense_rows(f"{_LAYER}.attn.k_proj", "decoder_{}/attention/key"),
+    *dense_rows(f"{_LAYER}.attn.v_proj", "decoder_{}/attention/value"),
+    *dense_rows(f"{_LAYER}.attn.out_proj", "decoder_{}/attention/output"),
+    *dense_rows(f"{_LAYER}.mlp.fc_in", "decoder_{}/mlp/up"),
+    *dense_rows(f"{_LAYER}.mlp.fc_out", "decoder_{}/mlp/down"),
+    *layer_norm_rows("transformer.ln_f", "final_norm"),
+    *dense_rows("lm_head", "head"),
+]
+
+FAMILY = Family(
+    model_type="gptj",
+    architecture="GPTJForCausalLM",
+    config_class=Config,
+    build=build,
+    config_keys={**gpt2.FAMILY.config_keys, "rotary_dim": "rotary_dim"},
+    config_aliases=gpt2.FAMILY.config_aliases,
+    config_constants={"rotary": True, "scale_attn_weights": True},  # neither is read
+    complete_keys=complete_keys,
+    weights=WEIGHTS,
+    ignored=gpt2.FAMILY.ignored,
+    base_prefix="transformer.",
+)

@@ -1,0 +1,102 @@
+"""StableLM 3B, 2 1.6B: a Llama with LayerNorm, and RoPE on a quarter of each head.
+
+Some of its kin have attention and MLP side by side. StableLM 2 12B also normalises every head's
+queries and keys with a norm of its own, which is not here yet. Reference:
+[Stable LM 2](https://arxiv.org/abs/2402.17834).
+"""
+
+from dataclasses import dataclass
+
+import keras
+
+from functional_llm.backbones import llama, starcoder2
+from functional_llm.backbones.family import (
+    ROPE_BUFFERS,
+    Family,
+    PartialRotaryConfig,
+    complete_common_keys,
+    layer_norm_rows,
+    renamed_keys,
+)
+from functional_llm.blocks.attention import attention, heads
+from functional_llm.blocks.decoder import parallel, pre_norm
+from functional_llm.blocks.language_model import Graph, LayerType
+from functional_llm.blocks.mlp import gated_mlp
+from functional_llm.blocks.norm import layer_norm
+from functional_llm.blocks.rope import Rope, on_first_channels, rotary
+from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.types import JSON
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(PartialRotaryConfig):
+    """The numbers of a StableLM, beside those of `PartialRotaryConfig`."""
+
+    query_key_value_bias: bool
+    use_parallel_residual: bool
+
+
+def build(config: Config) -> Graph:
+    """Returns the inputs and outputs of the graph."""
+    rope = Rope(config.rotary_dim, config.rope_max_wavelength, config.rope_scaling)
+    return starcoder2.build_stack(config, build_decoder, layer_norm, LayerType(rope))
+
+
+def build_decoder(config: Config, name: str) -> CompositeLayer:
+    """Returns one decoder layer."""
+    queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
+    epsilon, bias = config.layer_norm_epsilon, config.query_key_value_bias
+    rotate = on_first_channels(rotary())
+    self_attention = attention(
+        query=[heads(queries, size, "query", bias), rotate],
+        key=[heads(keys, size, "key", bias), rotate],
+        value=[heads(keys, size, "value", bias)],
+        output=keras.layers.Dense(config.hidden_dim, use_bias=False, name="output"),
+    )
+    mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation)
+    if config.use_parallel_residual:
+        return parallel(name, [layer_norm(epsilon, "norm")], self_attention, mlp)
+    return pre_norm(name, lambda part: layer_norm(epsilon, part), self_attention, mlp)
+
+
+def complete_keys(keys: JSON) -> JSON:
+    """Adds Transformers' defaults for keys that a `config.json` leaves out."""
+    own = {"num_key_value_heads": 32, "max_position_embeddings": 4096, "layer_norm_eps": 1e-5}
+    own |= {"use_qkv_bias": False, "use_parallel_residual": False, "partial_rotary_factor": 0.25}
+    size = keys["hidden_size"] // keys["num_attention_heads"]
+    if keys.get("head_dim", size) != size:
+        raise ValueError(
+            f"config.json: expected no head_dim but hidden_size / num_attention_heads, {size}, "
+            f"which is what Transformers takes. Received: {keys['head_dim']}."
+        )
+    return complete_common_keys(own | keys)
+
+
+_NORM = "model.layers.{}.input_layernorm"
+FAMILY = Family(
+    model_type="stablelm",
+    architecture="StableLmForCausalLM",
+    config_class=Config,
+    build=build,
+    config_keys={
+        **renamed_keys(rms_norm_eps="layer_norm_eps"),
+        "partial_rotary_factor": "partial_rotary_factor",
+        "use_qkv_bias": "query_key_value_bias",
+        "use_parallel_residual": "use_parallel_residual",
+    },
+    config_ignored={"norm_eps": "layer_norm_eps", "rope_pct": "partial_rotary_factor"},
+    config_constants={"qk_layernorm": False},
+    complete_keys=complete_keys,
+    weights=[
+        *starcoder2.AROUND,
+        *layer_norm_rows(_NORM, "decoder_{}/norm"),
+        *starcoder2.ATTENTION,
+        *(row for row in llama.WEIGHTS if ".mlp." in row[0]),
+    ],
+    ignored=ROPE_BUFFERS,
+    gguf_architecture="stablelm",
+    gguf_keys={
+        "attention.layer_norm_epsilon": "layer_norm_eps",
+        "use_parallel_residual": "use_parallel_residual",
+    },
+)
