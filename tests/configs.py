@@ -58,7 +58,7 @@ _GPT2 = {
     "attn_pdrop": 0.0,
 }
 _STARCODER2 = {**_LLAMA, "model_type": "starcoder2", "sliding_window": 8}
-_PHI = {
+_PHI: dict[str, Any] = {
     **_LLAMA,
     "model_type": "phi",
     "num_key_value_heads": 4,

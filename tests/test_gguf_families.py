@@ -33,6 +33,23 @@ SAID: dict[str, dict[str, Any]] = {
     "gemma3_default_pattern": {"query_pre_attn_scalar": 16},
     "gpt2_tied": {},
     "gpt2_one_layer_one_head": {"activation_function": "gelu_new"},
+    "starcoder2_linear_one_layer": {},
+    "starcoder2_no_biases_untied": {"hidden_act": "gelu_pytorch_tanh"},
+    "phi_half_of_each_head": {},
+    "stablelm_quarter_of_each_head": {},
+    "stablelm_parallel_biases": {},
+    "cohere_pairs": {},
+    "cohere_query_key_norm_untied": {},
+    "cohere2_default_pattern": {},
+    "nemotron_half_of_each_head": {},
+    "nemotron_one_layer_linear": {},
+    "ernie4_5_pairs_head_size": {},
+    "ernie4_5_yarn_one_layer": {},
+}
+# Old keys, which the converter wants.
+WANTED = {
+    "gpt2": {"n_ctx": 512},
+    "cohere2": {"rotary_pct": 1.0},
 }
 # The vocabulary is not what is tested here: the converter shall not look for one it knows.
 CONVERT = """
@@ -65,9 +82,9 @@ def converted(llama_cpp: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         folder = tmp_path_factory.mktemp(name)
         models[name] = (save_reference({**CONFIGS[name], **changes}, folder), folder)
         tokenizer.save(str(folder / "tokenizer.json"))
-        if CONFIGS[name]["model_type"] == "gpt2":  # an old key, which the converter wants
+        if wanted := WANTED.get(CONFIGS[name]["model_type"]):
             config = json.loads((folder / "config.json").read_text())
-            (folder / "config.json").write_text(json.dumps({**config, "n_ctx": 512}))
+            (folder / "config.json").write_text(json.dumps({**config, **wanted}))
     folders = [str(folder) for _, folder in models.values()]
     command = [sys.executable, "-c", CONVERT, str(llama_cpp), *folders]
     done = subprocess.run(command, capture_output=True, text=True)

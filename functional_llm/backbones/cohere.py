@@ -28,11 +28,17 @@ from functional_llm.graph.types import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DecoderConfig):
-    """The numbers of a Cohere, beside those of `DecoderConfig`."""
+class SharedConfig(DecoderConfig):
+    """The numbers of a Cohere or Cohere 2, beside those of `DecoderConfig`."""
 
     attention_bias: bool
     logit_scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(SharedConfig):
+    """The numbers of a Cohere, beside those of `SharedConfig`."""
+
     use_query_key_norm: bool
 
 
@@ -55,7 +61,7 @@ def build_decoder(config: Config, name: str) -> CompositeLayer:
 
 
 def build_layer(
-    config: DecoderConfig, name: str, query: list[Part], key: list[Part]
+    config: SharedConfig, name: str, query: list[Part], key: list[Part]
 ) -> CompositeLayer:
     """Returns a decoder layer with these parts behind queries and keys, for this and Cohere 2."""
     queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim

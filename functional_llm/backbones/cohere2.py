@@ -7,7 +7,7 @@ Only those turn queries and keys; the others know no positions. Reference:
 from dataclasses import dataclass
 
 from functional_llm.backbones import cohere
-from functional_llm.backbones.family import DecoderConfig, Family
+from functional_llm.backbones.family import Family
 from functional_llm.blocks.attention import key_value_shapes
 from functional_llm.blocks.language_model import Graph, LayerType, causal_lm, scale
 from functional_llm.blocks.norm import layer_norm_without_bias
@@ -16,11 +16,9 @@ from functional_llm.graph.types import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DecoderConfig):
-    """The numbers of a Cohere 2, beside those of `DecoderConfig`."""
+class Config(cohere.SharedConfig):
+    """The numbers of a Cohere 2, beside those of `SharedConfig`."""
 
-    attention_bias: bool
-    logit_scale: float
     layer_types: tuple[str, ...]
     sliding_window: int
 

@@ -48,7 +48,7 @@ def build_decoder(config: Config, name: str) -> CompositeLayer:
 
 def complete_keys(keys: JSON) -> JSON:
     """Adds Transformers' defaults for keys that a `config.json` leaves out."""
-    own = {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 500000.0}
+    own: JSON = {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 500000.0}
     own |= {"use_bias": False, "tie_word_embeddings": True}
     keys = own | {"num_key_value_heads": 2, "head_dim": 128} | keys
     if keys["head_dim"] is None:

@@ -19,7 +19,6 @@ from functional_llm.blocks.norm import bare_layer_norm, layer_norm
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
 
-_EPSILON = 1e-5  # no config.json says another
 _OFFSET = 2  # rows of the table of positions that no token has
 
 
@@ -33,7 +32,7 @@ class Config(ModelConfig):
     norms_have_weights: bool
     norm_before: bool
     remove_final_norm: bool
-    layer_norm_epsilon: float = _EPSILON
+    layer_norm_epsilon: float = 1e-5  # no config.json says another
 
 
 def build(config: Config) -> Graph:

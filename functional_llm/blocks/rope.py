@@ -245,7 +245,7 @@ def rotary_pairs() -> PartFunction:
         half = x.shape[-1] // 2
         halves = inputs["rotation"]
         cos, sin = (ops.repeat(halves[key][..., half:], 2, axis=-1) for key in ("cos", "sin"))
-        even, odd = (np.tile(np.float32(pair), half) for pair in ([-1, 0], [0, 1]))
+        even, odd = (np.tile(np.array(pair, "float32"), half) for pair in ([-1, 0], [0, 1]))
         turned = ops.roll(x, -1, axis=-1) * (sin * even) + ops.roll(x, 1, axis=-1) * (sin * odd)
         return x * cos + turned
 
