@@ -57,6 +57,7 @@ _GPT2 = {
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
 }
+<<<<<<< HEAD
 _STARCODER2 = {**_LLAMA, "model_type": "starcoder2", "sliding_window": 8}
 _PHI: dict[str, Any] = {
     **_LLAMA,
@@ -91,6 +92,9 @@ _OPT = {
     "dropout": 0.0,
 }
 _ERNIE = {**_LLAMA, "model_type": "ernie4_5", "head_dim": 20}
+=======
+_PHI3 = {**_LLAMA, "model_type": "phi3", "pad_token_id": 0}
+>>>>>>> 1bf9d28 (Phi 3, 3.5, 4: fused projections, LongRoPE)
 
 
 def _llama(**changes: Any) -> dict[str, Any]:
@@ -195,6 +199,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "n_head": 1,
         "activation_function": "relu",
     },
+<<<<<<< HEAD
     "starcoder2_window": _STARCODER2,
     "starcoder2_no_biases_untied": {
         **_STARCODER2,
@@ -340,6 +345,34 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 1,
         "num_key_value_heads": 1,
         "rope_parameters": {"rope_type": "yarn", **_STRETCHED},
+=======
+    "phi3_long_texts": {
+        **_PHI3,
+        "max_position_embeddings": 512,
+        "original_max_position_embeddings": 256,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 5000.0,
+            "short_factor": [1.0, 1.1, 1.3, 1.6],
+            "long_factor": [1.2, 2.0, 5.0, 9.0],
+            "partial_rotary_factor": 0.7,
+        },
+    },
+    "phi3_window_multi_head": {**_PHI3, "sliding_window": 8, "num_key_value_heads": 4},
+    "phi3_tied_one_layer": {
+        **_PHI3,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 1,
+        "tie_word_embeddings": True,
+        "original_max_position_embeddings": 256,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            "long_factor": [2.0, 2.1, 2.2, 2.3, 2.4, 9.5],
+            "attention_factor": 1.3,
+        },
+>>>>>>> 1bf9d28 (Phi 3, 3.5, 4: fused projections, LongRoPE)
     },
 }
 # The first config of each family, for what no config changes.

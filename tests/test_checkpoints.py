@@ -237,6 +237,8 @@ def _check_fields(one: Any, config: Config, ours: Any, key: str) -> None:
             continue
         if field == "local_rope_max_wavelength":
             value = expected.rope_parameters["sliding_attention"]["rope_theta"]
+        if field == "partial_rotary_factor":
+            value = expected.rope_parameters[field]
         received = getattr(ours, field)
         received = list(received) if isinstance(received, tuple) else received
         assert received == value, (key, name)

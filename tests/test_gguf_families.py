@@ -32,6 +32,8 @@ SAID: dict[str, dict[str, Any]] = {
     "gemma2_soft_caps": {"query_pre_attn_scalar": 16},
     "gemma3_default_pattern": {"query_pre_attn_scalar": 16},
     "gpt2_tied": {},
+    "phi3_long_texts": {"original_max_position_embeddings": 32},
+    "phi3_window_multi_head": {},
     "gpt2_one_layer_one_head": {"activation_function": "gelu_new"},
     "starcoder2_linear_one_layer": {},
     "starcoder2_no_biases_untied": {"hidden_act": "gelu_pytorch_tanh"},

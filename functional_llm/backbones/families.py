@@ -1,22 +1,16 @@
 """The families that there are: a new one is a line here."""
 
 from functional_llm.backbones import (
-    cohere,
-    cohere2,
-    ernie4_5,
     gemma,
     gemma2,
     gemma3,
     gpt2,
-    gptj,
     llama,
     mistral,
-    nemotron,
-    opt,
     phi,
+    phi3,
     qwen2,
     qwen3,
-    stablelm,
     starcoder2,
 )
 from functional_llm.backbones.family import Family
@@ -32,12 +26,6 @@ _MODULES = (
     gpt2,
     starcoder2,
     phi,
-    stablelm,
-    cohere,
-    cohere2,
-    nemotron,
-    gptj,
-    opt,
-    ernie4_5,
+    phi3,
 )
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}

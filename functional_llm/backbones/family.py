@@ -39,6 +39,11 @@ class DecoderConfig(ModelConfig):
     rope_max_wavelength: float
     rope_scaling: RopeScaling | None
 
+    @property
+    def rotary_dim(self) -> int:
+        """How many channels of a head turn: all."""
+        return self.head_dim
+
 
 @dataclass(frozen=True, kw_only=True)
 class PartialRotaryConfig(DecoderConfig):

@@ -7,6 +7,7 @@ the embedding. References: [Llama 2](https://arxiv.org/abs/2307.09288),
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import keras
 
@@ -19,7 +20,7 @@ from functional_llm.backbones.family import (
     complete_common_keys,
     dense_rows,
 )
-from functional_llm.blocks.attention import attention, heads, key_value_shapes
+from functional_llm.blocks.attention import PartFunction, attention, heads, key_value_shapes
 from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph, LayerType, causal_lm
 from functional_llm.blocks.mlp import gated_mlp
@@ -39,20 +40,27 @@ class Config(DecoderConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    return build_stack(config, build_decoder, ["full_attention"] * config.num_layers)
+    decoder = partial(build_decoder, bias=config.attention_bias, mlp_bias=config.mlp_bias)
+    return build_stack(config, decoder, ["full_attention"] * config.num_layers)
 
 
-def build_decoder(config: Config, name: str) -> CompositeLayer:
-    """Returns one decoder layer."""
+def build_decoder(
+    config: DecoderConfig,
+    name: str,
+    rotate: PartFunction | None = None,
+    bias: bool = False,
+    mlp_bias: bool = False,
+) -> CompositeLayer:
+    """Returns one decoder layer. What turns queries and keys is `rotary()`, unless it is given."""
     queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
-    epsilon, bias = config.layer_norm_epsilon, config.attention_bias
+    epsilon, rotate = config.layer_norm_epsilon, rotate or rotary()
     self_attention = attention(
-        query=[heads(queries, size, "query", bias), rotary()],
-        key=[heads(keys, size, "key", bias), rotary()],
+        query=[heads(queries, size, "query", bias), rotate],
+        key=[heads(keys, size, "key", bias), rotate],
         value=[heads(keys, size, "value", bias)],
         output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),
     )
-    mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation, config.mlp_bias)
+    mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation, mlp_bias)
     return pre_norm(name, lambda part: rms_norm(epsilon, part), self_attention, mlp)
 
 
@@ -67,7 +75,7 @@ def build_stack(
     `kinds` has the type of each layer: "full_attention", or "sliding_attention" for the window.
     """
     layers = [(kind, build_decoder(config, f"decoder_{i}")) for i, kind in enumerate(kinds)]
-    rope = Rope(config.head_dim, config.rope_max_wavelength, config.rope_scaling)
+    rope = Rope(config.rotary_dim, config.rope_max_wavelength, config.rope_scaling)
     return causal_lm(
         vocabulary_size=config.vocabulary_size,
         hidden_dim=config.hidden_dim,

@@ -3,12 +3,15 @@
 Versions from 0.2 on have no window. Reference: [Mistral 7B](https://arxiv.org/abs/2310.06825).
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 from functional_llm.backbones import llama
 from functional_llm.backbones.family import COMMON_KEYS, DecoderConfig, Family, complete_common_keys
 from functional_llm.backbones.wrapper import llava
 from functional_llm.blocks.language_model import Graph
+from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
 
 
@@ -19,13 +22,21 @@ class Config(DecoderConfig):
     sliding_window: int | None
 
 
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    shared = {field.name: getattr(config, field.name) for field in fields(DecoderConfig)}
-    plain = llama.Config(**shared, attention_bias=False, mlp_bias=False)
-    kind = "full_attention" if config.sliding_window is None else "sliding_attention"
-    kinds = [kind] * config.num_layers
-    return llama.build_stack(plain, llama.build_decoder, kinds, config.sliding_window)
+    return build_stack(config, llama.build_decoder)
+
+
+def build_stack(
+    config: AnyConfig, build_decoder: Callable[[AnyConfig, str], CompositeLayer]
+) -> Graph:
+    """Returns the graph around decoder layers that all have a window, or none."""
+    window = config.sliding_window
+    kind = "full_attention" if window is None else "sliding_attention"
+    return llama.build_stack(config, build_decoder, [kind] * config.num_layers, window)
 
 
 def complete_keys(keys: JSON) -> JSON:

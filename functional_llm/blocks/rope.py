@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, H head size.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -157,6 +157,51 @@ class FrequencyFactors:
         return length
 
 
+@dataclass(frozen=True, kw_only=True)
+class LongRopeScaling:
+    """Divides the frequency of each pair of channels by a number of its own, unlike in long texts.
+
+    A text is long if it has more tokens than the model was trained on at first. In a batch each
+    row is long or not on its own; Transformers takes all rows as long if one is.
+
+    Args:
+        short_factors: For texts that are not long, (H/2).
+        long_factors: For long ones, (H/2).
+        original_max_sequence_length: The longest text that is not long.
+        factor: How many times as long the longest texts are; for the default of the next.
+        attention_factor: Factor on cosine and sine.
+
+    Reference:
+        [LongRoPE](https://arxiv.org/abs/2402.13753); [Phi-3](https://arxiv.org/abs/2404.14219).
+    """
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_max_sequence_length: int
+    factor: float
+    attention_factor: float | None = None
+
+    @property
+    def magnitude(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.factor <= 1:
+            return 1.0
+        length = math.log(self.original_max_sequence_length)
+        return math.sqrt(1 + math.log(self.factor) / length)
+
+    def frequencies(self, base: np.ndarray, max_wavelength: float) -> np.ndarray:
+        return FrequencyFactors(factors=self.short_factors).frequencies(base, max_wavelength)
+
+    def context(self, length: int) -> int:
+        return length
+
+    @property
+    def long(self) -> FrequencyFactors:
+        """What long texts turn by."""
+        return FrequencyFactors(factors=self.long_factors)
+
+
 @dataclass(frozen=True)
 class Rope:
     """The frequencies of a rotary position embedding.
@@ -220,7 +265,13 @@ def rotation(positions_BT: Tensor, rope: Rope) -> dict[str, Tensor]:
     Returns:
         `{"cos": (B, T, 1, H), "sin": (B, T, 1, H)}`, float32. The first half of `sin` is negative.
     """
-    angles = ops.cast(ops.expand_dims(positions_BT, (2, 3)), "float32") * rope.frequencies
+    frequencies = rope.frequencies
+    if isinstance(scaling := rope.scaling, LongRopeScaling):
+        longest_B111 = ops.max(ops.expand_dims(positions_BT, (2, 3)), axis=1, keepdims=True)
+        is_long = longest_B111 >= scaling.original_max_sequence_length
+        long = replace(rope, scaling=scaling.long).frequencies
+        frequencies = ops.where(is_long, long, frequencies)
+    angles = ops.cast(ops.expand_dims(positions_BT, (2, 3)), "float32") * frequencies
     cos, sin = ops.cos(angles) * rope.magnitude, ops.sin(angles) * rope.magnitude
     return {
         "cos": ops.concatenate([cos, cos], axis=-1),

@@ -55,6 +55,10 @@ _TOLD_BY_TENSORS = {
     "use_qkv_bias": "blk.0.attn_q.bias",
 }
 _FREQUENCIES = "rope_freqs.weight"
+_LONG_ROPE = {
+    "short_factor": "rope_factors_short.weight",
+    "long_factor": "rope_factors_long.weight",
+}
 
 
 class GGUFModel(Source):
@@ -105,6 +109,8 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
         if key.startswith(prefix)
     }
     config = {keys[key]: given.pop(key) for key in list(given) if key in keys}
+    if config.get("sliding_window") == 0:  # llama.cpp's word for none
+        config["sliding_window"] = None
     config.setdefault("vocab_size", file.shapes.get("token_embd.weight", (0,))[0])
     config["tie_word_embeddings"] = "output.weight" not in file.shapes
     # llama.cpp, too, tells these by the tensors.
@@ -124,6 +130,9 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
     scaling = _rope_scaling(file, given)
     if scaling:
         config["rope_scaling"] = scaling
+        original = "original_max_position_embeddings"
+        if original in scaling and original in family.config_keys:
+            config[original] = scaling[original]
     if given:
         raise ValueError(
             f"{file.path} has keys that nobody handles: {sorted(prefix + key for key in given)}."
@@ -140,7 +149,12 @@ def _share(part: int, whole: int) -> float:
 def _rope_scaling(file: GGUFFile, given: JSON) -> JSON:
     kind = given.pop("rope.scaling.type", "none")
     given.pop("rope.scaling.finetuned", None)
+    if _LONG_ROPE["long_factor"] in file.shapes:
+        read = {key: file.read(name, "float32").tolist() for key, name in _LONG_ROPE.items()}
+        values = {_ROPE_KEYS[key]: given.pop(key) for key in list(given) if key in _ROPE_KEYS}
+        return {"rope_type": "longrope", **read, **values}
     if kind == "none":
+        given.pop("rope.scaling.original_context_length", None)
         if _FREQUENCIES not in file.shapes:
             return {}
         factors = file.read(_FREQUENCIES, "float32")
@@ -176,7 +190,7 @@ class _HuggingFaceView:
             theirs = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
             if theirs in file.shapes:
                 self._names[name] = theirs
-        left = set(file.shapes) - set(self._names.values()) - {_FREQUENCIES}
+        left = set(file.shapes) - set(self._names.values()) - {_FREQUENCIES, *_LONG_ROPE.values()}
         self._names.update({name: name for name in left})
         self.shapes = {
             name: file.shapes[theirs][:: -1 if self._is_transposed(name) else 1]

@@ -277,6 +277,7 @@ def decode_config(values: Mapping[str, Any], family: Family) -> ModelConfig:
     if values.get("rope_scaling"):
         parameters = dict(values["rope_scaling"])
         scaling_class, _ = known(SCALINGS, parameters.pop("rope_type", None), "rope_type")
+        parameters = {k: tuple(x) if isinstance(x, list) else x for k, x in parameters.items()}
         values["rope_scaling"] = scaling_class and scaling_class(**parameters)
     if "layer_types" in values:
         values["layer_types"] = tuple(values["layer_types"])

@@ -10,6 +10,7 @@ from functional_llm.blocks.rope import (
     FrequencyFactors,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     RopeScaling,
     YarnScaling,
 )
@@ -29,6 +30,16 @@ SCALINGS: dict[str, tuple[type | None, dict[str, str]]] = {
     "llama3": (
         Llama3Scaling,
         {k: k for k in ("factor", "low_freq_factor", "high_freq_factor")} | _LENGTH,
+    ),
+    "longrope": (
+        LongRopeScaling,
+        {
+            "short_factor": "short_factors",
+            "long_factor": "long_factors",
+            "factor": "factor",
+            "attention_factor": "attention_factor",
+        }
+        | _LENGTH,
     ),
     "yarn": (
         YarnScaling,
@@ -56,7 +67,8 @@ def read_rope(
     Args:
         given: The keys in the file: `rope_parameters`, or `rope_theta` and `rope_scaling`.
         defaults: The same, completed: `rope_theta`, `max_position_embeddings` and, if `has_local`,
-            `rope_local_base_freq` are there; `partial_rotary_factor`, if the model has one.
+            `rope_local_base_freq` are there; `partial_rotary_factor` and
+            `original_max_position_embeddings`, if the model has them there.
         has_local: Whether layers with a window turn by a theta of their own,
             `rope_local_base_freq` or the parameters of "sliding_attention".
 
@@ -73,6 +85,10 @@ def read_rope(
     parameters, partial = named["rope_scaling"] or named["rope_parameters"], {}
     if _PARTIAL in defaults:
         partial = {_PARTIAL: _read_partial(parameters, named, given, defaults)}
+    if (original := defaults.get(_ORIGINAL)) is not None and _rope_type(
+        dict(parameters)
+    ) != "default":
+        parameters[_ORIGINAL] = original  # which counts for Transformers, wherever else it stands
     theta, scaling = _read_parameters(
         parameters, "rope_theta", defaults, {**named, **_theta(given, "rope_theta")}
     )
@@ -81,7 +97,7 @@ def read_rope(
     return {**_fields(theta, scaling, context), **partial}
 
 
-_PARTIAL = "partial_rotary_factor"
+_PARTIAL, _ORIGINAL = "partial_rotary_factor", "original_max_position_embeddings"
 
 
 def _read_partial(
@@ -213,8 +229,12 @@ def _rope_type(parameters: dict[str, Any]) -> Any:
 
 
 def _scaling(kind: Any, parameters: dict[str, Any], length: int) -> RopeScaling | None:
-    if kind == "longrope":
-        return _read_long_rope(parameters)
+    if "short_factor" in parameters:  # Phi-3's first files call it "su" or "yarn"
+        kind = "longrope"
+        if parameters["short_factor"] == parameters.get("long_factor") and (
+            parameters.get("attention_factor") == 1
+        ):
+            return _read_factors(parameters["short_factor"])
     if kind == "dynamic":
         raise ValueError(
             "config.json: rope_type='dynamic' turns by frequencies that depend on how long a text "
@@ -227,7 +247,8 @@ def _scaling(kind: Any, parameters: dict[str, Any], length: int) -> RopeScaling 
         names = {}
     if "original_max_position_embeddings" in names:
         original = parameters.setdefault("original_max_position_embeddings", length)
-        if kind == "yarn" and parameters.get("factor", 1) is None:
+        is_implied = kind == "yarn" and parameters.get("factor", 1) is None
+        if is_implied or (kind == "longrope" and parameters.get("factor") is None):
             check_value("original_max_position_embeddings", original, int, counts=True)
             parameters["factor"] = length / original
     if kind == "yarn":
@@ -248,22 +269,15 @@ def _scaling(kind: Any, parameters: dict[str, Any], length: int) -> RopeScaling 
             f"config.json: the RoPE parameters {shown(parameters)} of the type {kind!r} lack "
             f"{', '.join(lacking)}."
         )
-    scaling: RopeScaling = scaling_class(**{names[key]: x for key, x in parameters.items()})
+    values = {names[key]: tuple(x) if isinstance(x, list) else x for key, x in parameters.items()}
+    scaling: RopeScaling = scaling_class(**values)
     return scaling
 
 
-def _read_long_rope(parameters: dict[str, Any]) -> FrequencyFactors:
-    """Reads longrope with equal factors for short and long texts; others need the text's length."""
-    short, long = parameters.get("short_factor"), parameters.get("long_factor")
-    is_known = short == long and parameters.get("attention_factor") == 1.0
-    if not isinstance(short, list) or not short or not is_known:
-        raise ValueError(
-            "config.json: expected the RoPE type longrope with the same short_factor and "
-            f"long_factor, and an attention_factor of 1, received {shown(parameters)}."
-        )
-    for value in short:
-        check_value("short_factor", value, float)
-    return FrequencyFactors(factors=tuple(short))
+def _read_factors(factors: Any) -> FrequencyFactors:
+    """Reads a longrope that turns texts of all lengths alike."""
+    check_value("short_factor", factors, tuple[float, ...])
+    return FrequencyFactors(factors=tuple(factors))
 
 
 def write_rope_scaling(config: DecoderConfig) -> JSON | None:
@@ -283,6 +297,7 @@ def write_rope_scaling(config: DecoderConfig) -> JSON | None:
     for rope_type, (scaling_class, names) in SCALINGS.items():
         if scaling_class is type(scaling):
             given = {key: getattr(scaling, field) for key, field in names.items()}
+            given = {key: list(x) if isinstance(x, tuple) else x for key, x in given.items()}
             return {"rope_type": rope_type, **{k: v for k, v in given.items() if v is not None}}
     raise ValueError(f"Expected a known RoPE scaling to write, received {scaling!r}.")
 

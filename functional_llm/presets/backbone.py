@@ -376,7 +376,7 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, FullFloat32, keras.Mod
             return
 
     def _family(self) -> Family | None:
-        fitting = (f for f in FAMILIES.values() if isinstance(self.config, f.config_class))
+        fitting = (f for f in FAMILIES.values() if type(self.config) is f.config_class)
         return next(fitting, None)
 
 
