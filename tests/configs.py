@@ -57,7 +57,6 @@ _GPT2 = {
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
 }
-<<<<<<< HEAD
 _STARCODER2 = {**_LLAMA, "model_type": "starcoder2", "sliding_window": 8}
 _PHI: dict[str, Any] = {
     **_LLAMA,
@@ -92,9 +91,7 @@ _OPT = {
     "dropout": 0.0,
 }
 _ERNIE = {**_LLAMA, "model_type": "ernie4_5", "head_dim": 20}
-=======
 _PHI3 = {**_LLAMA, "model_type": "phi3", "pad_token_id": 0}
->>>>>>> 1bf9d28 (Phi 3, 3.5, 4: fused projections, LongRoPE)
 
 
 def _llama(**changes: Any) -> dict[str, Any]:
@@ -199,7 +196,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "n_head": 1,
         "activation_function": "relu",
     },
-<<<<<<< HEAD
     "starcoder2_window": _STARCODER2,
     "starcoder2_no_biases_untied": {
         **_STARCODER2,
@@ -345,7 +341,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 1,
         "num_key_value_heads": 1,
         "rope_parameters": {"rope_type": "yarn", **_STRETCHED},
-=======
+    },
     "phi3_long_texts": {
         **_PHI3,
         "max_position_embeddings": 512,
@@ -372,7 +368,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "long_factor": [2.0, 2.1, 2.2, 2.3, 2.4, 9.5],
             "attention_factor": 1.3,
         },
->>>>>>> 1bf9d28 (Phi 3, 3.5, 4: fused projections, LongRoPE)
     },
 }
 # The first config of each family, for what no config changes.

@@ -1,16 +1,23 @@
 """The families that there are: a new one is a line here."""
 
 from functional_llm.backbones import (
+    cohere,
+    cohere2,
+    ernie4_5,
     gemma,
     gemma2,
     gemma3,
     gpt2,
+    gptj,
     llama,
     mistral,
+    nemotron,
+    opt,
     phi,
     phi3,
     qwen2,
     qwen3,
+    stablelm,
     starcoder2,
 )
 from functional_llm.backbones.family import Family
@@ -27,5 +34,12 @@ _MODULES = (
     starcoder2,
     phi,
     phi3,
+    stablelm,
+    cohere,
+    cohere2,
+    nemotron,
+    gptj,
+    opt,
+    ernie4_5,
 )
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
