@@ -91,6 +91,14 @@ _OPT = {
     "dropout": 0.0,
 }
 _ERNIE = {**_LLAMA, "model_type": "ernie4_5", "head_dim": 20}
+_GLM4: dict[str, Any] = {
+    **_LLAMA,
+    "model_type": "glm4",
+    "head_dim": 20,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+}
 _PHI3 = {**_LLAMA, "model_type": "phi3", "pad_token_id": 0}
 
 
@@ -340,6 +348,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_ERNIE,
         "num_hidden_layers": 1,
         "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "yarn", **_STRETCHED},
+    },
+    "glm4_half_of_each_head": _GLM4,
+    "glm4_no_biases_multi_head": {
+        **_GLM4,
+        "attention_bias": False,
+        "num_key_value_heads": 4,
+        "hidden_act": "gelu",
+        "rope_parameters": {**_GLM4["rope_parameters"], "partial_rotary_factor": 0.9},
+    },
+    "glm4_tied_one_layer": {
+        **_GLM4,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+        "partial_rotary_factor": 1.0,
         "rope_parameters": {"rope_type": "yarn", **_STRETCHED},
     },
     "phi3_long_texts": {

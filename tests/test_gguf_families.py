@@ -32,6 +32,8 @@ SAID: dict[str, dict[str, Any]] = {
     "gemma2_soft_caps": {"query_pre_attn_scalar": 16},
     "gemma3_default_pattern": {"query_pre_attn_scalar": 16},
     "gpt2_tied": {},
+    "glm4_half_of_each_head": {},
+    "glm4_no_biases_multi_head": {"hidden_act": "silu"},
     "phi3_long_texts": {"original_max_position_embeddings": 32},
     "phi3_window_multi_head": {},
     "gpt2_one_layer_one_head": {"activation_function": "gelu_new"},
@@ -49,7 +51,7 @@ SAID: dict[str, dict[str, Any]] = {
     "ernie4_5_yarn_one_layer": {},
 }
 # Old keys, which the converter wants.
-WANTED = {
+WANTED: dict[str, dict[str, Any]] = {
     "gpt2": {"n_ctx": 512},
     "cohere2": {"rotary_pct": 1.0},
 }

@@ -49,14 +49,17 @@ def written_keys(config: Config) -> JSON:
 
 
 _ATTENTION, _MLP = "model.layers.{}.self_attn.qkv_proj", "model.layers.{}.mlp.gate_up_proj"
+GATE_AND_UP = [
+    *dense_rows(_MLP, "decoder_{}/mlp/gate", *fused()),
+    *dense_rows(_MLP, "decoder_{}/mlp/up", *fused()),
+]
 _PARTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 WEIGHTS = [
     *(row for row in llama.WEIGHTS if not any(part in row[0] for part in _PARTS)),
     *dense_rows(_ATTENTION, "decoder_{}/attention/query", *fused()),
     *dense_rows(_ATTENTION, "decoder_{}/attention/key", *fused()),
     *dense_rows(_ATTENTION, "decoder_{}/attention/value", *fused()),
-    *dense_rows(_MLP, "decoder_{}/mlp/gate", *fused()),
-    *dense_rows(_MLP, "decoder_{}/mlp/up", *fused()),
+    *GATE_AND_UP,
 ]
 
 FAMILY = Family(
