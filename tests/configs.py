@@ -62,8 +62,7 @@ _PHI: dict[str, Any] = {
     **_LLAMA,
     "model_type": "phi",
     "num_key_value_heads": 4,
-    "intermediate_size": 192,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    "intermediate_size": 192,  # four times the width: llama.cpp's converter knows no other
 }
 _STABLELM = {**_LLAMA, "model_type": "stablelm", "hidden_size": 64}
 _COHERE = {**_LLAMA, "model_type": "cohere", "logit_scale": 0.3}
@@ -74,7 +73,13 @@ _COHERE2 = {
     "layer_types": ["full_attention", "sliding_attention"],
 }
 # Narrow: norms that scale by 2 make scores large, and float32 shows.
-_NEMOTRON = {**_LLAMA, "model_type": "nemotron", "hidden_size": 24, "head_dim": 12}
+_NEMOTRON = {
+    **_LLAMA,
+    "model_type": "nemotron",
+    "hidden_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 _GPTJ = {
     **{key: value for key, value in _GPT2.items() if key != "model_type"},
     "model_type": "gptj",
@@ -226,7 +231,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "intermediate_size": 80,
         "qk_layernorm": True,
-        "rope_parameters": {**_PHI["rope_parameters"], "partial_rotary_factor": 0.4},
+        "rope_parameters": {"rope_theta": 5000.0, "partial_rotary_factor": 0.4},
     },
     "phi_tied_one_layer": {
         **_PHI,
@@ -288,7 +293,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "nemotron_half_of_each_head": _NEMOTRON,
     "nemotron_biases_tied_head_size": {
         **_NEMOTRON,
-        "num_key_value_heads": 4,
+        "num_key_value_heads": 2,
         "head_dim": 18,
         "attention_bias": True,
         "mlp_bias": True,
@@ -298,7 +303,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "nemotron_one_layer_linear": {
         **_NEMOTRON,
         "num_hidden_layers": 1,
-        "num_key_value_heads": 1,
+        "num_key_value_heads": 2,
         "rope_parameters": {
             "rope_type": "linear",
             "factor": 4.0,

@@ -43,7 +43,7 @@ SAID: dict[str, dict[str, Any]] = {
     "stablelm_quarter_of_each_head": {},
     "stablelm_parallel_biases": {},
     "cohere_pairs": {},
-    "cohere_query_key_norm_untied": {},
+    "cohere_query_key_norm_untied": {"tie_word_embeddings": True},
     "cohere2_default_pattern": {},
     "nemotron_half_of_each_head": {},
     "nemotron_one_layer_linear": {},
