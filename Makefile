@@ -13,11 +13,12 @@ PYTEST_ARGS ?=
 export PROMPT
 
 .DELETE_ON_ERROR:
-.PHONY: help generate test test-versions mutation bench lint types clean
+.PHONY: help generate test nightly test-versions mutation bench lint types clean
 
 help:
 	@echo "make generate   write text with the default preset (PROMPT='...' to choose the prompt)"
-	@echo "make test       run every test (PYTEST_ARGS='-m \"not real\"' for the fast ones)"
+	@echo "make test       see every kind of failure (PYTEST_ARGS='-m \"not real\"' for the fast tests)"
+	@echo "make nightly    the same for all: every tiny config, stock files on all three backends"
 	@echo "make mutation   put faults into the library: the property tests must see each"
 	@echo "make test-versions  run quick tests with the oldest and newest versions (PYTHONS='python3.13')"
 	@echo "make bench      measure against KerasHub, Transformers, ... (BENCH_ARGS='--help' for choices)"
@@ -55,10 +56,12 @@ $(STOCK_VENV)/installed: tests/stock_requirements.txt
 	touch $@
 
 # One run, in two processes: tests/conftest.py puts the tests marked `real` last,
-# and pytest-xdist is not to put the files in an order of its own.
-test: $(VENV)/installed-dev $(STOCK_VENV)/installed
+# and pytest-xdist is not to put the files in an order of its own. What waits for the night:
+# tests/nightly.py.
+nightly: CHOSEN := -m "nightly or not nightly"
+test nightly: $(VENV)/installed-dev $(STOCK_VENV)/installed
 	FLM_STOCK_PYTHON=$(abspath $(STOCK_VENV))/bin/python \
-		$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+		$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(CHOSEN) $(PYTEST_ARGS)
 
 mutation: $(VENV)/installed-dev $(STOCK_VENV)/installed
 	FLM_STOCK_PYTHON=$(abspath $(STOCK_VENV))/bin/python \

@@ -3,8 +3,10 @@
 An entry is the Transformers config of a random-weight model, under a name that says what is odd
 about it. A new family or a new part joins here and gets every test.
 
-One more takes 7 s of a core (two layers, both cores busy): 1.5 s for the properties, 6 s for stock
-files on three backends. The first of a family also gets what ONE_OF_EACH_FAMILY is for: some 40 s.
+One more takes 3 s of a core (CPU seconds, two layers, programs kept from an earlier run): 1 s for
+the properties, 2 s for stock files on one backend. A family's take the three backends in turn: give
+it three. The first of a family gets what ONE_OF_EACH_FAMILY is for, too: 8 s in all. One that joins
+ONE_OF_EACH_KIND takes 20 s more. `make nightly` takes all for all (tests/nightly.py).
 """
 
 from typing import Any
@@ -401,3 +403,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 # The first config of each family, for what no config changes.
 ONE_OF_EACH_FAMILY = list({x["model_type"]: name for name, x in reversed(CONFIGS.items())}.values())
+# One config for each kind of part, for what compiles and trains: adapters, int8, generation, stock
+# files on three backends. Such numbers differ with parts, not with families. A new kind of layer or
+# of tensor joins here: test_properties.py says what is missing.
+ONE_OF_EACH_KIND = [
+    "llama_grouped",  # the plain one: RMSNorm, gated MLP, RoPE, a head of its own, no bias
+    "qwen2_tied",  # biases on some projections, the head is the embedding
+    "gemma2_soft_caps",  # rings beside a full cache, soft caps, norms behind branches, scale 1 + w
+    "gemma3_two_ropes",  # norms of queries and keys, a RoPE a type of layers
+    "gpt2_tied",  # fused tensors, kernels as (in, out), learned positions, LayerNorm, a plain MLP
+]

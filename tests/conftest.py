@@ -18,6 +18,7 @@ import keras
 import pytest
 
 from configs import CONFIGS
+from nightly import is_night, waits_for_the_night
 from quick import compile_quickly, keep_programs
 from stock import BACKENDS, StockKeras
 
@@ -44,12 +45,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Tests of one tiny model stay in one process of several (`-n 2 --dist loadgroup`), as do those of
     one file else: they share what it took long to make.
 
+    Tests for the night are left out by day, and faults where nobody asks for them.
+
     Tests of how programs are rewritten for CPUs are skipped with a JAX with which they are not.
     """
+    left_out = set()
     if "mutation" not in config.option.markexpr:
-        left_out = [item for item in items if item.get_closest_marker("mutation")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        left_out |= {item for item in items if item.get_closest_marker("mutation")}
+    if not is_night(config):
+        left_out |= {item for item in items if waits_for_the_night(item)}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
     from functional_llm.xla.rewriter import OLDEST_JAX
 
     oldest = ".".join(map(str, OLDEST_JAX))

@@ -67,14 +67,11 @@ class StockKeras:
                 text=True,
             )
 
-    def send(self, path: Path) -> None:
-        """Asks for a file to be measured; `result` waits for it."""
-        assert self._process.stdin is not None
-        print(path, file=self._process.stdin, flush=True)
-
     def result(self, path: Path) -> dict[str, Any]:
-        """Returns what `stock_check.check` has found out about a file that was sent."""
-        assert self._process.stdout is not None
+        """Returns what `stock_check.check` finds out about a file, at the first call."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        if str(path) not in self._found:
+            print(path, file=self._process.stdin, flush=True)
         while str(path) not in self._found:
             line = self._process.stdout.readline()
             assert line, self._log.read_text()[-3000:]

@@ -11,19 +11,16 @@ import pytest
 from keras import ops
 
 import functional_llm as flm
-from configs import CONFIGS
 from functional_llm.generation.programs import NOT_FINITE, CompiledPrograms, Prompt
 from functional_llm.generation.samplers import Greedy
+from nightly import FAMILIES_AND_KINDS, one_of_each_kind
 
 IDS = [5, 9, 20, 7]
 DTYPES = ("float16", "bfloat16", "float32")
 
 
-# A config of each family: what overflows differs with its norms and activations.
-FAMILIES = {config["model_type"]: name for name, config in reversed(CONFIGS.items())}
-
-
-@pytest.mark.parametrize("name", FAMILIES.values())
+@one_of_each_kind  # what overflows differs with norms and activations
+@pytest.mark.parametrize("name", FAMILIES_AND_KINDS)
 def test_a_weight_too_large_for_float16_is_noticed(
     checkpoint: Callable[[str], Path], name: str
 ) -> None:

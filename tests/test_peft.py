@@ -13,9 +13,10 @@ import pytest
 from keras import ops
 
 import functional_llm as flm
-from configs import CONFIGS, ONE_OF_EACH_FAMILY
+from configs import CONFIGS
 from functional_llm.backbones import families
 from functional_llm.graph.freezing import freeze_variables
+from nightly import FAMILIES_AND_KINDS, one_of_each_kind
 from pair import compiled
 from reference import save_reference
 
@@ -30,7 +31,7 @@ METHODS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", params=ONE_OF_EACH_FAMILY)
+@pytest.fixture(scope="module", params=FAMILIES_AND_KINDS)
 def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model that no test may change."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -101,6 +102,7 @@ def test_attach_merge_save_load(backbone: Any, name: str, tmp_path: Path) -> Non
     assert list(map(id, backbone.trainable_variables)) == trainable
 
 
+@one_of_each_kind
 def test_methods_fit_every_family(backbone: Any) -> None:
     """Three kinds of change: to a kernel, to inputs and outputs, to a bias."""
     model = backbone

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import functional_llm as flm
 from configs import CONFIGS, ONE_OF_EACH_FAMILY
+from nightly import FAMILIES_AND_KINDS, one_of_each_kind
 from reference import make_reference, reference_logits
 
 with warnings.catch_warnings():
@@ -41,7 +42,8 @@ EVERY_METHOD = ["llama_grouped", "gpt2_tied"]
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
-@pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
+@one_of_each_kind
+@pytest.mark.parametrize("name", FAMILIES_AND_KINDS)
 def test_every_family_both_ways(name: str, tmp_path: Path) -> None:
     make_reference(CONFIGS[name]).save_pretrained(tmp_path)
     backbone = flm.Backbone.from_preset(str(tmp_path))
@@ -81,12 +83,41 @@ def test_every_family_both_ways(name: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(np.asarray(again(IDS)), expected, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+@pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
+def test_names_of_every_family(name: str, tmp_path: Path) -> None:
+    """What PEFT calls the modules, adapted ones, whole ones and biases, both ways.
+
+    The weights are compared, with adapters folded in: no program is compiled for it.
+    """
+    reference = make_reference(CONFIGS[name])
+    reference.save_pretrained(tmp_path)
+    modules = reference.named_modules()
+    norms = sorted({x.rpartition(".")[2] for x, m in modules if "Norm" in type(m).__name__})
+    config = theirs.LoraConfig(
+        r=2, lora_alpha=5, target_modules="all-linear", modules_to_save=norms, bias="lora_only"
+    )
+    model = theirs.get_peft_model(reference, config)
+    _noise(model)
+    model.save_pretrained(tmp_path / "theirs")
+    ours = flm.peft.load_adapter(flm.Backbone.from_preset(tmp_path), tmp_path / "theirs")
+    flm.peft.save_adapter(ours, tmp_path / "ours")
+    flm.peft.merge(ours).save_preset(tmp_path / "folded")
+    received = load_file(tmp_path / "folded" / "model.safetensors")
+    again = theirs.PeftModel.from_pretrained(make_reference(CONFIGS[name]), str(tmp_path / "ours"))
+    for folded in (model.merge_and_unload(), again.merge_and_unload()):
+        expected = {name: x.detach().numpy() for name, x in folded.state_dict().items()}
+        assert {*expected} - {*received} <= {"lm_head.weight"}  # tied, it is the embedding
+        for key, array in received.items():
+            np.testing.assert_allclose(array, expected[key], atol=1e-5, err_msg=key)
+
+
 def _noise(model: Any) -> None:
-    """Moves every adapter weight, so that a wrong one shows."""
+    """Moves every weight that trains, so that a wrong one shows."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name or "ia3_" in name:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 

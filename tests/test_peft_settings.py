@@ -14,7 +14,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import functional_llm as flm
-from configs import CONFIGS, ONE_OF_EACH_FAMILY
+from configs import CONFIGS, ONE_OF_EACH_KIND
+from nightly import FAMILIES_AND_KINDS
 from pair import compiled
 from reference import make_reference, reference_logits, save_reference
 
@@ -35,7 +36,7 @@ pytestmark = [
 
 IDS = np.random.default_rng(0).integers(0, 128, (1, 9)).astype("int32")
 IDS[0, :3] = 3, 7, 9  # tokens that some settings train
-NAMES = [*ONE_OF_EACH_FAMILY, "llama_multi_head_tied", "llama_biases", "gpt2_untied_inner"]
+NAMES = [*FAMILIES_AND_KINDS, "llama_multi_head_tied", "llama_biases", "gpt2_untied_inner"]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -153,7 +154,8 @@ def test_tokens_that_train_alone(one: Any, target: str | None, tmp_path: Path) -
     np.testing.assert_allclose(ours(IDS), expected, atol=1e-4, rtol=0)
 
 
-# Every setting for two models that have all parts; the others for what differs in them.
+# Every setting for two models that have all parts; the others for what differs in them. What a
+# family calls its modules: test_peft_interchange.py.
 EVERY = ["gpt2_tied", "llama_biases"]
 OF_TIED = [
     "embedding",
@@ -163,8 +165,9 @@ OF_TIED = [
     "tokens of both",
     "tokens of the head",
 ]
+BY_DAY = [*ONE_OF_EACH_KIND, "llama_multi_head_tied", *EVERY, "gpt2_untied_inner"]
 CASES = [
-    (name, setting)
+    pytest.param(name, setting, marks=() if name in BY_DAY else pytest.mark.nightly)
     for name in NAMES
     for setting in SETTINGS
     if name in EVERY

@@ -1,9 +1,10 @@
 """Properties that hold for every model of the zoo, over the one list of tiny configs.
 
-What only the family's code decides runs for one config of each family.
+What parts decide, and not the family that has them, runs for one config of each kind.
 """
 
 import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,20 @@ import jax
 import numpy as np
 import pytest
 
-from configs import ONE_OF_EACH_FAMILY
+import functional_llm as flm
+from configs import CONFIGS, ONE_OF_EACH_FAMILY, ONE_OF_EACH_KIND
 from functional_llm.backbones.families import FAMILIES
+from functional_llm.formats.hf_config import read_config
 from functional_llm.formats.safetensors_reader import open_safetensors
 from functional_llm.formats.weight_table import expand_table, export_weights
 from functional_llm.generation.text_generator import TextGenerator
 from functional_llm.layers.cache import make_cache
 from functional_llm.presets.backbone import Backbone
+from nightly import one_of_each_kind
 from pair import LENGTH, ROWS, SLOTS, TOKENS, Pair, compiled, random_tokens
 from reference import reference_greedy, reference_logits
 
 JUNK = random_tokens(ROWS, LENGTH, seed=1)  # stands where padding is
-one_of_each_family = pytest.mark.parametrize("pair", ONE_OF_EACH_FAMILY, indirect=True)
 
 
 def _assert_near(received: Any, expected: Any) -> None:
@@ -33,13 +36,13 @@ def test_logits_equal_the_reference(pair: Pair) -> None:
     _assert_near(pair.logits, pair.expected)
 
 
-@one_of_each_family
+@one_of_each_kind
 def test_logits_of_a_long_text_equal_the_reference(pair: Pair) -> None:
     token_ids = random_tokens(2, 300)
     _assert_near(compiled(pair.ours)(token_ids), reference_logits(pair.reference, token_ids))
 
 
-@one_of_each_family
+@one_of_each_kind
 def test_an_eager_call_and_its_padding_equal_the_reference(pair: Pair) -> None:
     import torch
 
@@ -58,7 +61,7 @@ def test_an_eager_call_and_its_padding_equal_the_reference(pair: Pair) -> None:
     np.testing.assert_array_equal(np.asarray(as_argument)[mask == 1], logits[mask == 1])
 
 
-@one_of_each_family
+@one_of_each_kind
 def test_a_mask_of_ones_own_equals_the_reference_and_goes_through_the_cache(pair: Pair) -> None:
     import torch
 
@@ -86,7 +89,7 @@ def test_a_mask_of_ones_own_equals_the_reference_and_goes_through_the_cache(pair
         cache = result["cache"]
 
 
-@one_of_each_family
+@one_of_each_kind
 def test_positions_follow_what_the_cache_holds(pair: Pair) -> None:
     cache = make_cache(pair.ours, ROWS, 2 * LENGTH)
     result = pair.run({"token_ids": TOKENS, "cache": cache})
@@ -97,7 +100,7 @@ def test_positions_follow_what_the_cache_holds(pair: Pair) -> None:
     _assert_near(again["logits"], expected)
 
 
-@one_of_each_family
+@one_of_each_kind
 def test_greedy_text_equals_the_reference(pair: Pair) -> None:
     prompts = [random_tokens(n, seed=n).tolist() for n in (1, 7, 33)]
     expected = [reference_greedy(pair.reference, ids, 20) for ids in prompts]
@@ -215,6 +218,31 @@ def test_table_there_and_back_is_the_identity(pair: Pair) -> None:
         np.testing.assert_array_equal(array, source.read(name, "float32"))
 
 
+def _parts(model: Any) -> set[Any]:
+    """Returns kinds of layers with the variables they have, and how tensors become those."""
+    layers = {
+        (type(layer).__name__, *sorted(v.path.rpartition("/")[2] for v in layer.variables))
+        for _, layer in flm.walk(model)
+    }
+    family = next(f for f in FAMILIES.values() if isinstance(model.config, f.config_class))
+    return layers | {row[2] for row in family.weights}
+
+
+@cache
+def _parts_of_each_kind() -> set[Any]:
+    parts = set[Any]()
+    for name in ONE_OF_EACH_KIND:
+        family = FAMILIES[CONFIGS[name]["model_type"]]
+        config = read_config(CONFIGS[name], family)
+        parts |= _parts(Backbone(*family.build(config), config=config))
+    return parts
+
+
+def test_one_of_each_kind_has_every_part(pair: Pair) -> None:
+    others = _parts(pair.ours) - _parts_of_each_kind()
+    assert not others, f"new parts: a config with them joins ONE_OF_EACH_KIND ({pair.name}?)"
+
+
 def test_transformers_loads_what_save_preset_wrote(pair: Pair, tmp_path: Path) -> None:
     import transformers
 
@@ -231,7 +259,7 @@ def test_transformers_loads_what_save_preset_wrote(pair: Pair, tmp_path: Path) -
         np.testing.assert_array_equal(ours.value, read.value)
 
 
-@one_of_each_family
+@pytest.mark.parametrize("pair", ONE_OF_EACH_FAMILY, indirect=True)  # a family scales by itself
 def test_bfloat16_is_as_near_as_the_reference(pair: Pair) -> None:
     import torch
 

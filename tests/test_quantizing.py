@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import functional_llm as flm
-from configs import CONFIGS, ONE_OF_EACH_FAMILY
+from configs import CONFIGS
+from nightly import FAMILIES_AND_KINDS, one_of_each_kind
 from reference import save_reference
 
 # With a head and without one, with biases and without.
@@ -29,7 +30,7 @@ def _logits(model: Any, token_ids: np.ndarray) -> np.ndarray:
     return np.asarray(program(token_ids).astype("float32"))
 
 
-@pytest.fixture(scope="module", params=ONE_OF_EACH_FAMILY)
+@pytest.fixture(scope="module", params=FAMILIES_AND_KINDS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp(request.param)
     save_reference(CONFIGS[request.param], path)
@@ -41,6 +42,7 @@ def backbone(folder: Path) -> Any:
     return flm.Backbone.from_preset(folder)
 
 
+@one_of_each_kind
 def test_matrices_take_a_byte_a_number_and_logits_stay_near(backbone: Any) -> None:
     token_ids, before = _tokens(2, 12), [v.path for v in backbone.variables]
     expected = _logits(backbone, token_ids)

@@ -3,7 +3,7 @@
 import json
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ import pytest
 from keras import ops
 
 import functional_llm as flm
-from configs import CONFIGS, ONE_OF_EACH_FAMILY
+from configs import CONFIGS, ONE_OF_EACH_KIND
 from functional_llm.backbones.families import FAMILIES
 from functional_llm.formats.hf_config import decode_config
 from functional_llm.graph.equality import same_graph
 from functional_llm.stock import lowering
 from functional_llm.stock.keras_file import read_description
 from functional_llm.stock.lowering import Lowering
+from nightly import is_night, one_backend_each, one_of_each_kind
 from pair import TOKENS, Pair, compiled, random_tokens
 from stock import BACKENDS, StockKeras, run_stock
 from tiny import save_tiny
@@ -36,7 +37,11 @@ ADAPTERS: dict[str, Callable[[Any], Any]] = {
     ),
 }
 ADAPTED = "qwen2_tied"  # it has biases
+TRAINED_FULLY = "gpt2_tied"
+# On all three backends; the others take turns, and `make nightly` takes all.
+EVERYWHERE = ("lora", "lora_under_dora", "int8")
 QUANTIZED = {"int8": ADAPTED, "int8_soft_caps": "gemma2_soft_caps"}
+EDITS = [*ADAPTERS, *QUANTIZED]
 
 
 def _tokens(*shape: int, seed: int = 0) -> np.ndarray:
@@ -51,8 +56,16 @@ def _with_noise(model: Any, seed: int = 1) -> Any:
     return model
 
 
+def _has_its_turn(parameters: Mapping[str, Any]) -> bool:
+    name, backend = parameters["name"], parameters["backend"]
+    return name in EVERYWHERE or backend == BACKENDS[EDITS.index(name) % len(BACKENDS)]
+
+
+_in_turn = pytest.mark.nightly(unless=_has_its_turn)
+
+
 class StockFile:
-    """A saved model beside the logits that it gives, sent to plain Keras on three backends.
+    """A saved model beside the logits that it gives, for plain Keras on three backends to load.
 
     Args:
         model: What to save.
@@ -73,22 +86,23 @@ class StockFile:
         self.model, self.path, self.logits, self._processes = model, path, logits, processes
         model.save(path)
         np.savez(path.with_suffix(".npz"), token_ids=TOKENS, logits=logits, training=training)
-        for process in processes.values():
-            process.send(path)
 
     def measured(self, backend: str) -> dict[str, Any]:
-        """Returns what the backend's process has found out."""
+        """Returns what the backend's process finds out, at the first call."""
         return self._processes[backend].result(self.path)
 
 
 @pytest.fixture(scope="session")
 def stock_file(
-    pair: Pair, stock_keras: dict[str, StockKeras], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    pair: Pair,
+    stock_keras: dict[str, StockKeras],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> StockFile:
     """One of each config."""
     path = tmp_path_factory.mktemp("stock") / "model.keras"
-    training = "briefly" if pair.name in ONE_OF_EACH_FAMILY else ""
-    training = "fully" if pair.name == ONE_OF_EACH_FAMILY[0] else training
+    trains = pair.name in ONE_OF_EACH_KIND or is_night(request.config)
+    training = "fully" if pair.name == TRAINED_FULLY else "briefly" if trains else ""
     return StockFile(pair.ours, path, pair.logits, training, stock_keras)
 
 
@@ -124,12 +138,14 @@ def _assert_the_same(found: dict[str, Any]) -> None:
     assert found["inputs"] == ["cache", "cache_length", "token_ids"]
 
 
+@one_backend_each
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_stock_keras_computes_the_same(stock_file: StockFile, backend: str) -> None:
     _assert_the_same(stock_file.measured(backend))
 
 
-@pytest.mark.parametrize("name", [*ADAPTERS, *QUANTIZED])
+@_in_turn
+@pytest.mark.parametrize("name", EDITS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_stock_keras_computes_the_same_when_edited(
     edited_files: dict[str, StockFile], backend: str, name: str
@@ -143,7 +159,7 @@ def _assert_trained(found: dict[str, Any]) -> None:
     assert found["frozen_changed"] == 0
 
 
-@pytest.mark.parametrize("pair", ONE_OF_EACH_FAMILY, indirect=True)
+@one_of_each_kind
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_stock_keras_trains(stock_file: StockFile, backend: str) -> None:
     found = stock_file.measured(backend)
@@ -151,7 +167,7 @@ def test_stock_keras_trains(stock_file: StockFile, backend: str) -> None:
     assert found["frozen"] == 0
 
 
-@pytest.mark.parametrize("pair", ONE_OF_EACH_FAMILY[:1], indirect=True)
+@pytest.mark.parametrize("pair", [TRAINED_FULLY], indirect=True)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_stock_keras_saves_what_it_trained(stock_file: StockFile, backend: str) -> None:
     assert stock_file.measured(backend)["again"] < 1e-4
@@ -164,6 +180,7 @@ def test_stock_keras_saves_an_adapter_that_it_trained(
     assert edited_files["lora"].measured(backend)["again"] < 1e-4
 
 
+@_in_turn
 @pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_stock_keras_trains_adapters(
@@ -232,12 +249,12 @@ def _assert_came_back(file: StockFile) -> Any:
     return model
 
 
-@pytest.mark.parametrize("pair", ONE_OF_EACH_FAMILY, indirect=True)
+@one_of_each_kind
 def test_the_way_back(stock_file: StockFile) -> None:
     _assert_came_back(stock_file)
 
 
-@pytest.mark.parametrize("name", [*ADAPTERS, *QUANTIZED])
+@pytest.mark.parametrize("name", EDITS)
 def test_the_way_back_of_edited_ones(edited_files: dict[str, StockFile], name: str) -> None:
     model = _assert_came_back(edited_files[name])
     np.testing.assert_allclose(compiled(model)(TOKENS), edited_files[name].logits, atol=1e-5)

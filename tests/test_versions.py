@@ -16,10 +16,10 @@ import pytest
 import functional_llm as flm
 from configs import CONFIGS
 from functional_llm import training
+from nightly import FAMILIES_AND_KINDS, one_of_each_kind
 from stock import StockKeras
 from tiny import TEXTS, save_tokenizer
 
-ONE_OF_EACH_FAMILY = {x["model_type"]: name for name, x in reversed(CONFIGS.items())}.values()
 ADAPTERS: dict[str, Callable[[Any], Any]] = {
     "lora": lambda model: flm.peft.lora(model, rank=3, targets="all"),
     "dora": lambda model: flm.peft.dora(model, rank=2),
@@ -74,7 +74,8 @@ def _expect_greedy(model: Any, prompts: list[list[int]]) -> None:
         np.testing.assert_allclose(chosen, logits.max(axis=1), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
+@one_of_each_kind
+@pytest.mark.parametrize("name", FAMILIES_AND_KINDS)
 def test_every_family_generates_as_it_computes(name: str, tmp_path: Path) -> None:
     _expect_greedy(_make(name, tmp_path), [IDS[0].tolist(), IDS[1, :4].tolist()])
 
@@ -130,7 +131,6 @@ def test_files_of_stock_keras(
     np.testing.assert_allclose(_logits(again), _logits(model), atol=1e-4)
     monkeypatch.setenv("FLM_STOCK_PYTHON", sys.executable)
     stock = StockKeras("jax", tmp_path / "log.txt")
-    stock.send(path)
     found = stock.result(path)
     stock.close()
     assert max(found["logits"], found["decoded"], found["again"]) < 1e-3
