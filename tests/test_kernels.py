@@ -3,6 +3,8 @@
 Shapes: B batch, T query tokens, S key slots, N query heads, K key/value heads, H and V head sizes.
 """
 
+import json
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 
 import functional_llm as flm
+from benchmarks.gpu_programs import for_h100
 from configs import CONFIGS
 from functional_llm.kernels import (
     AttentionFacts,
@@ -22,13 +25,16 @@ from functional_llm.kernels import (
     Scoring,
     attend_explicitly,
     choose_attention,
+    keeps_attended,
     register_attention,
 )
 from functional_llm.kernels import choice as choice_module
 from functional_llm.kernels.blockwise import attend_in_blocks
 from functional_llm.kernels.cudnn import attend_causally, attend_masked
 from functional_llm.kernels.splash import attend_by_splash
+from functional_llm.training import LossModel
 from functional_llm.training.rematerialize import rematerialize
+from functional_llm.xla.jax_private import PROGRAMS
 from reference import save_reference
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
@@ -511,3 +517,67 @@ def test_positions_that_are_said_to_be_in_order_are(tmp_path: Any) -> None:
     for given in wrong:
         with pytest.raises(ValueError, match="in_order is True. Received a row"):
             backbone({**inputs, **{name: np.asarray(x) for name, x in given.items()}})
+
+
+def _calls(program: Any) -> Any:
+    """Yields the name of each operation of a program whose result is used, and its parameters."""
+    for equation in getattr(program, "jaxpr", program).eqns:
+        inner = [x for x in jax.tree.leaves(equation.params, is_leaf=_is_program) if _is_program(x)]
+        if equation.outvars:
+            yield equation.primitive.name, equation.params
+            for found in inner:
+                yield from _calls(found)
+
+
+def _is_program(x: Any) -> bool:
+    return isinstance(x, PROGRAMS)
+
+
+KEPT_CASES: dict[str, tuple[Any, str, Any]] = {
+    "blockwise": (attend_in_blocks, "div", None),  # by the sums, once in each forward pass
+    "cudnn": (attend_causally, "dot_product_attention_fwd_wrapper", None),
+    "splash": (partial(attend_by_splash, interpret=True), "pallas_call", "fwd"),
+}
+
+
+@pytest.mark.parametrize("name", KEPT_CASES)
+def test_kernels_run_once_if_what_they_return_is_kept(name: str) -> None:
+    attend, operation, part = KEPT_CASES[name]
+
+    def times(policy: Any) -> int:
+        def layer(q: Any, k: Any, v: Any) -> Any:
+            positions = jnp.tile(jnp.arange(128, dtype="int32"), (1, 1))
+            mask = Mask(positions, positions, in_order=True)
+            return jnp.sin(attend(q * 2, k * 2, v * 2, mask, Scoring(0.1)))
+
+        def loss(*arrays: Any) -> Any:
+            return jax.checkpoint(layer, policy=policy)(*arrays).astype("float32").sum()
+
+        x = jax.ShapeDtypeStruct((1, 128, 2, 128), "bfloat16")
+        with for_h100() if name == "cudnn" else nullcontext():
+            program = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, x, x)
+        found = [params for call, params in _calls(program) if call == operation]
+        return sum(part is None or part in str(params["name"]) for params in found)
+
+    assert times(None) == 2
+    assert times(keeps_attended) == 1
+
+
+@pytest.mark.parametrize(("remat", "times"), [("nothing", 1), ("products", 1), ("layer", 2)])
+def test_a_training_step_runs_attention(tmp_path: Any, remat: str, times: int) -> None:
+    config = {**CONFIGS["llama_grouped"], "head_dim": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    backbone = flm.Backbone.from_preset(tmp_path, dtype="bfloat16", load_weights=False)
+    model, ids = LossModel(backbone, 16, remat), np.ones((2, 12), "int32")
+
+    def loss(trainable: Any, fixed: Any) -> Any:
+        hidden, _ = model.stateless_call(trainable, fixed, ids)
+        return hidden.astype("float32").sum()
+
+    groups = model.trainable_variables, model.non_trainable_variables
+    with for_h100():
+        program = jax.make_jaxpr(jax.grad(loss))(*([x.value for x in group] for group in groups))
+    calls = [name for name, _ in _calls(program) if name.startswith("dot_product_attention")]
+    layers = config["num_hidden_layers"]
+    assert calls.count("dot_product_attention_fwd_wrapper") == times * layers
+    assert calls.count("dot_product_attention_bwd_wrapper") == layers
