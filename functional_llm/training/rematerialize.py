@@ -19,8 +19,9 @@ REMAT_XLA_FLAG = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 SAVING_FLAG = REMAT_XLA_FLAG  # the name of 0.1
 
 # What of a layer is computed again in the backward pass. With "products" the results of its
-# products with weights are kept, which take the time; with "layer" only its inputs are. Compiled
-# for an H100, LoRA on all linear layers of Llama 3.2 1B keeps 97, 60 and 6 kB a layer and token.
+# products with weights are kept, which take the time, and what attention's kernels return; with
+# "layer" only its inputs are. Compiled for an H100 (`python -m benchmarks.gpu_programs`), LoRA on
+# all linear layers of Llama 3.2 1B keeps 76, 52 and 4 kB a layer and token.
 REMAT = ("nothing", "products", "layer")
 
 _WIDEST = 8  # results a term of a product that is worth to be kept: Gemma's gate has so many
