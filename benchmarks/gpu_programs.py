@@ -6,11 +6,13 @@ r"""Counts what a GPU would run, without a GPU: compiles for an H100 and reads t
 
 VERSION is that of the installed JAX; the folder, of half a gigabyte, lies outside the repository.
 
-Prints, for the decode loop (a step of it) and for a LoRA training step: the kernels that start;
-results as large as a layer's keys, which are copies of whole caches; products that XLA computes as
-a multiplication and a reduction; the temporary memory. Two numbers of layers are compiled, and what
-the others add is extrapolated, so the layers must be alike (`--layers` sets the numbers: 6 12 for
-a pattern of 6). What a real GPU does may differ: here nothing is tuned by measuring.
+Prints, for the decode loop (a step of it) and for a LoRA training step, of whole rows and of
+packed ones: the kernels that start; results as large as a layer's keys, which are copies of whole
+caches; products that XLA computes as a multiplication and a reduction; calls of cuDNN's attention;
+the temporary memory. Two numbers of layers are compiled, and what the others add is extrapolated,
+so the layers must be alike (`--layers` sets the numbers: 6 12 for a pattern of 6; with the model's
+own number as the second one, its counts are exact: the first layers are fused otherwise). What a
+real GPU does may differ: here nothing is tuned by measuring.
 """
 
 import argparse
@@ -25,8 +27,8 @@ from typing import Any
 from unittest import mock
 
 TARGET = Path(__file__).with_name("h100.txtpb")
-TRAINING = "lora_step"
-COUNTS = ("kernels", "cache_copies", "larger", "multiplied", "temporary_mb")
+TRAINING, PACKED = "lora_step", "packed_step"
+COUNTS = ("kernels", "cache_copies", "larger", "multiplied", "cudnn", "temporary_mb")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,12 +41,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--preset", default="llama3.2_1b", help="any handle; its weights are not read")
     add("--dtype", default="bfloat16", help="of the weights (bfloat16)")
     add("--quantize", choices=["int8"], help="quantise the weights")
-    add("--layers", type=int, nargs=2, default=[1, 3], help="that are compiled (1 3)")
+    add("--layers", type=int, nargs=2, default=[3, 5], help="that are compiled (3 5)")
     add("--batch", type=int, nargs="+", default=[1, 8, 64], help="rows that are decoded (1 8 64)")
     add("--slots", type=int, default=512, help="of the cache (512)")
     add("--sampler", default="greedy", help="its name (greedy)")
     add("--train", type=int, nargs=2, default=[4, 2048], help="rows and tokens of a step (4 2048)")
-    add("--only", choices=["decode", TRAINING], help="one of the two programs")
+    add("--remat", default="nothing", help="of a step: nothing, products, layer (nothing)")
+    add("--only", choices=["decode", TRAINING, PACKED], help="one of the programs")
     add("--cuda", type=Path, help="folder with the CUDA packages, if they are not installed")
     add("--hlo", type=Path, help="folder for the texts of the programs")
     return parser.parse_args()
@@ -86,11 +89,12 @@ def main() -> int:
     with for_h100():
         print("| program | layers | " + " | ".join(COUNTS) + " |")
         print("|---|---:|" + "---:|" * len(COUNTS), flush=True)
-        if arguments.only != TRAINING:
+        if arguments.only in (None, "decode"):
             for rows in arguments.batch:
                 report(f"decode_{rows}", arguments, lambda n, b=rows: count_decode(n, b, arguments))
-        if arguments.only != "decode":
-            report(TRAINING, arguments, lambda n: count_training(n, arguments))
+        for name in (TRAINING, PACKED):
+            if arguments.only in (None, name):
+                report(name, arguments, lambda n, name=name: count_training(n, name, arguments))
     return 0
 
 
@@ -162,7 +166,7 @@ def _size_of_keys(programs: Any) -> int:
     return min(x.size for x in jax.tree.leaves(cache) if x.dtype != "int32")
 
 
-def count_training(layers: int, arguments: argparse.Namespace) -> list[float]:
+def count_training(layers: int, name: str, arguments: argparse.Namespace) -> list[float]:
     """Returns the counts of one LoRA training step of all linear layers."""
     import jax
     import jax.numpy as jnp
@@ -171,7 +175,11 @@ def count_training(layers: int, arguments: argparse.Namespace) -> list[float]:
 
     model = flm.peft.lora(build(layers, arguments), rank=16, alpha=32, targets="all", seed=0)
     settings = flm.training.Settings(
-        steps=1000, learning_rate=1e-4, schedule="constant", clip_norm=0
+        steps=1000,
+        learning_rate=1e-4,
+        schedule="constant",
+        clip_norm=0,
+        remat=arguments.remat,
     )
     loss = flm.training.compile_model(model, settings)
     loss.optimizer.build(loss.trainable_variables)
@@ -185,8 +193,9 @@ def count_training(layers: int, arguments: argparse.Namespace) -> list[float]:
         )
     ]
     ids = jax.ShapeDtypeStruct(tuple(arguments.train), jnp.int32)
-    compiled = compile_for_gpu(loss.train_step, (tuple(state), (ids, ids)), 0)
-    return counts(compiled, 0, arguments, f"{TRAINING}_{layers}")
+    rows = {"token_ids": ids, "segment_ids": ids, "positions": ids} if name == PACKED else ids
+    compiled = compile_for_gpu(loss.train_step, (tuple(state), (rows, ids)), 0)
+    return counts(compiled, 0, arguments, f"{name}_{layers}")
 
 
 def compile_for_gpu(
@@ -220,9 +229,10 @@ def counts(compiled: Any, keys: int, arguments: argparse.Namespace, name: str) -
     body = hlo.loop_body() if keys else hlo.entry
     return [
         sum(times for _, times in hlo.kernels(body)),
-        len(hlo.copies(body, keys)),
+        len(hlo.copies(body, keys)) if keys else 0,
         len(hlo.large_results(body, keys)) if keys else 0,
         hlo.multiplied_products(body),
+        sum(times for x, times in hlo.kernels(body) if "__cudnn$fmha" in x.text),
         compiled.memory_analysis().temp_size_in_bytes / 1e6,
     ]
 

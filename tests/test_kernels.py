@@ -3,6 +3,8 @@
 Shapes: B batch, T query tokens, S key slots, N query heads, K key/value heads, H and V head sizes.
 """
 
+import json
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 
 import functional_llm as flm
+from benchmarks.gpu_programs import for_h100
 from configs import CONFIGS
 from functional_llm.kernels import (
     AttentionFacts,
@@ -22,12 +25,16 @@ from functional_llm.kernels import (
     Scoring,
     attend_explicitly,
     choose_attention,
+    keeps_attended,
     register_attention,
 )
 from functional_llm.kernels import choice as choice_module
 from functional_llm.kernels.blockwise import attend_in_blocks
 from functional_llm.kernels.cudnn import attend_causally, attend_masked
 from functional_llm.kernels.splash import attend_by_splash
+from functional_llm.training import LossModel
+from functional_llm.training.rematerialize import rematerialize
+from functional_llm.xla.jax_private import PROGRAMS
 from reference import save_reference
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
@@ -415,33 +422,162 @@ def _with_kernel(kernel: str, layer: Any, path: str) -> Any:
     return layer
 
 
-def test_a_mask_that_is_rewired_is_not_in_order(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+class _Backwards(flm.KVCacheLookup):
+    """Returns the slots in the reverse order."""
+
+    def call(self, inputs: Any) -> Any:
+        visible, cache = super().call(inputs)
+        return keras.tree.map_structure(lambda x: x[:, ::-1], visible), cache
+
+
+class _Turned(flm.AttentionMask):
+    """Later tokens are seen, and not earlier ones."""
+
+    def call(self, inputs: Any) -> Any:
+        turned = {name: -inputs[name] + 12 for name in ("query_positions", "slot_positions")}
+        described: Any = super().call({**inputs, **turned})
+        return described
+
+
+def _turn(mask: Any, names: Any = ("query_positions", "slot_positions")) -> Any:
+    return {**mask, **{name: -mask[name] + 12 for name in names}}
+
+
+def _replacing(old: Any, new: Any) -> Any:
+    return {"fn": lambda layer, path: new(layer) if isinstance(layer, old) else layer}
+
+
+def _calling(where: Any, change: Any) -> Any:
+    return {"call": lambda layer, path, inputs: layer(change(inputs)), "where": where}
+
+
+# What a graph is edited by, and whether the tokens are still known to be in order.
+EDITS: dict[str, tuple[dict[str, Any], bool]] = {
+    "the window": (_replacing(flm.AttentionMask, lambda _: flm.AttentionMask(3)), True),
+    "a mask that is called as it was": (_calling(lambda x, p: _is_mask(x), lambda x: x), True),
+    "booleans added": (_replacing(flm.AttentionMask, lambda _: _OnlyThePast()), True),
+    "positions in the mask": (_replacing(flm.AttentionMask, lambda _: _Turned()), False),
+    "positions before the mask": (_calling(lambda x, p: _is_mask(x), _turn), False),
+    "positions of the queries": (
+        _calling(lambda x, p: _is_mask(x), partial(_turn, names=["query_positions"])),
+        False,
+    ),
+    "positions that are looked up": (
+        _calling("full_attention_positions", lambda x: {**x, "new": -x["new"] + 12}),
+        False,
+    ),
+    "slots": (_replacing(flm.KVCacheLookup, lambda x: _Backwards(name=x.name)), False),
+    "positions before a layer": (
+        _calling("decoder_?", lambda x: {**x, "mask": _turn(x["mask"])}),
+        False,
+    ),
+    "positions before the product": (
+        _calling(
+            lambda x, p: isinstance(x, flm.AttentionDotProduct),
+            lambda x: {**x, "mask": _turn(x["mask"])},
+        ),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "remat"), [("the window", "nothing"), *((name, "products") for name in EDITS)]
+)
+def test_tokens_are_in_order_until_positions_are_edited(
+    name: str, remat: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kernel that knows by index who sees whom would not see what a replacement has moved."""
+    """A kernel that knows by index who sees whom would not see what an edit has moved."""
+    save_reference(CONFIGS["llama_grouped"], tmp_path)
+    edit, stays = EDITS[name]
+    backbone = flm.rewire(flm.Backbone.from_preset(str(tmp_path)), **edit)
+    model, ids = rematerialize(backbone, remat), np.arange(24).reshape(2, 12)
+    expected = np.asarray(model(ids))
+    noted: list[AttentionFacts] = []
+
+    def obstacle(facts: AttentionFacts) -> str | None:
+        noted.append(facts)
+        return choice_module._of_this_order(facts)
+
+    attend = partial(attend_causally, implementation="xla")
+    monkeypatch.setattr(choice_module, "_kernels", list(choice_module._kernels))
+    register_attention(AttentionKernel("by_index", obstacle, lambda facts: None, attend))
+    seen = slice(1, None) if name == "booleans added" else slice(None)  # the first sees nothing
+    np.testing.assert_allclose(np.asarray(model(ids))[:, seen], expected[:, seen], atol=2e-5)
+    assert {facts.in_order for facts in noted} == {stays}
+
+
+def test_positions_that_are_said_to_be_in_order_are(tmp_path: Any) -> None:
     save_reference(CONFIGS["llama_grouped"], tmp_path)
     backbone = flm.Backbone.from_preset(str(tmp_path), load_weights=False)
+    inputs = {"token_ids": np.ones((2, 3), "int32"), "in_order": True}
+    padded = {**inputs, "positions": np.array([[0, 1, 2], [0, 1, -1]])}
+    assert backbone.complete_inputs(padded)["in_order"] is not None
+    wrong = {"positions": np.array([[0, 1, 2], [0, 2, 1]])}, {"attention_mask": [[1] * 3, [0, 1, 1]]}
+    for given in wrong:
+        with pytest.raises(ValueError, match="in_order is True. Received a row"):
+            backbone({**inputs, **{name: np.asarray(x) for name, x in given.items()}})
 
-    def orders(model: Any) -> set[tuple[bool, int | None]]:
-        found = set()
-        facts = flm.AttentionDotProduct.facts
 
-        def noted(self: Any, inputs: Any) -> Any:
-            result = facts(self, inputs)
-            found.add((result.in_order, result.window))
-            return result
+def _calls(program: Any) -> Any:
+    """Yields the name of each operation of a program whose result is used, and its parameters."""
+    for equation in getattr(program, "jaxpr", program).eqns:
+        inner = [x for x in jax.tree.leaves(equation.params, is_leaf=_is_program) if _is_program(x)]
+        if equation.outvars:
+            yield equation.primitive.name, equation.params
+            for found in inner:
+                yield from _calls(found)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(flm.AttentionDotProduct, "facts", noted)
-            flm.attention_choices(model, 2, 12)
-        return found
 
-    assert orders(backbone) == {(True, None)}
-    window = flm.rewire(backbone, lambda x, p: flm.AttentionMask(3) if _is_mask(x) else x)
-    assert orders(window) == {(True, 3)}
-    moved = flm.rewire(backbone, lambda x, p: _OnlyThePast(3) if _is_mask(x) else x)
-    assert orders(moved) == {(False, 3)}
-    by_call = flm.rewire(
-        backbone, call=lambda x, p, inputs: x(inputs), where=lambda x, p: _is_mask(x)
-    )
-    assert orders(by_call) == {(False, None)}
+def _is_program(x: Any) -> bool:
+    return isinstance(x, PROGRAMS)
+
+
+KEPT_CASES: dict[str, tuple[Any, str, Any]] = {
+    "blockwise": (attend_in_blocks, "div", None),  # by the sums, once in each forward pass
+    "cudnn": (attend_causally, "dot_product_attention_fwd_wrapper", None),
+    "splash": (partial(attend_by_splash, interpret=True), "pallas_call", "fwd"),
+}
+
+
+@pytest.mark.parametrize("name", KEPT_CASES)
+def test_kernels_run_once_if_what_they_return_is_kept(name: str) -> None:
+    attend, operation, part = KEPT_CASES[name]
+
+    def times(policy: Any) -> int:
+        def layer(q: Any, k: Any, v: Any) -> Any:
+            positions = jnp.tile(jnp.arange(128, dtype="int32"), (1, 1))
+            mask = Mask(positions, positions, in_order=True)
+            return jnp.sin(attend(q * 2, k * 2, v * 2, mask, Scoring(0.1)))
+
+        def loss(*arrays: Any) -> Any:
+            return jax.checkpoint(layer, policy=policy)(*arrays).astype("float32").sum()
+
+        x = jax.ShapeDtypeStruct((1, 128, 2, 128), "bfloat16")
+        with for_h100() if name == "cudnn" else nullcontext():
+            program = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, x, x)
+        found = [params for call, params in _calls(program) if call == operation]
+        return sum(part is None or part in str(params["name"]) for params in found)
+
+    assert times(None) == 2
+    assert times(keeps_attended) == 1
+
+
+@pytest.mark.parametrize(("remat", "times"), [("nothing", 1), ("products", 1), ("layer", 2)])
+def test_a_training_step_runs_attention(tmp_path: Any, remat: str, times: int) -> None:
+    config = {**CONFIGS["llama_grouped"], "head_dim": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    backbone = flm.Backbone.from_preset(tmp_path, dtype="bfloat16", load_weights=False)
+    model, ids = LossModel(backbone, 16, remat), np.ones((2, 12), "int32")
+
+    def loss(trainable: Any, fixed: Any) -> Any:
+        hidden, _ = model.stateless_call(trainable, fixed, ids)
+        return hidden.astype("float32").sum()
+
+    groups = model.trainable_variables, model.non_trainable_variables
+    with for_h100():
+        program = jax.make_jaxpr(jax.grad(loss))(*([x.value for x in group] for group in groups))
+    calls = [name for name, _ in _calls(program) if name.startswith("dot_product_attention")]
+    layers = config["num_hidden_layers"]
+    assert calls.count("dot_product_attention_fwd_wrapper") == times * layers
+    assert calls.count("dot_product_attention_bwd_wrapper") == layers

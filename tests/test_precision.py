@@ -94,6 +94,32 @@ def test_a_training_step_with_a_loss_of_logits(tmp_path: Path) -> None:
     assert _step(backbone) == HIGHEST
 
 
+@pytest.mark.parametrize("remat", ["nothing", "products"])
+def test_gradients_that_users_take_themselves(tmp_path: Path, remat: str) -> None:
+    """The gradients of blocks and of the chunked loss are traced when the model has returned."""
+
+    def in_blocks(layer: Any, path: str) -> Any:
+        is_product = isinstance(layer, flm.AttentionDotProduct)
+        return flm.AttentionDotProduct(kernel="blockwise") if is_product else layer
+
+    model = LossModel(flm.rewire(_tiny(tmp_path, "float32", "llama_grouped"), in_blocks), 8, remat)
+    model.compile("sgd")
+    trainable, *others = (
+        [variable.value for variable in group]
+        for group in (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            model.metrics_variables,
+        )
+    )
+
+    @jax.jit
+    def loss(trainable: Any) -> Any:
+        return model.compute_loss_and_updates(trainable, *others, IDS, IDS, None)[0]
+
+    assert _precisions(jax.grad(loss), trainable) == HIGHEST
+
+
 @jax.custom_vjp
 def _squared(x: jax.Array) -> jax.Array:
     return x @ x

@@ -99,8 +99,9 @@ def make_inputs(groups: Mapping[str, tuple[int | None, Shapes]]) -> Inputs:
 
     Returns:
         `token_ids` and `positions` (B, T) int32; `segment_ids` (B, T) int32, optional; `mask`,
-        optional, (B, T, S) boolean for each type; `in_order`, optional: it is there if it is
-        certain that in each row the positions are 0, 1, 2 ..., padding only behind them; `cache`,
+        optional, (B, T, S) boolean for each type; `in_order`, optional: the very tensor
+        `positions` if it is certain that in each row they are 0, 1, 2 ..., padding only behind them
+        (`Mask.to_tensors`); `cache`,
         optional, for each type: `positions` (B, S) int32, the position of the token in each slot,
         and what each layer keeps, (B, S, ...).
     """
@@ -124,7 +125,7 @@ def make_inputs(groups: Mapping[str, tuple[int | None, Shapes]]) -> Inputs:
             kind: keras.Input((None, None), dtype="bool", name=f"mask_{kind}", optional=True)
             for kind in groups
         },
-        "in_order": keras.Input((), dtype="int32", name="in_order", optional=True),
+        "in_order": keras.Input((None,), dtype="int32", name="in_order", optional=True),
         "cache": cache,
     }
 

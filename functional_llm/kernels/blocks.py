@@ -27,12 +27,15 @@ class Rule:
         window: As in `Mask`.
         skips: Whether blocks that nobody sees are skipped.
         in_float32: Whether products are made of float32 numbers.
+        precision: Of the products, as `jax.lax.dot` takes it: gradients are traced when the forward
+            pass's setting may be gone.
     """
 
     scoring: Scoring
     window: int | None
     skips: bool
     in_float32: bool
+    precision: str | None
 
 
 class Rows(NamedTuple):
@@ -151,7 +154,8 @@ def product(rule: Rule, equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """Returns an einsum in float32."""
     if rule.in_float32:
         x, y = x.astype("float32"), y.astype("float32")
-    return jnp.einsum(equation, x, y, preferred_element_type="float32")
+    precision = rule.precision
+    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type="float32")
 
 
 def block_scores(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from functional_llm.kernels.blocks import (
     Columns,
@@ -27,6 +28,7 @@ from functional_llm.kernels.blocks import (
     product,
 )
 from functional_llm.kernels.explicit import Scoring
+from functional_llm.kernels.kept import ATTENDED
 from functional_llm.kernels.mask import Mask
 
 _LOWEST = -1e30  # a score; not -inf, of which differences are NaN
@@ -103,8 +105,10 @@ def attend_in_blocks(
         for x in (sinks_N, slopes_N)
     )
     skips, in_float32 = (on_cpu if x is None else x for x in (skips, in_float32))
+    config: Any = jax.config
+    precision = config.jax_default_matmul_precision
     out_IBKQGV = _attend(
-        Rule(scoring, mask.window, skips, in_float32),
+        Rule(scoring, mask.window, skips, in_float32, precision),
         cut_rows(q_BTNH, kv_heads, mask, queries),
         cut_columns(k_BSKH, v_BSKV, mask, columns),
         Shared(allowed, sinks, slopes),
@@ -163,7 +167,8 @@ def _forward(rule: Rule, rows: Rows, columns: Columns, shared: Shared) -> tuple[
         return None, Result((weighted / total).astype(dtype), log_sums, jnp.zeros_like(log_sums))
 
     _, result = lax.scan(of_row, None, (rows, live_blocks(rule, rows, columns, shared)))
-    return result.out, (rows, columns, shared, result)
+    out, log_sums = (checkpoint_name(x, ATTENDED) for x in (result.out, result.log_sums))
+    return out, (rows, columns, shared, result._replace(out=out, log_sums=log_sums))
 
 
 def _backward(rule: Rule, saved: Saved, d_out: jax.Array) -> tuple[Rows, Columns, Shared]:

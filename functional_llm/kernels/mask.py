@@ -45,23 +45,26 @@ class Mask:
         if not isinstance(tensors, Mapping):
             return cls(mask=tensors)
         parts = dict(tensors)
-        window, in_order = parts.pop("window", None), parts.pop("in_order", None)
+        window, ordered = parts.pop("window", None), parts.pop("in_order", None)
+        places = parts.get("query_positions"), parts.get("slot_positions")
         return cls(
             **parts,
             window=None if window is None else int(window.shape[1]),
-            in_order=in_order is not None,
+            in_order=ordered is not None and all(x is ordered for x in places),
         )
 
     def to_tensors(self) -> dict[str, Tensor | None]:
         """Returns the parts as tensors: only these go along the edges of a graph.
 
         Programs are made for tensors of known shapes and unknown values. So what must be known then
-        is told by shapes: `window` is that of a tensor (0, window), `in_order` is there or not.
+        is told otherwise: `window` by the shape of a tensor (0, window), `in_order` by being the
+        very tensor that the positions are. Whoever changes those in between, in an edited graph
+        say, makes other tensors, and the claim is gone.
         """
         return {
             **vars(self),
             "window": None if self.window is None else ops.zeros((0, self.window), "int32"),
-            "in_order": ops.zeros((0,), "int32") if self.in_order else None,
+            "in_order": self.query_positions if self.in_order else None,
         }
 
     def visible(self) -> Tensor:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from functional_llm.kernels.explicit import Scoring
+from functional_llm.kernels.kept import ATTENDED
 from functional_llm.kernels.mask import Mask
 
 MULTIPLE = 128  # the kernel cuts T in blocks of so many, or of a multiple
@@ -60,6 +61,7 @@ def attend_by_splash(
         attn_logits_soft_cap=scoring.soft_cap,
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name=ATTENDED,
         interpret=interpret,
     )
     # The kernel has no scale.

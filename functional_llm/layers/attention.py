@@ -59,7 +59,7 @@ class AttentionMask(keras.layers.Layer):
                 `segment_ids` (B, T) int32 or `None`: a token sees only its own segment. With
                 segments, the slots must be the query tokens themselves. `mask` (B, T, S) boolean or
                 `None`: a token sees no slot at which it is `False`. `in_order` or `None`: as in
-                `Mask`.
+                `Mask.to_tensors`.
 
         Returns:
             `Mask.to_tensors`: those inputs, and the window. Or the boolean mask (B, T, S).
@@ -85,8 +85,6 @@ class AttentionMask(keras.layers.Layer):
     def read_replacement(self, outputs: MaskTensors) -> MaskTensors:
         """Returns what was called in this layer's place as this layer would have returned it.
 
-        Nobody knows any more that tokens are in order: what came here may have moved positions.
-
         Args:
             outputs: A boolean mask (B, T, S), a description with or without all of its parts, or
                 anything else, which is returned as it is.
@@ -107,7 +105,7 @@ class DescribedMask(keras.layers.Layer):
     may_return_none = True
 
     def call(self, inputs: MaskTensors) -> MaskTensors:
-        return replace(Mask.from_tensors(inputs), in_order=False).to_tensors()
+        return Mask.from_tensors(inputs).to_tensors()
 
     def compute_output_spec(self, inputs: MaskTensors) -> dict[str, keras.KerasTensor]:
         x = inputs if not isinstance(inputs, Mapping) else next(iter(inputs.values()))
@@ -122,7 +120,7 @@ def _mask_specs(batch: int | None, queries: int | None) -> dict[str, keras.Keras
         "segment_ids": keras.KerasTensor((batch, queries), dtype="int32"),
         "mask": keras.KerasTensor((batch, queries, None), dtype="bool"),
         "window": keras.KerasTensor((None, None), dtype="int32"),
-        "in_order": keras.KerasTensor((None,), dtype="int32"),
+        "in_order": keras.KerasTensor((batch, queries), dtype="int32"),
     }
 
 

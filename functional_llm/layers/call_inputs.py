@@ -65,11 +65,12 @@ def complete_inputs(
             graph, and `attention_mask` (B, T), 0 for padding, as Transformers means it.
             `padding_mask`, KerasHub's name, is the same. `in_order` is `True` if the caller knows
             that the positions given are 0, 1, 2 ... in each row, padding only behind them: some
-            kernels of attention need to know.
+            kernels of attention need to know. In the result it is the tensor of positions.
 
     Raises:
-        ValueError: If a key is unknown, a shape or a dtype is wrong, token ids are out of range, or
-            a cache comes together with segment ids.
+        ValueError: If a key is unknown, a shape or a dtype is wrong, token ids are out of range,
+            positions are not in order though `in_order` says so, or a cache comes together with
+            segment ids.
     """
     given = dict(inputs) if isinstance(inputs, dict) else {"token_ids": inputs}
     expected = [*specs, *_PADDING_MASKS]
@@ -92,20 +93,31 @@ def complete_inputs(
         "positions": positions,
         "segment_ids": segment_ids,
         "mask": None if "mask" not in specs else _masks(specs["mask"], given, positions),
-        "in_order": _in_order(given),
+        "in_order": positions if _are_in_order(given, positions) else None,
         "cache": tree.map_structure(lambda _: None, specs["cache"]) if cache is None else cache,
     }
     return {name: complete[name] for name in specs}
 
 
-def _in_order(given: Mapping[str, Nested]) -> Tensor | None:
-    """Returns a tensor if the positions are 0, 1, 2 ... in each row, padding only behind them."""
+def _are_in_order(given: Mapping[str, Nested], positions_BT: Tensor) -> bool:
+    """Whether positions are known to be 0, 1, 2 ... in each row, padding only behind them."""
     known = given.get("in_order")
     if known not in (None, True, False):
         raise ValueError(f"Expected in_order to be True, False or None, received {known!r}.")
-    names = ("positions", "cache", "segment_ids", *_PADDING_MASKS)
-    made_here = all(given.get(name) is None for name in names)
-    return ops.zeros((0,), "int32") if known or (known is None and made_here) else None
+    if known is None:
+        names = ("positions", "cache", "segment_ids", *_PADDING_MASKS)
+        return all(given.get(name) is None for name in names)
+    values = _values(positions_BT) if known else None
+    if values is not None:
+        places = np.arange(values.shape[1])
+        is_token = places < (values >= 0).sum(axis=1, keepdims=True)
+        wrong_B = (values != np.where(is_token, places, -1)).any(axis=1)
+        if wrong_B.any():
+            raise ValueError(
+                "Expected positions 0, 1, 2 ... in each row, -1 only behind them, for in_order is "
+                f"True. Received a row of {values[wrong_B.argmax()]}. Leave in_order out."
+            )
+    return bool(known)
 
 
 def _padding_mask(given: Mapping[str, Nested]) -> Tensor | None:

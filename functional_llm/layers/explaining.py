@@ -42,11 +42,15 @@ def attention_choices(
     captured = capture(backbone, _is_product, inputs=True)
     ids = jax.ShapeDtypeStruct((batch_size, tokens), "int32")
     inputs = {"token_ids": ids} | ({"segment_ids": ids, "positions": ids} if packed else {})
-    received: dict[str, Any] = jax.eval_shape(lambda x: captured(x)["captured"], inputs)
-    choices = []
-    for path, layer in products.items():
-        kernel, reason = choose_attention(layer.facts(received[path]), layer.kernel)
-        choices.append(AttentionChoice(path, kernel.name, reason))
+    choices: list[AttentionChoice] = []
+
+    def trace(inputs: Any) -> None:
+        received = captured(inputs)["captured"]
+        for path, layer in products.items():
+            kernel, reason = choose_attention(layer.facts(received[path]), layer.kernel)
+            choices.append(AttentionChoice(path, kernel.name, reason))
+
+    jax.eval_shape(trace, inputs)
     return choices
 
 

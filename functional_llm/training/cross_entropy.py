@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, N = B * T tokens in a row, C tokens of a chunk, D mod
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +112,8 @@ def _chunks(head: keras.Model, training: bool) -> Callable[[*_Arguments], tuple[
     embedding.
     """
     states = _state_indices(head)
+    config: Any = jax.config
+    precision = config.jax_default_matmul_precision  # JAX may trace gradients when it is another
 
     def logits(
         state: Values, fixed: Values, trainable: Values, hidden_CD: jax.Array
@@ -119,9 +121,10 @@ def _chunks(head: keras.Model, training: bool) -> Callable[[*_Arguments], tuple[
         values = list(fixed)
         for index, value in zip(states, state, strict=True):
             values[index] = value
-        logits_1CV, values = head.stateless_call(
-            trainable, values, hidden_CD[None], training=training
-        )
+        with jax.default_matmul_precision(precision):
+            logits_1CV, values = head.stateless_call(
+                trainable, values, hidden_CD[None], training=training
+            )
         return logits_1CV[0].astype("float32"), [values[index] for index in states]
 
     def run(

@@ -9,6 +9,7 @@ import keras
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.rewiring import rewire
 from functional_llm.graph.types import JSON, Layer, Nested
+from functional_llm.kernels import keeps_attended
 from functional_llm.xla.jax_private import dot_general_p
 
 # For the environment variable XLA_FLAGS, before JAX starts. On CPUs, XLA's default scheduler starts
@@ -18,8 +19,9 @@ REMAT_XLA_FLAG = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 SAVING_FLAG = REMAT_XLA_FLAG  # the name of 0.1
 
 # What of a layer is computed again in the backward pass. With "products" the results of its
-# products with weights are kept, which take the time; with "layer" only its inputs are. Compiled
-# for an H100, LoRA on all linear layers of Llama 3.2 1B keeps 97, 60 and 6 kB a layer and token.
+# products with weights are kept, which take the time, and what attention's kernels return; with
+# "layer" only its inputs are. Compiled for an H100 (`python -m benchmarks.gpu_programs`), LoRA on
+# all linear layers of Llama 3.2 1B keeps 76, 52 and 4 kB a layer and token.
 REMAT = ("nothing", "products", "layer")
 
 _WIDEST = 8  # results a term of a product that is worth to be kept: Gemma's gate has so many
@@ -67,7 +69,8 @@ class Rematerialized(keras.layers.Layer):
     Args:
         layer: A built layer, whose weights it uses.
         remat: `"layer"`: only its inputs are kept; `"products"`: also what its matrices make of
-            them, so that attention and what is done number by number is computed again.
+            them and what attention's kernels return, so that what is done number by number is
+            computed again, and explicit attention.
         **kwargs: As for `keras.layers.Layer`.
     """
 
@@ -77,8 +80,14 @@ class Rematerialized(keras.layers.Layer):
         self.built = True
 
     def call(self, inputs: Nested, training: bool | None = None) -> Nested:
-        # Values go in and come out: no variable may keep a value of the trace.
-        def run(trainable: Values, fixed: Values, inputs: Nested) -> tuple[Nested, Values]:
+        leaves, structure = jax.tree.flatten(inputs)
+        distinct = {id(x): x for x in leaves}
+        numbers = {key: number for number, key in enumerate(distinct)}
+
+        # Values go in and come out: no variable may keep a value of the trace. What was one tensor
+        # is one inside too, for that says something: `kernels.Mask.to_tensors`.
+        def run(trainable: Values, fixed: Values, values: Values) -> tuple[Nested, Values]:
+            inputs = jax.tree.unflatten(structure, [values[numbers[id(x)]] for x in leaves])
             return self.layer.stateless_call(trainable, fixed, inputs, training=training)
 
         variables = self.layer.non_trainable_variables
@@ -86,7 +95,7 @@ class Rematerialized(keras.layers.Layer):
         outputs, values = jax.checkpoint(run, policy=policy)(
             [variable.value for variable in self.layer.trainable_variables],
             [variable.value for variable in variables],
-            inputs,
+            [*distinct.values()],
         )
         weights = {id(variable) for variable in self.layer.weights}
         for variable, value in zip(variables, values, strict=True):
@@ -108,13 +117,14 @@ class Rematerialized(keras.layers.Layer):
 
 
 def _is_kept(primitive: Any, *inputs: Any, **params: Any) -> bool:
-    """Whether a result is a product with weights that takes long for its size.
+    """Whether a result takes long for its size: a product with weights, or a kernel's attention.
 
-    Not attention's products: they have batch axes, and the scores are the largest results of all.
-    Not the second product of a LoRA either: as large as the layer's, in float32, of few terms.
+    Not explicit attention's products: they have batch axes, and the scores are the largest results
+    of all. Not the second product of a LoRA either: as large as the layer's, in float32, of few
+    terms.
     """
     if primitive is not dot_general_p:
-        return False
+        return keeps_attended(primitive, *inputs, **params)
     (summed, _), (paired, _) = params["dimension_numbers"]
     terms = math.prod(inputs[0].shape[axis] for axis in summed)
     width = min(math.prod(x.shape) // max(1, terms) for x in inputs)  # of the matrix
