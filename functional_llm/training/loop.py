@@ -147,12 +147,8 @@ def train(
     if resume and not path.exists():
         say(f"There is no checkpoint in {path.parent}: this run begins at step 0.")
     done = history.step * settings.accumulate
-    batches: Batches | StreamedBatches
-    if isinstance(rows, StreamedRows):
-        place = read_stream_state(path) if path.exists() else None
-        streamed = batches = StreamedBatches(rows, settings.batch_size, place, done)
-    else:
-        streamed, batches = None, Batches(rows, settings.batch_size, settings.seed)
+    batches = _make_batches(rows, settings, path, done)
+    streamed = batches if isinstance(batches, StreamedBatches) else None
     memory = predict_memory(model, batches[done])  # kept to the end, for its program
     if memory is not None:
         say(memory.describe())
@@ -182,6 +178,8 @@ def train(
         if settings.checkpoint_every:
             saver.save(model)
         finish.run()
+        if streamed is not None:
+            say(streamed.describe(history.step * settings.accumulate))
     except Exception as error:
         if not finish.is_done:
             if path.exists():
@@ -271,6 +269,15 @@ def _start_or_resume(path: Path, model: keras.Model, settings: Settings) -> Hist
         losses=facts["losses"],
         held_out=facts["held_out"],
     )
+
+
+def _make_batches(
+    rows: Rows | StreamedRows, settings: Settings, path: Path, done: int
+) -> Batches | StreamedBatches:
+    if isinstance(rows, Rows):
+        return Batches(rows, settings.batch_size, settings.seed)
+    place = read_stream_state(path) if path.exists() else None
+    return StreamedBatches(rows, settings.batch_size, place, done)
 
 
 class _Finish(keras.callbacks.Callback):

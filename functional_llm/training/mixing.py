@@ -119,7 +119,10 @@ class _Interleaved(RecordStream):
                 continue
             given = ahead[i] or next(readers[i], None)
             if given is None:
-                raise no_records(self.streams[i].name)
+                if self.stopping_strategy != "all_exhausted_without_replacement":
+                    raise no_records(self.streams[i].name)
+                ended[i] = True  # of what is held out, a small stream may have nothing
+                continue
             record, parts[i] = given
             ahead[i] = next(readers[i], None)
             if ahead[i] is None:

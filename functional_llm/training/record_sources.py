@@ -44,10 +44,11 @@ def stream_records(source: Any, split: str = "train") -> RecordStream:
     """Returns the records of a dataset as a stream, of which no more than is read is in memory.
 
     Args:
-        source: A path, a pattern or a name, as for `read_records`. Or an object: a `datasets.Dataset` or `IterableDataset`; a
-            sequence; a function that returns an iterator; anything that can be iterated anew, such
-            as a `tf.data.Dataset` or a loader of grain or torch. Their entries are mappings from
-            columns to values, or texts. Or a RecordStream, which is returned as it is.
+        source: A path, a pattern or a name, as for `read_records`. Or an object: a
+            `datasets.Dataset` or `IterableDataset`; a sequence; a function that returns an
+            iterator; anything that can be iterated anew, such as a `tf.data.Dataset` or a loader of
+            grain or torch. Their entries are mappings from columns to values, or texts. Or a
+            RecordStream, which is returned as it is.
         split: The split of a dataset that is no file.
 
     Returns:
@@ -141,11 +142,11 @@ class EntryRecords(RecordStream):
 
     def __init__(self, entries: Any, name: str | None = None) -> None:
         self.entries = entries
-        self.name: str = name or getattr(entries, "__qualname__", type(entries).__name__)
+        self.name = name or str(getattr(entries, "__qualname__", type(entries).__name__))
         if isinstance(entries, Iterator):
             raise ValueError(
-                f"Expected data that can be read again from the beginning, received a {self.name}, "
-                "which can be read once. Pass the function that makes it."
+                "Expected data that can be read from the beginning again, received a "
+                f"{type(entries).__name__}, which is read once. Pass the function that makes it."
             )
         if not (callable(entries) or isinstance(entries, Iterable)):
             raise ValueError(
@@ -223,7 +224,10 @@ def _with_own_state(entries: Any) -> Any:
 def _plain(value: Any) -> Any:
     """Returns text for bytes and lists for arrays, inside a mapping or list too."""
     if isinstance(value, bytes):
-        return value.decode("utf-8")
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:  # a picture, in a column that nobody reads
+            return value
     if isinstance(value, Mapping):
         return {key: _plain(x) for key, x in value.items()}
     if isinstance(value, list):

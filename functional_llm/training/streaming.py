@@ -25,6 +25,9 @@ from functional_llm.training.packing import Batch, make_rows
 from functional_llm.training.record_sources import no_records, stream_records
 from functional_llm.training.records import RecordStream
 
+# Examples of uniform lengths up to T fill 89, 95, 98.1 and 99.4 % of a row with 4, 16, 64 and 256
+# open ones, lengths of chats (log-normal) 96, 98.5, 98.9 and 99.2 %. `pack`, which sees all
+# of them, fills 99.7 and 99.9 %.
 _OPEN_ROWS = 64
 _KEPT_BATCHES = 16  # Keras reads at most one ahead of the one that it trains on
 
@@ -67,8 +70,8 @@ class StreamState:
 class StreamedRows:
     """Rows of a stream of records, in place of `Rows`: tokenised, shuffled and packed as read.
 
-    What is in memory are the examples that wait to be drawn, and the open rows. A stream that ends
-    begins again, when all examples that wait are drawn.
+    In memory are the examples that wait to be drawn, and the open rows. A stream that ends begins
+    again when all examples that wait are drawn, so that each comes once a pass.
 
     Args:
         records: A RecordStream, or what `stream_records` takes.
@@ -112,6 +115,17 @@ class StreamedRows:
         facts = {name: getattr(self, name) for name in names}
         facts["records"] = self.records.describe()
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def check(self) -> None:
+        """Reads one record, to know at once what is wrong with all of them.
+
+        Raises:
+            ValueError: If there is none, or it is malformed or lacks columns.
+        """
+        record = next(iter(self.records), None)
+        if record is None:
+            raise no_records(self.records.name)
+        list(tokenise(record, self.tokenizer, self.length, {}))
 
     def read(self, state: StreamState | None = None) -> "RowReader":
         """Returns an endless iterator over rows.
@@ -194,13 +208,11 @@ class RowReader:
             if self._waiting:
                 break
             if not self._counts["found"]:
-                raise (
-                    nothing_to_learn(self._counts["dropped"], self._rows.length)
-                    if self._counts["read"]
-                    else no_records(self._rows.records.name)
-                )
+                if self._counts["dropped"]:
+                    raise nothing_to_learn(self._counts["dropped"], self._rows.length)
+                raise no_records(self._rows.records.name)
             self._place, self._has_ended = (None, 0), False
-            self._counts |= {"passes": self._counts["passes"] + 1, "found": 0, "read": 0}
+            self._counts |= {"passes": self._counts["passes"] + 1, "found": 0}
             self._examples = self._read_examples()
         if not self._rows.shuffle_buffer:
             return self._waiting.pop()
@@ -274,6 +286,18 @@ class StreamedBatches:
             self._batches.pop(self._next - _KEPT_BATCHES, None)
             self._states.pop(self._next - _KEPT_BATCHES, None)
         return self._batches[number]
+
+    def describe(self, number: int) -> str:
+        """Returns a sentence about what was read for the batches before `number`."""
+        facts = self._states[number].facts
+        parts = [f"{facts['read']} examples were read, which give {facts['tokens']} tokens so far"]
+        if facts["truncated"]:
+            parts.append(f"{facts['truncated']} were cut off after {self._length} tokens")
+        if facts["dropped"]:
+            parts.append(f"{facts['dropped']} left out, with no token of an answer")
+        if facts["passes"]:
+            parts.append(f"the data began again {facts['passes']} times")
+        return f"{'; '.join(parts)}."
 
     def between(self, start: int, stop: int) -> "_Part":
         """Returns the batches from number `start` to number `stop - 1`, for `fit`."""
