@@ -5,6 +5,7 @@ import json
 import math
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -16,12 +17,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from functional_llm.presets import Tokenizer
+from functional_llm.presets import Backbone, Tokenizer
 from functional_llm.training import (
     Example,
     FileRecords,
     Record,
     RecordStream,
+    Settings,
     StreamedBatches,
     StreamedRows,
     StreamState,
@@ -30,6 +32,7 @@ from functional_llm.training import (
     make_examples,
     read_records,
     stream_records,
+    train,
 )
 from functional_llm.training.checkpoints import read_facts
 from test_scripts import run
@@ -145,7 +148,7 @@ def test_streams_of_datasets_are_read_on_from_any_record(kind: str) -> None:
     assert [record.fields for record in records] == list(theirs(kind))
 
 
-LOADER = torch.utils.data.DataLoader(ROWS, batch_size=None)  # type: ignore[var-annotated, arg-type]
+LOADER = torch.utils.data.DataLoader(ROWS, batch_size=None)
 ENTRIES = {"list": ROWS, "function": generate, "tf.data": Arrays(), "torch": LOADER}
 
 
@@ -183,14 +186,28 @@ def test_names_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load)  # no hub can be reached
     for name in ("org/name", "hf://datasets/org/name", "hf://datasets/org/name@v1/a/*.parquet"):
         assert [x.fields for x in stream_records(name, "test")] == [{"text": "a"}]
-    read_records("hf://datasets/org/name/a.jsonl")
+    read_records("hf://datasets/org/name/a@b.jsonl")
     whole = {"path": "org/name", "split": "test", "streaming": True}
     assert asked == [
         whole,
         whole,
         {**whole, "revision": "v1", "data_files": "a/*.parquet"},
-        {**whole, "data_files": "a.jsonl", "split": "train", "streaming": False},
+        {**whole, "data_files": "a@b.jsonl", "split": "train", "streaming": False},
     ]
+
+
+def test_files_of_text_need_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("datasets", "pyarrow"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it is an error
+    for ending in ("jsonl", "json", "csv"):
+        assert len(list(stream_records(write(tmp_path / f"a.{ending}", ROWS)))) == len(ROWS)
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "a.parquet").write_text("a")
+    assert len(list(stream_records(tmp_path / "a.txt"))) == 1
+    for name in ("a.parquet", "org/name"):
+        path = str(tmp_path / name) if "." in name else name
+        with pytest.raises(ImportError, match=f"{name} needs .*pip install datasets"):
+            list(stream_records(path))
 
 
 STRATEGIES = ["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"]
@@ -304,7 +321,7 @@ def test_killed_and_resumed_on_a_stream_ends_the_same(tiny: Path, tmp_path: Path
     assert read_facts(checkpoint)["stream"]["facts"]["passes"] >= 1
     done = go("killed", 0)
     assert done.returncode == 0, done.stderr
-    assert "examples were read" in done.stdout and "the data began again" in done.stdout
+    assert "examples were read" in done.stdout and "passes over all data so far" in done.stdout
     assert "tokens " in done.stderr
     paths = [tmp_path / name / "checkpoint.safetensors" for name in ("whole", "killed")]
     expected, received = map(load_file, paths)
@@ -339,11 +356,27 @@ def test_the_example_of_the_document_runs(
     assert state["facts"]["read"] > 60 and state["facts"]["tokens"] > 200
 
 
+def test_a_fault_far_into_the_data_names_its_place_and_the_checkpoint(
+    tiny: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    rows = [{"text": "the lazy dog " * 4} for _ in range(6)]
+    path = write(tmp_path / "a.jsonl", [*rows, {"txt": "the lazy dog"}])
+    data = StreamedRows(stream_records(path), tokenizer, 8, shuffle_buffer=0)
+    settings = Settings(steps=9, checkpoint_every=2, batch_size=1)
+    with pytest.raises(ValueError, match="line 13 lacks columns") as error:
+        train(Backbone.from_preset(tiny), data, None, settings, tmp_path, say=lambda _: None)
+    assert error.value.__notes__ == [
+        f"{tmp_path / 'checkpoint.safetensors'} has step 6: resume from there."
+    ]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: stream_records(x for x in "ab"), "received a generator, which is read once"),
         (lambda: stream_records(3), "Expected a path, a name, a function .* received int: 3"),
+        (lambda: stream_records({"train": ["a"]}), r"one split .* a dict of \['train'\]"),
+        (lambda: stream_records("hf://datasets/"), "Expected hf://datasets/org/name"),
         (lambda: stream_records("no/*.jsonl"), "Expected datasets at no/.*: no file matches"),
         (lambda: list(stream_records([1])), "list, example 1: expected a mapping from columns"),
         (lambda: interleave([]), "at least one stream"),

@@ -39,7 +39,7 @@ class Settings:
         warmup_steps: Steps in which the learning rate rises.
         weight_decay: AdamW's weight decay.
         clip_norm: Largest norm of the gradient; 0 for no limit.
-        seed: Seed of the order of the data.
+        seed: Seed of the order of rows in memory; a stream has its own.
         chunk_size: Tokens whose logits exist at a time; `None` to choose for the device.
         remat: What is computed again in the backward pass, for less memory: `"nothing"`,
             `"products"` or `"layer"`, as for `LossModel`.

@@ -1,6 +1,7 @@
 """Whatever holds a dataset -> a stream of records: files, the hub, other libraries, a function."""
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from glob import glob
 from itertools import islice
@@ -13,6 +14,7 @@ from functional_llm.training.record_files import FORMATS, TEXT_BYTES, FileRecord
 from functional_llm.training.records import Record, RecordStream
 
 _HUB = "hf://datasets/"
+_HUB_PATH = re.compile(rf"{_HUB}([^/@]+(?:/[^/@]+)?)(?:@([^/]+))?/?(.*)")
 
 
 def read_records(source: str | Path, split: str = "train") -> list[Record]:
@@ -88,15 +90,14 @@ def _open(source: str, split: str, is_streamed: bool) -> RecordStream:
 
 
 def _load_hub(source: str, split: str, is_streamed: bool) -> RecordStream:
-    name, _, revision = source.removeprefix(_HUB).partition("@")
-    revision, _, files = revision.partition("/") if revision else ("", "", "")
-    if not revision:
-        owner, _, rest = name.partition("/")
-        name, _, files = rest.partition("/")
-        name = f"{owner}/{name}"
-    options: JSON = {"path": name}
-    options |= {"revision": revision} if revision else {}
-    options |= {"data_files": files} if files else {}
+    found = _HUB_PATH.fullmatch(source)
+    if found is None:
+        raise ValueError(
+            "Expected hf://datasets/org/name, perhaps with @revision and a path after it, received "
+            f"{source}."
+        )
+    names = ("path", "revision", "data_files")
+    options = {key: x for key, x in zip(names, found.groups(), strict=True) if x}
     return _load(source, options, split, is_streamed)
 
 
@@ -147,6 +148,11 @@ class EntryRecords(RecordStream):
             raise ValueError(
                 "Expected data that can be read from the beginning again, received a "
                 f"{type(entries).__name__}, which is read once. Pass the function that makes it."
+            )
+        if isinstance(entries, Mapping):
+            raise ValueError(
+                f"Expected one split of a dataset, received a {type(entries).__name__} of "
+                f"{list(entries)}. Pass one of them."
             )
         if not (callable(entries) or isinstance(entries, Iterable)):
             raise ValueError(

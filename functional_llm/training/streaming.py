@@ -296,7 +296,7 @@ class StreamedBatches:
         if facts["dropped"]:
             parts.append(f"{facts['dropped']} left out, with no token of an answer")
         if facts["passes"]:
-            parts.append(f"the data began again {facts['passes']} times")
+            parts.append(f"passes over all data so far: {facts['passes']}")
         return f"{'; '.join(parts)}."
 
     def between(self, start: int, stop: int) -> "_Part":
