@@ -1,4 +1,4 @@
-"""The options of the scripts, what they describe, and how a script ends.
+"""The options of the scripts that write, what they describe, and how a script ends.
 
 Importing this file imports nothing of the library, nor JAX: a script parses its options first, so
 that `--help` and mistakes are answered at once. The functions that make something of the options
@@ -10,21 +10,16 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from functional_llm import Backbone, Tokenizer
+    from functional_llm import Tokenizer
     from functional_llm.generation.prompts import AnyPrompt
     from functional_llm.generation.samplers import Sampler
     from functional_llm.generation.text_generator import TextGenerator
-    from functional_llm.training import Settings
 
-METHODS = ("lora", "dora", "svf", "ia3", "bitfit", "full")
 DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
-REMAT = ("nothing", "products", "layer")
 SAMPLER_NUMBERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -65,7 +60,7 @@ def parse_generate(description: str | None) -> argparse.Namespace:
     """Returns what the command line says of writing text."""
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=description)
     add = parser.add_argument
-    _add_preset(parser)
+    add_preset(parser)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument(
         "--prompt",
@@ -106,7 +101,7 @@ def parse_chat(description: str | None) -> argparse.Namespace:
         description=f"{description} /help there lists what it can; the end of input ends it.",
     )
     add = parser.add_argument
-    _add_preset(parser)
+    add_preset(parser)
     add("--system", help="what the model is told before the conversation")
     add(
         "--max-new-tokens",
@@ -126,64 +121,8 @@ def parse_chat(description: str | None) -> argparse.Namespace:
     return _checked(parser)
 
 
-def parse_finetune(description: str | None) -> argparse.Namespace:
-    """Returns what the command line says of a fine-tuning."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=description)
-    add = partial(_add_with_default, parser)
-    _add_preset(parser)
-    add("--dataset", required=True, help=".jsonl, .json, .csv, .parquet, .txt, or a hub name")
-    add("--split", default="train", help="split of a hub dataset")
-    add("--held-out", type=share, default=0.1, help="share of the examples to evaluate on; 0: none")
-    add("--output", type=Path, required=True, help="directory for the result")
-    add("--save", choices=["adapter", "merged", "keras"], help="(merged for full, else adapter)")
-    add("--resume", action="store_true", help="go on from the checkpoint in the output directory")
-    add("--method", choices=METHODS, default="lora", help="what is trained")
-    add("--rank", type=positive, default=8, help="of LoRA and DoRA")
-    add("--alpha", type=above_zero, default=16.0, help="of LoRA and DoRA")
-    add("--dropout", type=share, default=0.0, help="of LoRA and DoRA")
-    targets = "layers by name or path: query decoder_*/mlp/*; or all (what is usual for the method)"
-    add("--targets", nargs="+", metavar="TARGET", help=targets)
-    add("--dtype", choices=DTYPES, default="float32", help="of the model's numbers")
-    add("--length", type=positive, default=512, help="tokens of a row; longer examples are cut")
-    add("--no-packing", dest="packing", action="store_false", help="an example a row")
-    small = "3; more of small data, for at least 60 steps"
-    add(
-        "--epochs", type=above_zero, help=f"passes over the data, unless --steps is given ({small})"
-    )
-    add("--steps", type=positive, help="updates of the weights")
-    add("--batch-size", type=positive, help="rows of a batch (4, or fewer of small data)")
-    add("--accumulate", type=positive, default=1, help="batches that make one step")
-    add("--learning-rate", type=above_zero, default=1e-3, help="the highest")
-    add("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="its course")
-    add("--warmup-steps", type=whole, default=0, help="steps in which the learning rate rises")
-    add("--weight-decay", type=not_negative, default=0.0, help="of AdamW")
-    add("--clip-norm", type=not_negative, default=1.0, help="longest gradient; 0 for no limit")
-    add("--seed", type=whole, default=0, help="of adapters, dropout and the order of the data")
-    add("--chunk-size", type=positive, help="tokens whose logits exist at a time (as fits)")
-    remat = "computed again in the backward pass: less memory, more time; alone: layer"
-    add("--remat", choices=REMAT, nargs="?", const="layer", default="nothing", help=remat)
-    no_check = "try a step that is estimated not to fit into memory"
-    add("--no-memory-check", dest="check_memory", action="store_false", help=no_check)
-    add("--checkpoint-every", type=whole, default=50, help="steps between checkpoints; 0: none")
-    add("--evaluate-every", type=whole, default=0, help="steps between evaluations; 0: at the end")
-    add("--tensorboard", action="store_true", help="write logs for TensorBoard (pip: tensorboardX)")
-    arguments = parser.parse_args()
-    arguments.save = arguments.save or ("merged" if arguments.method == "full" else "adapter")
-    if arguments.method == "full" and arguments.save == "adapter":
-        parser.error("--method full has no adapter: save `merged` or `keras`")
-    if arguments.method == "full" and arguments.dtype in ("bfloat16", "float16"):
-        parser.error(f"steps are lost in {arguments.dtype} weights: use --dtype mixed_bfloat16")
-    return arguments
-
-
-def _add_with_default(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
-    """Adds an option whose help ends with its default, if that says something."""
-    if options.get("default") is not None:
-        options["help"] += " (%(default)s)"
-    parser.add_argument(name, **options)
-
-
-def _add_preset(parser: argparse.ArgumentParser) -> None:
+def add_preset(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that names the model."""
     parser.add_argument(
         "--preset",
         default="smollm2_135m_instruct",
@@ -329,53 +268,3 @@ def announce(what: str) -> Iterator[None]:
         yield
     finally:
         print("\0338\033[J", end="", file=sys.stderr, flush=True)
-
-
-def make_settings(arguments: argparse.Namespace, num_rows: int) -> "Settings":
-    """Returns the numbers of a training run on so many rows; says which were chosen for it."""
-    from functional_llm.training import Settings, plan_run
-
-    plan = plan_run(
-        num_rows,
-        batch_size=arguments.batch_size,
-        accumulate=arguments.accumulate,
-        epochs=arguments.epochs,
-        steps=arguments.steps,
-    )
-    rate = f"learning rate {arguments.learning_rate:g}"
-    print(f"{plan.describe()}; {rate}. {plan.advice}".rstrip())
-    numbers = {x.name: getattr(arguments, x.name) for x in fields(Settings)}
-    return Settings(**{**numbers, "batch_size": plan.batch_size, "steps": plan.steps})
-
-
-def check_targets(arguments: argparse.Namespace) -> None:
-    """Raises a `ValueError` if a target describes no layer of the model: before it is loaded."""
-    from functional_llm.formats.weight_table import module_names
-    from functional_llm.graph.selection import matches
-    from functional_llm.presets.sources import read_numbers
-
-    if arguments.targets in (None, ["all"]):
-        return
-    family, config, _ = read_numbers(arguments.preset)
-    paths = module_names(family.weights, config.num_layers)
-    for pattern in arguments.targets:
-        if not any(matches(path, pattern) for path in paths):
-            names = dict.fromkeys(path.rpartition("/")[2] for path in paths)
-            raise ValueError(
-                f"--targets: no layer of {arguments.preset} matches {pattern!r}. Expected names "
-                f"({', '.join(names)}) or paths such as {next(iter(paths))}; `*` stays within a "
-                "name, `**` crosses slashes."
-            )
-
-
-def adapt(backbone: "Backbone", arguments: argparse.Namespace) -> "Backbone":
-    """Returns the model to train: with adapters, unless all weights are trained."""
-    from functional_llm import peft
-
-    if arguments.method == "full":
-        return backbone
-    names = ("rank", "alpha", "dropout") if arguments.method in ("lora", "dora") else ()
-    options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
-    if arguments.targets:
-        options["targets"] = "all" if arguments.targets == ["all"] else arguments.targets
-    return getattr(peft, arguments.method)(backbone, **options)

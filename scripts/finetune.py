@@ -8,12 +8,13 @@ from importlib.util import find_spec
 from typing import Any
 
 import command_line
+import finetune_options
 
 
 def main() -> int:
     """Parses, then trains."""
     sys.stdout.reconfigure(line_buffering=True)  # in a log, too, a line comes when it is said
-    arguments = command_line.parse_finetune(__doc__)
+    arguments = finetune_options.parse(__doc__)
     return command_line.run_command(
         "finetune.py",
         lambda: run(arguments),
@@ -36,13 +37,10 @@ def run(arguments: argparse.Namespace) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {training.REMAT_XLA_FLAG}"
     keras.utils.set_random_seed(arguments.seed)
     tokenizer, rows, held_out, settings = prepare(arguments, training)
-    names = ["preset", "method", "rank", "alpha", "dropout", "targets", "dtype"]
-    names += ["dataset", "split", "held_out", "length", "packing"]
-    facts = {name: getattr(arguments, name) for name in names}
     folder = arguments.output / "training"
-    resume = {"resume": arguments.resume, "arguments": facts}
+    resume = {"resume": arguments.resume, "arguments": finetune_options.facts(arguments)}
     training.check_resume(folder, rows, held_out, settings, **resume)
-    model = command_line.adapt(
+    model = finetune_options.adapt(
         flm.Backbone.from_preset(arguments.preset, dtype=arguments.dtype), arguments
     )
     if arguments.method != "full" and arguments.save == "merged":  # known before training
@@ -82,22 +80,11 @@ def prepare(arguments: argparse.Namespace, training: Any) -> Any:
     check_writable(arguments.output / "training")
     _, config, _ = read_numbers(arguments.preset)
     training.check_length(arguments.length, config.max_sequence_length)
-    command_line.check_targets(arguments)
-    records = training.read_records(arguments.dataset, arguments.split)
+    finetune_options.check_targets(arguments)
     tokenizer = Tokenizer.from_preset(arguments.preset)
-    examples = training.make_examples(records, tokenizer, arguments.length)
-    if cut := examples.describe(arguments.length):
-        print(cut)
-    kept, held = training.split_examples(examples.items, arguments.held_out, arguments.seed)
-    rows, held_out = (
-        training.pack(part, arguments.length, join=arguments.packing) if part else None
-        for part in (kept, held)
-    )
-    print(
-        f"{len(kept)} examples in {len(rows)} rows of {rows.token_ids.shape[1]} tokens, "
-        f"{len(held)} held out"
-    )
-    return tokenizer, rows, held_out, command_line.make_settings(arguments, len(rows))
+    rows, held_out = finetune_options.read_data(arguments, tokenizer)
+    size = None if arguments.streaming else len(rows)
+    return tokenizer, rows, held_out, finetune_options.make_settings(arguments, size)
 
 
 def save_result(model: Any, tokenizer: Any, arguments: argparse.Namespace, peft: Any) -> str:

@@ -26,8 +26,16 @@ from functional_llm.training import display, plan_run
 def test_plans(rows: int, given: dict[str, Any], expected: tuple[int, int]) -> None:
     plan = plan_run(rows, **given)
     assert (plan.batch_size, plan.steps) == expected
+    assert plan.passes is not None
     is_small, is_few = plan.passes > 3, plan.steps < 60
     assert ("are small" in plan.advice, "are few" in plan.advice) == (is_small, is_few)
+
+
+def test_a_plan_for_a_stream_needs_its_steps() -> None:
+    plan = plan_run(None, steps=100)
+    assert plan.describe() == "100 steps, batches of 4 rows: a stream" and plan.advice == ""
+    with pytest.raises(ValueError, match="Expected `steps` for a stream, whose length is not"):
+        plan_run(None, epochs=3)
 
 
 class Screen(io.StringIO):

@@ -12,6 +12,7 @@ from functional_llm.graph.types import JSON
 from functional_llm.training.checkpoints import save_checkpoint
 from functional_llm.training.display import Display, make_display
 from functional_llm.training.packing import Batches
+from functional_llm.training.streaming import StreamedBatches
 
 Logs: TypeAlias = dict[str, float] | None  # what Keras gives to callbacks
 
@@ -78,11 +79,20 @@ class Checkpoints(keras.callbacks.Callback):
         every: Steps from one checkpoint to the next.
         history: The run's `History`, which must come before this callback.
         arguments: The arguments of the run, as plain data.
+        batches: The training data, if they are a stream, whose place is saved.
     """
 
-    def __init__(self, path: Path, every: int, history: History, arguments: JSON) -> None:
+    def __init__(
+        self,
+        path: Path,
+        every: int,
+        history: History,
+        arguments: JSON,
+        batches: StreamedBatches | None = None,
+    ) -> None:
         super().__init__()
         self.path, self.every, self.history, self.arguments = path, every, history, arguments
+        self.batches = batches
         self._saved = history.step
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
@@ -96,8 +106,12 @@ class Checkpoints(keras.callbacks.Callback):
 
     def save(self, model: keras.Model) -> None:
         """Saves now."""
-        self._saved = self.history.step
-        save_checkpoint(self.path, model, {**self.history.facts(), "arguments": self.arguments})
+        self._saved, history = self.history.step, self.history
+        place = None
+        if self.batches is not None:
+            place = self.batches.state(history.step * history.accumulate)
+        facts = {**history.facts(), "arguments": self.arguments}
+        save_checkpoint(self.path, model, facts, place)
 
 
 class Progress(keras.callbacks.Callback):
@@ -112,7 +126,7 @@ class Progress(keras.callbacks.Callback):
         history: The run's `History`, which must come before this callback.
     """
 
-    def __init__(self, steps: int, batches: Batches, history: History) -> None:
+    def __init__(self, steps: int, batches: Batches | StreamedBatches, history: History) -> None:
         super().__init__()
         self.steps, self.batches, self.history = steps, batches, history
         self.tokens, self.seconds = 0, 0.0
@@ -138,6 +152,8 @@ class Progress(keras.callbacks.Callback):
         if self.history.step > self._shown and self._display is not None:
             self._shown = self.history.step
             facts = {"loss": f"{self.history.losses[-1]:.4f}"}
+            if isinstance(self.batches, StreamedBatches):  # nobody knows of how many
+                facts["tokens"] = f"{self.batches.tokens_before(self._number):,}"
             if self.seconds:
                 facts["tokens/s"] = f"{self.tokens_per_second:.0f}"
             self._display.show(self._shown, facts)

@@ -11,6 +11,9 @@ from safetensors.flax import load_file, save_file
 
 from functional_llm.files.replacing import replaced_file
 from functional_llm.graph.types import JSON
+from functional_llm.training.streaming import StreamState
+
+_DATA = "data/"  # begins the names of the arrays of a stream's state
 
 
 def training_state(model: keras.Model) -> dict[str, keras.Variable]:
@@ -37,18 +40,25 @@ def training_state(model: keras.Model) -> dict[str, keras.Variable]:
     return named | {f"optimizer/{i}": v for i, v in enumerate(model.optimizer.variables)}
 
 
-def save_checkpoint(path: Path, model: keras.Model, facts: JSON) -> None:
+def save_checkpoint(
+    path: Path, model: keras.Model, facts: JSON, data: StreamState | None = None
+) -> None:
     """Writes the state of training. An earlier file is replaced when the new one is complete.
 
     Args:
         path: The file.
         model: A compiled model.
         facts: What else to keep, as plain data.
+        data: Where the training data are, if they are a stream.
 
     Raises:
         OSError: If the file cannot be written, on a full disk for example. An earlier file stays.
     """
     tensors = {name: v.value for name, v in training_state(model).items()}
+    if data is not None:
+        stream, arrays = data.to_tensors()
+        facts = {**facts, "stream": stream}
+        tensors |= {f"{_DATA}{name}": array for name, array in arrays.items()}
     metadata = {key: json.dumps(value) for key, value in facts.items()}
     try:
         _remove_unfinished(path)
@@ -80,6 +90,21 @@ def read_facts(path: Path) -> JSON:
         ) from error
 
 
+def read_stream_state(path: Path) -> StreamState | None:
+    """Returns where the training data were, if they are a stream.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    facts = read_facts(path).get("stream")
+    if facts is None:
+        return None
+    with safetensors.safe_open(path, "numpy") as file:
+        names = [name for name in file.keys() if name.startswith(_DATA)]
+        tensors = {name.removeprefix(_DATA): file.get_tensor(name) for name in names}
+    return StreamState.from_tensors(facts, tensors)
+
+
 def load_checkpoint(path: Path, model: keras.Model) -> JSON:
     """Restores the state of training; returns the facts that are kept with it.
 
@@ -91,7 +116,8 @@ def load_checkpoint(path: Path, model: keras.Model) -> JSON:
         ValueError: If the file is damaged or of another model. The message names every difference.
     """
     facts = read_facts(path)
-    tensors, variables = load_file(path), training_state(model)
+    variables = training_state(model)
+    tensors = {name: x for name, x in load_file(path).items() if not name.startswith(_DATA)}
     problems = [f"{name} is not in the file" for name in variables if name not in tensors]
     problems += [f"{name} is not in the model" for name in tensors if name not in variables]
     for name in variables.keys() & tensors.keys():

@@ -29,6 +29,10 @@ class Example:
     token_ids: np.ndarray
     is_target: np.ndarray
 
+    def cut(self, length: int) -> "Example":
+        """Returns the example with `length` tokens and one that is only predicted, at most."""
+        return Example(self.token_ids[: length + 1], self.is_target[: length + 1])
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -143,29 +147,49 @@ def make_examples(records: Iterable[Record], tokenizer: TextTokenizer, length: i
     items, truncated, dropped = [], 0, 0
     doubts: dict[str, str] = {}
     for record in records:
-        for example in _tokenise(record, tokenizer, length, doubts):
+        for example in tokenise(record, tokenizer, length, doubts):
             truncated += len(example.token_ids) > length + 1
-            cut = Example(example.token_ids[: length + 1], example.is_target[: length + 1])
+            cut = example.cut(length)
             if cut.is_target.any():
                 items.append(cut)
             else:
                 dropped += 1
-    _warn_of_doubts(doubts)
+    warn_of_doubts(doubts)
     if not items:
-        raise ValueError(
-            f"None of {dropped} examples has a token to learn within {length} tokens. Expected "
-            "answers that are not empty; a longer context keeps more of each example."
-        )
+        raise nothing_to_learn(dropped, length)
     return Examples(items, truncated, dropped)
 
 
-def _tokenise(
+def nothing_to_learn(count: int, length: int) -> ValueError:
+    """Returns the error of so many examples without a target."""
+    return ValueError(
+        f"None of {count} examples has a token to learn within {length} tokens. Expected "
+        "answers that are not empty; a longer context keeps more of each example."
+    )
+
+
+def tokenise(
     record: Record, tokenizer: TextTokenizer, length: int, doubts: dict[str, str]
 ) -> Iterator[Example]:
-    """Yields a record's examples; notes why answers of it are not learnt."""
+    """Yields a record's examples, not cut yet; notes why answers of it are not learnt.
+
+    Args:
+        record: As for `make_examples`.
+        tokenizer: The model's tokenizer.
+        length: Tokens of an example of a running text.
+        doubts: Receives place -> reason.
+
+    Raises:
+        ValueError: As for `make_examples`.
+    """
     fields = record.fields
     if "running_text" in fields:
-        ids = _encode_text(fields["running_text"], tokenizer)
+        ids = _encode_text(
+            fields["running_text"],
+            tokenizer,
+            begins="continues" not in fields,
+            ends="is_continued" not in fields,
+        )
         for start in range(0, max(len(ids) - 1, 1), length):  # the last id of one begins the next
             yield _all_targets(ids[start : start + length + 1])
     elif "text" in fields and not is_conversation(record):
@@ -177,8 +201,12 @@ def _tokenise(
         yield Example(np.asarray(ids, "int32"), is_target)
 
 
-def _encode_text(text: str, tokenizer: TextTokenizer) -> list[int]:
-    ids = tokenizer.encode(text, tokenizer.add_bos, parse_special=True)
+def _encode_text(
+    text: str, tokenizer: TextTokenizer, begins: bool = True, ends: bool = True
+) -> list[int]:
+    ids = tokenizer.encode(text, tokenizer.add_bos and begins, parse_special=True)
+    if not ends:
+        return ids
     # Templates write a line end after the token that ends a turn.
     written = (i for i in reversed(ids) if tokenizer.engine.token_bytes(i).strip())
     is_ended = next(written, None) in {*tokenizer.stop_token_ids, tokenizer.eos_token_id}
@@ -189,7 +217,8 @@ def _all_targets(ids: list[int]) -> Example:
     return Example(np.asarray(ids, "int32"), np.arange(len(ids)) > 0)
 
 
-def _warn_of_doubts(doubts: dict[str, str]) -> None:
+def warn_of_doubts(doubts: dict[str, str]) -> None:
+    """Warns of answers that are not learnt, if there are any."""
     if doubts:
         where, reason = next(iter(doubts.items()))
         names = ", ".join(list(doubts)[:5]) + (", ..." if len(doubts) > 5 else "")

@@ -10,12 +10,18 @@ import keras
 from functional_llm.graph.types import JSON
 from functional_llm.training.callbacks import Checkpoints, History, Logs, Progress, TensorBoard
 from functional_llm.training.checked_data import check_batch
-from functional_llm.training.checkpoints import check_arguments, load_checkpoint, read_facts
+from functional_llm.training.checkpoints import (
+    check_arguments,
+    load_checkpoint,
+    read_facts,
+    read_stream_state,
+)
 from functional_llm.training.loss import LossModel
 from functional_llm.training.memory import advise, predict_memory
 from functional_llm.training.optimizer import make_optimizer, make_schedule
 from functional_llm.training.packing import Batches, Rows
 from functional_llm.training.rematerialize import remat_name
+from functional_llm.training.streaming import StreamedBatches, StreamedRows
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -33,7 +39,7 @@ class Settings:
         warmup_steps: Steps in which the learning rate rises.
         weight_decay: AdamW's weight decay.
         clip_norm: Largest norm of the gradient; 0 for no limit.
-        seed: Seed of the order of the data.
+        seed: Seed of the order of rows in memory; a stream has its own.
         chunk_size: Tokens whose logits exist at a time; `None` to choose for the device.
         remat: What is computed again in the backward pass, for less memory: `"nothing"`,
             `"products"` or `"layer"`, as for `LossModel`.
@@ -79,7 +85,7 @@ class Settings:
 
 def train(
     backbone: keras.Model,
-    rows: Rows,
+    rows: Rows | StreamedRows,
     held_out: Rows | None,
     settings: Settings,
     folder: str | Path,
@@ -99,7 +105,8 @@ def train(
 
     Args:
         backbone: The model, changed in place.
-        rows: Training data, from `pack`.
+        rows: Training data, from `pack`; or a stream of them, which begins again where it ends.
+            The checkpoint has the stream's place, and the examples that are read and not used yet.
         held_out: Data to evaluate on, or `None`.
         settings: The hyperparameters.
         folder: The folder of the checkpoint and of TensorBoard's logs.
@@ -132,14 +139,17 @@ def train(
     path.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is known at once
     check_resume(folder, rows, held_out, settings, resume=resume, arguments=arguments)
     arguments = _all_arguments(settings, rows, held_out, arguments)
-    for data in [rows, *([] if held_out is None else [held_out])]:
-        check_batch(data.token_ids, data.labels, backbone.output["logits"].shape[-1])
+    for data in (rows, held_out):  # of a stream, each batch is checked
+        if isinstance(data, Rows):
+            check_batch(data.token_ids, data.labels, backbone.output["logits"].shape[-1])
     model = compile_model(backbone, settings)
     history = _start_or_resume(path, model, settings)
     if resume and not path.exists():
         say(f"There is no checkpoint in {path.parent}: this run begins at step 0.")
-    batches = Batches(rows, settings.batch_size, settings.seed)
-    memory = predict_memory(model, batches[0])  # kept to the end, for its program
+    done = history.step * settings.accumulate
+    batches = _make_batches(rows, settings, path, done)
+    streamed = batches if isinstance(batches, StreamedBatches) else None
+    memory = predict_memory(model, batches[done])  # kept to the end, for its program
     if memory is not None:
         say(memory.describe())
         if check_memory:
@@ -147,7 +157,8 @@ def train(
             memory.check(advise(settings.batch_size, name, model.product_dtype))
     validation = None if held_out is None else Batches(held_out, settings.batch_size)
     progress = Progress(settings.steps, batches, history)
-    saver = Checkpoints(path, settings.checkpoint_every or settings.steps, history, arguments)
+    every = settings.checkpoint_every or settings.steps
+    saver = Checkpoints(path, every, history, arguments, streamed)
     all_callbacks = [history, progress, *([saver] if settings.checkpoint_every else [])]
     boards = [TensorBoard(Path(folder) / "tensorboard", history)] if tensorboard else []
     finish = _Finish(settings.steps, history, save)
@@ -167,6 +178,8 @@ def train(
         if settings.checkpoint_every:
             saver.save(model)
         finish.run()
+        if streamed is not None:
+            say(streamed.describe(history.step * settings.accumulate))
     except Exception as error:
         if not finish.is_done:
             if path.exists():
@@ -199,7 +212,7 @@ def compile_model(backbone: keras.Model, settings: Settings) -> LossModel:
 
 
 def _all_arguments(
-    settings: Settings, rows: Rows, held_out: Rows | None, others: JSON | None
+    settings: Settings, rows: Rows | StreamedRows, held_out: Rows | None, others: JSON | None
 ) -> JSON:
     numbers = asdict(settings)
     del numbers["checkpoint_every"]  # changes no weight
@@ -212,7 +225,7 @@ def _all_arguments(
 
 def check_resume(
     folder: str | Path,
-    rows: Rows,
+    rows: Rows | StreamedRows,
     held_out: Rows | None,
     settings: Settings,
     *,
@@ -256,6 +269,15 @@ def _start_or_resume(path: Path, model: keras.Model, settings: Settings) -> Hist
         losses=facts["losses"],
         held_out=facts["held_out"],
     )
+
+
+def _make_batches(
+    rows: Rows | StreamedRows, settings: Settings, path: Path, done: int
+) -> Batches | StreamedBatches:
+    if isinstance(rows, Rows):
+        return Batches(rows, settings.batch_size, settings.seed)
+    place = read_stream_state(path) if path.exists() else None
+    return StreamedBatches(rows, settings.batch_size, place, done)
 
 
 class _Finish(keras.callbacks.Callback):

@@ -8,11 +8,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeAlias
 
 import keras
 import numpy as np
 
 from functional_llm.training.examples import Example
+
+Batch: TypeAlias = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,12 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def as_batch(self) -> Batch:
+        """Returns the rows as one batch: inputs, labels (R, T), weights (R, T) float32."""
+        inputs = dict(vars(self))
+        labels = inputs.pop("labels")
+        return inputs, labels, (labels >= 0).astype("float32")
 
     def fingerprint(self) -> str:
         """Returns a SHA-256 of all arrays."""
@@ -68,6 +77,16 @@ def pack(examples: Sequence[Example], length: int, join: bool = True) -> Rows:
     if not join:
         length = min(length, -(-longest // 32) * 32)
     rows = _fill_rows(examples, length) if join else [[example] for example in examples]
+    return make_rows(rows, length)
+
+
+def make_rows(rows: Sequence[Sequence[Example]], length: int) -> Rows:
+    """Writes rows of examples as arrays.
+
+    Args:
+        rows: The examples of each row, which fit into it.
+        length: T.
+    """
     arrays = {name: np.full((len(rows), length), -1, "int32") for name in Rows.__annotations__}
     arrays["token_ids"][:] = 0
     for row, members in enumerate(rows):
@@ -141,7 +160,7 @@ class Batches(keras.utils.PyDataset):
     def __len__(self) -> int:
         return self.num_batches
 
-    def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> Batch:
         """Returns batch `start + index`: inputs, labels (B, T), weights (B, T) float32."""
         chosen = self._chosen(self.start + index)
         taken = {name: getattr(self.rows, name)[chosen] for name in Rows.__annotations__}
@@ -152,8 +171,7 @@ class Batches(keras.utils.PyDataset):
                 name: np.pad(x, ((0, missing), (0, 0)), constant_values=empty[name])
                 for name, x in taken.items()
             }
-        labels = taken.pop("labels")
-        return taken, labels, (labels >= 0).astype("float32")
+        return Rows(**taken).as_batch()
 
     def count_tokens(self, number: int) -> int:
         """Returns the number of tokens in batch `number`, without padding."""

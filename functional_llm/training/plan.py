@@ -17,23 +17,24 @@ class Plan:
     Args:
         batch_size: Rows of a batch.
         steps: Updates of the weights.
-        passes: How often each row is seen.
+        passes: How often each row is seen; `None` where nobody knows how many there are.
         advice: A sentence about what may be wrong with it; `""` if nothing may.
     """
 
     batch_size: int
     steps: int
-    passes: float
+    passes: float | None
     advice: str
 
     def describe(self) -> str:
         """Returns the size in words."""
         rows = "1 row" if self.batch_size == 1 else f"{self.batch_size} rows"
-        return f"{self.steps} steps, batches of {rows}: each row is seen {self.passes:.1f} times"
+        seen = "a stream" if self.passes is None else f"each row is seen {self.passes:.1f} times"
+        return f"{self.steps} steps, batches of {rows}: {seen}"
 
 
 def plan_run(
-    num_rows: int,
+    num_rows: int | None,
     *,
     batch_size: int | None = None,
     accumulate: int = 1,
@@ -46,12 +47,22 @@ def plan_run(
     three passes, or more of small data, so that it has enough steps to change an answer.
 
     Args:
-        num_rows: Rows of the training data.
+        num_rows: Rows of the training data; `None` for a stream, whose steps must be given.
         batch_size: Rows of a batch.
         accumulate: Batches of one step.
         epochs: Passes over the data, unless `steps` is given.
         steps: Updates of the weights.
+
+    Raises:
+        ValueError: If the number of rows is not known, and not that of steps either.
     """
+    if num_rows is None:
+        if steps is None:
+            raise ValueError(
+                "Expected `steps` for a stream, whose length is not known before it ends, received "
+                "none. Passes over it (`epochs`) cannot be counted beforehand."
+            )
+        return Plan(batch_size or _ROWS, steps, None, _advise(steps, None))
     batch_size = batch_size or max(1, min(_ROWS, num_rows // (_BATCHES_A_PASS * accumulate)))
     rows_a_step = batch_size * accumulate
     if steps is None and epochs is not None:
@@ -59,16 +70,19 @@ def plan_run(
     elif steps is None:
         steps = max(LEAST_STEPS, round(_PASSES * num_rows / rows_a_step))
     passes = steps * rows_a_step / num_rows
-    advice = ""
+    return Plan(batch_size, steps, passes, _advise(steps, passes))
+
+
+def _advise(steps: int, passes: float | None) -> str:
     if steps < LEAST_STEPS:
-        advice = (
+        return (
             f"{steps} steps are few: answers may stay as they were. The default is at least "
             f"{LEAST_STEPS}."
         )
-    elif passes > _PASSES:
-        advice = (
+    if passes is not None and passes > _PASSES:
+        return (
             f"The data are small: each row is seen {passes:.0f} times. If answers stay as they "
             "were, take more steps; if the held-out loss rises, fewer; if answers to other "
             "questions change, add chats about those."
         )
-    return Plan(batch_size, steps, passes, advice)
+    return ""
