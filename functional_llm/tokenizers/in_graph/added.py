@@ -42,6 +42,8 @@ def make_splitting(
             continue
         if token.single_word:
             raise refuse(f"the added token {text!r}, which is read only where it is a whole word")
+        if text in ids:
+            raise refuse(f"two added tokens that are both read as {text!r}")
         ids[text] = token_id if parse_special or not token.special else -1
         before |= {text} if token.lstrip else set()
         after |= {text} if token.rstrip else set()

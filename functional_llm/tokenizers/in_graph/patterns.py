@@ -119,7 +119,7 @@ def members(source: str) -> np.ndarray:
     if len(source) == 1 and source not in ".[":
         found[ord(source)] = True
         return found
-    # The library itself says so: what it takes out of a text is in the set. In parts: it is quicker.
+    # The library itself says so: what it takes out of a text is in the set.
     removing = tokenizers.normalizers.Replace(tokenizers.Regex(f"(?:{source})+"), "")
     for text in all_characters():
         kept = removing.normalize_str(text)
@@ -128,7 +128,7 @@ def members(source: str) -> np.ndarray:
 
 
 def all_characters(size: int = 4096) -> list[str]:
-    """Returns the characters of all code points, as texts of this size."""
+    """Returns the characters of all code points, as texts of a size that regexes are quick with."""
     points = [*range(0xD800), *range(0xE000, NUM_CODE_POINTS)]
     return ["".join(map(chr, points[i : i + size])) for i in range(0, len(points), size)]
 
@@ -166,8 +166,10 @@ class _Symbols:
         for part, following in zip(parts, [*parts[1:], None], strict=True):
             if isinstance(part, Ahead):
                 continue
-            written += self._before(part, following) if isinstance(following, Ahead) else (
-                self.write(part)
+            written += (
+                self._before(part, following)
+                if isinstance(following, Ahead)
+                else (self.write(part))
             )
         if parts and isinstance(parts[0], Ahead):
             raise refuse("a lookahead that follows no character")

@@ -236,8 +236,8 @@ def _read_byte_pairs(model: dict[str, Any], byte_level: bool) -> BytePairs:
     else:
         characters = {x: i for x, i in vocabulary.items() if len(x) == 1}
         byte_ids = [vocabulary.get(x, -1) for x in names] if model["byte_fallback"] else [-1] * 256
-        if len({x >= 0 for x in byte_ids}) == 2:
-            raise refuse("a vocabulary with tokens for some bytes only")
+        if not characters or len({x >= 0 for x in byte_ids}) == 2:
+            raise refuse("a vocabulary without characters, or with tokens for some bytes only")
     if model.get("ignore_merges"):
         words = _words(vocabulary, byte_level)
     return BytePairs(

@@ -4,6 +4,7 @@ Shapes: B texts, P pieces.
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import tensorflow as tf
@@ -97,11 +98,11 @@ class InGraphTokenizer(tf.Module):
         pieces = as_pieces(texts_B)
         pieces, words = self._encoder.encode(pieces)
         # Tokens and the ids of words, in the order of the pieces.
-        added = tf.cast(tf.where(pieces.ids_P >= 0)[:, 0], "int32")
-        ids = tf.concat([words.flat_values, tf.gather(pieces.ids_P, added)], 0)
+        added = tf.cast(tf.where(pieces.ids >= 0)[:, 0], "int32")
+        ids = tf.concat([words.flat_values, tf.gather(pieces.ids, added)], 0)
         places = tf.concat([tf.cast(words.value_rowids(), "int32"), added], 0)
         order = tf.argsort(places, stable=True)
-        rows = tf.gather(pieces.rows_P, tf.gather(places, order))
+        rows = tf.gather(pieces.rows, tf.gather(places, order))
         count = tf.size(texts_B)
         ids = tf.RaggedTensor.from_value_rowids(
             tf.gather(ids, order), rows, nrows=count, validate=False
@@ -144,7 +145,7 @@ class _BytePairs(tf.Module):
         pieces = self._changed.split(pieces)
         for step in self._splitting:
             pieces = change(pieces, step)
-        plain_P = tf.where(pieces.ids_P < 0, pieces.texts_P, "")
+        plain_P = tf.where(pieces.ids < 0, pieces.texts, "")
         points = tf.strings.unicode_decode(plain_P, "UTF-8")
         points_N, piece_N = points.flat_values, tf.cast(points.value_rowids(), "int32")
         words_N = _numbered(piece_N)
@@ -155,7 +156,7 @@ class _BytePairs(tf.Module):
         piece_W = tf.math.unsorted_segment_max(piece_N, words_N, word_count)
         by_piece = tf.gather(piece_W, tf.cast(ids.value_rowids(), "int32"))
         return pieces, tf.RaggedTensor.from_value_rowids(
-            ids.flat_values, by_piece, nrows=tf.size(pieces.texts_P), validate=False
+            ids.flat_values, by_piece, nrows=tf.size(pieces.texts), validate=False
         )
 
 
@@ -169,27 +170,25 @@ def _with_tables(step: Change) -> Change:
     return Compose(_inert_characters()) if isinstance(step, Compose) else step
 
 
+@cache
 def _inert_characters() -> tuple[str, ...]:
     """Returns the characters that only TensorFlow's tables know how to compose or to order.
 
-    To the library `tokenizers` they are as any letter, which nothing is composed with or moved over.
+    The library `tokenizers` has older ones: to it they are letters that stay as they are.
     """
     import tensorflow_text
 
-    def differing(form: str, theirs: tokenizers.normalizers.Normalizer, before: str) -> list[str]:
+    def differing(form: str, before: str, theirs: Any) -> list[tuple[str, str]]:
         found = []
         for text in all_characters(65536):
-            batch = [before + character for character in text]
-            results = tensorflow_text.normalize_utf8(batch, form).numpy()
-            found += [
-                (character, result.decode())
-                for character, given, result in zip(text, batch, results, strict=True)
-                if theirs.normalize_str(given) != result.decode()
-            ]
+            given = "\n".join(before + x for x in text.replace("\n", ""))
+            result = tensorflow_text.normalize_utf8(given, form).numpy().decode()
+            parts = (x.split("\n") for x in (given, result, theirs.normalize_str(given)))
+            found += [(x[-1], new) for x, new, old in zip(*parts, strict=True) if new != old]
         return found
 
-    moved = differing("NFC", tokenizers.normalizers.NFC(), "x\u0345")
-    parted = differing("NFD", tokenizers.normalizers.NFD(), "")
+    moved = differing("NFC", "x\u0345", tokenizers.normalizers.NFC())
+    parted = differing("NFD", "", tokenizers.normalizers.NFD())
     inert = {character for character, _ in [*moved, *parted]}
     return tuple(sorted(inert | {parts[0] for _, parts in parted}))
 
@@ -215,5 +214,5 @@ class _SentencePiece(tf.Module):
         """Returns the pieces, and a row of ids for each; an empty one for an added token."""
         for splitter in self._splitters:
             pieces = splitter.split(pieces)
-        text_P = tf.where(pieces.ids_P < 0, pieces.texts_P, "")
+        text_P = tf.where(pieces.ids < 0, pieces.texts, "")
         return pieces, self._model.tokenize(text_P)

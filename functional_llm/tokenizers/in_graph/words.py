@@ -22,7 +22,7 @@ _CUT = "\x7f"  # among symbols
 
 def change(pieces: Pieces, step: Change) -> Pieces:
     """Returns the pieces with a step done to those that are text."""
-    old_P = pieces.texts_P
+    old_P = pieces.texts
     match step:
         case ReplaceText(old, new):
             escaped = "".join(rf"\x{{{ord(x):x}}}" for x in old)
@@ -32,11 +32,11 @@ def change(pieces: Pieces, step: Change) -> Pieces:
             if unless is not None:
                 is_in &= tf.strings.substr(old_P, 0, len(unless.encode())) != unless
             if only_first:
-                is_in &= pieces.begins_P
+                is_in &= pieces.begins
             new_P = tf.where(is_in, tf.strings.join([tf.fill(tf.shape(old_P), text), old_P]), old_P)
         case Compose(inert):
             new_P = _compose(old_P, inert)
-    return pieces._replace(texts_P=tf.where(pieces.ids_P < 0, new_P, old_P))
+    return pieces._replace(texts=tf.where(pieces.ids < 0, new_P, old_P))
 
 
 def _compose(texts_P: Any, inert: tuple[str, ...]) -> Any:
