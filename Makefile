@@ -48,11 +48,13 @@ $(BENCH_VENV)/installed: pyproject.toml
 generate: $(VENV)/installed-core
 	$(BIN)/python scripts/generate.py --prompt "$$PROMPT"
 
-# Without this library: what `Backbone.save` writes must do without.
+# Without this library: what `Backbone.save` writes must do without. tensorflow-text asks for the
+# package tensorflow, which would take the place of the smaller one there.
 $(STOCK_VENV)/installed: tests/stock_requirements.txt
 	$(PYTHON) -m venv $(STOCK_VENV)
 	$(STOCK_VENV)/bin/python -m pip install --quiet torch==2.13.0
 	$(STOCK_VENV)/bin/python -m pip install --quiet --requirement tests/stock_requirements.txt
+	$(STOCK_VENV)/bin/python -m pip install --quiet --no-deps tensorflow-text==2.21.1
 	touch $@
 
 # One run, in two processes: tests/conftest.py puts the tests marked `real` last,

@@ -21,7 +21,7 @@ from functional_llm.graph.freezing import Freezable, freeze_variables
 from functional_llm.graph.keeping_values import KeepsValues
 from functional_llm.graph.keras_private import make_optional
 from functional_llm.graph.keras_values import uninitialized
-from functional_llm.graph.precision import FullFloat32, full_float32
+from functional_llm.graph.precision import FullFloat32
 from functional_llm.graph.types import JSON, Nested
 from functional_llm.layers.call_inputs import as_tensors, complete_inputs, with_mask
 from functional_llm.peft.adapter import REVERSED
@@ -29,9 +29,8 @@ from functional_llm.peft.names import Names
 from functional_llm.presets.dtypes import dtype_policy
 from functional_llm.presets.edits import apply_edits, check_unedited, edits_of
 from functional_llm.presets.sources import open_source, read_numbers, transformers_name
+from functional_llm.stock.exporting import Exportable
 from functional_llm.stock.keras_model import load_keras_weights, write_keras_model
-from functional_llm.stock.lowering import Lowering
-from functional_llm.stock.stablehlo import export_stablehlo
 from functional_llm.tokenizers import TextTokenizer, save_tokenizer
 from functional_llm.training.default_loss import LanguageModelLoss
 
@@ -39,7 +38,7 @@ _REQUIRED = {"token_ids", "positions"}
 
 
 @keras.saving.register_keras_serializable("functional_llm")
-class Backbone(LanguageModelLoss, KeepsValues, Freezable, FullFloat32, keras.Model):
+class Backbone(LanguageModelLoss, KeepsValues, Freezable, FullFloat32, Exportable, keras.Model):
     """A language model as one functional graph, called with as much or as little as there is.
 
     ```python
@@ -237,28 +236,6 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, FullFloat32, keras.Mod
         with tempfile.TemporaryDirectory() as files:
             self._write_tokenizer(tokenizer, Path(files))
             write_keras_model(self, path, family, self.config, edits, Path(files))
-
-    def export(self, filepath: str | Path, format: str = "stablehlo", **kwargs: Any) -> None:
-        """Writes the stock model, token ids to logits, for other runtimes.
-
-        Args:
-            filepath: Where to.
-            format: `"stablehlo"`, for `jax.export.deserialize`, or what `keras.Model.export` can
-                with JAX: `"tf_saved_model"` (needs TensorFlow), `"onnx"` (needs jax2onnx). With
-                other backends it can more: load a file from `save` there.
-            **kwargs: As for `keras.Model.export`.
-
-        Raises:
-            ValueError: At a layer that stock Keras does not have and that has no lowering.
-            ImportError: If what the format needs is not installed.
-        """
-        stock = Lowering(self).model
-        if format == "stablehlo":
-            with full_float32(self.product_dtype):
-                export_stablehlo(stock, Path(filepath))
-            return
-        stock(np.zeros((1, 1), "int32"))  # Keras wants it to have been called
-        stock.export(str(filepath), format=format, **kwargs)
 
     def _write_tokenizer(self, tokenizer: TextTokenizer | None, folder: Path) -> None:
         if tokenizer is not None:

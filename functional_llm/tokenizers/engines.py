@@ -150,11 +150,11 @@ def _make_byte_alphabet() -> dict[str, int]:
     }
 
 
-_BYTE_ALPHABET = _make_byte_alphabet()
+BYTE_ALPHABET = _make_byte_alphabet()
 
 
 def _byte_level_bytes(token: str) -> bytes:
     try:
-        return bytes(map(_BYTE_ALPHABET.__getitem__, token))
+        return bytes(map(BYTE_ALPHABET.__getitem__, token))
     except KeyError:
         return token.encode()

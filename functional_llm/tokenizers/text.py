@@ -178,6 +178,43 @@ class TextTokenizer:
             partial(self._token_bytes, skipped), self.engine.adds_space and not continues
         )
 
+    def as_tf(self, add_bos: bool = False, parse_special: bool = False) -> Any:
+        """Returns this tokenizer as TensorFlow operations, for `tf.data` and SavedModels.
+
+        ```python
+        in_graph = tokenizer.as_tf()
+        dataset = tf.data.TextLineDataset("text.txt").map(in_graph.tokenize)
+        ```
+
+        Args:
+            add_bos: As for `encode`.
+            parse_special: As for `encode`.
+
+        Returns:
+            A `tf.Module`. Its `tokenize` takes a string or a vector of strings, and returns the ids
+            of `encode`: int32, for a vector a ragged tensor. Its `detokenize` takes rows of ids,
+            and returns the strings of `decode`.
+
+        Raises:
+            ImportError: If TensorFlow or tensorflow-text is not installed.
+            ValueError: If operations of TensorFlow cannot give the same ids, with the reason; or
+                there is no BOS token to add.
+        """
+        try:
+            import tensorflow  # noqa: F401
+            import tensorflow_text  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                "A tokenizer in a TensorFlow graph needs TensorFlow and tensorflow-text. Received: "
+                f"{error}. Install them with `pip install functional-llm[hub]`."
+            ) from error
+        from functional_llm.tokenizers.in_graph.tokenizer import InGraphTokenizer
+
+        bos = self.bos_token_id if add_bos else None
+        if add_bos:
+            self._bos_before([])
+        return InGraphTokenizer(self.engine, bos, parse_special)
+
     @overload
     def apply_chat_template(
         self,
