@@ -21,11 +21,20 @@ _LLAMA = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,  # the defaults of many families lie outside of so small a vocabulary
 }
 
 _MISTRAL = {**_LLAMA, "model_type": "mistral", "sliding_window": 8}
 _QWEN2 = {**_LLAMA, "model_type": "qwen2"}
 _QWEN3 = {**_LLAMA, "model_type": "qwen3", "head_dim": 20}
+_SMOLLM3 = {
+    **_LLAMA,
+    "model_type": "smollm3",
+    "no_rope_layers": [1, 0],
+    "tie_word_embeddings": False,
+}
 _GEMMA = {**_LLAMA, "model_type": "gemma", "head_dim": 16}
 _GEMMA2 = {
     **_GEMMA,
@@ -176,6 +185,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "use_sliding_window": True,
         "sliding_window": 5,
         "max_window_layers": 0,
+    },
+    "smollm3_nope_slides": {
+        **_SMOLLM3,
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "tie_word_embeddings": True,
+    },
+    "smollm3_every_second": {
+        **_SMOLLM3,
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 2,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": {"rope_type": "yarn", **_STRETCHED},
+    },
+    "smollm3_all_nope_multi_query": {
+        **_SMOLLM3,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 1,
+        "no_rope_layers": [0, 1],
     },
     "gemma_grouped": _GEMMA,
     "gemma_untied_multi_head": {**_GEMMA, "num_key_value_heads": 4, "tie_word_embeddings": False},

@@ -28,6 +28,12 @@ SAID: dict[str, dict[str, Any]] = {
     "qwen2_yarn_multi_query": {},
     "qwen3_head_size": {},
     "qwen3_tied_multi_head": {},
+    "smollm3_nope_slides": {
+        "num_hidden_layers": 4,  # the last does not turn, and none has a window
+        "no_rope_layers": None,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    },
     "gemma_grouped": {},
     "gemma2_soft_caps": {"query_pre_attn_scalar": 16},
     "gemma3_default_pattern": {"query_pre_attn_scalar": 16},

@@ -16,14 +16,12 @@ import tokenizers
 from tokenizers import normalizers, pre_tokenizers
 
 import functional_llm as flm
-from configs import CONFIGS
 from functional_llm.formats.gguf_file import open_gguf
 from functional_llm.tokenizers import TextTokenizer
 from functional_llm.tokenizers.in_graph.patterns import compile_cut
 from functional_llm.tokenizers.pretokenizers import PRE_TOKENIZERS
 from stock import run_stock
 from test_tokenizer_files import (
-    ADDED,
     LLAMA,
     NUM_PIECES,
     PLAIN,

@@ -513,7 +513,10 @@ def test_positions_that_are_said_to_be_in_order_are(tmp_path: Any) -> None:
     inputs = {"token_ids": np.ones((2, 3), "int32"), "in_order": True}
     padded = {**inputs, "positions": np.array([[0, 1, 2], [0, 1, -1]])}
     assert backbone.complete_inputs(padded)["in_order"] is not None
-    wrong = {"positions": np.array([[0, 1, 2], [0, 2, 1]])}, {"attention_mask": [[1] * 3, [0, 1, 1]]}
+    wrong = (
+        {"positions": np.array([[0, 1, 2], [0, 2, 1]])},
+        {"attention_mask": [[1] * 3, [0, 1, 1]]},
+    )
     for given in wrong:
         with pytest.raises(ValueError, match="in_order is True. Received a row"):
             backbone({**inputs, **{name: np.asarray(x) for name, x in given.items()}})

@@ -91,8 +91,10 @@ class Family:
         wrappers: Checkpoints of several models that may hold one of this family.
         base_prefix: Prefix that the names of tensors lack in checkpoints of the bare model.
         gguf_architecture: Its name in GGUF files; `None` if they have none of their own.
-        gguf_keys: Key of a GGUF file, without the architecture -> key of a `config.json`, where it
-            is not that of a Llama.
+        gguf_told_by: Key of a GGUF file, without the architecture, which tells this family from
+            the others whose files have the same architecture; `None` if no key does.
+        gguf_keys: Key of a GGUF file, without the architecture -> key of a `config.json`, beside
+            those of a Llama.
         gguf_defaults: Given keys -> what a GGUF file does not say.
         gguf_permuted: Projection whose rows llama.cpp reorders -> field with their number of heads.
         gguf_transposed: Patterns of tensors that GGUF files hold transposed.
@@ -115,6 +117,7 @@ class Family:
     wrappers: Sequence[Wrapper] = ()
     base_prefix: str = "model."
     gguf_architecture: str | None = None
+    gguf_told_by: str | None = None
     gguf_keys: Mapping[str, str] = field(default_factory=dict)
     gguf_defaults: Callable[[JSON], JSON] = _nothing
     gguf_permuted: Mapping[str, str] = field(default_factory=dict)

@@ -5,7 +5,7 @@ the embedding. References: [Llama 2](https://arxiv.org/abs/2307.09288),
 [Llama 3](https://arxiv.org/abs/2407.21783), [SmolLM2](https://arxiv.org/abs/2502.02737).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +20,7 @@ from functional_llm.backbones.family import (
     complete_common_keys,
     dense_rows,
 )
-from functional_llm.blocks.attention import PartFunction, attention, heads, key_value_shapes
+from functional_llm.blocks.attention import Part, PartFunction, attention, heads, key_value_shapes
 from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph, LayerType, causal_lm
 from functional_llm.blocks.mlp import gated_mlp
@@ -75,18 +75,36 @@ def build_stack(
     `kinds` has the type of each layer: "full_attention", or "sliding_attention" for the window.
     """
     layers = [(kind, build_decoder(config, f"decoder_{i}")) for i, kind in enumerate(kinds)]
+    return build_around(config, layers, one_rope(config, window))
+
+
+def one_rope(config: DecoderConfig, window: int | None = None) -> dict[str, LayerType]:
+    """Returns the types of layers that share one RoPE: "sliding_attention" has the window."""
     rope = Rope(config.rotary_dim, config.rope_max_wavelength, config.rope_scaling)
+    return {"full_attention": LayerType(rope), "sliding_attention": LayerType(rope, window)}
+
+
+def build_around(
+    config: DecoderConfig,
+    layers: Sequence[tuple[str, CompositeLayer]],
+    layer_types: Mapping[str, LayerType],
+    embedding_parts: Sequence[Part] = (),
+    logit_parts: Sequence[Part] = (),
+) -> Graph:
+    """Returns the graph of layers with keys and values, a root mean square norm behind them.
+
+    The arguments are those of `causal_lm`.
+    """
     return causal_lm(
         vocabulary_size=config.vocabulary_size,
         hidden_dim=config.hidden_dim,
-        layer_types={
-            "full_attention": LayerType(rope),
-            "sliding_attention": LayerType(rope, window),
-        },
+        embedding_parts=embedding_parts,
+        layer_types=layer_types,
         layers=layers,
         keeps=key_value_shapes(config.num_key_value_heads, config.head_dim),
         final_norm=rms_norm(config.layer_norm_epsilon, "final_norm"),
         tie_word_embeddings=config.tie_word_embeddings,
+        logit_parts=logit_parts,
     )
 
 

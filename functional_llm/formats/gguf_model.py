@@ -15,6 +15,7 @@ import numpy as np
 from functional_llm.backbones.family import Family, ModelConfig
 from functional_llm.formats.gguf_file import GGUFFile, open_gguf
 from functional_llm.formats.hf_config import read_config
+from functional_llm.formats.rope_config import LAYER_TYPES
 from functional_llm.formats.source import Source, known_family
 from functional_llm.formats.tensor_reader import float_dtype
 from functional_llm.formats.weight_table import TensorSource
@@ -33,6 +34,7 @@ _KEYS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "attention.key_length": "head_dim",
     "attention.sliding_window": "sliding_window",
+    "attention.sliding_window_pattern": "layer_types",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
     "rope.freq_base": "rope_theta",
@@ -73,9 +75,27 @@ class GGUFModel(Source):
 
     @property
     def family(self) -> Family:
-        families = {f.gguf_architecture: f for f in self.families.values() if f.gguf_architecture}
+        families: dict[str, list[Family]] = {}
+        for family in self.families.values():
+            if family.gguf_architecture:
+                families.setdefault(family.gguf_architecture, []).append(family)
         architecture = self._file.metadata.get("general.architecture")
-        return known_family(architecture, f"{self.path}: general.architecture", families)
+        sharing = known_family(architecture, f"{self.path}: general.architecture", families)
+        return self._told_apart(sharing)
+
+    def _told_apart(self, sharing: Sequence[Family]) -> Family:
+        """Returns the one of several families with an architecture whose key is in the file."""
+        prefix, metadata = f"{sharing[0].gguf_architecture}.", self._file.metadata
+        there = [f for f in sharing if f.gguf_told_by and prefix + f.gguf_told_by in metadata]
+        found = there or [family for family in sharing if family.gguf_told_by is None]
+        if len(found) != 1:
+            keys = {prefix + f.gguf_told_by: f.model_type for f in sharing if f.gguf_told_by}
+            raise ValueError(
+                f"{self.path}: the architecture {prefix[:-1]!r} may be one of the families "
+                f"{[family.model_type for family in sharing]}. Expected one of the keys that tell "
+                f"them apart ({keys}), received those of {[f.model_type for f in there]}."
+            )
+        return found[0]
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -113,6 +133,8 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
         config["sliding_window"] = None
     config.setdefault("vocab_size", file.shapes.get("token_embd.weight", (0,))[0])
     config["tie_word_embeddings"] = "output.weight" not in file.shapes
+    if "layer_types" in config:  # whether each layer has a window
+        config["layer_types"] = [LAYER_TYPES[bool(slides)] for slides in config["layer_types"]]
     # llama.cpp, too, tells these by the tensors.
     for key, tensor in _TOLD_BY_TENSORS.items():
         if key in family.config_keys:

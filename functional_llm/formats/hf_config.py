@@ -94,8 +94,8 @@ def read_config(raw: Mapping[str, Any], family: Family) -> ModelConfig:
     if _has(family.config_class, "rope_max_wavelength"):
         values |= read_rope(given, full, _has(family.config_class, _LOCAL))
     if "layer_types" in values:
-        values["layer_types"] = _layer_types(values)
-    config = family.config_class(**values)
+        _check_layer_types(values)
+    config = family.config_class(**_with_tuples(values))
     _check_heads(config, family)
     return config
 
@@ -217,7 +217,12 @@ def _has(config: ModelConfig | type[ModelConfig], name: str) -> bool:
     return any(field.name == name for field in fields(config))
 
 
-def _layer_types(values: Mapping[str, Any]) -> tuple[str, ...]:
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values with tuples in place of JSON's lists: a config is frozen."""
+    return {key: tuple(x) if isinstance(x, list) else x for key, x in values.items()}
+
+
+def _check_layer_types(values: Mapping[str, Any]) -> None:
     kinds = values["layer_types"]
     unknown = sorted(set(kinds) - set(LAYER_TYPES))
     if unknown or len(kinds) != values["num_layers"]:
@@ -225,7 +230,6 @@ def _layer_types(values: Mapping[str, Any]) -> tuple[str, ...]:
             f"config.json: expected layer_types of {values['num_layers']} words out of "
             f"{LAYER_TYPES}, received {len(kinds)}, unknown ones: {shown(unknown)}."
         )
-    return tuple(kinds)
 
 
 def _is_count(field: str) -> bool:
@@ -247,6 +251,8 @@ def write_config(config: ModelConfig, family: Family, dtype: str) -> JSON:
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "dtype": dtype,
+        # The tokenizer knows it. A family's default may lie outside of a smaller vocabulary.
+        "pad_token_id": None,
     }
     for key, field in family.config_keys.items():
         if isinstance(field, str):
@@ -273,14 +279,12 @@ def decode_config(values: Mapping[str, Any], family: Family) -> ModelConfig:
     Raises:
         ValueError: If a field is missing or unknown.
     """
-    values = dict(values)
+    values = _with_tuples(values)
     if values.get("rope_scaling"):
         parameters = dict(values["rope_scaling"])
         scaling_class, _ = known(SCALINGS, parameters.pop("rope_type", None), "rope_type")
         parameters = {k: tuple(x) if isinstance(x, list) else x for k, x in parameters.items()}
         values["rope_scaling"] = scaling_class and scaling_class(**parameters)
-    if "layer_types" in values:
-        values["layer_types"] = tuple(values["layer_types"])
     expected = {field.name for field in fields(family.config_class)}
     if set(values) != expected:
         raise ValueError(

@@ -24,6 +24,7 @@ from functional_llm.graph.types import JSON
 from functional_llm.tokenizers import TextTokenizer
 
 _Tokenizer = TypeVar("_Tokenizer", bound=TextTokenizer)
+_Named = TypeVar("_Named")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +135,8 @@ class Source(ABC):
         check_copies(copies, variables, tensors, source)
 
 
-def known_family(name: object, where: str, families: Mapping[str, Family]) -> Family:
-    """Returns the family of this name.
+def known_family(name: object, where: str, families: Mapping[str, _Named]) -> _Named:
+    """Returns the family, or the families, of this name.
 
     Args:
         name: What the files say.

@@ -1,0 +1,111 @@
+"""SmolLM3: a Llama that turns queries and keys in three of four layers only.
+
+The other layers have no positions (NoPE); windows, if there are any, are theirs. Reference:
+[SmolLM3](https://huggingface.co/blog/smollm3), and [NoPE](https://arxiv.org/abs/2501.18795).
+"""
+
+from dataclasses import dataclass
+
+import keras
+
+from functional_llm.backbones import llama, qwen2
+from functional_llm.backbones.family import DecoderConfig, Family, complete_common_keys
+from functional_llm.blocks.attention import attention, heads
+from functional_llm.blocks.decoder import pre_norm
+from functional_llm.blocks.language_model import Graph
+from functional_llm.blocks.mlp import gated_mlp
+from functional_llm.blocks.norm import rms_norm
+from functional_llm.blocks.rope import rotary
+from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.types import JSON
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DecoderConfig):
+    """The numbers of a SmolLM3, beside those of `DecoderConfig`."""
+
+    attention_bias: bool
+    mlp_bias: bool
+    no_rope_layers: tuple[int, ...]  # 0 for a layer without RoPE, and 1 for one with it
+    layer_types: tuple[str, ...]
+    sliding_window: int | None
+
+
+def build(config: Config) -> Graph:
+    """Returns the inputs and outputs of the graph."""
+    layers = [
+        (kind, build_decoder(config, f"decoder_{i}", bool(config.no_rope_layers[i])))
+        for i, kind in enumerate(config.layer_types)
+    ]
+    return llama.build_around(config, layers, llama.one_rope(config, config.sliding_window))
+
+
+def build_decoder(config: Config, name: str, turns: bool) -> CompositeLayer:
+    """Returns one decoder layer; `turns` says whether it has RoPE."""
+    queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
+    epsilon, bias = config.layer_norm_epsilon, config.attention_bias
+    turn = [rotary()] if turns else []
+    self_attention = attention(
+        query=[heads(queries, size, "query", bias), *turn],
+        key=[heads(keys, size, "key", bias), *turn],
+        value=[heads(keys, size, "value", bias)],
+        output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),
+    )
+    mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation, config.mlp_bias)
+    return pre_norm(name, lambda part: rms_norm(epsilon, part), self_attention, mlp)
+
+
+def complete_keys(keys: JSON) -> JSON:
+    """Adds Transformers' defaults for keys that a `config.json` leaves out."""
+    num_layers, interval = keys["num_hidden_layers"], keys.get("no_rope_layer_interval", 4)
+    if interval < 1:
+        raise ValueError(
+            "config.json: expected a positive integer for no_rope_layer_interval, received "
+            f"{interval}."
+        )
+    turns = keys.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(num_layers)]
+    if len(turns) < num_layers or any(x not in (0, 1) for x in turns):
+        raise ValueError(
+            f"config.json: expected no_rope_layers of {num_layers} numbers, each 0 or 1, received "
+            f"{len(turns)}: {turns[:9]}."
+        )
+    turns = [int(x) for x in turns[:num_layers]]
+    window = keys.get("sliding_window") if keys.get("use_sliding_window") else None
+    local = "full_attention" if window is None else "sliding_attention"
+    kinds = keys.get("layer_types") or ["full_attention" if x else local for x in turns]
+    if window is None and "sliding_attention" in kinds:
+        raise ValueError(
+            "config.json: expected a sliding_window and use_sliding_window=true for layer_types "
+            "with sliding_attention, received neither or one of them."
+        )
+    own = {
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "rope_theta": 2_000_000.0,
+    }
+    patterns = {"no_rope_layers": turns, "layer_types": kinds, "sliding_window": window}
+    return complete_common_keys(own | keys | patterns)
+
+
+FAMILY = Family(
+    model_type="smollm3",
+    architecture="SmolLM3ForCausalLM",
+    config_class=Config,
+    build=build,
+    config_keys={
+        **qwen2.CONFIG_KEYS,
+        "attention_bias": "attention_bias",
+        "mlp_bias": "mlp_bias",
+        "no_rope_layers": "no_rope_layers",
+        "no_rope_layer_interval": int,
+    },
+    complete_keys=complete_keys,
+    written_keys=qwen2.written_keys,
+    weights=llama.WEIGHTS,
+    ignored=llama.FAMILY.ignored,
+    gguf_architecture="smollm3",  # whose files do not say which layers turn: every fourth does not
+    gguf_permuted=llama.FAMILY.gguf_permuted,
+)
