@@ -9,6 +9,7 @@ from functional_llm.backbones import (
     gemma3,
     gpt2,
     gptj,
+    gpt_neox,
     llama,
     mistral,
     nemotron,
@@ -39,5 +40,6 @@ _MODULES = (
     gptj,
     opt,
     ernie4_5,
+    gpt_neox,
 )
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}

@@ -46,13 +46,15 @@ _ROPE_KEYS = {
     "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
 }
+# Tensors of the first layer, one of which is there if the key is true.
 _TOLD_BY_TENSORS = {
-    "attention_bias": "blk.0.attn_q.bias",
-    "mlp_bias": "blk.0.ffn_up.bias",
-    "qk_layernorm": "blk.0.attn_q_norm.weight",
-    "use_bias": "blk.0.attn_q.bias",
-    "use_qk_norm": "blk.0.attn_q_norm.weight",
-    "use_qkv_bias": "blk.0.attn_q.bias",
+    "attention_bias": ("attn_q.bias", "attn_qkv.bias"),
+    "bias": ("attn_qkv.bias",),
+    "mlp_bias": ("ffn_up.bias",),
+    "qk_layernorm": ("attn_q_norm.weight",),
+    "use_bias": ("attn_q.bias",),
+    "use_qk_norm": ("attn_q_norm.weight",),
+    "use_qkv_bias": ("attn_q.bias",),
 }
 _FREQUENCIES = "rope_freqs.weight"
 
@@ -108,9 +110,9 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
     config.setdefault("vocab_size", file.shapes.get("token_embd.weight", (0,))[0])
     config["tie_word_embeddings"] = "output.weight" not in file.shapes
     # llama.cpp, too, tells these by the tensors.
-    for key, tensor in _TOLD_BY_TENSORS.items():
+    for key, tensors in _TOLD_BY_TENSORS.items():
         if key in family.config_keys:
-            config[key] = tensor in file.shapes
+            config[key] = any(f"blk.0.{tensor}" in file.shapes for tensor in tensors)
     head_dim = config.get("head_dim")
     sizes: list[Any] = [config.get(key) for key in ("hidden_size", "num_attention_heads")]
     if head_dim is None and all(type(size) is int and size > 0 for size in sizes):
