@@ -355,6 +355,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 1,
         "num_key_value_heads": 1,
         "rope_parameters": {"rope_type": "yarn", **_STRETCHED},
+    },
     "gpt_neox_five_heads": _GPT_NEOX,
     "gpt_neox_serial_theta": {
         **_GPT_NEOX,

@@ -11,6 +11,7 @@ import keras
 
 from functional_llm.backbones import starcoder2
 from functional_llm.backbones.family import (
+    COMMON_KEYS,
     ROPE_BUFFERS,
     Family,
     PartialRotaryConfig,
@@ -19,7 +20,6 @@ from functional_llm.backbones.family import (
     dense_rows,
     fused_rows,
     layer_norm_rows,
-    renamed_keys,
 )
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import parallel, pre_norm
@@ -90,6 +90,9 @@ def layer_rows(layer: str, attention: str, groups: int) -> Rows:
     ]
 
 
+# All heads have keys of their own here, and share the width.
+_NOT_HERE = ("num_key_value_heads", "head_dim", "rms_norm_eps")
+CONFIG_KEYS = {key: field for key, field in COMMON_KEYS.items() if key not in _NOT_HERE}
 _LAYER = "gpt_neox.layers.{}"
 WEIGHTS = [
     ("gpt_neox.embed_in.weight", "token_embedding/embeddings", "same"),
@@ -106,7 +109,8 @@ FAMILY = Family(
     config_class=Config,
     build=build,
     config_keys={
-        **renamed_keys(rms_norm_eps="layer_norm_eps"),
+        **CONFIG_KEYS,
+        "layer_norm_eps": "layer_norm_epsilon",
         "attention_bias": "attention_bias",
         "use_parallel_residual": "parallel_residual",
         "partial_rotary_factor": "partial_rotary_factor",

@@ -4,6 +4,7 @@ The names come from the `gguf` package's own map.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from functional_llm.formats.gguf_file import GGUFFile, open_gguf
 from functional_llm.formats.hf_config import read_config
 from functional_llm.formats.source import Source, known_family
 from functional_llm.formats.tensor_reader import float_dtype
-from functional_llm.formats.weight_table import TensorSource
+from functional_llm.formats.weight_table import Tensor, TensorSource
 from functional_llm.graph.types import JSON
 from functional_llm.tokenizers import TextTokenizer, save_tokenizer
 
@@ -78,6 +79,11 @@ class GGUFModel(Source):
     @cached_property
     def config(self) -> ModelConfig:
         return read_config(_read_raw_config(self._file, self.family), self.family)
+
+    def expand_table(self, paths: Sequence[str]) -> Sequence[Tensor]:
+        # llama.cpp's converter lays the parts of fused tensors one behind the other.
+        tensors = super().expand_table(paths)
+        return [replace(x, transform=replace(x.transform, groups=1)) for x in tensors]
 
     def open_tensors(self, names: Sequence[str]) -> TensorSource:
         return _HuggingFaceView(self._file, names, self.family, self.config)
