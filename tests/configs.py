@@ -116,6 +116,16 @@ _GLM4: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
 }
 _PHI3 = {**_LLAMA, "model_type": "phi3", "pad_token_id": 0}
+_GPT_NEOX = {
+    "model_type": "gpt_neox",
+    "vocab_size": 128,
+    "hidden_size": 60,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 5,
+    "max_position_embeddings": 512,
+    "rotary_pct": 0.35,  # of 12 channels 4 turn
+}
 
 
 def _llama(**changes: Any) -> dict[str, Any]:
@@ -428,6 +438,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "long_factor": [2.0, 2.1, 2.2, 2.3, 2.4, 9.5],
             "attention_factor": 1.3,
         },
+    "gpt_neox_five_heads": _GPT_NEOX,
+    "gpt_neox_serial_theta": {
+        **_GPT_NEOX,
+        "use_parallel_residual": False,
+        "num_attention_heads": 2,
+        "rotary_pct": 1.0,
+        "rotary_emb_base": 700,
+        "hidden_act": "gelu_fast",
+    },
+    "gpt_neox_no_biases_tied": {
+        **_GPT_NEOX,
+        "num_hidden_layers": 1,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "yarn", "partial_rotary_factor": 0.5, **_STRETCHED},
     },
 }
 # The first config of each family, for what no config changes.

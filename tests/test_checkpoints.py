@@ -78,7 +78,9 @@ def _half_bare(one: Any) -> Tensors:
 
 
 def _prefix_on_all(one: Any) -> Tensors:
-    return {f"{one.family.base_prefix}{x}": t for x, t in one.tensors.items()}
+    renamed = tuple(one.family.stored_prefixes)  # which Transformers knows without a prefix only
+    prefix = one.family.base_prefix
+    return {x if x.startswith(renamed) else prefix + x: t for x, t in one.tensors.items()}
 
 
 def _mixed(one: Any) -> Tensors:
@@ -235,6 +237,8 @@ def _check_fields(one: Any, config: Config, ours: Any, key: str) -> None:
         value = getattr(expected, attribute, None)
         if value is None and field in ("head_dim", "intermediate_dim"):
             continue
+        if field == "partial_rotary_factor":
+            value = expected.rope_parameters[field]
         if field == "local_rope_max_wavelength":
             value = expected.rope_parameters["sliding_attention"]["rope_theta"]
         if field == "partial_rotary_factor":

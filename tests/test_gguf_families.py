@@ -55,11 +55,19 @@ SAID: dict[str, dict[str, Any]] = {
     "nemotron_one_layer_linear": {},
     "ernie4_5_pairs_head_size": {},
     "ernie4_5_yarn_one_layer": {},
+    "gpt_neox_five_heads": {},
+    "gpt_neox_serial_theta": {
+        "rotary_pct": 0.35,
+        "rotary_emb_base": 10000,
+        "hidden_act": "gelu",
+    },
+    "gpt_neox_no_biases_tied": {"rope_parameters": None},
 }
 # Old keys, which the converter wants.
 WANTED: dict[str, dict[str, Any]] = {
     "gpt2": {"n_ctx": 512},
     "cohere2": {"rotary_pct": 1.0},
+    "gpt_neox": {"rotary_pct": 0.35},
 }
 # The vocabulary is not what is tested here: the converter shall not look for one it knows.
 CONVERT = """

@@ -16,7 +16,7 @@ import functional_llm as flm
 from configs import CONFIGS, ONE_OF_EACH_FAMILY, ONE_OF_EACH_KIND
 from functional_llm.backbones.families import FAMILIES
 from functional_llm.formats.hf_config import read_config
-from functional_llm.formats.safetensors_reader import open_safetensors
+from functional_llm.formats.hf_directory import HuggingFaceDirectory
 from functional_llm.formats.weight_table import expand_table, export_weights
 from functional_llm.generation.text_generator import TextGenerator
 from functional_llm.layers.cache import make_cache
@@ -211,7 +211,7 @@ def test_table_there_and_back_is_the_identity(pair: Pair) -> None:
     variables, config = pair.ours.variables, pair.ours.config
     family = next(f for f in FAMILIES.values() if type(config) is f.config_class)
     tensors = expand_table(family.rows(config), [v.path for v in variables], config.num_layers)
-    source = open_safetensors(pair.folder)
+    source = HuggingFaceDirectory(pair.folder, FAMILIES).open_tensors([x.name for x in tensors])
     exported = dict(export_weights(variables, tensors))
     assert set(exported) == set(source.shapes)
     for name, array in exported.items():

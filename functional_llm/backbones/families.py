@@ -10,6 +10,7 @@ from functional_llm.backbones import (
     glm4,
     gpt2,
     gptj,
+    gpt_neox,
     llama,
     mistral,
     nemotron,
@@ -43,6 +44,7 @@ _MODULES = (
     gptj,
     opt,
     ernie4_5,
+    gpt_neox,
 )
     gemma,
     gemma2,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
-from functional_llm.backbones.transforms import Transform
+from functional_llm.backbones.transforms import Transform, fused
 from functional_llm.backbones.wrapper import Wrapper
 from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.rope import RopeScaling
@@ -80,7 +80,8 @@ class Family:
             means something else there than that the key is absent.
         config_ignored: Key that Transformers does not read -> the key that it reads instead. They
             may not say different things.
-        complete_keys: Given keys -> all keys, with the values that absent and outdated keys mean.
+        complete_keys: Given keys -> all keys, with the values that absent and outdated keys mean,
+            and the fields that no key gives.
         config_constants: Key -> the one value for which the graph is right.
         written_keys: Config -> what Transformers needs in a `config.json` beside `config_keys`.
         weights: Rows (tensor of a checkpoint, path of a variable, a transform or its name); `{}`
@@ -90,6 +91,8 @@ class Family:
             function of the config that returns them.
         wrappers: Checkpoints of several models that may hold one of this family.
         base_prefix: Prefix that the names of tensors lack in checkpoints of the bare model.
+        stored_prefixes: What names of tensors begin with in checkpoints -> what they begin with in
+            `weights`, which has the names of Transformers' modules.
         gguf_architecture: Its name in GGUF files; `None` if they have none of their own.
         gguf_told_by: Key of a GGUF file, without the architecture, which tells this family from
             the others whose files have the same architecture; `None` if no key does.
@@ -116,6 +119,7 @@ class Family:
     ignored: Sequence[str] | Callable[[Any], Sequence[str]] = ()
     wrappers: Sequence[Wrapper] = ()
     base_prefix: str = "model."
+    stored_prefixes: Mapping[str, str] = field(default_factory=dict)
     gguf_architecture: str | None = None
     gguf_told_by: str | None = None
     gguf_keys: Mapping[str, str] = field(default_factory=dict)
@@ -144,6 +148,18 @@ def dense_rows(
         (f"{source}.weight", f"{target}/kernel", kernel),
         (f"{source}.bias", f"{target}/bias", bias),
     ]
+
+
+def fused_rows(source: str, target: str, groups: int = 1) -> list[Row]:
+    """Rows of a Linear that is the Dense layers of an attention's queries, keys and values in one.
+
+    Args:
+        source: The Linear.
+        target: The attention.
+        groups: As for `fused`.
+    """
+    parts = [f"{target}/{part}" for part in ("query", "key", "value")]
+    return [row for part in parts for row in dense_rows(source, part, *fused(groups))]
 
 
 def layer_norm_rows(source: str, target: str) -> list[Row]:

@@ -34,9 +34,13 @@ class Wrapper:
 
     def text_name(self, name: str) -> str:
         """Returns what a tensor is called in a checkpoint of the text model alone."""
-        fitting = (prefix for prefix in self.prefixes if name.startswith(prefix))
-        prefix = next(fitting, "")
-        return self.prefixes.get(prefix, "") + name.removeprefix(prefix)
+        return with_other_prefix(name, self.prefixes)
+
+
+def with_other_prefix(name: str, prefixes: Mapping[str, str]) -> str:
+    """Returns a name with another beginning, if it begins with a key of `prefixes`."""
+    prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+    return prefixes.get(prefix, "") + name.removeprefix(prefix)
 
 
 def llava(model_type: str, text_family: str, **text_defaults: Any) -> Wrapper:

@@ -4,6 +4,7 @@ The names come from the `gguf` package's own map.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from functional_llm.formats.hf_config import read_config
 from functional_llm.formats.rope_config import LAYER_TYPES
 from functional_llm.formats.source import Source, known_family
 from functional_llm.formats.tensor_reader import float_dtype
-from functional_llm.formats.weight_table import TensorSource
+from functional_llm.formats.weight_table import Tensor, TensorSource
 from functional_llm.graph.types import JSON
 from functional_llm.tokenizers import TextTokenizer, save_tokenizer
 
@@ -48,13 +49,15 @@ _ROPE_KEYS = {
     "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
 }
+# Tensors of the first layer, one of which is there if the key is true.
 _TOLD_BY_TENSORS = {
-    "attention_bias": "blk.0.attn_q.bias",
-    "mlp_bias": "blk.0.ffn_up.bias",
-    "qk_layernorm": "blk.0.attn_q_norm.weight",
-    "use_bias": "blk.0.attn_q.bias",
-    "use_qk_norm": "blk.0.attn_q_norm.weight",
-    "use_qkv_bias": "blk.0.attn_q.bias",
+    "attention_bias": ("attn_q.bias", "attn_qkv.bias"),
+    "bias": ("attn_qkv.bias",),
+    "mlp_bias": ("ffn_up.bias",),
+    "qk_layernorm": ("attn_q_norm.weight",),
+    "use_bias": ("attn_q.bias",),
+    "use_qk_norm": ("attn_q_norm.weight",),
+    "use_qkv_bias": ("attn_q.bias",),
 }
 _FREQUENCIES = "rope_freqs.weight"
 _LONG_ROPE = {
@@ -101,6 +104,11 @@ class GGUFModel(Source):
     def config(self) -> ModelConfig:
         return read_config(_read_raw_config(self._file, self.family), self.family)
 
+    def expand_table(self, paths: Sequence[str]) -> Sequence[Tensor]:
+        # llama.cpp's converter lays the parts of fused tensors one behind the other.
+        tensors = super().expand_table(paths)
+        return [replace(x, transform=replace(x.transform, groups=1)) for x in tensors]
+
     def open_tensors(self, names: Sequence[str]) -> TensorSource:
         return _HuggingFaceView(self._file, names, self.family, self.config)
 
@@ -136,9 +144,9 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
     if "layer_types" in config:  # whether each layer has a window
         config["layer_types"] = [LAYER_TYPES[bool(slides)] for slides in config["layer_types"]]
     # llama.cpp, too, tells these by the tensors.
-    for key, tensor in _TOLD_BY_TENSORS.items():
+    for key, tensors in _TOLD_BY_TENSORS.items():
         if key in family.config_keys:
-            config[key] = tensor in file.shapes
+            config[key] = any(f"blk.0.{tensor}" in file.shapes for tensor in tensors)
     head_dim = config.get("head_dim")
     sizes: list[Any] = [config.get(key) for key in ("hidden_size", "num_attention_heads")]
     if head_dim is None and all(type(size) is int and size > 0 for size in sizes):

@@ -47,7 +47,10 @@ IRRELEVANT = frozenset(
     unsloth_fixed unsloth_version use_bfloat16 use_cache""".split()
 )
 # Dropout and initial values under the names of some families.
-IRRELEVANT |= frozenset("dropout embedding_dropout init_std layerdrop residual_dropout".split())
+IRRELEVANT |= frozenset(
+    """attention_probs_dropout_prob classifier_dropout dropout embedding_dropout
+    hidden_dropout_prob init_std layerdrop residual_dropout""".split()
+)
 # Keys for generating, which versions of Transformers before 5 wrote into this file.
 IRRELEVANT |= frozenset(
     """assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens
@@ -88,9 +91,11 @@ def read_config(raw: Mapping[str, Any], family: Family) -> ModelConfig:
     full = family.complete_keys(given)
     _check_there(family, full)
     _check_ignored(given, full, family)
-    values = {x: full[key] for key, x in family.config_keys.items() if isinstance(x, str)}
-    key = next(key for key, x in family.config_keys.items() if x == "activation")
-    values["activation"] = known(ACTIVATIONS, values["activation"], key)
+    keys = {x: key for key, x in family.config_keys.items() if isinstance(x, str)}
+    places = {x.name: keys.get(x.name, x.name) for x in fields(family.config_class)}
+    values = {name: full[place] for name, place in places.items() if place in full}
+    if "activation" in keys:
+        values["activation"] = known(ACTIVATIONS, values["activation"], keys["activation"])
     if _has(family.config_class, "rope_max_wavelength"):
         values |= read_rope(given, full, _has(family.config_class, _LOCAL))
     if "layer_types" in values:
@@ -176,7 +181,8 @@ def _check_ignored(given: Mapping[str, Any], full: JSON, family: Family) -> None
 
 def _check_heads(config: ModelConfig, family: Family) -> None:
     """Checks that sizes which share one another out come out even."""
-    sizes, keys = vars(config), {field: key for key, field in family.config_keys.items()}
+    sizes, keys = vars(config), {name: name for name in vars(config)}
+    keys |= {field: key for key, field in family.config_keys.items() if isinstance(field, str)}
     pairs = [("num_query_heads", "num_key_value_heads"), ("hidden_dim", "num_heads")]
     for whole, part in pairs:
         if whole in sizes and part in sizes and sizes[whole] % sizes[part]:

@@ -8,7 +8,7 @@ from typing import TypeVar
 import keras
 
 from functional_llm.backbones.family import Family, ModelConfig
-from functional_llm.backbones.wrapper import Wrapper
+from functional_llm.backbones.wrapper import Wrapper, with_other_prefix
 from functional_llm.files.json_files import read_json, write_json
 from functional_llm.files.replacing import replaced_folder
 from functional_llm.formats.hf_config import read_config, write_config
@@ -87,6 +87,8 @@ class HuggingFaceDirectory(Source):
         source: TensorSource = open_safetensors(self.path)
         if self._wrapper is not None:
             source = with_names(source, self._wrapper.text_name)
+        stored = self.family.stored_prefixes
+        source = with_names(source, lambda name: with_other_prefix(name, stored))
         return with_prefix(source, self.family.base_prefix, names)
 
     def read_tokenizer(self, cls: type[_Tokenizer]) -> _Tokenizer:
@@ -119,7 +121,10 @@ def write_directory(
     """
     tensors = expand_table(family.rows(config), [v.path for v in variables], config.num_layers)
     with replaced_folder(directory, stale=WEIGHT_FILES) as folder:
-        write_safetensors(folder, export_weights(variables, tensors), max_shard_bytes)
+        stored = {table: name for name, table in family.stored_prefixes.items()}
+        values = export_weights(variables, tensors)
+        named = ((with_other_prefix(name, stored), value) for name, value in values)
+        write_safetensors(folder, named, max_shard_bytes)
         write_tokenizer(folder)
         ids = read_json(folder / "generation_config.json", {})
         ids = {key: ids[key] for key in _TOKEN_IDS if key in ids}

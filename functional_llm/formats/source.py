@@ -91,6 +91,10 @@ class Source(ABC):
         """Patterns of tensors that may be there and that the model does not need."""
         return self.family.ignored_tensors(self.config)
 
+    def expand_table(self, paths: Sequence[str]) -> Sequence[Tensor]:
+        """Returns the tensors that hold the variables of these paths, as they lie in such files."""
+        return expand_table(self.family.rows(self.config), paths, self.config.num_layers)
+
     @abstractmethod
     def open_tensors(self, names: Sequence[str]) -> TensorSource:
         """Returns the tensors under the names of the family's weight table.
@@ -122,11 +126,10 @@ class Source(ABC):
             ValueError: If files and model differ: every missing and unknown tensor and every wrong
                 shape is named.
         """
-        variables, config = model.variables, self.config
-        table = self.family.rows(config)
-        tensors = expand_table(table, [v.path for v in variables], config.num_layers)
+        variables = model.variables
+        tensors = self.expand_table([v.path for v in variables])
         # A file may hold the head though it is the embedding: beside it, or in its place.
-        copies = dict([tied_head(tensors)]) if config.tie_word_embeddings else {}
+        copies = dict([tied_head(tensors)]) if self.config.tie_word_embeddings else {}
         source = self.open_tensors([*(tensor.name for tensor in tensors), *copies])
         source = with_originals(source, copies)
         ignored = [*self.ignored, *copies]
