@@ -10,6 +10,7 @@ import keras
 from tqdm import tqdm
 
 from functional_llm.backbones.family import Family, ModelConfig
+from functional_llm.backbones.transforms import Rows
 from functional_llm.formats.weight_table import (
     Tensor,
     TensorSource,
@@ -86,6 +87,11 @@ class Source(ABC):
         return Edits()
 
     @property
+    def rows(self) -> Rows:
+        """The weight table, with the names that tensors have in the format."""
+        return self.family.rows(self.config)
+
+    @property
     def ignored(self) -> Sequence[str]:
         """Patterns of tensors that may be there and that the model does not need."""
         return self.family.ignored_tensors(self.config)
@@ -122,8 +128,7 @@ class Source(ABC):
                 shape is named.
         """
         variables, config = model.variables, self.config
-        table = self.family.rows(config)
-        tensors = expand_table(table, [v.path for v in variables], config.num_layers)
+        tensors = expand_table(self.rows, [v.path for v in variables], config.num_layers)
         # A file may hold the head though it is the embedding: beside it, or in its place.
         copies = dict([tied_head(tensors)]) if config.tie_word_embeddings else {}
         source = self.open_tensors([*(tensor.name for tensor in tensors), *copies])
