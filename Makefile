@@ -33,9 +33,11 @@ $(VENV)/installed-core: pyproject.toml
 	touch $@
 
 # torch on its own first: its plain version number lets pip take a CPU build where one is offered.
+# KerasHub alone: its models need no TensorFlow, which it asks for.
 $(VENV)/installed-dev: $(VENV)/installed-core
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps 'keras-hub>=0.32,<0.33'
 	touch $@
 
 # An environment of its own: KerasHub brings TensorFlow.

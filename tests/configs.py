@@ -438,6 +438,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "long_factor": [2.0, 2.1, 2.2, 2.3, 2.4, 9.5],
             "attention_factor": 1.3,
         },
+    },
     "gpt_neox_five_heads": _GPT_NEOX,
     "gpt_neox_serial_theta": {
         **_GPT_NEOX,

@@ -224,8 +224,9 @@ def _parts(model: Any) -> set[Any]:
         (type(layer).__name__, *sorted(v.path.rpartition("/")[2] for v in layer.variables))
         for _, layer in flm.walk(model)
     }
-    family = next(f for f in FAMILIES.values() if isinstance(model.config, f.config_class))
-    return layers | {row[2] for row in family.weights}
+    family = next(f for f in FAMILIES.values() if type(model.config) is f.config_class)
+    transforms = (transform for _, _, transform in family.rows(model.config))
+    return layers | {x if isinstance(x, str) else (x.axis, x.groups > 1) for x in transforms}
 
 
 @cache

@@ -2,17 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
-from functional_llm.backbones.transforms import Transform, fused
+from functional_llm.backbones.keras_hub import KerasHub
+from functional_llm.backbones.transforms import Row, Rows, Transform, fused
 from functional_llm.backbones.wrapper import Wrapper
 from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.rope import RopeScaling
 from functional_llm.graph.types import JSON
-
-# Tensor of a checkpoint, path of a variable, and the transform between them or its name.
-Row: TypeAlias = tuple[str, str, str | Transform]
-Rows: TypeAlias = Sequence[Row]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +99,7 @@ class Family:
         gguf_permuted: Projection whose rows llama.cpp reorders -> field with their number of heads.
         gguf_transposed: Patterns of tensors that GGUF files hold transposed.
         gguf_offset: Patterns of tensors that GGUF files hold with one added.
+        keras_hub: How KerasHub describes such models; `None` if it has none.
     """
 
     model_type: str
@@ -127,6 +125,7 @@ class Family:
     gguf_permuted: Mapping[str, str] = field(default_factory=dict)
     gguf_transposed: Sequence[str] = ()
     gguf_offset: Sequence[str] = ()
+    keras_hub: KerasHub | None = None
 
     def rows(self, config: ModelConfig) -> Rows:
         """Returns the weight table of a model with these numbers."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import keras
 
-from functional_llm.backbones import llama
+from functional_llm.backbones import keras_hub, llama
 from functional_llm.backbones.family import (
     COMMON_KEYS,
     AnyConfig,
@@ -16,6 +16,7 @@ from functional_llm.backbones.family import (
     Family,
     complete_common_keys,
 )
+from functional_llm.backbones.keras_hub import KerasHub
 from functional_llm.blocks.attention import attention, heads, key_value_shapes
 from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph, LayerType, causal_lm, scale, soft_cap
@@ -109,4 +110,16 @@ FAMILY = Family(
     ignored=llama.FAMILY.ignored,
     gguf_architecture="gemma",
     gguf_offset=["*norm.weight"],
+    keras_hub=KerasHub(
+        classes=("GemmaBackbone",),
+        arguments=keras_hub.GEMMA_ARGUMENTS,
+        fields=keras_hub.gemma_fields,
+        written=lambda config: {
+            **{name: keras_hub.GEMMA_ARGUMENTS[name] for name in keras_hub.GEMMA2},
+            "intermediate_dim": 2 * config.intermediate_dim,
+        },
+        weights=keras_hub.gemma_weights("gemma_decoder_block"),
+        wrong=keras_hub.gemma_wrong,
+        ignored=["sliding_window_size"],  # no layer has one
+    ),
 )

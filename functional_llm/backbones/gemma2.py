@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import keras
 
-from functional_llm.backbones import gemma, llama
+from functional_llm.backbones import gemma, keras_hub, llama
 from functional_llm.backbones.family import COMMON_KEYS, DecoderConfig, Family
+from functional_llm.backbones.keras_hub import KerasHub
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import sandwich
 from functional_llm.blocks.language_model import Graph, LayerType
@@ -105,4 +106,18 @@ FAMILY = Family(
     gguf_architecture="gemma2",
     gguf_defaults=gguf_defaults,
     gguf_offset=gemma.FAMILY.gguf_offset,
+    keras_hub=KerasHub(
+        classes=("GemmaBackbone",),
+        arguments=keras_hub.GEMMA_ARGUMENTS,
+        fields=lambda x: {
+            **keras_hub.gemma_fields(x),
+            **keras_hub.gemma2_fields(x, lambda i: i % 2 == 0),
+        },
+        written=lambda config: {
+            **keras_hub.gemma2_arguments(config),
+            "intermediate_dim": 2 * config.intermediate_dim,
+        },
+        weights=keras_hub.gemma_weights("gemma_decoder_block"),
+        wrong=keras_hub.gemma_wrong,
+    ),
 )

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import keras
 
+from functional_llm.backbones import keras_hub
 from functional_llm.backbones.family import Family, ModelConfig, dense_rows, layer_norm_rows
+from functional_llm.backbones.keras_hub import KerasHub
 from functional_llm.blocks.attention import attention, heads, key_value_shapes
 from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph, LayerType, causal_lm, learned_positions
@@ -119,4 +121,18 @@ FAMILY = Family(
         "vocab_size": "vocab_size",
     },
     gguf_transposed=["*.c_attn.weight", "*.c_proj.weight", "*.c_fc.weight"],
+    keras_hub=KerasHub(
+        classes=("GPT2Backbone",),
+        arguments={
+            **dict.fromkeys([*keras_hub.SIZES, "num_heads"], keras_hub.REQUIRED),
+            "max_sequence_length": 1024,
+        },
+        fields=lambda _: {
+            "activation": "gelu_approximate",
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+        },
+        written=lambda _: {},
+        weights=keras_hub.gpt2_weights,
+    ),
 )

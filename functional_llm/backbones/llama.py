@@ -11,6 +11,7 @@ from functools import partial
 
 import keras
 
+from functional_llm.backbones import keras_hub
 from functional_llm.backbones.family import (
     COMMON_KEYS,
     ROPE_BUFFERS,
@@ -20,6 +21,7 @@ from functional_llm.backbones.family import (
     complete_common_keys,
     dense_rows,
 )
+from functional_llm.backbones.keras_hub import KerasHub
 from functional_llm.blocks.attention import Part, PartFunction, attention, heads, key_value_shapes
 from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph, LayerType, causal_lm
@@ -141,4 +143,18 @@ FAMILY = Family(
     ignored=ROPE_BUFFERS,
     gguf_architecture="llama",
     gguf_permuted={"q_proj": "num_query_heads", "k_proj": "num_key_value_heads"},
+    keras_hub=KerasHub(
+        classes=("Llama3Backbone", "LlamaBackbone"),
+        arguments={
+            **keras_hub.ARGUMENTS,
+            **dict.fromkeys(keras_hub.STRETCH),
+            "rope_max_wavelength": 10000,
+            "rope_position_scaling_factor": 1.0,
+            "tie_word_embeddings": False,
+        },
+        fields=lambda x: keras_hub.llama_fields(x, 131072, attention_bias=False, mlp_bias=False),
+        written=keras_hub.stretch_arguments,
+        wrong=keras_hub.stretch_wrong,
+        weights=keras_hub.llama_weights("llama_transformer_decoder", "llama_layer_norm"),
+    ),
 )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -61,6 +62,32 @@ TRANSFORMS = {
     "transpose": Transform(np.transpose, np.transpose),
     "last_axis": Transform(_same, _same, axis=-1),
 }
+
+
+# Tensor of a checkpoint, path of a variable, and the transform between them or its name.
+Row: TypeAlias = tuple[str, str, str | Transform]
+Rows: TypeAlias = Sequence[Row]
+
+
+def split_axis(axis: int, sizes: tuple[int, ...]) -> Transform:
+    """Returns the transform for tensors that have an axis of the variable as several axes.
+
+    Args:
+        axis: Of the variable, counted from the left.
+        sizes: Of the tensor's axes in its place.
+    """
+    return Transform(
+        lambda x: x.reshape(*x.shape[:axis], -1, *x.shape[axis + len(sizes) :]),
+        lambda x: x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :]),
+    )
+
+
+def heads_first(heads: int, size: int) -> Transform:
+    """Returns the transform of kernels (heads, in, size), of which the variable is (in, out)."""
+    return Transform(
+        lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1),
+        lambda x: x.reshape(-1, heads, size).swapaxes(0, 1),
+    )
 
 
 def fused(groups: int = 1) -> tuple[Transform, Transform]:

@@ -31,6 +31,9 @@ _STALE_SECONDS = 24 * 3600
 
 _HUB_FILES = ["config.json", *TOKENIZER_FILES, f"{TEMPLATE_FOLDER}/*.jinja"]
 _HUB_FILES += ["*.safetensors", "*.safetensors.index.json"]
+# Of a KerasHub preset.
+_HUB_FILES += ["task.json", "preprocessor.json", "assets/tokenizer/*"]
+_HUB_FILES += ["model.weights.h5", "model.weights.json", "model_*.weights.h5"]
 # A star matches slashes too, and some repositories hold the same weights twice, in other layouts.
 _HUB_IGNORED = ["*/*.safetensors", "*/*.safetensors.index.json", "consolidated*.safetensors"]
 

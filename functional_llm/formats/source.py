@@ -10,6 +10,7 @@ import keras
 from tqdm import tqdm
 
 from functional_llm.backbones.family import Family, ModelConfig
+from functional_llm.backbones.transforms import Rows
 from functional_llm.formats.weight_table import (
     Tensor,
     TensorSource,
@@ -87,13 +88,18 @@ class Source(ABC):
         return Edits()
 
     @property
+    def rows(self) -> Rows:
+        """The weight table, with the names that tensors have in the format."""
+        return self.family.rows(self.config)
+
+    @property
     def ignored(self) -> Sequence[str]:
         """Patterns of tensors that may be there and that the model does not need."""
         return self.family.ignored_tensors(self.config)
 
     def expand_table(self, paths: Sequence[str]) -> Sequence[Tensor]:
         """Returns the tensors that hold the variables of these paths, as they lie in such files."""
-        return expand_table(self.family.rows(self.config), paths, self.config.num_layers)
+        return expand_table(self.rows, paths, self.config.num_layers)
 
     @abstractmethod
     def open_tensors(self, names: Sequence[str]) -> TensorSource:

@@ -17,8 +17,7 @@ from typing import Any, Protocol
 import keras
 import numpy as np
 
-from functional_llm.backbones.family import Row
-from functional_llm.backbones.transforms import TRANSFORMS, Transform
+from functional_llm.backbones.transforms import TRANSFORMS, Row, Transform
 
 
 class TensorSource(Protocol):

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-# The name of a kernel's result, and of the logarithms of its sums, for policies of `jax.checkpoint`.
+# Name of a kernel's result, and of the logarithms of its sums, for policies of `jax.checkpoint`.
 ATTENDED = "attended"
 _CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # which JAX gives no name
 

@@ -12,12 +12,18 @@ from functional_llm.formats.download import fetch_hub, fetch_wheel_member
 from functional_llm.formats.gguf_model import GGUFModel
 from functional_llm.formats.hf_config import decode_config
 from functional_llm.formats.hf_directory import HuggingFaceDirectory
+from functional_llm.formats.keras_hub_preset import KerasHubPreset
 from functional_llm.formats.source import Edits, Source, known_family
 from functional_llm.presets.table import read_preset
 from functional_llm.stock.keras_model import KerasModelFile
 
 # The first that opens a path reads it.
-FORMATS: tuple[type[Source], ...] = (KerasModelFile, GGUFModel, HuggingFaceDirectory)
+FORMATS: tuple[type[Source], ...] = (
+    KerasModelFile,
+    GGUFModel,
+    KerasHubPreset,
+    HuggingFaceDirectory,
+)
 _WORDS = ", ".join(format.words for format in FORMATS)
 
 

@@ -9,12 +9,8 @@ from typing import Any
 
 import tokenizers
 
-from functional_llm.tokenizers.engines import (
-    SPACE,
-    Engine,
-    TokenizerFields,
-    TokenizersEngine,
-)
+from functional_llm.tokenizers.byte_pairs import byte_pair_engine
+from functional_llm.tokenizers.engines import Engine, TokenizerFields
 from functional_llm.tokenizers.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from functional_llm.tokenizers.sentencepiece_engine import SentencePieceEngine
 from functional_llm.tokenizers.sentencepiece_model import (
@@ -145,40 +141,17 @@ def _pre_tokenizer(name: str | None) -> PreTokenizer:
 
 def _byte_pair_engine(metadata: Mapping[str, Any], pre: PreTokenizer) -> Engine:
     tokens = _gguf_tokens(metadata)
-    merges = _gguf_value(metadata, "merges")
-    vocabulary = {token: place for place, (token, _) in enumerate(tokens)}
-    try:
-        model = tokenizers.models.BPE(
-            vocabulary,
-            [_split_merge(merge) for merge in merges],
-            ignore_merges=pre.ignore_merges,
-            byte_fallback=not pre.byte_level,
-        )
-    # The library raises no narrower class.
-    except Exception as error:
-        raise _malformed_vocabulary("merges of tokens into tokens", str(error)) from error
-    tokenizer = tokenizers.Tokenizer(model)
-    words: list[Any] = [
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
-        for pattern in pre.patterns
+    added = [
+        tokenizers.AddedToken(token, special=kind != USER_DEFINED, normalized=False)
+        for token, kind in tokens
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
-    if pre.byte_level:
-        words.append(tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-        tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    else:
-        tokenizer.normalizer = tokenizers.normalizers.Replace(" ", SPACE)
-        tokenizer.decoder = tokenizers.decoders.Sequence(
-            [tokenizers.decoders.Replace(SPACE, " "), tokenizers.decoders.ByteFallback()]
-        )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(words)
-    tokenizer.add_tokens(
-        [
-            tokenizers.AddedToken(token, special=kind != USER_DEFINED, normalized=False)
-            for token, kind in tokens
-            if kind in (UNKNOWN, CONTROL, USER_DEFINED)
-        ]
-    )
-    return TokenizersEngine(tokenizer)
+    vocabulary = {token: place for place, (token, _) in enumerate(tokens)}
+    merges = _gguf_value(metadata, "merges")
+    try:
+        return byte_pair_engine(vocabulary, [_split_merge(x) for x in merges], added, pre)
+    except ValueError as error:
+        raise _malformed_vocabulary("merges of tokens into tokens", str(error)) from error
 
 
 def _split_merge(merge: str) -> tuple[str, str]:

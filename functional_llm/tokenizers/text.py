@@ -14,6 +14,7 @@ from functional_llm.tokenizers.chat_template import (
 from functional_llm.tokenizers.directory_reader import read_directory
 from functional_llm.tokenizers.engines import Engine, Offsets
 from functional_llm.tokenizers.gguf_vocabulary import read_gguf_vocabulary
+from functional_llm.tokenizers.keras_hub_vocabulary import read_keras_hub_tokenizer
 from functional_llm.tokenizers.stream import StreamDecoder
 from functional_llm.tokenizers.tool_schemas import tool_schemas
 
@@ -76,6 +77,22 @@ class TextTokenizer:
             ValueError: If a key is missing, or the tokenizer or its pre-tokenizer is unknown.
         """
         return cls(**read_gguf_vocabulary(metadata))
+
+    @classmethod
+    def from_keras_hub_preset(cls, path: str | Path) -> Self:
+        """Loads the tokenizer of a KerasHub preset directory, without KerasHub or TensorFlow.
+
+        Args:
+            path: A directory with KerasHub's tokenizer.json and the folder assets.
+
+        Returns:
+            The tokenizer; it cuts text as the model's authors do.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If one is malformed, or the tokenizer is of an unknown kind.
+        """
+        return cls(**read_keras_hub_tokenizer(Path(path)))
 
     @property
     def vocabulary_size(self) -> int:
