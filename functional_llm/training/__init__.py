@@ -1,6 +1,6 @@
 """Training: datasets, packing, the loss, and the loop around Keras's own `fit`.
 
-May import: files, graph, xla, tokenizers.
+May import: files, graph, xla, kernels, tokenizers.
 
 Offers: `train`, `LossModel`, `make_examples`, `pack`.
 """
