@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-# Name of a kernel's result, and of the logarithms of its sums, for policies of `jax.checkpoint`.
+# What policies of `jax.checkpoint` call a kernel's result, and the logarithms of its sums.
 ATTENDED = "attended"
 _CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # which JAX gives no name
 
