@@ -114,6 +114,15 @@ FAMILY = Family(
         "use_bias": "use_bias",
         "sliding_window": "sliding_window",
     },
+    config_ignored={"rms_norm_eps": "norm_epsilon", "layer_norm_epsilon": "norm_epsilon"},
+    config_constants={
+        # Transformers reads none of these.
+        "attention_softmax_in_fp32": True,
+        "mlp_type": "default",
+        "norm_type": "layer_norm",
+        "scale_attention_softmax_in_fp32": True,
+        "scale_attn_weights": True,
+    },
     complete_keys=complete_keys,
     weights=[
         *AROUND,

@@ -48,7 +48,7 @@ IRRELEVANT = frozenset(
 )
 # Dropout and initial values under the names of some families.
 IRRELEVANT |= frozenset(
-    """attention_probs_dropout_prob classifier_dropout dropout embedding_dropout
+    """attention_probs_dropout_prob classifier_dropout activation_dropout dropout embedding_dropout
     hidden_dropout_prob init_std layerdrop residual_dropout""".split()
 )
 # Keys for generating, which versions of Transformers before 5 wrote into this file.
