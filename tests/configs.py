@@ -274,11 +274,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "qk_layernorm": True,
         "rope_parameters": {"rope_theta": 5000.0, "partial_rotary_factor": 0.4},
     },
-    "phi_tied_one_layer": {
+    "phi_whole_heads_one_layer": {
         **_PHI,
         "num_key_value_heads": 1,
         "num_hidden_layers": 1,
-        "tie_word_embeddings": True,
         "partial_rotary_factor": 1.0,
         "rope_parameters": {"rope_type": "yarn", **_STRETCHED},
     },
@@ -353,17 +352,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
     },
     "gptj_half_of_each_head": _GPTJ,
-    "gptj_whole_heads_tied": {
-        **_GPTJ,
-        "n_inner": 100,
-        "rotary_dim": 12,
-        "tie_word_embeddings": True,
-    },
-    "gptj_one_layer_one_head": {
+    "gptj_third_of_each_head": {**_GPTJ, "n_inner": 100, "rotary_dim": 4},
+    "gptj_one_layer_one_whole_head": {
         **_GPTJ,
         "n_layer": 1,
         "n_head": 1,
-        "rotary_dim": 2,
+        "rotary_dim": 48,
         "activation_function": "relu",
     },
     "opt_norms_before": _OPT,
@@ -467,4 +461,6 @@ ONE_OF_EACH_KIND = [
     "gemma2_soft_caps",  # rings beside a full cache, soft caps, norms behind branches, scale 1 + w
     "gemma3_two_ropes",  # norms of queries and keys, a RoPE a type of layers
     "gpt2_tied",  # fused tensors, kernels as (in, out), learned positions, LayerNorm, a plain MLP
+    "cohere_query_key_norm_untied",  # LayerNorm without bias, a norm a head, pairs, side by side
+    "gptj_half_of_each_head",  # a bias on the head, pairs of the first channels
 ]

@@ -87,6 +87,7 @@ FAMILY = Family(
         "use_parallel_block": True,
         "use_qk_norm": False,
     },
+    config_nulls=("num_key_value_heads", "sliding_window"),
     complete_keys=complete_keys,
     weights=cohere.WEIGHTS,
     ignored=cohere.FAMILY.ignored,

@@ -60,8 +60,8 @@ def build(config: Config) -> Graph:
 
 
 def _norm(config: Config) -> Callable[[str], Part]:
-    make = layer_norm if config.norms_have_weights else bare_layer_norm
-    return lambda name: make(config.layer_norm_epsilon, name)
+    epsilon, bare = config.layer_norm_epsilon, not config.norms_have_weights
+    return lambda name: bare_layer_norm(epsilon) if bare else layer_norm(epsilon, name)
 
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:
@@ -127,4 +127,5 @@ FAMILY = Family(
     },
     complete_keys=complete_keys,
     weights=WEIGHTS,
+    ignored=["*decoder.version"],
 )
