@@ -37,13 +37,13 @@ class Config(ModelConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    norm, names = _norm(config), [f"decoder_{i}" for i in range(config.num_layers)]
+    names = [f"decoder_{i}" for i in range(config.num_layers)]
     wide, narrow = config.hidden_dim, config.embedding_dim
     positions = learned_positions(config.max_sequence_length, wide, _OFFSET)
     begin: list[Part] = []
     end: list[Part] = []
     if config.norm_before and not config.remove_final_norm:
-        end.append(norm("final_norm"))
+        end.append(_norm(config)("final_norm"))
     if narrow != wide:
         begin.append(keras.layers.Dense(wide, use_bias=False, name="project_in"))
         end.append(keras.layers.Dense(narrow, use_bias=False, name="project_out"))
