@@ -370,7 +370,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_OPT,
         "num_hidden_layers": 1,
         "num_attention_heads": 1,
-        "_remove_final_layer_norm": True,
         "enable_bias": False,
         "layer_norm_elementwise_affine": False,
         "tie_word_embeddings": False,

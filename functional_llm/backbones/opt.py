@@ -31,7 +31,6 @@ class Config(ModelConfig):
     use_bias: bool
     norms_have_weights: bool
     norm_before: bool
-    remove_final_norm: bool
     layer_norm_epsilon: float = 1e-5  # no config.json says another
 
 
@@ -42,7 +41,7 @@ def build(config: Config) -> Graph:
     positions = learned_positions(config.max_sequence_length, wide, _OFFSET)
     begin: list[Part] = []
     end: list[Part] = []
-    if config.norm_before and not config.remove_final_norm:
+    if config.norm_before:
         end.append(_norm(config)("final_norm"))
     if narrow != wide:
         begin.append(keras.layers.Dense(wide, use_bias=False, name="project_in"))
@@ -83,10 +82,10 @@ def complete_keys(keys: JSON) -> JSON:
     own: dict[str, Any] = {"max_position_embeddings": 2048, "activation_function": "relu"}
     own |= {"word_embed_proj_dim": keys["hidden_size"], "ffn_dim": 3072}
     own |= dict.fromkeys(["enable_bias", "do_layer_norm_before", _WEIGHTED], True)
-    return own | {_NO_LAST: False, "tie_word_embeddings": True} | keys
+    return own | {"tie_word_embeddings": True} | keys
 
 
-_WEIGHTED, _NO_LAST = "layer_norm_elementwise_affine", "_remove_final_layer_norm"
+_WEIGHTED = "layer_norm_elementwise_affine"
 _MODEL, _LAYER = "model.decoder", "model.decoder.layers.{}"
 WEIGHTS = [
     (f"{_MODEL}.embed_tokens.weight", "token_embedding/embeddings", "same"),
@@ -123,8 +122,8 @@ FAMILY = Family(
         "enable_bias": "use_bias",
         _WEIGHTED: "norms_have_weights",
         "do_layer_norm_before": "norm_before",
-        _NO_LAST: "remove_final_norm",
     },
+    config_constants={"_remove_final_layer_norm": False},  # of files from before 2022-06
     complete_keys=complete_keys,
     weights=WEIGHTS,
     ignored=["*decoder.version"],
