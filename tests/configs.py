@@ -274,11 +274,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "qk_layernorm": True,
         "rope_parameters": {"rope_theta": 5000.0, "partial_rotary_factor": 0.4},
     },
-    "phi_tied_one_layer": {
+    "phi_whole_heads_one_layer": {
         **_PHI,
         "num_key_value_heads": 1,
         "num_hidden_layers": 1,
-        "tie_word_embeddings": True,
         "partial_rotary_factor": 1.0,
         "rope_parameters": {"rope_type": "yarn", **_STRETCHED},
     },
@@ -353,17 +352,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
     },
     "gptj_half_of_each_head": _GPTJ,
-    "gptj_whole_heads_tied": {
-        **_GPTJ,
-        "n_inner": 100,
-        "rotary_dim": 12,
-        "tie_word_embeddings": True,
-    },
-    "gptj_one_layer_one_head": {
+    "gptj_third_of_each_head": {**_GPTJ, "n_inner": 100, "rotary_dim": 4},
+    "gptj_one_layer_one_whole_head": {
         **_GPTJ,
         "n_layer": 1,
         "n_head": 1,
-        "rotary_dim": 2,
+        "rotary_dim": 48,
         "activation_function": "relu",
     },
     "opt_norms_before": _OPT,
@@ -376,7 +370,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_OPT,
         "num_hidden_layers": 1,
         "num_attention_heads": 1,
-        "_remove_final_layer_norm": True,
         "enable_bias": False,
         "layer_norm_elementwise_affine": False,
         "tie_word_embeddings": False,
@@ -472,4 +465,6 @@ ONE_OF_EACH_KIND = [
     "opt_one_layer_without_weights",  # norms that have no weights, positions from 2 on
     "gpt_neox_no_biases_tied",  # tensors fused in groups, one for each head
     "phi3_long_texts",  # fused tensors, transposed; a RoPE that depends on the longest row
+    "cohere_query_key_norm_untied",  # LayerNorm without bias, a norm a head, pairs, side by side
+    "gptj_half_of_each_head",  # a bias on the head, pairs of the first channels
 ]

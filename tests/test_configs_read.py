@@ -413,3 +413,44 @@ def test_heads_that_do_not_share_out_evenly() -> None:
 def test_no_config_at_all(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         flm.Backbone.from_preset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "message"),
+    [
+        ("phi_half_of_each_head", {"tie_word_embeddings": True}, "tie_word_embeddings=True"),
+        ("phi_half_of_each_head", {"partial_rotary_factor": 1.5}, "at most 1, received"),
+        (
+            "phi_query_key_norm_grouped",
+            {"partial_rotary_factor": 0.5},
+            "one partial_rotary_factor of at most 1, received .*0.4.*0.5",
+        ),
+        ("stablelm_quarter_of_each_head", {"head_dim": 8}, "num_attention_heads, 16, .* 8"),
+        ("stablelm_quarter_of_each_head", {"rope_pct": 0.5}, "rope_pct and partial_rotary_factor"),
+        ("stablelm_quarter_of_each_head", {"qk_layernorm": True}, "qk_layernorm=True"),
+        ("gptj_half_of_each_head", {"rotary_dim": 13}, "rotary_dim of at most n_embd / n_head"),
+        ("nemotron_half_of_each_head", {"num_key_value_heads": None}, "a value for num_key_value"),
+        ("cohere2_full_layer_first", {"sliding_window": None}, "a value for sliding_window"),
+        ("cohere2_full_layer_first", {"rotary_pct": 0.5}, "rotary_pct=0.5"),
+        ("opt_norms_before", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm=True"),
+    ],
+)
+def test_what_no_part_does_is_refused(name: str, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_config({**CONFIGS[name], **keys}, FAMILIES[CONFIGS[name]["model_type"]])
+
+
+def test_a_part_of_a_head_is_written_as_it_is_read() -> None:
+    family = FAMILIES["phi"]
+    for factor in (0.25, 0.4, 1 / 3, 1.0):
+        raw = {**CONFIGS["phi_half_of_each_head"], "partial_rotary_factor": factor}
+        config: Any = read_config(raw, family)
+        assert config.rotary_dim == int(12 * factor)
+        assert read_config(write_config(config, family, "float32"), family) == config
+
+
+def test_the_context_of_a_cohere_is_the_one_that_llama_cpp_reads() -> None:
+    config: Any = read_config(
+        {**CONFIGS["cohere_pairs"], "model_max_length": 4096}, FAMILIES["cohere"]
+    )
+    assert config.max_sequence_length == 4096

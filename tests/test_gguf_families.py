@@ -12,6 +12,7 @@ import tokenizers
 
 import functional_llm as flm
 from configs import CONFIGS
+from functional_llm.formats.gguf_model import part_of_head
 from reference import reference_logits, save_reference
 
 # What a GGUF file cannot say is as llama.cpp takes it: the scale of scores, RoPE of local layers,
@@ -119,3 +120,8 @@ def test_logits_out_of_a_gguf_file(converted: dict[str, Any], name: str) -> None
     logits = np.asarray(backbone(token_ids))
     expected = reference_logits(reference, token_ids)
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_a_part_of_a_head_is_what_the_file_says() -> None:
+    sizes = [(part, whole) for whole in range(1, 257) for part in range(1, whole + 1)]
+    assert all(int(whole * part_of_head(part, whole)) == part for part, whole in sizes)

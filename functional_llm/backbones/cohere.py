@@ -110,6 +110,7 @@ FAMILY = Family(
     config_class=Config,
     build=build,
     config_keys={**CONFIG_KEYS, "use_qk_norm": "use_query_key_norm", _CONTEXT: int},
+    config_nulls=("num_key_value_heads", "layer_norm_eps", "logit_scale"),
     complete_keys=complete_keys,
     weights=WEIGHTS,
     ignored=ROPE_BUFFERS,

@@ -74,19 +74,20 @@ FAMILY = Family(
         "layer_types": "layer_types",
         "sliding_window": "sliding_window",
         "sliding_window_pattern": int,
+        "layer_switch": int,  # says what layer_types says
+        "use_parallel_embedding": bool,  # how the table is spread over devices
     },
     config_constants={
         # Transformers reads none of these.
-        "layer_switch": 4,
         "order_of_interleaved_layers": "local_attn_first",
         "position_embedding_type": "rope_gptj",
         "rotary_pct": 1.0,
         "use_embedding_sharing": True,
         "use_gated_activation": True,
         "use_parallel_block": True,
-        "use_parallel_embedding": True,
         "use_qk_norm": False,
     },
+    config_nulls=("num_key_value_heads", "sliding_window"),
     complete_keys=complete_keys,
     weights=cohere.WEIGHTS,
     ignored=cohere.FAMILY.ignored,

@@ -90,7 +90,11 @@ FAMILY = Family(
     build=build,
     config_keys={**gpt2.FAMILY.config_keys, "rotary_dim": "rotary_dim"},
     config_aliases=gpt2.FAMILY.config_aliases,
-    config_constants={"rotary": True, "scale_attn_weights": True},  # neither is read
+    config_constants={
+        "rotary": True,  # Transformers reads neither this nor the next
+        "scale_attn_weights": True,
+        "tie_word_embeddings": False,  # the bias is that of a head of its own
+    },
     complete_keys=complete_keys,
     weights=WEIGHTS,
     ignored=gpt2.FAMILY.ignored,

@@ -59,9 +59,11 @@ def complete_keys(keys: JSON) -> JSON:
     """Adds Transformers' defaults for keys that a `config.json` leaves out."""
     own = {"max_position_embeddings": 4096, "norm_eps": 1e-5, "hidden_act": "relu2"}
     own |= {"attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 0.5}
-    return complete_common_keys(own | keys)
+    # Transformers takes no number of heads for granted here.
+    return {**complete_common_keys(own | keys), _HEADS: keys.get(_HEADS)}
 
 
+_HEADS = "num_key_value_heads"
 FAMILY = Family(
     model_type="nemotron",
     architecture="NemotronForCausalLM",

@@ -31,19 +31,18 @@ class Config(ModelConfig):
     use_bias: bool
     norms_have_weights: bool
     norm_before: bool
-    remove_final_norm: bool
     layer_norm_epsilon: float = 1e-5  # no config.json says another
 
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    norm, names = _norm(config), [f"decoder_{i}" for i in range(config.num_layers)]
+    names = [f"decoder_{i}" for i in range(config.num_layers)]
     wide, narrow = config.hidden_dim, config.embedding_dim
     positions = learned_positions(config.max_sequence_length, wide, _OFFSET)
     begin: list[Part] = []
     end: list[Part] = []
-    if config.norm_before and not config.remove_final_norm:
-        end.append(norm("final_norm"))
+    if config.norm_before:
+        end.append(_norm(config)("final_norm"))
     if narrow != wide:
         begin.append(keras.layers.Dense(wide, use_bias=False, name="project_in"))
         end.append(keras.layers.Dense(narrow, use_bias=False, name="project_out"))
@@ -60,8 +59,8 @@ def build(config: Config) -> Graph:
 
 
 def _norm(config: Config) -> Callable[[str], Part]:
-    make = layer_norm if config.norms_have_weights else bare_layer_norm
-    return lambda name: make(config.layer_norm_epsilon, name)
+    epsilon, bare = config.layer_norm_epsilon, not config.norms_have_weights
+    return lambda name: bare_layer_norm(epsilon) if bare else layer_norm(epsilon, name)
 
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:
@@ -83,10 +82,10 @@ def complete_keys(keys: JSON) -> JSON:
     own: dict[str, Any] = {"max_position_embeddings": 2048, "activation_function": "relu"}
     own |= {"word_embed_proj_dim": keys["hidden_size"], "ffn_dim": 3072}
     own |= dict.fromkeys(["enable_bias", "do_layer_norm_before", _WEIGHTED], True)
-    return own | {_NO_LAST: False, "tie_word_embeddings": True} | keys
+    return own | {"tie_word_embeddings": True} | keys
 
 
-_WEIGHTED, _NO_LAST = "layer_norm_elementwise_affine", "_remove_final_layer_norm"
+_WEIGHTED = "layer_norm_elementwise_affine"
 _MODEL, _LAYER = "model.decoder", "model.decoder.layers.{}"
 WEIGHTS = [
     (f"{_MODEL}.embed_tokens.weight", "token_embedding/embeddings", "same"),
@@ -123,8 +122,9 @@ FAMILY = Family(
         "enable_bias": "use_bias",
         _WEIGHTED: "norms_have_weights",
         "do_layer_norm_before": "norm_before",
-        _NO_LAST: "remove_final_norm",
     },
+    config_constants={"_remove_final_layer_norm": False},  # of files from before 2022-06
     complete_keys=complete_keys,
     weights=WEIGHTS,
+    ignored=["*decoder.version"],
 )

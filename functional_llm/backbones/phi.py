@@ -92,6 +92,7 @@ FAMILY = Family(
         "partial_rotary_factor": "partial_rotary_factor",
         "qk_layernorm": "use_query_key_norm",
     },
+    config_constants={"tie_word_embeddings": False},  # the bias is that of a head of its own
     complete_keys=complete_keys,
     weights=WEIGHTS,
     ignored=ROPE_BUFFERS,

@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 
+from functional_llm.backbones import llama
 from functional_llm.backbones.family import (
     ROPE_BUFFERS,
     AnyConfig,
@@ -89,12 +90,7 @@ def complete_keys(keys: JSON) -> JSON:
 
 
 _LAYER = "model.layers.{}"
-ATTENTION = [
-    *dense_rows(f"{_LAYER}.self_attn.q_proj", "decoder_{}/attention/query"),
-    *dense_rows(f"{_LAYER}.self_attn.k_proj", "decoder_{}/attention/key"),
-    *dense_rows(f"{_LAYER}.self_attn.v_proj", "decoder_{}/attention/value"),
-    *dense_rows(f"{_LAYER}.self_attn.o_proj", "decoder_{}/attention/output"),
-]
+ATTENTION = [row for row in llama.WEIGHTS if ".self_attn." in row[0]]
 # What is outside of the decoder layers, and their two norms.
 AROUND = [
     ("model.embed_tokens.weight", "token_embedding/embeddings", "same"),
@@ -114,6 +110,8 @@ FAMILY = Family(
         "use_bias": "use_bias",
         "sliding_window": "sliding_window",
     },
+    config_ignored={"rms_norm_eps": "norm_epsilon", "layer_norm_epsilon": "norm_epsilon"},
+    config_constants={"mlp_type": "default", "norm_type": "layer_norm"},  # neither is read
     complete_keys=complete_keys,
     weights=[
         *AROUND,

@@ -56,7 +56,7 @@ def causal_lm(
         keeps: What each layer keeps of a token in the cache.
         final_norm: Part before the head.
         tie_word_embeddings: Whether the head is the transposed embedding.
-        head_bias: Whether the head adds a bias.
+        head_bias: Whether a head of its own adds a bias.
         embedding_parts: Parts after the embedding; they may use the input "positions".
         logit_parts: Parts after the head.
 
@@ -84,7 +84,6 @@ def causal_lm(
     hidden = apply_parts([final_norm], x, inputs)
     if tie_word_embeddings:
         logits = embedding(hidden, reverse=True)
-        logits = Bias(name="head")(logits) if head_bias else logits
     else:
         logits = keras.layers.Dense(vocabulary_size, use_bias=head_bias, name="head")(hidden)
     logits = apply_parts(logit_parts, logits, inputs)
@@ -165,15 +164,6 @@ def soft_cap(bound: float) -> PartFunction:
         [Gemma 2](https://arxiv.org/abs/2408.00118), section 2.
     """
     return lambda x, inputs: ops.tanh(x / bound) * bound
-
-
-@keras.saving.register_keras_serializable("functional_llm")
-class Bias(CompositeLayer):
-    """A layer that adds a learned vector."""
-
-    def functional_build(self, inputs: Tensor) -> Tensor:
-        self.bias = self.add_weight(inputs.shape[-1:], "zeros", name="bias")
-        return inputs + self.bias
 
 
 def learned_positions(max_sequence_length: int, hidden_dim: int, offset: int = 0) -> PartFunction:

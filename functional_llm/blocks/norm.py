@@ -50,9 +50,9 @@ def layer_norm_without_bias(epsilon: float, name: str) -> keras.layers.Layer:
     return keras.layers.LayerNormalization(epsilon=epsilon, center=False, name=name)
 
 
-def bare_layer_norm(epsilon: float, name: str) -> keras.layers.Layer:
+def bare_layer_norm(epsilon: float) -> PartFunction:
     """Layer norm with nothing learned."""
-    return keras.layers.LayerNormalization(epsilon=epsilon, center=False, scale=False, name=name)
+    return lambda x, inputs: ops.layer_normalization(x, epsilon=epsilon)
 
 
 def offset_layer_norm(epsilon: float, name: str) -> PartFunction:
@@ -73,7 +73,7 @@ def offset_layer_norm(epsilon: float, name: str) -> PartFunction:
 
 @keras.saving.register_keras_serializable("functional_llm")
 class LayerNormOfHeads(CompositeLayer):
-    """Layer norm of each head, (..., N, H), with scales of its own and no bias, in float32.
+    """Layer norm of each head, (..., N, H), with scales of its own and no bias.
 
     Args:
         epsilon: Added to the variance.
@@ -90,8 +90,7 @@ class LayerNormOfHeads(CompositeLayer):
 
     def functional_build(self, inputs: Tensor) -> Tensor:
         self.scale = self.add_weight(inputs.shape[-2:], "ones", name="scale")
-        x = ops.layer_normalization(ops.cast(inputs, "float32"), epsilon=self.epsilon)
-        return ops.cast(x * self.scale, inputs.dtype)
+        return ops.layer_normalization(inputs, epsilon=self.epsilon) * self.scale
 
     def get_config(self) -> JSON:
         return {**super().get_config(), "epsilon": self.epsilon}

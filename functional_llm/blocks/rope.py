@@ -296,10 +296,9 @@ def rotary_pairs() -> PartFunction:
         half = x.shape[-1] // 2
         halves = inputs["rotation"]
         cos, sin = (ops.repeat(halves[key][..., half:], 2, axis=-1) for key in ("cos", "sin"))
-        pairs = (np.tile(np.array(pair, "float32"), half) for pair in ([-1, 0], [0, 1]))
-        even, odd = (ops.cast(pair, sin.dtype) for pair in pairs)
-        turned = ops.roll(x, -1, axis=-1) * (sin * even) + ops.roll(x, 1, axis=-1) * (sin * odd)
-        return x * cos + turned
+        even = np.arange(x.shape[-1]) % 2 == 0
+        turned = ops.where(even, -ops.roll(x, -1, axis=-1), ops.roll(x, 1, axis=-1))
+        return x * cos + turned * sin
 
     return rotate
 

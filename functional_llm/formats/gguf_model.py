@@ -153,7 +153,7 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
         head_dim = config["head_dim"] = sizes[0] // sizes[1]
     if "partial_rotary_factor" in family.config_keys and head_dim:
         turning = given.pop("rope.dimension_count", head_dim)
-        config["partial_rotary_factor"] = _share(turning, head_dim)
+        config["partial_rotary_factor"] = part_of_head(turning, head_dim)
     for key in ("rope.dimension_count", "attention.value_length"):
         if given.pop(key, head_dim) != head_dim:
             raise ValueError(f"{file.path}: {prefix}{key} unlike the head size {head_dim}.")
@@ -170,7 +170,7 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
     return family.gguf_defaults(config) | config
 
 
-def _share(part: int, whole: int) -> float:
+def part_of_head(part: int, whole: int) -> float:
     """Returns the quotient, made large enough for `int(whole * quotient)` to be the part."""
     share = part / whole
     return share if int(whole * share) == part else float(np.nextafter(share, 1))

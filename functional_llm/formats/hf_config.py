@@ -48,7 +48,7 @@ IRRELEVANT = frozenset(
 )
 # Dropout and initial values under the names of some families.
 IRRELEVANT |= frozenset(
-    """attention_probs_dropout_prob classifier_dropout dropout embedding_dropout
+    """attention_probs_dropout_prob classifier_dropout activation_dropout dropout embedding_dropout
     hidden_dropout_prob init_std layerdrop residual_dropout""".split()
 )
 # Keys for generating, which versions of Transformers before 5 wrote into this file.
@@ -90,6 +90,7 @@ def read_config(raw: Mapping[str, Any], family: Family) -> ModelConfig:
     _check_types(given, family)
     full = family.complete_keys(given)
     _check_there(family, full)
+    _check_not_null(family, full, has_meaning)
     _check_ignored(given, full, family)
     keys = {x: key for key, x in family.config_keys.items() if isinstance(x, str)}
     places = {x.name: keys.get(x.name, x.name) for x in fields(family.config_class)}
@@ -143,6 +144,18 @@ def _check_there(
         raise ValueError(
             f"config.json lacks the keys {missing}, needed by the family {family.model_type!r}."
         )
+
+
+def _check_not_null(family: Family, full: JSON, nullable: Collection[str]) -> None:
+    """Checks that no field without a meaning for null is left without a value."""
+    hints = get_type_hints(family.config_class)
+    for key, field in family.config_keys.items():
+        may_be = isinstance(field, str) and type(None) in get_args(hints[field])
+        if key in nullable and isinstance(field, str) and full[key] is None and not may_be:
+            raise ValueError(
+                f"config.json: expected a value for {key}, received null or nothing, of which "
+                "Transformers makes no model."
+            )
 
 
 def _check_types(given: Mapping[str, Any], family: Family) -> None:
@@ -199,8 +212,8 @@ def _check_heads(config: ModelConfig, family: Family) -> None:
 
 def _check_known(given: Mapping[str, Any], family: Family) -> None:
     private = {key for key in given if key.startswith("_")}  # of Transformers itself
-    constants = {**_CONSTANTS, **family.config_constants}
-    constants = {key: x for key, x in constants.items() if key not in family.config_keys}
+    common = {key: x for key, x in _CONSTANTS.items() if key not in family.config_keys}
+    constants = {**common, **family.config_constants}
     ours = {*family.config_keys, *family.config_ignored, *constants}
     known = {*ours, *private, *IRRELEVANT}
     if _has(family.config_class, "rope_max_wavelength"):

@@ -35,6 +35,11 @@ def uninitialized() -> Iterator[None]:
     global_state.set_global_attribute("uninitialized_variables", [])
 
 
+def has_value(variable: keras.Variable) -> bool:
+    """Returns whether a variable has a value, which one made by `uninitialized` may not have."""
+    return variable._value is not None
+
+
 def no_value(shape: tuple[int, ...], dtype: str | None = None) -> Tensor:
     """Stands for the initial value of a variable that must not have one."""
     if jax_utils.is_in_jax_tracing_scope():  # only shapes and dtypes are asked for

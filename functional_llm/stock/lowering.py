@@ -18,6 +18,7 @@ from keras import ops, tree
 
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.keras_private import calls, freeze_layer_only, set_untracked
+from functional_llm.graph.keras_values import has_value
 from functional_llm.graph.own_weights import OwnWeight
 from functional_llm.graph.rewiring import shared_copy
 from functional_llm.graph.selection import inner_graph, inner_layers
@@ -260,7 +261,8 @@ class Lowering:
             trainable=variable.trainable and id(variable) not in self._frozen,
         )
         tensor = ops.reshape(holder(indices(rows, x)), shape)
-        holder.embeddings.assign(ops.reshape(variable, holder.embeddings.shape))
+        if has_value(variable):  # else a file gives one to the holder
+            holder.embeddings.assign(ops.reshape(variable, holder.embeddings.shape))
         self.copies.append((variable, holder.embeddings))
         return tensor
 
