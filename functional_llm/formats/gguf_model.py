@@ -48,10 +48,13 @@ _ROPE_KEYS = {
     "rope.scaling.attn_factor": "attention_factor",
     "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
+    "rope.scaling.yarn_log_multiplier": "mscale_all_dim",
+    "attention.temperature_scale": "llama_4_scaling_beta",
 }
 # Tensors of the first layer, one of which is there if the key is true.
 _TOLD_BY_TENSORS = {
     "attention_bias": ("attn_q.bias", "attn_qkv.bias"),
+    "attention_out_bias": ("attn_output.bias",),
     "bias": ("attn_qkv.bias",),
     "mlp_bias": ("ffn_up.bias",),
     "qk_layernorm": ("attn_q_norm.weight",),
@@ -185,11 +188,15 @@ def _rope_scaling(file: GGUFFile, given: JSON) -> JSON:
         return {"rope_type": "longrope", **read, **values}
     if kind == "none":
         given.pop("rope.scaling.original_context_length", None)
+        if given.get("rope.scaling.factor") == 1:
+            del given["rope.scaling.factor"]
         if _FREQUENCIES not in file.shapes:
             return {}
         factors = file.read(_FREQUENCIES, "float32")
         return {"rope_type": "frequency_factors", "factors": tuple(factors.tolist())}
     values = {_ROPE_KEYS[key]: given.pop(key) for key in list(given) if key in _ROPE_KEYS}
+    if "mscale_all_dim" in values:  # llama.cpp takes the other mscale to be 1
+        values = {"mscale": 1.0, **values}
     return {"rope_type": kind, **values}
 
 
