@@ -26,7 +26,11 @@ def build(config: Config) -> Graph:
         (kind, olmo2.build_decoder(config, f"decoder_{i}"))
         for i, kind in enumerate(config.layer_types)
     ]
-    return llama.build_around(config, layers, gemma3.two_ropes(config, config.local_rope_max_wavelength, config.sliding_window))
+    return llama.build_around(
+        config,
+        layers,
+        gemma3.two_ropes(config, config.local_rope_max_wavelength, config.sliding_window),
+    )
 
 
 _THETA = 500000.0
