@@ -56,16 +56,12 @@ _GRANITE = {
     "logits_scaling": 1.7,
 }
 _SEED_OSS = {**_LLAMA, "model_type": "seed_oss", "head_dim": 20}
+_ALPHA = {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0}
 _HUNYUAN = {
     **_LLAMA,
     "model_type": "hunyuan_v1_dense",
     "head_dim": 20,
-    "rope_parameters": {
-        "rope_type": "dynamic",
-        "rope_theta": 10000.0,
-        "alpha": 50.0,
-        "factor": 1.0,
-    },
+    "rope_parameters": _ALPHA,
 }
 _EXAONE4 = {
     **_LLAMA,
@@ -73,19 +69,20 @@ _EXAONE4 = {
     "sliding_window": 8,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+_GROWING = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.6,
+    "llama_4_scaling_beta": 0.5,
+}
 _MINISTRAL3 = {
     **_LLAMA,
     "model_type": "ministral3",
     "head_dim": 20,
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 10000.0,
-        "factor": 16.0,
-        "original_max_position_embeddings": 16,
-        "mscale": 1.0,
-        "mscale_all_dim": 0.6,
-        "llama_4_scaling_beta": 0.5,
-    },
+    "rope_parameters": _GROWING,
 }
 _GEMMA = {**_LLAMA, "model_type": "gemma", "head_dim": 16}
 _GEMMA2 = {
@@ -343,7 +340,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_HUNYUAN,
         "num_hidden_layers": 1,
         "num_key_value_heads": 1,
-        "rope_parameters": {**_HUNYUAN["rope_parameters"], "alpha": 1000.0},
+        "rope_parameters": {**_ALPHA, "alpha": 1000.0},
     },
     "exaone4_nope_in_full_layers": _EXAONE4,
     "exaone4_no_window_tied": {
@@ -378,7 +375,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 1,
         "num_key_value_heads": 1,
         "head_dim": 12,
-        "rope_parameters": {**_MINISTRAL3["rope_parameters"], "mscale_all_dim": 0.0},
+        "rope_parameters": {**_GROWING, "mscale_all_dim": 0.0},
     },
     "gemma_grouped": _GEMMA,
     "gemma_untied_multi_head": {**_GEMMA, "num_key_value_heads": 4, "tie_word_embeddings": False},

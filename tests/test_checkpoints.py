@@ -167,7 +167,7 @@ def test_a_tied_head_under_either_name(one: Any, tmp_path: Path) -> None:
 
 
 def test_messages_name_what_is_in_the_file(one: Any, tmp_path: Path) -> None:
-    norm = next(x for x in one.tensors if x.endswith(("input_layernorm.weight", "ln_1.weight")))
+    norm = next(x for x in one.tensors if x.endswith(("layernorm.weight", "ln_1.weight")))
     bare = norm.removeprefix(one.family.base_prefix)
     tensors = _bare(one) | {"extra": np.ones(3, "float32"), bare: np.ones(3, "float32")}
     with pytest.raises(ValueError, match=rf"(?s)tensor '{bare}': expected.*tensor 'extra' of"):

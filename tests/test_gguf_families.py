@@ -40,7 +40,10 @@ SAID: dict[str, dict[str, Any]] = {
     "granite_multipliers": {},
     "granite_biases_tied": {"head_dim": 12, "mlp_bias": False},
     "seed_oss_biases_head_size": {},
-    "hunyuan_alpha_norm_after_rope": {"max_position_embeddings": 32768},
+    "hunyuan_alpha_norm_after_rope": {
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+    },
     "exaone4_nope_in_full_layers": {},
     "exaone4_pattern_llama3_multi_query": {"layer_types": ["sliding_attention", "full_attention"]},
     "ministral3_growing_queries": {},

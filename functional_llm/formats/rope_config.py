@@ -82,10 +82,8 @@ def with_types(given: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, 
     def translated(value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        kinds = {
-            key: value[key] for key in ("rope_type", "type") if isinstance(value.get(key), str)
-        }
-        if types or set(kinds.values()) & set(OF_FAMILIES):
+        kinds = {key: value[key] for key in ("rope_type", "type") if key in value}
+        if types or any(kind in list(OF_FAMILIES) for kind in kinds.values()):
             kinds = {key: known(allowed, kind, "rope_type") for key, kind in kinds.items()}
         return {**value, **kinds}
 
