@@ -95,7 +95,8 @@ for folder in map(Path, sys.argv[2:]):
     def set_vocab(self):
         self.gguf_writer.add_tokenizer_model("none")
         self.gguf_writer.add_vocab_size(128)
-    converter.set_vocab = set_vocab
+    for kind in (converter, getattr(converter, "Ministral3Model", converter)):
+        kind.set_vocab = set_vocab
     with torch.inference_mode():
         path = folder / "model.gguf"
         converter(folder, gguf.LlamaFileType.ALL_F32, path, eager=True).write()

@@ -5,6 +5,7 @@ Reference: [EXAONE 4.0](https://arxiv.org/abs/2507.11407).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 
@@ -61,20 +62,18 @@ def build_decoder(config: Config, name: str, rotate: PartFunction) -> CompositeL
 def complete_keys(keys: JSON) -> JSON:
     """Adds Transformers' defaults for keys that a `config.json` leaves out."""
     num_layers = keys["num_hidden_layers"]
-    own = {"rms_norm_eps": 1e-5, "num_key_value_heads": 32, "sliding_window": 4096}
+    own: JSON = {"rms_norm_eps": 1e-5, "num_key_value_heads": 32, "sliding_window": 4096}
     keys = own | keys
-    pattern = 1 if keys["sliding_window"] is None else keys.get("sliding_window_pattern", 4)
-    if isinstance(pattern, str):  # such as "LLLG"
-        slides = [pattern[i % len(pattern)] == "L" for i in range(num_layers)] if pattern else []
-        slides[-1:] = [False]
+    pattern: Any = keys.get("sliding_window_pattern", 4)
+    pattern = 1 if keys["sliding_window"] is None else pattern
+    if isinstance(pattern, str) and pattern and set(pattern) <= {"L", "G"}:
+        slides = [pattern[i % len(pattern)] == "L" for i in range(num_layers - 1)] + [False]
     elif type(pattern) is int and pattern > 0:
         slides = [(i + 1) % pattern != 0 for i in range(num_layers)]
     else:
-        slides = []
-    if len(slides) != num_layers or not set(str(pattern)) <= set("LG0123456789"):
         raise ValueError(
             "config.json: expected a positive integer for sliding_window_pattern, or letters L and "
-            f"G, received {str(pattern)[:80]!r}."
+            f"G, received {repr(pattern)[:80]}."
         )
     kinds = ["sliding_attention" if x else "full_attention" for x in slides]
     keys = {"layer_types": kinds, **keys}

@@ -50,7 +50,7 @@ def complete_keys(keys: JSON) -> JSON:
     num_layers = keys["num_hidden_layers"]
     kinds = ["sliding_attention" if (i + 1) % 4 else "full_attention" for i in range(num_layers)]
     rope = {"rope_theta": _THETA, "rope_local_base_freq": _THETA}
-    keys = {"layer_types": kinds, "sliding_window": 4096} | rope | keys
+    keys = {"layer_types": kinds, "sliding_window": 4096, **rope, **keys}
     check_windows(keys["layer_types"], keys["sliding_window"])
     return olmo2.complete_keys(keys)
 

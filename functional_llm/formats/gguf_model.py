@@ -146,6 +146,9 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
     config["tie_word_embeddings"] = "output.weight" not in file.shapes
     if "layer_types" in config:  # whether each layer has a window
         config["layer_types"] = [LAYER_TYPES[bool(slides)] for slides in config["layer_types"]]
+    local = "rope_local_base_freq"  # a key of Gemma 3 alone
+    if local in config and local not in family.config_keys:
+        config["rope_parameters"] = {"sliding_attention": {"rope_theta": config.pop(local)}}
     # llama.cpp, too, tells these by the tensors.
     for key, tensors in _TOLD_BY_TENSORS.items():
         if key in family.config_keys:
