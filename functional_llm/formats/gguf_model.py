@@ -99,7 +99,7 @@ class GGUFModel(Source):
             raise ValueError(
                 f"{self.path}: the architecture {prefix[:-1]!r} may be one of the families "
                 f"{[family.model_type for family in sharing]}. Expected one of the keys that tell "
-                f"them apart ({keys}), received those of {[f.model_type for f in there]}."
+                f"them apart ({keys}), received {[f.gguf_told_by for f in there]}."
             )
         return found[0]
 
