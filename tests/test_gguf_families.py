@@ -79,6 +79,7 @@ SAID: dict[str, dict[str, Any]] = {
 # Old keys, which the converter wants.
 WANTED: dict[str, dict[str, Any]] = {
     "gpt2": {"n_ctx": 512},
+    "mistral": {"architectures": ["Mistral3ForConditionalGeneration"]},  # else it is a Llama's
     "cohere2": {"rotary_pct": 1.0},
     "gpt_neox": {"rotary_pct": 0.35},
 }
