@@ -1,7 +1,7 @@
 """Granite 3: a Llama with four multipliers: of embeddings, scores, branches, and logits.
 
 Reference: [Granite 3.0](https://github.com/ibm-granite/granite-3.0-language-models), which takes
-them from [Power Scheduler](https://arxiv.org/abs/2408.13359), section 3.
+them from [Power Scheduler](https://arxiv.org/abs/2408.13359).
 """
 
 from dataclasses import dataclass
@@ -92,5 +92,6 @@ FAMILY = Family(
     ignored=llama.FAMILY.ignored,
     gguf_architecture="granite",
     gguf_keys=MULTIPLIERS,
+    gguf_defaults=lambda keys: {"attention_multiplier": keys["head_dim"] ** -0.5},
     gguf_permuted=llama.FAMILY.gguf_permuted,
 )

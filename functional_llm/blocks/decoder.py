@@ -107,7 +107,7 @@ def norm_behind_branches(
         mlp: Layer named "mlp".
 
     Reference:
-        [OLMo 2](https://arxiv.org/abs/2501.00656), section 3.2.
+        [OLMo 2](https://arxiv.org/abs/2501.00656).
     """
     return decoder(name, [[part, norm(f"{part.name}_post_norm")] for part in (attention, mlp)])
 

@@ -151,8 +151,8 @@ class NtkAlphaScaling:
     """Multiplies the base (theta) by a power of a fixed number.
 
     Reference:
-        [Hunyuan-Large](https://arxiv.org/abs/2411.02265), section 2.3; the power is that of
-        Tencent's `HunYuanDynamicNTKAlphaRotaryEmbedding`.
+        Tencent's [Hunyuan](https://github.com/Tencent-Hunyuan/Hunyuan-7B), whose code names it
+        `DynamicNTKAlpha`, though nothing in it is dynamic.
     """
 
     alpha: float
