@@ -35,6 +35,55 @@ _SMOLLM3 = {
     "no_rope_layers": [1, 0],
     "tie_word_embeddings": False,
 }
+_OLMO2 = {**_LLAMA, "model_type": "olmo2"}
+_OLMO3 = {
+    **_OLMO2,
+    "model_type": "olmo3",
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500000.0}
+        | {"original_max_position_embeddings": 64},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+}
+_GRANITE = {
+    **_LLAMA,
+    "model_type": "granite",
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.4,
+    "residual_multiplier": 0.6,
+    "logits_scaling": 1.7,
+}
+_SEED_OSS = {**_LLAMA, "model_type": "seed_oss", "head_dim": 20}
+_ALPHA = {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0}
+_HUNYUAN = {
+    **_LLAMA,
+    "model_type": "hunyuan_v1_dense",
+    "head_dim": 20,
+    "rope_parameters": _ALPHA,
+}
+_EXAONE4 = {
+    **_LLAMA,
+    "model_type": "exaone4",
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+_GROWING = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.6,
+    "llama_4_scaling_beta": 0.5,
+}
+_MINISTRAL3 = {
+    **_LLAMA,
+    "model_type": "ministral3",
+    "head_dim": 20,
+    "rope_parameters": _GROWING,
+}
 _GEMMA = {**_LLAMA, "model_type": "gemma", "head_dim": 16}
 _GEMMA2 = {
     **_GEMMA,
@@ -215,6 +264,118 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 1,
         "num_key_value_heads": 1,
         "no_rope_layers": [0, 1],
+    },
+    "olmo2_norms_over_all_heads": _OLMO2,
+    "olmo2_tied_yarn_multi_head": {
+        **_OLMO2,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "yarn", **_STRETCHED},
+    },
+    "olmo2_biases_head_size_multi_query": {
+        **_OLMO2,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 10,
+        "attention_bias": True,
+    },
+    "olmo3_yarn_in_full_layers": _OLMO3,
+    "olmo3_default_pattern": {
+        **_OLMO3,
+        "num_hidden_layers": 4,
+        "layer_types": None,
+        "num_key_value_heads": 1,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 3000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    },
+    "olmo3_one_sliding_layer_biases": {
+        **_OLMO3,
+        "num_hidden_layers": 1,
+        "layer_types": ["sliding_attention"],
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "granite_multipliers": _GRANITE,
+    "granite_biases_tied": {
+        **_GRANITE,
+        "num_key_value_heads": 4,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+        "head_dim": 16,
+    },
+    "granite_small_multipliers_multi_query": {
+        **_GRANITE,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 1,
+        "embedding_multiplier": 0.3,
+        "logits_scaling": 0.4,
+    },
+    "seed_oss_biases_head_size": _SEED_OSS,
+    "seed_oss_output_bias_only": {
+        **_SEED_OSS,
+        "attention_bias": False,
+        "attention_out_bias": True,
+        "mlp_bias": True,
+        "head_dim": None,
+        "num_key_value_heads": 4,
+    },
+    "seed_oss_tied_one_layer_multi_query": {
+        **_SEED_OSS,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+    },
+    "hunyuan_alpha_norm_after_rope": _HUNYUAN,
+    "hunyuan_tied_biases_no_scaling": {
+        **_HUNYUAN,
+        "num_key_value_heads": 4,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    },
+    "hunyuan_alpha_one_layer_multi_query": {
+        **_HUNYUAN,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 1,
+        "rope_parameters": {**_ALPHA, "alpha": 1000.0},
+    },
+    "exaone4_nope_in_full_layers": _EXAONE4,
+    "exaone4_no_window_tied": {
+        **_EXAONE4,
+        "sliding_window": None,
+        "layer_types": ["full_attention"] * 2,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    },
+    "exaone4_pattern_llama3_multi_query": {
+        **_EXAONE4,
+        "layer_types": None,
+        "sliding_window_pattern": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 20,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            **_STRETCHED,
+        },
+    },
+    "ministral3_growing_queries": _MINISTRAL3,
+    "ministral3_window_tied": {
+        **_MINISTRAL3,
+        "sliding_window": 24,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    },
+    "ministral3_one_layer_multi_query": {
+        **_MINISTRAL3,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 12,
+        "rope_parameters": {**_GROWING, "mscale_all_dim": 0.0},
     },
     "gemma_grouped": _GEMMA,
     "gemma_untied_multi_head": {**_GEMMA, "num_key_value_heads": 4, "tie_word_embeddings": False},

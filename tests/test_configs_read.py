@@ -403,6 +403,58 @@ def test_a_key_that_is_not_read_is_told_from_a_default(
         read_config({**CONFIGS[name], **keys}, FAMILIES[CONFIGS[name]["model_type"]])
 
 
+@pytest.mark.parametrize(
+    ("name", "keys", "message"),
+    [
+        (
+            "hunyuan_alpha_norm_after_rope",
+            {"rope_parameters": {"type": "linear", "factor": 2.0}},
+            "unknown rope_type='linear'. Known: default, dynamic",
+        ),
+        (
+            "hunyuan_alpha_norm_after_rope",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "lack alpha",
+        ),
+        (
+            "llama_grouped",
+            {"rope_parameters": {"rope_type": "ntk_alpha", "alpha": 2.0}},
+            "unknown rope_type='ntk_alpha'",
+        ),
+        (
+            "llama_grouped",
+            {"rope_parameters": {**YARN4, "llama_4_scaling_beta": 0.1}},
+            "unknown RoPE parameters ['llama_4_scaling_beta']",
+        ),
+        (
+            "ministral3_growing_queries",
+            {"rope_parameters": DEFAULT},
+            "unknown rope_type='default'. Known: yarn",
+        ),
+        (
+            "olmo3_yarn_in_full_layers",
+            {"rope_parameters": None, "rope_theta": 3000.0},
+            "a rope_theta in rope_parameters for each of full_attention and sliding_attention",
+        ),
+        ("exaone4_nope_in_full_layers", {"sliding_window": None}, "a sliding_window that is in"),
+        ("exaone4_nope_in_full_layers", {"sliding_window_pattern": "LX"}, "letters L and G"),
+        ("smollm3_nope_slides", {"no_rope_layers": [1]}, "no_rope_layers of 2 numbers"),
+        ("smollm3_nope_slides", {"no_rope_layer_interval": 0}, "a positive integer"),
+    ],
+)
+def test_patterns_and_types_of_rope_that_a_family_does_not_have(
+    name: str, keys: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_config({**CONFIGS[name], **keys}, FAMILIES[CONFIGS[name]["model_type"]])
+
+
+def test_a_pattern_of_letters_ends_with_a_full_layer() -> None:
+    config = {**CONFIGS["exaone4_pattern_llama3_multi_query"], "num_hidden_layers": 5}
+    ours: Any = read_config({**config, "sliding_window_pattern": "LLG"}, FAMILIES["exaone4"])
+    assert [kind[0] for kind in ours.layer_types] == ["s", "s", "f", "s", "f"]
+
+
 def test_heads_that_do_not_share_out_evenly() -> None:
     with pytest.raises(ValueError, match="num_attention_heads to be a multiple of num_key_value_h"):
         read_config({**BASE, "num_key_value_heads": 3}, LLAMA)

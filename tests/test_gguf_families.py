@@ -35,6 +35,19 @@ SAID: dict[str, dict[str, Any]] = {
         "use_sliding_window": False,
         "sliding_window": None,
     },
+    "olmo2_norms_over_all_heads": {},
+    "olmo2_tied_yarn_multi_head": {},
+    "olmo3_yarn_in_full_layers": {},
+    "granite_multipliers": {},
+    "granite_biases_tied": {"head_dim": 12, "mlp_bias": False},
+    "seed_oss_biases_head_size": {},
+    "hunyuan_alpha_norm_after_rope": {
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+    },
+    "exaone4_nope_in_full_layers": {},
+    "exaone4_pattern_llama3_multi_query": {"layer_types": ["sliding_attention", "full_attention"]},
+    "ministral3_growing_queries": {},
     "gemma_grouped": {},
     "gemma2_soft_caps": {"query_pre_attn_scalar": 16},
     "gemma3_default_pattern": {"query_pre_attn_scalar": 16},
@@ -67,6 +80,7 @@ SAID: dict[str, dict[str, Any]] = {
 # Old keys, which the converter wants.
 WANTED: dict[str, dict[str, Any]] = {
     "gpt2": {"n_ctx": 512},
+    "mistral": {"architectures": ["Mistral3ForConditionalGeneration"]},  # else it is a Llama's
     "cohere2": {"rotary_pct": 1.0},
     "gpt_neox": {"rotary_pct": 0.35},
 }
@@ -83,7 +97,8 @@ for folder in map(Path, sys.argv[2:]):
     def set_vocab(self):
         self.gguf_writer.add_tokenizer_model("none")
         self.gguf_writer.add_vocab_size(128)
-    converter.set_vocab = set_vocab
+    for kind in (converter, getattr(converter, "Ministral3Model", converter)):
+        kind.set_vocab = set_vocab
     with torch.inference_mode():
         path = folder / "model.gguf"
         converter(folder, gguf.LlamaFileType.ALL_F32, path, eager=True).write()

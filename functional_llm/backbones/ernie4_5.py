@@ -51,8 +51,6 @@ def complete_keys(keys: JSON) -> JSON:
     own: JSON = {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 500000.0}
     own |= {"use_bias": False, "tie_word_embeddings": True}
     keys = own | {"num_key_value_heads": 2, "head_dim": 128} | keys
-    if keys["head_dim"] is None:
-        keys["head_dim"] = keys["hidden_size"] // keys["num_attention_heads"]
     return complete_common_keys(keys)
 
 

@@ -81,6 +81,8 @@ class Family:
             and the fields that no key gives.
         config_constants: Key -> the one value for which the graph is right.
         written_keys: Config -> what Transformers needs in a `config.json` beside `config_keys`.
+        rope_types: RoPE's types in files of the family -> what they mean here, where that is not
+            what they mean elsewhere; if there are any, files may have no other types.
         weights: Rows (tensor of a checkpoint, path of a variable, a transform or its name); `{}`
             stands for the layer. Rows that name one tensor are its parts, in order. Or a function
             of the config that returns them.
@@ -113,6 +115,7 @@ class Family:
     complete_keys: Callable[[JSON], JSON]
     config_constants: Mapping[str, Any] = field(default_factory=dict)
     written_keys: Callable[[Any], JSON] = _nothing
+    rope_types: Mapping[str, str] = field(default_factory=dict)
     weights: Rows | Callable[[Any], Rows]
     ignored: Sequence[str] | Callable[[Any], Sequence[str]] = ()
     wrappers: Sequence[Wrapper] = ()
@@ -198,6 +201,8 @@ def complete_common_keys(keys: JSON) -> JSON:
     num_heads = keys["num_attention_heads"]
     if keys.get("num_key_value_heads") is None:
         keys = {**keys, "num_key_value_heads": num_heads}
+    if keys.get("head_dim", 0) is None:
+        keys = {key: value for key, value in keys.items() if key != "head_dim"}
     return {
         "head_dim": keys["hidden_size"] // num_heads,
         "rms_norm_eps": 1e-6,
@@ -207,3 +212,16 @@ def complete_common_keys(keys: JSON) -> JSON:
         "rope_theta": 10000.0,
         **keys,
     }
+
+
+def check_windows(kinds: Sequence[str], window: int | None) -> None:
+    """Checks that there is a window if there are layers that have one.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if window is None and "sliding_attention" in kinds:
+        raise ValueError(
+            "config.json: expected a sliding_window that is in use for layer_types with "
+            "sliding_attention, received none."
+        )

@@ -36,14 +36,18 @@ class Config(DecoderConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    full = Rope(config.head_dim, config.rope_max_wavelength, config.rope_scaling)
-    sliding = Rope(config.head_dim, config.local_rope_max_wavelength)
-    types = {
-        "full_attention": LayerType(full),
-        "sliding_attention": LayerType(sliding, config.sliding_window),
-    }
+    types = two_ropes(config, config.local_rope_max_wavelength, config.sliding_window)
     cap = config.final_logit_soft_cap
     return gemma.build_stack(config, build_decoder, config.layer_types, types, cap)
+
+
+def two_ropes(
+    config: DecoderConfig, local_max_wavelength: float, window: int | None
+) -> dict[str, LayerType]:
+    """Returns the types of layers of which those with a window have a RoPE of their own."""
+    full = Rope(config.head_dim, config.rope_max_wavelength, config.rope_scaling)
+    sliding = Rope(config.head_dim, local_max_wavelength)
+    return {"full_attention": LayerType(full), "sliding_attention": LayerType(sliding, window)}
 
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:

@@ -6,26 +6,17 @@ The other layers have no positions (NoPE); windows, if there are any, are theirs
 
 from dataclasses import dataclass
 
-import keras
-
 from functional_llm.backbones import llama, qwen2
-from functional_llm.backbones.family import DecoderConfig, Family, complete_common_keys
-from functional_llm.blocks.attention import attention, heads
-from functional_llm.blocks.decoder import pre_norm
+from functional_llm.backbones.family import Family, check_windows
 from functional_llm.blocks.language_model import Graph
-from functional_llm.blocks.mlp import gated_mlp
-from functional_llm.blocks.norm import rms_norm
-from functional_llm.blocks.rope import rotary
-from functional_llm.graph.composite import CompositeLayer
+from functional_llm.blocks.rope import no_rotary, rotary
 from functional_llm.graph.types import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DecoderConfig):
-    """The numbers of a SmolLM3, beside those of `DecoderConfig`."""
+class Config(llama.Config):
+    """The numbers of a SmolLM3, beside those of a Llama."""
 
-    attention_bias: bool
-    mlp_bias: bool
     no_rope_layers: tuple[int, ...]  # 0 for a layer without RoPE, and 1 for one with it
     layer_types: tuple[str, ...]
     sliding_window: int | None
@@ -33,26 +24,12 @@ class Config(DecoderConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    layers = [
-        (kind, build_decoder(config, f"decoder_{i}", bool(config.no_rope_layers[i])))
-        for i, kind in enumerate(config.layer_types)
-    ]
+    layers = []
+    for i, kind in enumerate(config.layer_types):
+        rotate = rotary() if config.no_rope_layers[i] else no_rotary()
+        biases = config.attention_bias, config.mlp_bias
+        layers.append((kind, llama.build_decoder(config, f"decoder_{i}", rotate, *biases)))
     return llama.build_around(config, layers, llama.one_rope(config, config.sliding_window))
-
-
-def build_decoder(config: Config, name: str, turns: bool) -> CompositeLayer:
-    """Returns one decoder layer; `turns` says whether it has RoPE."""
-    queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
-    epsilon, bias = config.layer_norm_epsilon, config.attention_bias
-    turn = [rotary()] if turns else []
-    self_attention = attention(
-        query=[heads(queries, size, "query", bias), *turn],
-        key=[heads(keys, size, "key", bias), *turn],
-        value=[heads(keys, size, "value", bias)],
-        output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),
-    )
-    mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation, config.mlp_bias)
-    return pre_norm(name, lambda part: rms_norm(epsilon, part), self_attention, mlp)
 
 
 def complete_keys(keys: JSON) -> JSON:
@@ -67,27 +44,21 @@ def complete_keys(keys: JSON) -> JSON:
     if len(turns) < num_layers or any(x not in (0, 1) for x in turns):
         raise ValueError(
             f"config.json: expected no_rope_layers of {num_layers} numbers, each 0 or 1, received "
-            f"{len(turns)}: {turns[:9]}."
+            f"{len(turns)}, the first of them {turns[:9]}."
         )
     turns = [int(x) for x in turns[:num_layers]]
     window = keys.get("sliding_window") if keys.get("use_sliding_window") else None
     local = "full_attention" if window is None else "sliding_attention"
     kinds = keys.get("layer_types") or ["full_attention" if x else local for x in turns]
-    if window is None and "sliding_attention" in kinds:
-        raise ValueError(
-            "config.json: expected a sliding_window and use_sliding_window=true for layer_types "
-            "with sliding_attention, received neither or one of them."
-        )
+    check_windows(kinds, window)
     own = {
         "num_key_value_heads": 4,
         "max_position_embeddings": 32768,
-        "attention_bias": False,
-        "mlp_bias": False,
         "tie_word_embeddings": True,
         "rope_theta": 2_000_000.0,
     }
     patterns = {"no_rope_layers": turns, "layer_types": kinds, "sliding_window": window}
-    return complete_common_keys(own | keys | patterns)
+    return llama.complete_keys(own | keys | patterns)
 
 
 FAMILY = Family(

@@ -31,8 +31,13 @@ def apply_parts(parts: Sequence[Part], x: Tensor, inputs: Inputs) -> Tensor:
 def heads(num_heads: int, head_dim: int, name: str, use_bias: bool = False) -> PartFunction:
     """Projects (B, T, D) to (B, T, num_heads, H) by one Dense called `name`."""
     project = keras.layers.Dense(num_heads * head_dim, use_bias=use_bias, name=name)
-    split = keras.layers.Reshape((-1, num_heads, head_dim), name=f"{name}_heads")
+    split = split_heads(num_heads, head_dim, name)
     return lambda x, inputs: split(project(x))
+
+
+def split_heads(num_heads: int, head_dim: int, name: str) -> keras.layers.Layer:
+    """Splits (B, T, num_heads * H) into (B, T, num_heads, H)."""
+    return keras.layers.Reshape((-1, num_heads, head_dim), name=f"{name}_heads")
 
 
 def key_value_shapes(num_heads: int, head_dim: int) -> Shapes:

@@ -95,6 +95,23 @@ def post_norm(
     return CompositeLayer(body, name=name)
 
 
+def norm_behind_branches(
+    name: str, norm: Callable[[str], Part], attention: CompositeLayer, mlp: CompositeLayer
+) -> CompositeLayer:
+    """A decoder layer with a norm at the end of each branch: x + norm(attention(x)).
+
+    Args:
+        name: Name of the layer.
+        norm: Makes a norm of a given name.
+        attention: Layer named "attention".
+        mlp: Layer named "mlp".
+
+    Reference:
+        [OLMo 2](https://arxiv.org/abs/2501.00656).
+    """
+    return decoder(name, [[part, norm(f"{part.name}_post_norm")] for part in (attention, mlp)])
+
+
 def pre_norm(
     name: str, norm: Callable[[str], Part], attention: CompositeLayer, mlp: CompositeLayer
 ) -> CompositeLayer:

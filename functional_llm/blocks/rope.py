@@ -136,6 +136,37 @@ class YarnScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QueryScaledYarn(YarnScaling):
+    """YaRN of a model whose queries grow with their position; `query_scale` does that.
+
+    Args:
+        query_beta: How much they grow.
+    """
+
+    query_beta: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NtkAlphaScaling:
+    """Multiplies the base (theta) by a power of a fixed number.
+
+    Reference:
+        Tencent's [Hunyuan](https://github.com/Tencent-Hunyuan/Hunyuan-7B), whose code names it
+        `DynamicNTKAlpha`, though nothing in it is dynamic.
+    """
+
+    alpha: float
+    magnitude = 1.0
+
+    def frequencies(self, base: np.ndarray, max_wavelength: float) -> np.ndarray:
+        dim = 2 * len(base)
+        return _frequencies(dim, max_wavelength * self.alpha ** (dim / (dim - 2)))
+
+    def context(self, length: int) -> int:
+        return length
+
+
+@dataclass(frozen=True, kw_only=True)
 class FrequencyFactors:
     """Divides the frequency of each pair of channels by a number of its own.
 
@@ -202,6 +233,14 @@ class LongRopeScaling:
         return FrequencyFactors(factors=self.long_factors)
 
 
+def _frequencies(dim: int, max_wavelength: float) -> np.ndarray:
+    """Returns the unscaled angles per position, (dim/2)."""
+    # Rounded where torch rounds: one ulp moves the angles of far positions by 1e-4.
+    exponents = np.arange(0, dim, 2, dtype="float32") / np.float32(dim)
+    wavelengths = np.float64(max_wavelength) ** exponents.astype("float64")
+    return np.float32(1.0) / wavelengths.astype("float32")
+
+
 @dataclass(frozen=True)
 class Rope:
     """The frequencies of a rotary position embedding.
@@ -236,10 +275,7 @@ class Rope:
     @property
     def frequencies(self) -> np.ndarray:
         """Angles per position, (H/2), float32."""
-        # Rounded where torch rounds: one ulp moves the angles of far positions by 1e-4.
-        exponents = np.arange(0, self.head_dim, 2, dtype="float32") / np.float32(self.head_dim)
-        wavelengths = np.float64(self.max_wavelength) ** exponents.astype("float64")
-        frequencies = np.float32(1.0) / wavelengths.astype("float32")
+        frequencies = _frequencies(self.head_dim, self.max_wavelength)
         if self.scaling is None:
             return frequencies
         with np.errstate(all="ignore"):  # checked below
@@ -287,6 +323,33 @@ def rotary() -> PartFunction:
         return x * cos + ops.roll(x, x.shape[-1] // 2, axis=-1) * sin
 
     return rotate
+
+
+def no_rotary() -> PartFunction:
+    """Part that stands where `rotary` does in a layer without positions."""
+    return lambda x, inputs: x
+
+
+def query_scale(scaling: QueryScaledYarn) -> PartFunction:
+    """Part that multiplies queries (B, T, N, H), the more the farther on they stand.
+
+    The factor of position p is 1 + beta * ln(1 + floor(p / original length)).
+
+    Args:
+        scaling: Its beta, and the length that the model was trained on at first.
+
+    Reference:
+        [Llama 4](https://ai.meta.com/blog/llama-4-multimodal-intelligence/), whose models do so.
+    """
+    length, beta = scaling.original_max_sequence_length, scaling.query_beta
+
+    def grow(x: Tensor, inputs: Inputs) -> Tensor:
+        # Padding has position -1, of which there is no logarithm.
+        steps_BT11 = ops.maximum(ops.expand_dims(inputs["positions"], (2, 3)), 0) // length
+        factor = 1 + beta * ops.log1p(ops.cast(steps_BT11, "float32"))
+        return x * ops.cast(factor, x.dtype)
+
+    return grow
 
 
 def rotary_pairs() -> PartFunction:

@@ -48,10 +48,13 @@ _ROPE_KEYS = {
     "rope.scaling.attn_factor": "attention_factor",
     "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
+    "rope.scaling.yarn_log_multiplier": "mscale_all_dim",
+    "attention.temperature_scale": "llama_4_scaling_beta",
 }
 # Tensors of the first layer, one of which is there if the key is true.
 _TOLD_BY_TENSORS = {
     "attention_bias": ("attn_q.bias", "attn_qkv.bias"),
+    "attention_out_bias": ("attn_output.bias",),
     "bias": ("attn_qkv.bias",),
     "mlp_bias": ("ffn_up.bias",),
     "qk_layernorm": ("attn_q_norm.weight",),
@@ -96,7 +99,7 @@ class GGUFModel(Source):
             raise ValueError(
                 f"{self.path}: the architecture {prefix[:-1]!r} may be one of the families "
                 f"{[family.model_type for family in sharing]}. Expected one of the keys that tell "
-                f"them apart ({keys}), received those of {[f.model_type for f in there]}."
+                f"them apart ({keys}), received {[f.gguf_told_by for f in there]}."
             )
         return found[0]
 
@@ -143,6 +146,9 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
     config["tie_word_embeddings"] = "output.weight" not in file.shapes
     if "layer_types" in config:  # whether each layer has a window
         config["layer_types"] = [LAYER_TYPES[bool(slides)] for slides in config["layer_types"]]
+    local = "rope_local_base_freq"  # a key of Gemma 3 alone
+    if local in config and local not in family.config_keys:
+        config["rope_parameters"] = {"sliding_attention": {"rope_theta": config.pop(local)}}
     # llama.cpp, too, tells these by the tensors.
     for key, tensors in _TOLD_BY_TENSORS.items():
         if key in family.config_keys:
@@ -185,11 +191,15 @@ def _rope_scaling(file: GGUFFile, given: JSON) -> JSON:
         return {"rope_type": "longrope", **read, **values}
     if kind == "none":
         given.pop("rope.scaling.original_context_length", None)
+        if given.get("rope.scaling.factor") == 1:
+            del given["rope.scaling.factor"]
         if _FREQUENCIES not in file.shapes:
             return {}
         factors = file.read(_FREQUENCIES, "float32")
         return {"rope_type": "frequency_factors", "factors": tuple(factors.tolist())}
     values = {_ROPE_KEYS[key]: given.pop(key) for key in list(given) if key in _ROPE_KEYS}
+    if "mscale_all_dim" in values:  # llama.cpp takes the other mscale to be 1
+        values = {"mscale": 1.0, **values}
     return {"rope_type": kind, **values}
 
 

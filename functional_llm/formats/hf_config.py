@@ -13,6 +13,7 @@ from functional_llm.formats.rope_config import (
     known,
     read_rope,
     shown,
+    with_types,
     write_rope_scaling,
 )
 from functional_llm.graph.types import JSON
@@ -98,7 +99,10 @@ def read_config(raw: Mapping[str, Any], family: Family) -> ModelConfig:
     if "activation" in keys:
         values["activation"] = known(ACTIVATIONS, values["activation"], keys["activation"])
     if _has(family.config_class, "rope_max_wavelength"):
-        values |= read_rope(given, full, _has(family.config_class, _LOCAL))
+        # A family may have a RoPE of its own for files that do not speak of it.
+        rope = given | {key: x for key, x in full.items() if key == "rope_parameters"}
+        rope = with_types(rope, family.rope_types)
+        values |= read_rope(rope, full, _has(family.config_class, _LOCAL))
     if "layer_types" in values:
         _check_layer_types(values)
     config = family.config_class(**_with_tuples(values))
@@ -165,7 +169,7 @@ def _check_types(given: Mapping[str, Any], family: Family) -> None:
         value = given.get(key)
         if value is not None and isinstance(field, str):
             check_value(key, value, hints[field], counts=_is_count(field))
-        elif value is not None:
+        elif value is not None and field is not object:  # of which `complete_keys` knows more
             check_value(key, value, field)
     layers = next(key for key, field in family.config_keys.items() if field == "num_layers")
     if given[layers] > _MOST_LAYERS:
@@ -283,7 +287,7 @@ def write_config(config: ModelConfig, family: Family, dtype: str) -> JSON:
             keys["max_position_embeddings"] = length
         # The older spelling: all versions of Transformers read it, and so does KerasHub.
         keys["rope_theta"] = config.rope_max_wavelength
-        keys["rope_scaling"] = write_rope_scaling(config)
+        keys["rope_scaling"] = write_rope_scaling(config, family.rope_types)
     return keys | family.written_keys(config)
 
 

@@ -11,6 +11,8 @@ from functional_llm.blocks.rope import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    NtkAlphaScaling,
+    QueryScaledYarn,
     RopeScaling,
     YarnScaling,
 )
@@ -22,7 +24,19 @@ _LARGEST_INT, _LARGEST_FLOAT = 2**31 - 1, 3e38  # what int32 and float32 hold
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
+_YARN = {
+    name: name
+    for name in "factor beta_fast beta_slow truncate attention_factor mscale mscale_all_dim".split()
+}
 _LENGTH = {"original_max_position_embeddings": "original_max_sequence_length"}
+# What types mean in the files of some families: see `Family.rope_types`.
+OF_FAMILIES: dict[str, tuple[type, dict[str, str]]] = {
+    "ntk_alpha": (NtkAlphaScaling, {"alpha": "alpha"}),
+    "yarn_query_scale": (
+        QueryScaledYarn,
+        _YARN | _LENGTH | {"llama_4_scaling_beta": "query_beta"},
+    ),
+}
 SCALINGS: dict[str, tuple[type | None, dict[str, str]]] = {
     "default": (None, {}),
     "linear": (LinearScaling, {"factor": "factor"}),
@@ -41,19 +55,40 @@ SCALINGS: dict[str, tuple[type | None, dict[str, str]]] = {
         }
         | _LENGTH,
     ),
-    "yarn": (
-        YarnScaling,
-        {
-            name: name
-            for name in (
-                "factor beta_fast beta_slow truncate attention_factor mscale mscale_all_dim".split()
-            )
-        }
-        | _LENGTH,
-    ),
+    "yarn": (YarnScaling, _YARN | _LENGTH),
+    **OF_FAMILIES,
 }
 # Numbers of YaRN for which Transformers takes 0 as "not given".
-_ZERO_IS_NOTHING = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
+_ZERO_IS_NOTHING = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "llama_4_scaling_beta"}
+# Parameters beside which are in files and which nobody reads.
+_NOT_READ = {
+    "ntk_alpha": {"factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"},
+    "yarn_query_scale": {"max_position_embeddings"},
+}
+
+
+def with_types(given: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the keys of a file with RoPE's types as they are called here.
+
+    Args:
+        given: The keys in the file.
+        types: A family's `rope_types`.
+
+    Raises:
+        ValueError: At a type that files of the family do not have.
+    """
+    allowed = types or {name: name for name in SCALINGS if name not in OF_FAMILIES}
+
+    def translated(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        kinds = {key: value[key] for key in ("rope_type", "type") if key in value}
+        if types or any(kind in list(OF_FAMILIES) for kind in kinds.values()):
+            kinds = {key: known(allowed, kind, "rope_type") for key, kind in kinds.items()}
+        return {**value, **kinds}
+
+    places = ("rope_parameters", "rope_scaling")
+    return {key: translated(x) if key in places else x for key, x in given.items()}
 
 
 def read_rope(
@@ -245,13 +280,15 @@ def _scaling(kind: Any, parameters: dict[str, Any], length: int) -> RopeScaling 
         raise ValueError("config.json: expected partial_rotary_factor to be 1 if it is there.")
     if scaling_class is None:
         names = {}
+    is_yarn = set(_YARN) <= set(names)
+    parameters = {k: x for k, x in parameters.items() if k not in _NOT_READ.get(kind, ())}
     if "original_max_position_embeddings" in names:
         original = parameters.setdefault("original_max_position_embeddings", length)
-        is_implied = kind == "yarn" and parameters.get("factor", 1) is None
+        is_implied = is_yarn and parameters.get("factor", 1) is None
         if is_implied or (kind == "longrope" and parameters.get("factor") is None):
             check_value("original_max_position_embeddings", original, int, counts=True)
             parameters["factor"] = length / original
-    if kind == "yarn":
+    if is_yarn:
         parameters = {k: x for k, x in parameters.items() if x != 0 or k not in _ZERO_IS_NOTHING}
     unknown = sorted(set(parameters) - set(names))
     if unknown:
@@ -280,8 +317,14 @@ def _read_factors(factors: Any) -> FrequencyFactors:
     return FrequencyFactors(factors=tuple(factors))
 
 
-def write_rope_scaling(config: DecoderConfig) -> JSON | None:
-    """Returns the scaling of a config as Hugging Face's `rope_scaling`."""
+def write_rope_scaling(config: DecoderConfig, types: Mapping[str, str]) -> JSON | None:
+    """Returns the scaling of a config as Hugging Face's `rope_scaling`.
+
+    Args:
+        config: The config.
+        types: The family's `rope_types`.
+    """
+    theirs = {ours: name for name, ours in types.items()}
     scaling = config.rope_scaling
     if scaling is None:
         return None
@@ -298,7 +341,8 @@ def write_rope_scaling(config: DecoderConfig) -> JSON | None:
         if scaling_class is type(scaling):
             given = {key: getattr(scaling, field) for key, field in names.items()}
             given = {key: list(x) if isinstance(x, tuple) else x for key, x in given.items()}
-            return {"rope_type": rope_type, **{k: v for k, v in given.items() if v is not None}}
+            given = {"rope_type": theirs.get(rope_type, rope_type), **given}
+            return {key: x for key, x in given.items() if x is not None}
     raise ValueError(f"Expected a known RoPE scaling to write, received {scaling!r}.")
 
 

@@ -1,0 +1,97 @@
+"""Granite 3: a Llama with four multipliers: of embeddings, scores, branches, and logits.
+
+Reference: [Granite 3.0](https://github.com/ibm-granite/granite-3.0-language-models), which takes
+them from [Power Scheduler](https://arxiv.org/abs/2408.13359).
+"""
+
+from dataclasses import dataclass
+
+import keras
+
+from functional_llm.backbones import llama
+from functional_llm.backbones.family import Family
+from functional_llm.blocks.attention import attention, heads
+from functional_llm.blocks.decoder import decoder
+from functional_llm.blocks.language_model import Graph, scale
+from functional_llm.blocks.mlp import gated_mlp
+from functional_llm.blocks.norm import rms_norm
+from functional_llm.blocks.rope import rotary
+from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.types import JSON
+from functional_llm.layers.attention import AttentionDotProduct
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(llama.Config):
+    """The numbers of a Granite, beside those of a Llama."""
+
+    embedding_multiplier: float
+    attention_multiplier: float
+    residual_multiplier: float
+    logits_scaling: float  # a divisor
+
+
+def build(config: Config) -> Graph:
+    """Returns the inputs and outputs of the graph."""
+    layers = [
+        ("full_attention", build_decoder(config, f"decoder_{i}")) for i in range(config.num_layers)
+    ]
+    return llama.build_around(
+        config,
+        layers,
+        llama.one_rope(config),
+        embedding_parts=[scale(config.embedding_multiplier)],
+        logit_parts=[scale(1 / config.logits_scaling)],
+    )
+
+
+def build_decoder(config: Config, name: str) -> CompositeLayer:
+    """Returns one decoder layer."""
+    queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
+    epsilon, bias = config.layer_norm_epsilon, config.attention_bias
+    self_attention = attention(
+        query=[heads(queries, size, "query", bias), rotary()],
+        key=[heads(keys, size, "key", bias), rotary()],
+        value=[heads(keys, size, "value", bias)],
+        output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),
+        product=AttentionDotProduct(config.attention_multiplier, name="dot_product"),
+    )
+    mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation, config.mlp_bias)
+    scaled = scale(config.residual_multiplier)
+    return decoder(
+        name,
+        [
+            [rms_norm(epsilon, "attention_norm"), self_attention, scaled],
+            [rms_norm(epsilon, "mlp_norm"), mlp, scaled],
+        ],
+    )
+
+
+# Key of a GGUF file -> that of a config.json, and our field.
+MULTIPLIERS = {
+    "embedding_scale": "embedding_multiplier",
+    "attention.scale": "attention_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+
+
+def complete_keys(keys: JSON) -> JSON:
+    """Adds Transformers' defaults for keys that a `config.json` leaves out."""
+    return llama.complete_keys(dict.fromkeys(MULTIPLIERS.values(), 1.0) | keys)
+
+
+FAMILY = Family(
+    model_type="granite",
+    architecture="GraniteForCausalLM",
+    config_class=Config,
+    build=build,
+    config_keys={**llama.FAMILY.config_keys, **{x: x for x in MULTIPLIERS.values()}},
+    complete_keys=complete_keys,
+    weights=llama.WEIGHTS,
+    ignored=llama.FAMILY.ignored,
+    gguf_architecture="granite",
+    gguf_keys=MULTIPLIERS,
+    gguf_defaults=lambda keys: {"attention_multiplier": keys["head_dim"] ** -0.5},
+    gguf_permuted=llama.FAMILY.gguf_permuted,
+)
