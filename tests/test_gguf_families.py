@@ -86,13 +86,14 @@ WANTED: dict[str, dict[str, Any]] = {
 }
 # The vocabulary is not what is tested here: the converter shall not look for one it knows.
 CONVERT = """
-import sys
+import json, sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
 import gguf, torch
 from conversion import ModelBase, get_model_class
 for folder in map(Path, sys.argv[2:]):
-    numbers = ModelBase.load_hparams(folder, False)
+    numbers = json.loads((folder / "config.json").read_text())  # Transformers drops old keys
+    numbers |= ModelBase.load_hparams(folder, False)
     converter = get_model_class(numbers["architectures"][0])
     def set_vocab(self):
         self.gguf_writer.add_tokenizer_model("none")
@@ -101,7 +102,7 @@ for folder in map(Path, sys.argv[2:]):
         kind.set_vocab = set_vocab
     with torch.inference_mode():
         path = folder / "model.gguf"
-        converter(folder, gguf.LlamaFileType.ALL_F32, path, eager=True).write()
+        converter(folder, gguf.LlamaFileType.ALL_F32, path, eager=True, hparams=numbers).write()
 """
 
 
