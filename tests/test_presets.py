@@ -227,7 +227,7 @@ def test_gguf_of_another_architecture(tmp_path: Path) -> None:
         ("smolm2_135m", "Near names: smollm2_"),
         ("", "non-empty string"),
         (None, "non-empty string"),
-        ("https://x/y", "The only hub is 'hf://org/name'"),
+        ("https://x/y", "The hubs are 'hf://org/name'"),
     ],
 )
 def test_handles(handle: Any, message: str) -> None:
