@@ -481,3 +481,9 @@ def test_each_part_of_the_page_has_a_test() -> None:
     bodies = [x for path in PAGES for x in ast.parse(path.read_text("utf-8")).body]
     public = [x.name for x in bodies if hasattr(x, "name") and not is_private(x.name)]
     assert [name for name in public if f"page.{name}" not in tests and name != "Call"] == []
+
+
+def test_nested_layers_come_in_the_order_of_kerashub() -> None:
+    inner = model_of(layers.Dense(4, name="dense"))
+    outer = keras.Sequential([inner, layers.Dense(2, name="last")])
+    assert [x.name for x in page.nested_layers(outer)] == [inner.name, "dense", "x", "last"]

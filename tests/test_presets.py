@@ -242,7 +242,7 @@ def test_gguf_of_an_architecture_without_the_key_that_tells_its_family(tmp_path:
         ("smolm2_135m", "Near names: smollm2_"),
         ("", "non-empty string"),
         (None, "non-empty string"),
-        ("https://x/y", "The only hub is 'hf://org/name'"),
+        ("https://x/y", "The hubs are 'hf://org/name'"),
     ],
 )
 def test_handles(handle: Any, message: str) -> None:

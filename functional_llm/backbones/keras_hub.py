@@ -101,6 +101,11 @@ def has_window(config: Any) -> bool:
     return "sliding_attention" in config.layer_types
 
 
+def window_wrong(config: Any) -> list[str]:
+    """Returns what a Qwen of KerasHub leaves out where JAX has an attention of its own."""
+    return ["it has no window on JAX"] if has_window(config) else []
+
+
 def stretch_arguments(config: Any) -> JSON:
     """Returns the scaling of a Llama's RoPE in KerasHub's words."""
     scaling = config.rope_scaling

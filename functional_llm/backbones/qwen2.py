@@ -102,5 +102,6 @@ FAMILY = Family(
             "sliding_window_size": config.sliding_window or 32768,
         },
         weights=keras_hub.llama_weights("qwen_transformer_decoder", "qwen_layer_norm"),
+        wrong=keras_hub.window_wrong,
     ),
 )

