@@ -9,19 +9,17 @@ Keras: those that are here go first.
 import json
 import pickle
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, sys.argv[1])
 sys.path.append(sys.argv[2])
 
 
-def ask(tokenizer, texts, rows, options):
-    """Returns ids and texts, or why not."""
+def ask(tokenizer, texts, rows, options, traced):
+    """Returns ids and texts, or why not; operation by operation unless traced, which is quicker."""
     import tensorflow as tf
 
-    # Operation by operation it is quicker: to trace a function takes longer than to run it.
-    tf.config.run_functions_eagerly(not options.get("parse_special", True))
+    tf.config.run_functions_eagerly(not traced)
     try:
         in_graph = tokenizer.as_tf(**options)
     except ValueError as error:
@@ -87,9 +85,6 @@ def export(models, folder):
 if __name__ == "__main__":
     with open(sys.argv[3], "rb") as file:
         jobs = pickle.load(file)
-    answers = {}
-    for name, (kind, arguments) in jobs.items():
-        start = time.process_time()
-        answers[name] = {"ask": ask, "use": use, "export": export}[kind](*arguments)
-        print(name, time.process_time() - start)
+    kinds = {"ask": ask, "use": use, "export": export}
+    answers = {name: kinds[kind](*arguments) for name, (kind, arguments) in jobs.items()}
     Path(sys.argv[4]).write_text(json.dumps(answers), "utf-8")
