@@ -15,10 +15,11 @@ sys.path.insert(0, sys.argv[1])
 sys.path.append(sys.argv[2])
 
 
-def ask(tokenizer, texts, rows, options):
-    """Returns ids and texts, or why not."""
+def ask(tokenizer, texts, rows, options, traced):
+    """Returns ids and texts, or why not; operation by operation unless traced, which is quicker."""
     import tensorflow as tf
 
+    tf.config.run_functions_eagerly(not traced)
     try:
         in_graph = tokenizer.as_tf(**options)
     except ValueError as error:
@@ -38,13 +39,13 @@ def use(tokenizer, texts, folder):
     """Returns what a pipeline gives, what a SavedModel, and the edges."""
     import tensorflow as tf
 
+    tf.config.run_functions_eagerly(False)
     in_graph = tokenizer.as_tf()
     dataset = tf.data.Dataset.from_tensor_slices(texts)
     one_by_one = [ids.numpy().tolist() for ids in dataset.map(in_graph.tokenize)]
     batches = [ids.to_list() for ids in dataset.batch(3).map(in_graph.tokenize)]
-    in_graph.tokenize(texts)
     tf.saved_model.save(in_graph, folder)
-    saved = tf.saved_model.load(folder).tokenize(tf.constant(texts)).to_list()
+    saved = tf.saved_model.load(folder).tokenize_batch(tf.constant(texts)).to_list()
     try:
         in_graph.tokenize([b"a\xff"])
         broken = ""
@@ -84,8 +85,6 @@ def export(models, folder):
 if __name__ == "__main__":
     with open(sys.argv[3], "rb") as file:
         jobs = pickle.load(file)
-    answers = {
-        name: {"ask": ask, "use": use, "export": export}[kind](*arguments)
-        for name, (kind, arguments) in jobs.items()
-    }
+    kinds = {"ask": ask, "use": use, "export": export}
+    answers = {name: kinds[kind](*arguments) for name, (kind, arguments) in jobs.items()}
     Path(sys.argv[4]).write_text(json.dumps(answers), "utf-8")

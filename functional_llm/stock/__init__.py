@@ -2,5 +2,5 @@
 
 May import: files, graph, tokenizers, kernels, layers, backbones, formats.
 
-Offers: `register_lowering`, `Lowering`, `.keras` files, StableHLO.
+Offers: `register_lowering`, `Lowering`, `.keras` files, StableHLO, SavedModels from text to text.
 """

@@ -4,8 +4,8 @@ May import: files.
 
 Offers: `TextTokenizer`, which holds what a model needs of its tokenizer; two engines that cut text
 into tokens, `TokenizersEngine` (a tokenizer.json, or the byte-pair vocabulary of a GGUF file) and
-`SentencePieceEngine` (a .model, or the vocabulary with scores of a GGUF file); `StreamDecoder`;
-`save_tokenizer`.
+`SentencePieceEngine` (a .model, or the vocabulary with scores of a GGUF file); both as operations
+of TensorFlow (`in_graph`); `StreamDecoder`; `save_tokenizer`.
 """
 
 from functional_llm.tokenizers.chat_template import RenderedChat

@@ -210,7 +210,7 @@ class TextTokenizer:
         Returns:
             A `tf.Module`. Its `tokenize` takes a string or a vector of strings, and returns the ids
             of `encode`: int32, for a vector a ragged tensor. Its `detokenize` takes rows of ids,
-            and returns the strings of `decode`.
+            and returns the strings of `decode`. In a SavedModel of it is `tokenize_batch`.
 
         Raises:
             ImportError: If TensorFlow or tensorflow-text is not installed.

@@ -122,15 +122,21 @@ def members(source: str) -> np.ndarray:
     # The library itself says so: what it takes out of a text is in the set.
     removing = tokenizers.normalizers.Replace(tokenizers.Regex(f"(?:{source})+"), "")
     for text in all_characters():
-        kept = removing.normalize_str(text)
-        found[list(map(ord, {*text}.difference(kept)))] = True
+        found[code_points(text)] = True
+        found[code_points(removing.normalize_str(text))] = False
     return found
 
 
-def all_characters(size: int = 4096) -> list[str]:
+@cache
+def all_characters() -> tuple[str, ...]:
     """Returns the characters of all code points, as texts of a size that regexes are quick with."""
     points = [*range(0xD800), *range(0xE000, NUM_CODE_POINTS)]
-    return ["".join(map(chr, points[i : i + size])) for i in range(0, len(points), size)]
+    return tuple("".join(map(chr, points[i : i + 4096])) for i in range(0, len(points), 4096))
+
+
+def code_points(text: str) -> np.ndarray:
+    """Returns the code points of a text."""
+    return np.frombuffer(text.encode("utf-32-le"), "uint32")
 
 
 def set_of(found: np.ndarray) -> str:

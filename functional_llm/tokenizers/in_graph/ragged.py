@@ -87,12 +87,14 @@ class Splitter(tf.Module):
             group = tf.cumsum(tf.cast(is_first | kept | after_kept, "int32")) - 1
             count = tf.reduce_max(tf.concat([group, [-1]], 0)) + 1
             texts = tf.strings.unsorted_segment_join(found.texts, group, count)
-            rest = (tf.math.unsorted_segment_max(x, group, count) for x in found[1:3])
+            rows = tf.math.unsorted_segment_max(found.rows, group, count)
+            ids = tf.math.unsorted_segment_max(found.ids, group, count)
             begins = tf.math.unsorted_segment_max(tf.cast(found.begins, "int32"), group, count)
-            found = Pieces(texts, *rest, begins > 0)
-        eaten = ((self._splitting.eats_before, 1, f"{_SPACES}+$"),)
-        eaten += ((self._splitting.eats_after, -1, f"^{_SPACES}+"),)
-        for tokens, shift, pattern in eaten:
+            found = Pieces(texts, rows, ids, begins > 0)
+        for tokens, shift, pattern in (
+            (self._splitting.eats_before, 1, f"{_SPACES}+$"),
+            (self._splitting.eats_after, -1, f"^{_SPACES}+"),
+        ):
             if tokens:
                 eats = self._is_one_of(found, tokens)
                 edge = tf.zeros_like(eats[:1])

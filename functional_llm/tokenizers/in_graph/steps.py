@@ -13,6 +13,7 @@ from functional_llm.tokenizers.in_graph.patterns import (
     NUM_CODE_POINTS,
     Cut,
     all_characters,
+    code_points,
     compile_cut,
     set_of,
 )
@@ -210,7 +211,8 @@ def _punctuation() -> np.ndarray:
     found = np.zeros(NUM_CODE_POINTS, bool)
     for text in all_characters():
         kept = "".join(piece for piece, _ in splitter.pre_tokenize_str(text))
-        found[list(map(ord, {*text}.difference(kept)))] = True
+        found[code_points(text)] = True
+        found[code_points(kept)] = False
     return found
 
 

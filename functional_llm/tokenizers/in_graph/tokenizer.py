@@ -48,7 +48,6 @@ class InGraphTokenizer(tf.Module):
         special = [i in engine.special_ids for i in range(engine.vocabulary_size)]
         self._shown = tf.where(tf.constant(special), "", self._bytes)
 
-    @tf.function(autograph=False)
     def tokenize(self, texts: Any) -> Any:
         """Encodes texts.
 
@@ -64,10 +63,9 @@ class InGraphTokenizer(tf.Module):
                 f"Expected a string or a vector of strings, received the shape {texts.shape}. Use "
                 "`tf.reshape`, or `with_flat_values` for a ragged tensor."
             )
-        ids = self._tokenize_rows(tf.reshape(texts, [-1]))
+        ids = self.tokenize_batch(tf.reshape(texts, [-1]))
         return ids if texts.shape.rank == 1 else ids[0]
 
-    @tf.function(autograph=False)
     def detokenize(
         self, ids: Any, skip_special_tokens: bool = True, continues: bool = False
     ) -> Any:
@@ -82,6 +80,8 @@ class InGraphTokenizer(tf.Module):
         Returns:
             A string, or a vector of strings.
         """
+        if not isinstance(ids, tf.RaggedTensor):
+            ids = tf.convert_to_tensor(ids)
         flat = tf.cast(ids.flat_values if isinstance(ids, tf.RaggedTensor) else ids, "int32")
         with tf.control_dependencies([tf.debugging.assert_non_negative(flat)]):
             table = tf.concat([self._shown if skip_special_tokens else self._bytes, [""]], 0)
@@ -94,7 +94,9 @@ class InGraphTokenizer(tf.Module):
             data = tf.strings.substr(data, start, tf.strings.length(data) - start)
         return tf.strings.unicode_transcode(data, "UTF-8", "UTF-8", errors="replace")
 
-    def _tokenize_rows(self, texts_B: Any) -> Any:
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec([None], tf.string)])
+    def tokenize_batch(self, texts_B: Any) -> Any:
+        """As `tokenize`, of a vector: what a SavedModel of this module has."""
         pieces = as_pieces(texts_B)
         pieces, words = self._encoder.encode(pieces)
         # Tokens and the ids of words, in the order of the pieces.
@@ -180,7 +182,7 @@ def _inert_characters() -> tuple[str, ...]:
 
     def differing(form: str, before: str, theirs: Any) -> list[tuple[str, str]]:
         found = []
-        for text in all_characters(65536):
+        for text in all_characters():
             given = "\n".join(before + x for x in text.replace("\n", ""))
             result = tensorflow_text.normalize_utf8(given, form).numpy().decode()
             parts = (x.split("\n") for x in (given, result, theirs.normalize_str(given)))
