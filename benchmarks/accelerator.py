@@ -42,6 +42,8 @@ def parse_arguments() -> argparse.Namespace:
         help=f"{', '.join(measures)} (all; with --smoke {', '.join(SMOKE)})")  # fmt: skip
     add("--preset", default="llama3.2_1b", help="whose sizes the models have (%(default)s)")
     add("--minutes", type=float, default=6.0, help="after which nothing is begun (%(default)s)")
+    add("--references", type=Path,
+        help="folder that `tiny_models reference` has written where torch is")  # fmt: skip
     add("--smoke", action="store_true", help="one layer and a few tokens, to see that it runs")
     add("--note", default="", help="a few words for the heading in the log")
     add("--log", type=Path, default=HERE / "LOG.md", help="file to append to (benchmarks/LOG.md)")
@@ -83,7 +85,8 @@ def main() -> int:
     )
     if "correctness" in arguments.measures:
         # A quarter of the time at most: the figures are what the run is for.
-        log(*check_tiny_models(folder, arguments.smoke, 15 * arguments.minutes), "")
+        kept, seconds = arguments.references, 15 * arguments.minutes
+        log(*check_tiny_models(kept or folder / "tiny", kept is None, arguments.smoke, seconds), "")
     log(*HEAD)
     sizes = SMOKE_SIZES if arguments.smoke else SIZES
     for work in [work for work in WORKS if work in arguments.measures]:
@@ -156,11 +159,18 @@ def make_row(work: str, size: str, engine: str, answer: dict[str, Any]) -> str:
     return f"| {work} {size} | {engine} | {numbers} |"
 
 
-def check_tiny_models(folder: Path, smoke: bool, seconds: float) -> list[str]:
-    """Returns lines about how far the logits of tiny models are from Transformers' on the CPU."""
+def check_tiny_models(folder: Path, is_new: bool, smoke: bool, seconds: float) -> list[str]:
+    """Returns lines about how far the logits of tiny models are from Transformers' on the CPU.
+
+    Args:
+        folder: Of the models and Transformers' logits.
+        is_new: Whether they are to be written first.
+        smoke: Whether a few models are enough.
+        seconds: For all of it.
+    """
     lines, end = [], time.monotonic() + seconds
-    for step in ("reference", "compare"):
-        command = [sys.executable, "-m", "benchmarks.tiny_models", step, str(folder / "tiny")]
+    for step in ("reference", "compare") if is_new else ("compare",):
+        command = [sys.executable, "-m", "benchmarks.tiny_models", step, str(folder.resolve())]
         limit = max(1.0, end - time.monotonic())
         try:
             done = subprocess.run(

@@ -2,7 +2,8 @@
 
 `reference FOLDER` writes the models and their logits, computed by torch on the CPU; without torch
 by this library on the CPU, which its tests compare with Transformers. `compare FOLDER` computes
-them on the device, in float32 and in bfloat16. Each in a process of its own.
+them on the device, in float32 and in bfloat16. Each in a process of its own; in between, the folder
+may go to another machine.
 """
 
 import json
@@ -22,17 +23,15 @@ _FEW = 2
 
 def write_references(folder: Path, names: list[str]) -> None:
     """Writes checkpoints and logits, each into a folder of its own."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
     from configs import CONFIGS
 
     ids = np.random.default_rng(0).integers(0, 128, _SHAPE)
-    make = _torch_logits if find_spec("torch") and find_spec("transformers") else _own_logits
+    has_torch = find_spec("torch") and find_spec("transformers")
+    make, by = (_torch_logits, "Transformers") if has_torch else (_own_logits, "functional_llm")
     for name in names:
         (folder / name).mkdir(parents=True)
         logits = make(CONFIGS[name], folder / name, ids)
-        np.savez(folder / name / "reference.npz", ids=ids, logits=logits)
-    by = "Transformers" if make is _torch_logits else "functional_llm, for torch is not installed"
-    print(f"tiny models: reference logits of {len(names)} models by {by}, float32 on the CPU")
+        np.savez(folder / name / "reference.npz", ids=ids, logits=logits, by=by)
 
 
 def _torch_logits(config: dict[str, Any], folder: Path, ids: np.ndarray) -> np.ndarray:
@@ -57,13 +56,17 @@ def compare(folder: Path) -> None:
         # Python traces one model while XLA compiles others.
         with ThreadPoolExecutor() as pool:
             compiling = [pool.submit(_lowered(path, dtype).compile) for path in paths]
-        worst = {}
+        worst, by = {}, set()
         for path, program in zip(paths, compiling, strict=True):
             kept = np.load(path / "reference.npz")
+            by.add(str(kept["by"]))
             logits = np.asarray(program.result()(kept["ids"].astype("int32")), "float32")
             worst[path.name] = float(np.abs(logits - kept["logits"]).max())
         name = max(worst, key=lambda name: worst[name])
-        print(f"tiny models, {dtype}: logits differ by at most {worst[name]:.1e} ({name})")
+        print(
+            f"tiny models, {dtype}: logits of {len(paths)} differ by at most {worst[name]:.1e} "
+            f"({name}) from those of {' and '.join(sorted(by))} in float32 on a CPU"
+        )
 
 
 def _lowered(path: Path, dtype: str) -> Any:
@@ -81,6 +84,7 @@ def main() -> None:
 
     step, folder, *few = sys.argv[1:]
     if step == "reference":
+        os.environ["JAX_PLATFORMS"] = "cpu"
         write_references(Path(folder), list(CONFIGS)[: _FEW if few else None])
     else:
         compare(Path(folder))

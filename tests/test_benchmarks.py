@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks import accelerator, accelerator_work, report
+from benchmarks import accelerator, accelerator_work, report, tiny_models
 from benchmarks.engines import ENGINES
 from benchmarks.measures import CHECK, MEASURES, WORKS, make_prompts
 from benchmarks.memory import read_bandwidth
@@ -95,6 +95,17 @@ def test_an_accelerator_is_measured(repository: Path, tmp_path: Path) -> None:
     assert (kind, engine) == ("text 2x8+4", "functional_llm")
     assert float(rate) > 0 and float(first) > 0 and float(peak) > 0.1
     assert row in done.stdout
+
+
+def test_tiny_models_are_compared_with_stored_logits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_models.write_references(tmp_path, ["llama_grouped"])
+    tiny_models.compare(tmp_path)
+    float32, bfloat16 = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert "logits of 1 differ" in float32 and "from those of Transformers" in float32
+    differences = [float(line.split("at most ")[1].split()[0]) for line in (float32, bfloat16)]
+    assert differences[0] < 1e-4 < differences[1] < 1
 
 
 def test_what_an_accelerator_lacks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,7 @@ def test_gradients_that_users_take_themselves(tmp_path: Path, remat: str) -> Non
 
     model = LossModel(flm.rewire(_tiny(tmp_path, "float32", "llama_grouped"), in_blocks), 8, remat)
     model.compile("sgd")
-    trainable, *others = (
+    trainable, fixed, metrics = (
         [variable.value for variable in group]
         for group in (
             model.trainable_variables,
@@ -115,7 +115,7 @@ def test_gradients_that_users_take_themselves(tmp_path: Path, remat: str) -> Non
 
     @jax.jit
     def loss(trainable: Any) -> Any:
-        return model.compute_loss_and_updates(trainable, *others, IDS, IDS, None)[0]
+        return model.compute_loss_and_updates(trainable, fixed, metrics, IDS, IDS, None)[0]
 
     assert _precisions(jax.grad(loss), trainable) == HIGHEST
 
