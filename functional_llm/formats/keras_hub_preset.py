@@ -16,7 +16,7 @@ from functional_llm.formats.weight_table import TensorSource
 from functional_llm.graph.types import JSON
 from functional_llm.tokenizers import TextTokenizer, save_tokenizer
 
-_CONFIG, _TASK = "config.json", "task.json"
+_CONFIG, _TASK, _TOKENIZER = "config.json", "task.json", "tokenizer.json"
 _FLOATS = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 _Tokenizer = TypeVar("_Tokenizer", bound=TextTokenizer)
 
@@ -29,10 +29,7 @@ class KerasHubPreset(Source):
 
     @classmethod
     def opens(cls, path: Path) -> bool:
-        try:
-            return path.is_dir() and {"class_name", "config"} <= read_json(path / _CONFIG).keys()
-        except (OSError, ValueError):
-            return False
+        return path.is_dir() and any(_is_serialized(path / x) for x in (_CONFIG, _TOKENIZER))
 
     @cached_property
     def _files(self) -> KerasHubFiles:
@@ -84,8 +81,16 @@ class KerasHubPreset(Source):
         return cls.from_keras_hub_preset(self.path)
 
     def write_tokenizer(self, folder: Path) -> None:
-        if (self.path / "tokenizer.json").is_file():
+        if (self.path / _TOKENIZER).is_file():
             save_tokenizer(self.read_tokenizer(TextTokenizer), folder)
+
+
+def _is_serialized(path: Path) -> bool:
+    """Whether a file describes an object of Keras, as far as it can be read."""
+    try:
+        return {"class_name", "config"} <= read_json(path, {}).keys()
+    except (OSError, ValueError):
+        return False
 
 
 def _dtype(dtype: Any) -> Any:

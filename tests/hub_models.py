@@ -1,0 +1,108 @@
+"""Tiny random models of KerasHub, one of each class that this library has."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+import pytest
+
+keras_hub = pytest.importorskip("keras_hub", reason="make .venv/installed-dev installs it")
+
+_SIZES = {"vocabulary_size": 128, "num_layers": 2, "hidden_dim": 48, "intermediate_dim": 80}
+_HEADS = {"num_query_heads": 4, "num_key_value_heads": 2}
+_GEMMA = {
+    **_SIZES,
+    **_HEADS,
+    "head_dim": 16,
+    "use_post_ffw_norm": True,
+    "use_post_attention_norm": True,
+    "use_sliding_window_attention": True,
+    "sliding_window_size": 5,
+    "final_logit_soft_cap": 3.0,
+}
+# Class of KerasHub, its arguments, and the family that it is here.
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama3": (
+        "Llama3Backbone",
+        {
+            **_SIZES,
+            **_HEADS,
+            "layer_norm_epsilon": 1e-5,
+            "rope_max_wavelength": 500000,
+            "rope_frequency_adjustment_factor": 8.0,
+            "rope_low_freq_factor": 1.0,
+            "rope_high_freq_factor": 4.0,
+            "rope_pretraining_sequence_length": 16,
+        },
+        "llama",
+    ),
+    "llama_tied": (
+        "LlamaBackbone",
+        {**_SIZES, **_HEADS, "tie_word_embeddings": True},
+        "llama",
+    ),
+    "mistral": ("MistralBackbone", {**_SIZES, **_HEADS, "sliding_window": 5}, "mistral"),
+    "mistral_heads": (
+        "MistralBackbone",
+        {**_SIZES, **_HEADS, "sliding_window": None, "head_dim": 10, "rope_scaling_factor": 4.0},
+        "mistral",
+    ),
+    "qwen": ("QwenBackbone", {**_SIZES, **_HEADS, "tie_word_embeddings": False}, "qwen2"),
+    "qwen3": (
+        "Qwen3Backbone",
+        {**_SIZES, **_HEADS, "head_dim": 20, "sliding_window_size": None},
+        "qwen3",
+    ),
+    "gemma": ("GemmaBackbone", {**_SIZES, **_HEADS, "head_dim": 16}, "gemma"),
+    "gemma2": ("GemmaBackbone", {**_GEMMA, "attention_logit_soft_cap": 2.0}, "gemma2"),
+    "gemma3": (
+        "Gemma3Backbone",
+        {**_GEMMA, "num_layers": 6, "image_size": None, "global_rope_scaling_factor": 8.0},
+        "gemma3_text",
+    ),
+    "gpt2": ("GPT2Backbone", {**_SIZES, "num_heads": 4, "max_sequence_length": 64}, "gpt2"),
+}
+IDS = np.random.default_rng(0).integers(0, 128, (2, 24)).astype("int32")
+
+
+def make_hub(name: str, **changes: Any) -> Any:
+    """Returns a random KerasHub backbone; every weight is shaken, so that each counts."""
+    kind, arguments, _ = MODELS[name]
+    model = getattr(keras_hub.models, kind)(**{**arguments, **changes})
+    generator = np.random.default_rng(1)
+    for weight in model.weights:
+        scale = 0.3 if "query" in weight.path or "key" in weight.path else 0.1
+        noise = generator.standard_normal(weight.shape) * scale
+        weight.assign(noise + (np.asarray(weight, "float32") if len(weight.shape) == 1 else 0))
+    return model
+
+
+def promoting() -> AbstractContextManager[Any]:
+    """KerasHub adds integers to numbers, which the tests forbid."""
+    return jax.numpy_dtype_promotion("standard")
+
+
+def hub_logits(model: Any, ids: np.ndarray = IDS) -> np.ndarray:
+    with promoting():
+        hidden = model({"token_ids": ids, "padding_mask": np.ones_like(ids)})
+        return np.asarray(model.token_embedding(hidden, reverse=True))
+
+
+def values(model: keras.Model) -> dict[str, np.ndarray]:
+    return {weight.path: np.asarray(weight) for weight in model.weights}
+
+
+def assert_same(first: keras.Model, second: keras.Model) -> None:
+    ours, theirs = values(first), values(second)
+    assert ours.keys() == theirs.keys()
+    for path, value in ours.items():
+        assert value.dtype == theirs[path].dtype
+        np.testing.assert_array_equal(value, theirs[path], path)
+
+
+def task_of(model: Any) -> Any:
+    """Returns the task of a KerasHub backbone that writes text, without a preprocessor."""
+    name = type(model).__name__.replace("Backbone", "CausalLM")
+    return getattr(keras_hub.models, name)(backbone=model, preprocessor=None)

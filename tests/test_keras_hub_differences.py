@@ -1,0 +1,121 @@
+"""Where KerasHub computes something else than Transformers, and what its classes take."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import functional_llm as flm
+from configs import CONFIGS
+from functional_llm.backbones.families import FAMILIES
+from functional_llm.backbones.keras_hub import REQUIRED
+from functional_llm.formats.keras_hub_config import IRRELEVANT
+from hub_models import (
+    IDS,
+    hub_logits,
+    keras_hub,
+    make_hub,
+)
+from reference import reference_logits, save_reference
+
+
+def test_the_column_has_the_arguments_and_defaults_of_the_classes() -> None:
+    for family in FAMILIES.values():
+        for name in family.keras_hub.classes if family.keras_hub else ():
+            signature = inspect.signature(getattr(keras_hub.models, name).__init__)
+            theirs = {
+                key: REQUIRED if x.default is x.empty else x.default
+                for key, x in signature.parameters.items()
+                if x.kind is x.POSITIONAL_OR_KEYWORD and key not in {"self", *IRRELEVANT}
+            }
+            assert family.keras_hub is not None
+            ours = dict(family.keras_hub.arguments)
+            if name == "Gemma3Backbone":
+                ours["image_size"] = REQUIRED  # of the class only: files may leave it out
+            assert ours == theirs, name
+
+
+# Where KerasHub computes something else than Transformers.
+
+
+def assert_ours_is_transformers(ours: Any, folder: Path, expected: np.ndarray) -> None:
+    """Checks that our logits are those of Transformers, and that KerasHub's are not."""
+    import transformers
+
+    ours.save_preset(folder)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager"
+    ).eval()
+    logits = np.asarray(ours(IDS))
+    np.testing.assert_allclose(logits, reference_logits(reference, IDS), atol=1e-4)
+    assert np.abs(logits - expected).max() > 1e-3
+
+
+WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gemma2_scales_scores_by_the_head_size": (
+        "gemma2",
+        {"query_head_dim_normalize": False},
+        "scales scores by the head size 16 instead of 12",
+    ),
+    "gemma3_scales_scores_by_the_head_size": (
+        "gemma3",
+        {"query_head_dim_normalize": False},
+        "scales scores by the head size 16 instead of 12",
+    ),
+    "gemma_norms_of_layers_keep_their_epsilon": (
+        "gemma",
+        {"layer_norm_epsilon": 0.1},
+        "an epsilon of 1e-6",
+    ),
+    "llama_ignores_the_factor_on_positions": (
+        "llama3",
+        {
+            "rope_frequency_adjustment_factor": None,
+            "rope_low_freq_factor": None,
+            "rope_high_freq_factor": None,
+            "rope_pretraining_sequence_length": None,
+            "rope_position_scaling_factor": 4.0,
+        },
+        "ignores rope_position_scaling_factor",
+    ),
+    "qwen_has_no_window_on_jax": (
+        "qwen",
+        {"use_sliding_window_attention": True, "sliding_window_size": 5},
+        "no window",
+    ),
+    "qwen3_has_no_window_on_jax": ("qwen3", {"sliding_window_size": 5}, "no window"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_kerashub_differs_from_transformers(name: str, tmp_path: Path) -> None:
+    model, changes, message = WRONG[name]
+    hub = make_hub(model, **changes)
+    with pytest.warns(UserWarning, match=message):
+        ours = flm.from_keras_hub(hub)
+    assert_ours_is_transformers(ours, tmp_path / "hf", hub_logits(hub))
+    with pytest.raises(ValueError, match=message):
+        flm.to_keras_hub(ours)
+
+
+@pytest.mark.filterwarnings("ignore:Skipping nested container")
+def test_kerashubs_saved_llama_forgets_that_its_head_is_tied(tmp_path: Path) -> None:
+    hub = make_hub("llama_tied")
+    hub.save_to_preset(tmp_path)
+    with pytest.raises(ValueError, match="variables"):
+        keras_hub.models.Backbone.from_preset(str(tmp_path))
+    assert flm.Backbone.from_preset(tmp_path).config.tie_word_embeddings
+
+
+def test_kerashub_reads_neither_epsilon_nor_stretched_rope_of_a_llama(tmp_path: Path) -> None:
+    """Out of a directory that Transformers 5 has written."""
+    rope = CONFIGS["llama_llama3"]["rope_parameters"]
+    save_reference({**CONFIGS["llama_llama3"], "rms_norm_eps": 1e-5}, tmp_path)
+    hub = keras_hub.models.Backbone.from_preset(str(tmp_path))
+    assert hub.rope_frequency_adjustment_factor is None
+    assert hub.layer_norm_epsilon == 1e-6
+    right = flm.to_keras_hub(flm.Backbone.from_preset(tmp_path))
+    assert right.rope_frequency_adjustment_factor == rope["factor"]
+    assert right.layer_norm_epsilon == 1e-5

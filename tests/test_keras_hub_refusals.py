@@ -1,0 +1,147 @@
+"""KerasHub: what cannot go, and bad input."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import h5py
+import keras
+import numpy as np
+import pytest
+
+import functional_llm as flm
+from configs import CONFIGS
+from hub_models import (
+    make_hub,
+)
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama_head_size": ("llama_head_size", {}, "it cannot say head_dim=18"),
+    "llama_biases": ("llama_biases", {}, "activation='gelu'.*attention_bias=True"),
+    "llama_yarn": ("llama_yarn", {}, "rope_scaling"),
+    "mistral_tied": ("mistral_window", {"tie_word_embeddings": True}, "tie_word_embeddings=True"),
+    "qwen2_some_layers_slide": ("qwen2_some_layers_slide", {}, "layer_types"),
+    "gemma_untied": ("gemma_untied_multi_head", {}, "tie_word_embeddings=False"),
+    "gemma2_scale": ("gemma2_soft_caps", {}, "query_pre_attention_scalar=24"),
+    "gemma3_ropes": ("gemma3_two_ropes", {}, "rope_max_wavelength=50000.0.*layer_types"),
+    "gpt2_epsilon": ("gpt2_learned_positions", {"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_kerashub_cannot_say_is_refused(name: str, tmp_path: Path) -> None:
+    key, changes, message = REFUSED[name]
+    write_config(tmp_path, key, changes)
+    ours = flm.Backbone.from_preset(tmp_path, load_weights=False)
+    with pytest.raises(ValueError, match=message):
+        flm.to_keras_hub(ours)
+
+
+def write_config(folder: Path, name: str, changes: dict[str, Any]) -> None:
+    config = next((x for key, x in CONFIGS.items() if key == name), CONFIGS["gpt2_tied"])
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("preset")
+    make_hub("llama3").save_to_preset(folder)
+    return folder
+
+
+def changed(preset: Path, folder: Path, **changes: Any) -> Path:
+    """Returns a copy of a preset whose config.json is changed; `None` takes a key away."""
+    shutil.copytree(preset, folder, dirs_exist_ok=True)
+    raw = json.loads((folder / "config.json").read_text())
+    for key, value in changes.items():
+        place = raw if key in raw else raw["config"]
+        place[key] = value
+        if value == "absent":
+            del place[key]
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "no_text_model": ({"class_name": "ResNetBackbone"}, "expected a text model.*'ResNetBackbone'"),
+    "unknown_argument": ({"use_magic": True}, r"use_magic=True \(unknown\)"),
+    "missing_argument": ({"hidden_dim": "absent"}, r"hidden_dim \(missing\)"),
+    "of_another_type": ({"num_layers": "two"}, "positive integer for num_layers"),
+    "a_word": ({"rope_low_freq_factor": "low"}, "expected a number"),
+    "half_a_group": ({"rope_low_freq_factor": None}, r"rope_high_freq_factor=4.0 \(expected None"),
+    "no_arguments": ({"config": [1]}, "arguments of a class"),
+    "quantized": (
+        {"dtype": {"class_name": "DTypePolicyMap", "config": {}, "module": "keras"}},
+        "floating point",
+    ),
+    "other_sizes": ({"intermediate_dim": 81}, "8 differences|6 differences"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_bad_configs(name: str, preset: Path, tmp_path: Path) -> None:
+    changes, message = BAD_CONFIGS[name]
+    with pytest.raises(ValueError, match=message):
+        flm.Backbone.from_preset(changed(preset, tmp_path, **changes))
+
+
+def test_bad_files(preset: Path, tmp_path: Path) -> None:
+    folder = changed(preset, tmp_path)
+    (folder / "task.json").write_text('{"class_name": "Llama3TextClassifier"}')
+    with pytest.raises(ValueError, match="CausalLM.*'Llama3TextClassifier'"):
+        flm.Backbone.from_preset(folder)
+    (folder / "task.json").unlink()
+    weights = folder / "model.weights.h5"
+    with h5py.File(weights, "a") as file:
+        file["layers/llama_layer_norm/vars/1"] = np.zeros(3)
+    with pytest.raises(ValueError, match="unknown tensor 'layers/llama_layer_norm/vars/1'"):
+        flm.Backbone.from_preset(folder)
+    with h5py.File(weights, "a") as file:
+        file.move("layers", "_layer_checkpoint_dependencies")
+    with pytest.raises(ValueError, match="an older version"):
+        flm.Backbone.from_preset(folder)
+    weights.write_bytes(b"no HDF5")
+    with pytest.raises(ValueError, match="malformed"):
+        flm.Backbone.from_preset(folder)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="lacks model.weights.h5"):
+        flm.Backbone.from_preset(folder)
+    with pytest.raises(FileNotFoundError, match="no tokenizer"):
+        flm.Tokenizer.from_preset(folder)
+
+
+def test_bad_models_in_memory() -> None:
+    with pytest.raises(ValueError, match="Expected a KerasHub backbone"):
+        flm.from_keras_hub(keras.Sequential([keras.layers.Dense(2)]))
+    hub = make_hub("gpt2")
+    hub.quantize("int8", filters="query")
+    with pytest.raises(ValueError, match="quantized to int8"):
+        flm.from_keras_hub(hub)
+    with pytest.raises(ValueError, match="class_name to be one of"):
+        flm.to_keras_hub(flm.from_keras_hub(make_hub("gpt2")), "GemmaBackbone")
+
+
+def test_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = flm.from_keras_hub(make_hub("gpt2"))
+    monkeypatch.setitem(sys.modules, "keras_hub", None)
+    monkeypatch.setitem(sys.modules, "kagglehub", None)
+    with pytest.raises(ImportError, match=r"functional-llm\[hub\]"):
+        flm.to_keras_hub(ours)
+    with pytest.raises(ImportError, match=r"functional-llm\[hub\]"):
+        flm.Backbone.from_preset("kaggle://keras/gpt2/keras/gpt2_base_en")
+    with pytest.raises(ValueError, match="organisation/model/keras/variant"):
+        flm.Backbone.from_preset("kaggle://keras/gpt2")
+
+
+def test_kaggle_gives_the_folder(preset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The resolver is another's; what it gives is a preset directory."""
+    asked: list[str] = []
+    kagglehub = ModuleType("kagglehub")
+    kagglehub.model_download = lambda handle: asked.append(handle) or str(preset)  # type: ignore
+    monkeypatch.setitem(sys.modules, "kagglehub", kagglehub)
+    model = flm.Backbone.from_preset("kaggle://keras/llama3/keras/tiny/2", load_weights=False)
+    assert asked == ["keras/llama3/keras/tiny/2"]
+    assert model.config.hidden_dim == 48

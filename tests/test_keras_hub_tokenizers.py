@@ -1,0 +1,173 @@
+"""KerasHub's tokenizers: read out of a preset directory, and beside KerasHub's own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import functional_llm as flm
+from functional_llm.formats.gguf_file import open_gguf
+from functional_llm.tokenizers.keras_hub_vocabulary import KINDS
+from functional_llm.tokenizers.sentencepiece_model import make_sentencepiece_proto
+from tiny import save_tokenizer
+
+keras_hub = pytest.importorskip("keras_hub", reason="make .venv/installed-dev installs it")
+
+TEXTS = ["", " ", "The quick brown fox.", "Zwölf Boxkämpfer,\n\n  日本語 🙂", "  1234567 don't"]
+
+
+def byte_pairs(folder: Path, *special: str) -> tuple[dict[str, int], list[str]]:
+    """Returns a small vocabulary with special tokens behind it, and its merges."""
+    save_tokenizer(folder)
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    vocabulary = dict(model["vocab"])
+    for token in special:
+        vocabulary.setdefault(token, len(vocabulary))
+    return vocabulary, [" ".join(pair) for pair in model["merges"]]
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    return np.asarray(tokenizer(text)).astype(int).tolist()
+
+
+def test_every_kind_is_a_class_of_kerashub() -> None:
+    assert all(hasattr(keras_hub.tokenizers, name) for name in KINDS)
+
+
+def test_byte_pairs(tmp_path: Path) -> None:
+    vocabulary, merges = byte_pairs(
+        tmp_path / "hf",
+        *("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"),
+        *("<|start_header_id|>", "<|end_header_id|>"),
+    )
+    theirs = keras_hub.tokenizers.Llama3Tokenizer(vocabulary, merges)
+    theirs.save_to_preset(tmp_path)
+    ours = flm.Tokenizer.from_preset(tmp_path)
+    for text in TEXTS:
+        assert ours.encode(text) == ids_of(theirs, text)
+        assert ours.decode(ours.encode(text)) == text
+    chat = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>Hi<|eot_id|>"
+    assert ours.encode(chat, parse_special=True) == ids_of(theirs, chat)
+    assert len(ours.encode(chat)) > len(ours.encode(chat, parse_special=True))
+    assert (ours.bos_token_id, ours.eos_token_id) == (theirs.start_token_id, theirs.end_token_id)
+    assert ours.stop_token_ids >= {theirs.end_token_id, theirs.end_token2_id}
+    assert ours.add_bos and ours.pad_token_id == 0
+    assert ours.special_tokens["bos_token"] == "<|begin_of_text|>"
+
+
+def test_what_no_merge_makes_is_a_special_token(tmp_path: Path) -> None:
+    """KerasHub's Qwen knows one special token; a chat has others in the same vocabulary."""
+    vocabulary, merges = byte_pairs(tmp_path / "hf", "<|endoftext|>")
+    theirs = keras_hub.tokenizers.QwenTokenizer(vocabulary, merges)
+    theirs.save_to_preset(tmp_path)
+    ours = flm.Tokenizer.from_preset(tmp_path)
+    assert ours.bos_token_id is None and not ours.add_bos
+    assert ours.encode("<|im_start|>a", parse_special=True)[0] == vocabulary["<|im_start|>"]
+    assert ours.stop_token_ids == {vocabulary["<|endoftext|>"], vocabulary["<|im_end|>"]}
+
+
+def sentences() -> bytes:
+    """Returns a small sentencepiece model with the special tokens of Gemma and Llama."""
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<s>", "</s>"]
+    tokens = [(name, 2 if name == "<unk>" else 3) for name in names]
+    tokens += [(f"<0x{byte:02X}>", 6) for byte in range(256)]
+    tokens += [(piece, 1) for piece in ["▁", *"abcdefghT", "▁a", "bc", "▁abc"]]
+    return make_sentencepiece_proto(tokens, [-float(i) for i in range(len(tokens))], True)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("GemmaTokenizer", {}),
+        ("Gemma3Tokenizer", {"has_vision_tokens": False}),
+        ("LlamaTokenizer", {}),
+    ],
+)
+def test_sentencepiece(name: str, arguments: dict[str, Any], tmp_path: Path) -> None:
+    theirs = getattr(keras_hub.tokenizers, name)(sentences(), **arguments)
+    theirs.save_to_preset(tmp_path)
+    ours = flm.Tokenizer.from_preset(tmp_path)
+    for text in [*TEXTS, "abc bad cab"]:
+        assert ours.encode(text) == ids_of(theirs, text), text
+    assert (ours.bos_token_id, ours.eos_token_id) == (theirs.start_token_id, theirs.end_token_id)
+    assert ours.pad_token_id == theirs.pad_token_id
+
+
+def test_a_preset_is_written_in_hugging_face_layout_with_its_tokenizer(tmp_path: Path) -> None:
+    vocabulary, merges = byte_pairs(tmp_path / "hf", "<|endoftext|>")
+    arguments = {"num_layers": 1, "hidden_dim": 16, "intermediate_dim": 16, "num_heads": 2}
+    backbone = keras_hub.models.GPT2Backbone(vocabulary_size=len(vocabulary), **arguments)
+    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(
+        keras_hub.tokenizers.GPT2Tokenizer(vocabulary, merges), add_start_token=False
+    )
+    keras_hub.models.GPT2CausalLM(backbone, preprocessor).save_to_preset(tmp_path / "hub")
+    model = flm.Backbone.from_preset(tmp_path / "hub")
+    model.save_preset(tmp_path / "ours")
+    first, second = (flm.Tokenizer.from_preset(tmp_path / name) for name in ("hub", "ours"))
+    assert not first.add_bos  # as its preprocessor says
+    for text in TEXTS:
+        assert first.encode(text) == second.encode(text)
+
+
+def test_bad_tokenizers(tmp_path: Path) -> None:
+    vocabulary, merges = byte_pairs(tmp_path / "hf", "<|endoftext|>")
+    keras_hub.tokenizers.GPT2Tokenizer(vocabulary, merges).save_to_preset(tmp_path)
+    assets, path = tmp_path / "assets" / "tokenizer", tmp_path / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps({**raw, "class_name": "BertTokenizer"}))
+    with pytest.raises(ValueError, match="unknown kind of tokenizer.*'BertTokenizer'"):
+        flm.Tokenizer.from_preset(tmp_path)
+    path.write_text(json.dumps(raw))
+    with (assets / "merges.txt").open("a") as file:
+        file.write("no such\n")
+    with pytest.raises(ValueError, match="malformed"):
+        flm.Tokenizer.from_preset(tmp_path)
+    (assets / "merges.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"merges.txt"):
+        flm.Tokenizer.from_preset(tmp_path)
+    (assets / "merges.txt").write_text("")
+    (assets / "vocabulary.json").write_text('{"a": 0}')
+    with pytest.raises(ValueError, match="special tokens of a GPT2Tokenizer"):
+        flm.Tokenizer.from_preset(tmp_path)
+
+
+# Name of llama.cpp's vocabulary -> KerasHub's class, and whether that cuts all texts rightly.
+CONFORMING = {
+    "gpt-2": ("GPT2Tokenizer", False),
+    "llama-bpe": ("Llama3Tokenizer", False),
+    "llama-spm": ("LlamaTokenizer", True),
+    "qwen2": ("QwenTokenizer", False),
+}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", CONFORMING)
+def test_conforms_to_llama_cpp(llama_cpp_models: Path, name: str, tmp_path: Path) -> None:
+    """KerasHub does not cut byte-pair text into words: its expression is a plain string."""
+    path = llama_cpp_models / f"ggml-vocab-{name}.gguf"
+    data = open_gguf(path).metadata
+    kind, conforms = CONFORMING[name]
+    tokens = data["tokenizer.ggml.tokens"]
+    if name == "llama-spm":
+        types = data["tokenizer.ggml.token_type"]
+        scores = data["tokenizer.ggml.scores"]
+        proto = make_sentencepiece_proto(list(zip(tokens, types, strict=True)), scores, True)
+        theirs = getattr(keras_hub.tokenizers, kind)(proto)
+    else:
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        theirs = getattr(keras_hub.tokenizers, kind)(vocabulary, data["tokenizer.ggml.merges"])
+    theirs.save_to_preset(tmp_path)
+    ours = flm.Tokenizer.from_preset(tmp_path)
+    lines = path.with_suffix(".gguf.out").read_text().rstrip("\n").split("\n")
+    texts = path.with_suffix(".gguf.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    wrong = []
+    for text, line in zip(texts, lines, strict=False):
+        ids = [int(number) for number in line.split()]
+        assert ours.encode(text) == ids, repr(text)
+        if ids_of(theirs, text) != ids:
+            wrong.append(text)
+    assert (not wrong) == conforms, wrong
+    if not conforms:
+        assert '"Split","pattern":{"String":' in theirs._tokenizer.to_str()
