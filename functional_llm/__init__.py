@@ -24,6 +24,7 @@ from functional_llm.layers.attention import AttentionDotProduct, AttentionMask, 
 from functional_llm.layers.cache import make_cache
 from functional_llm.layers.explaining import attention_choices, explain_attention
 from functional_llm.presets import Backbone, Tokenizer
+from functional_llm.presets.family_table import list_families
 from functional_llm.presets.keras_hub import from_keras_hub, to_keras_hub
 from functional_llm.presets.table import list_presets, preset_names
 from functional_llm.stock.lowering import register_lowering
@@ -52,6 +53,7 @@ __all__ = [
     "attention_choices",
     "explain_attention",
     "from_keras_hub",
+    "list_families",
     "list_presets",
     "capture",
     "make_cache",

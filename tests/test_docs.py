@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import functional_llm as flm
-from functional_llm.backbones.families import FAMILIES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ADDING = REPOSITORY / "docs" / "adding_a_family.md"
@@ -65,13 +64,8 @@ def test_links_lead_to_files(path: Path) -> None:
 
 
 def test_the_readme_has_every_family() -> None:
-    pattern = r"^\| \[(\w+)\]\(functional_llm/backbones/(\w+)\.py\) \|.*\| (.*?) \|$"
-    rows = re.findall(pattern, README.read_text(encoding="utf-8"), re.M)
-    assert {name for name, _, _ in rows} == set(FAMILIES)
-    for name, module, gguf in rows:
-        family = FAMILIES[name]
-        assert family.build.__module__ == f"functional_llm.backbones.{module}"
-        assert gguf == f"`{family.gguf_architecture}`" or family.gguf_architecture is None
+    table = flm.list_families().to_markdown()
+    assert table in README.read_text(encoding="utf-8"), f"expected in README.md:\n\n{table}"
 
 
 def test_presets_in_the_readme_exist() -> None:

@@ -107,6 +107,7 @@ CONFIG_KEYS: dict[str, str | type] = {
 FAMILY = Family(
     model_type="cohere",
     architecture="CohereForCausalLM",
+    models="Command R, R+, Aya 23",
     config_class=Config,
     build=build,
     config_keys={**CONFIG_KEYS, "use_qk_norm": "use_query_key_norm", _CONTEXT: int},

@@ -67,6 +67,7 @@ def complete_keys(keys: JSON) -> JSON:
 FAMILY = Family(
     model_type="cohere2",
     architecture="Cohere2ForCausalLM",
+    models="Command R7B, Command A, Tiny Aya",
     config_class=Config,
     build=build,
     config_keys={

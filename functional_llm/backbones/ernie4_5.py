@@ -57,6 +57,7 @@ def complete_keys(keys: JSON) -> JSON:
 FAMILY = Family(
     model_type="ernie4_5",
     architecture="Ernie4_5ForCausalLM",
+    models="ERNIE 4.5 0.3B",
     config_class=Config,
     build=build,
     config_keys={**COMMON_KEYS, "use_bias": "use_bias"},

@@ -84,6 +84,7 @@ def complete_keys(keys: JSON) -> JSON:
 FAMILY = Family(
     model_type="exaone4",
     architecture="Exaone4ForCausalLM",
+    models="EXAONE 4.0",
     config_class=Config,
     build=build,
     config_keys={

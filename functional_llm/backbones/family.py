@@ -68,6 +68,8 @@ class Family:
     Args:
         model_type: Its name in the `config.json` of a checkpoint.
         architecture: The class of Transformers that loads such a checkpoint.
+        models: The published models, in words.
+        real_weights: Those of them whose real weights the tests run, beside tiny random ones.
         config_class: The family's own frozen dataclass with a model's numbers.
         build: Config -> inputs and outputs of the graph.
         config_keys: Key of a `config.json` -> field of the config, or the type of a key that only
@@ -106,6 +108,8 @@ class Family:
 
     model_type: str
     architecture: str
+    models: str
+    real_weights: str = ""
     config_class: type[ModelConfig]
     build: Callable[[Any], Graph]
     config_keys: Mapping[str, str | type]

@@ -99,6 +99,7 @@ def written_keys(config: Config) -> JSON:
 FAMILY = Family(
     model_type="gemma",
     architecture="GemmaForCausalLM",
+    models="Gemma",
     config_class=Config,
     build=build,
     config_keys=COMMON_KEYS,

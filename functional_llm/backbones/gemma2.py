@@ -95,6 +95,7 @@ WEIGHTS = [
 FAMILY = Family(
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",
+    models="Gemma 2",
     config_class=Config,
     build=build,
     config_keys=CONFIG_KEYS,

@@ -90,6 +90,7 @@ SCORES_CAP = "attn_logit_softcapping"
 FAMILY = Family(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
+    models="Gemma 3, text",
     config_class=Config,
     build=build,
     config_keys={

@@ -72,6 +72,7 @@ WEIGHTS = [
 FAMILY = Family(
     model_type="glm4",
     architecture="Glm4ForCausalLM",
+    models="GLM-4-0414 9B, 32B",
     config_class=Config,
     build=build,
     config_keys={

@@ -81,6 +81,7 @@ WEIGHTS = [
 FAMILY = Family(
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
+    models="GPT-2, DistilGPT-2",
     config_class=Config,
     build=build,
     config_keys={

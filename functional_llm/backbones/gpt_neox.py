@@ -106,6 +106,7 @@ WEIGHTS = [
 FAMILY = Family(
     model_type="gpt_neox",
     architecture="GPTNeoXForCausalLM",
+    models="Pythia, GPT-NeoX-20B",
     config_class=Config,
     build=build,
     config_keys={

@@ -86,6 +86,7 @@ WEIGHTS = [
 FAMILY = Family(
     model_type="gptj",
     architecture="GPTJForCausalLM",
+    models="GPT-J",
     config_class=Config,
     build=build,
     config_keys={**gpt2.FAMILY.config_keys, "rotary_dim": "rotary_dim"},

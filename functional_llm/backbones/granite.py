@@ -84,6 +84,7 @@ def complete_keys(keys: JSON) -> JSON:
 FAMILY = Family(
     model_type="granite",
     architecture="GraniteForCausalLM",
+    models="Granite 3.0–3.3, and the dense 4.1",
     config_class=Config,
     build=build,
     config_keys={**llama.FAMILY.config_keys, **{x: x for x in MULTIPLIERS.values()}},

@@ -73,6 +73,7 @@ _NOT_READ = """add_classification_head attention_head_dim cla_share_factor class
 FAMILY = Family(
     model_type="hunyuan_v1_dense",
     architecture="HunYuanDenseV1ForCausalLM",
+    models="Hunyuan 0.5B–7B, Hy-MT2",
     config_class=Config,
     build=build,
     config_keys={

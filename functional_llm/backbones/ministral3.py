@@ -81,6 +81,7 @@ def complete_keys(keys: JSON) -> JSON:
 FAMILY = Family(
     model_type="ministral3",
     architecture="Ministral3ForCausalLM",
+    models="Ministral 3, Devstral 2",
     config_class=Config,
     build=build,
     config_keys=mistral.FAMILY.config_keys,
@@ -90,6 +91,7 @@ FAMILY = Family(
     rope_types={"yarn": "yarn_query_scale"},
     weights=llama.WEIGHTS,
     ignored=llama.FAMILY.ignored,
+    wrappers=mistral.FAMILY.wrappers,
     gguf_architecture="mistral3",
     gguf_told_by="attention.temperature_scale",
     gguf_permuted=llama.FAMILY.gguf_permuted,

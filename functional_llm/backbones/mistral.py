@@ -52,6 +52,7 @@ NO_BIASES = {"attention_bias": False, "mlp_bias": False}
 FAMILY = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
+    models="Mistral 7B, Nemo (their GGUF files say `llama`, and have no window), Small 3",
     config_class=Config,
     build=build,
     config_keys={**COMMON_KEYS, "sliding_window": "sliding_window"},

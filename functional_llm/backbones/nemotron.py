@@ -67,6 +67,7 @@ _HEADS = "num_key_value_heads"
 FAMILY = Family(
     model_type="nemotron",
     architecture="NemotronForCausalLM",
+    models="Nemotron 4, Nemotron Mini",
     config_class=Config,
     build=build,
     config_keys={

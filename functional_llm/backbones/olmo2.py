@@ -71,6 +71,7 @@ WEIGHTS = [*gemma2.WEIGHTS, *qwen3.QK_NORMS]
 FAMILY = Family(
     model_type="olmo2",
     architecture="Olmo2ForCausalLM",
+    models="OLMo 2",
     config_class=Config,
     build=build,
     config_keys=CONFIG_KEYS,

@@ -73,6 +73,7 @@ def gguf_defaults(keys: JSON) -> JSON:
 FAMILY = Family(
     model_type="olmo3",
     architecture="Olmo3ForCausalLM",
+    models="OLMo 3",
     config_class=Config,
     build=build,
     config_keys={

@@ -107,6 +107,7 @@ WEIGHTS = [
 FAMILY = Family(
     model_type="opt",
     architecture="OPTForCausalLM",
+    models="OPT",
     config_class=Config,
     build=build,
     config_keys={

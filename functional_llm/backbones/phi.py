@@ -85,6 +85,7 @@ WEIGHTS = [
 FAMILY = Family(
     model_type="phi",
     architecture="PhiForCausalLM",
+    models="Phi 1, 1.5, 2",
     config_class=Config,
     build=build,
     config_keys={

@@ -65,6 +65,7 @@ WEIGHTS = [
 FAMILY = Family(
     model_type="phi3",
     architecture="Phi3ForCausalLM",
+    models="Phi 3, 3.5, 4, 4-mini",
     config_class=Config,
     build=build,
     config_keys={

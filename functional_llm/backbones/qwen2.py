@@ -74,6 +74,7 @@ def written_keys(config: Any) -> JSON:
 FAMILY = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
+    models="Qwen 2, 2.5, 2.5 Coder",
     config_class=Config,
     build=build,
     config_keys=CONFIG_KEYS,

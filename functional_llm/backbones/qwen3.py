@@ -61,6 +61,7 @@ QK_NORMS = [
 FAMILY = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
+    models="Qwen 3",
     config_class=Config,
     build=build,
     config_keys={**qwen2.CONFIG_KEYS, "attention_bias": "attention_bias"},

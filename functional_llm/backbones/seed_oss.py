@@ -62,6 +62,7 @@ def complete_keys(keys: JSON) -> JSON:
 FAMILY = Family(
     model_type="seed_oss",
     architecture="SeedOssForCausalLM",
+    models="Seed-OSS",
     config_class=Config,
     build=build,
     config_keys={**llama.FAMILY.config_keys, "attention_out_bias": "attention_out_bias"},

@@ -64,6 +64,7 @@ def complete_keys(keys: JSON) -> JSON:
 FAMILY = Family(
     model_type="smollm3",
     architecture="SmolLM3ForCausalLM",
+    models="SmolLM3",
     config_class=Config,
     build=build,
     config_keys={

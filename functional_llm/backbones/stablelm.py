@@ -76,6 +76,7 @@ _NORM = "model.layers.{}.input_layernorm"
 FAMILY = Family(
     model_type="stablelm",
     architecture="StableLmForCausalLM",
+    models="StableLM 3B, Stable LM 2 1.6B",
     config_class=Config,
     build=build,
     config_keys={

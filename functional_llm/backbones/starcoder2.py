@@ -103,6 +103,7 @@ AROUND = [
 FAMILY = Family(
     model_type="starcoder2",
     architecture="Starcoder2ForCausalLM",
+    models="StarCoder 2",
     config_class=Config,
     build=build,
     config_keys={

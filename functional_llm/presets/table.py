@@ -1,18 +1,15 @@
-"""The presets that come with the library: each alone, and all as a table."""
+"""The presets that come with the library: each alone, and all as a table that prints itself."""
 
 import difflib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from functional_llm.files.json_files import read_json
 
 # Beside the package in a checkout; inside it once installed from a wheel.
 _FOLDERS = [Path(__file__).parents[2] / "presets", Path(__file__).parent / "data"]
-_COLUMNS = ("name", "family", "parameters", "context", "licence", "source")
-_NUMBERS = ("parameters", "context")
 
 
 def preset_names() -> list[str]:
@@ -39,17 +36,19 @@ def read_preset(name: str) -> dict[str, Any]:
     )
 
 
-@dataclass(frozen=True)
-class PresetTable:
-    """Presets, one a row; prints as a table.
+class Table:
+    """Rows with named cells; prints as a table.
 
     Args:
-        rows: Dicts with the keys `name`, `family`, `parameters` (how many numbers the weights
-            are), `context` (the longest sequence, in tokens), `licence`, `source` (where the files
-            come from) and `description`.
+        rows: Dicts.
     """
 
-    rows: tuple[Mapping[str, Any], ...]
+    columns: ClassVar[tuple[str, ...]]  # that are printed
+    numbers: ClassVar[tuple[str, ...]] = ()  # columns that are aligned to the right
+    long_columns: ClassVar[tuple[str, ...]] = ()  # that only a notebook has room for
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        self.rows = tuple(rows)
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         return iter(self.rows)
@@ -60,21 +59,51 @@ class PresetTable:
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         return self.rows[index]
 
+    def cell(self, row: Mapping[str, Any], column: str) -> str:
+        """Returns what is printed."""
+        return str(row[column])
+
     def __str__(self) -> str:
-        lines = [_COLUMNS, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
-        return "\n".join(_align(line, widths).rstrip() for line in lines)
+        lines = [self.columns, *self._cells(self.columns)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+        return "\n".join(self._align(line, widths).rstrip() for line in lines)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        columns = (*_COLUMNS, "description")
+        columns = (*self.columns, *self.long_columns)
         head = "".join(f"<th>{column}</th>" for column in columns)
         lines = [f"<tr>{head}</tr>"]
-        for row in self.rows:
-            cells = (*_cells(row), row["description"])
+        for cells in self._cells(columns):
             lines.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
         return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+    def _cells(self, columns: Sequence[str]) -> list[tuple[str, ...]]:
+        return [tuple(self.cell(row, column) for column in columns) for row in self.rows]
+
+    def _align(self, cells: tuple[str, ...], widths: list[int]) -> str:
+        return "  ".join(
+            cell.rjust(width) if column in self.numbers else cell.ljust(width)
+            for column, cell, width in zip(self.columns, cells, widths, strict=True)
+        )
+
+
+class PresetTable(Table):
+    """Presets, one a row; prints as a table.
+
+    Args:
+        rows: Dicts with the keys `name`, `family`, `parameters` (how many numbers the weights
+            are), `context` (the longest sequence, in tokens), `licence`, `source` (where the files
+            come from) and `description`.
+    """
+
+    columns = ("name", "family", "parameters", "context", "licence", "source")
+    numbers = ("parameters", "context")
+    long_columns = ("description",)
+
+    def cell(self, row: Mapping[str, Any], column: str) -> str:
+        """Returns what is printed."""
+        return _rounded(row[column]) if column == "parameters" else super().cell(row, column)
 
 
 def list_presets(family: str | None = None) -> PresetTable:
@@ -100,7 +129,7 @@ def list_presets(family: str | None = None) -> PresetTable:
         )
     chosen = [row for row in rows if family in (None, row["family"])]
     chosen.sort(key=lambda row: (row["name"].partition("_")[0], row["parameters"], row["name"]))
-    return PresetTable(tuple(chosen))
+    return PresetTable(chosen)
 
 
 def _row(name: str) -> dict[str, Any]:
@@ -115,19 +144,6 @@ def _row(name: str) -> dict[str, Any]:
         "source": f"hf://{source['hub']}" if "hub" in source else source["wheel"],
         "description": preset["description"],
     }
-
-
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(
-        _rounded(row[column]) if column == "parameters" else str(row[column]) for column in _COLUMNS
-    )
-
-
-def _align(cells: tuple[str, ...], widths: list[int]) -> str:
-    return "  ".join(
-        cell.rjust(width) if column in _NUMBERS else cell.ljust(width)
-        for column, cell, width in zip(_COLUMNS, cells, widths, strict=True)
-    )
 
 
 def _rounded(count: int) -> str:
