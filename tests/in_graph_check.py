@@ -10,6 +10,7 @@ import json
 import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, sys.argv[1])
 sys.path.append(sys.argv[2])
@@ -85,6 +86,6 @@ def export(models, folder):
 if __name__ == "__main__":
     with open(sys.argv[3], "rb") as file:
         jobs = pickle.load(file)
-    kinds = {"ask": ask, "use": use, "export": export}
+    kinds: dict[str, Any] = {"ask": ask, "use": use, "export": export}
     answers = {name: kinds[kind](*arguments) for name, (kind, arguments) in jobs.items()}
     Path(sys.argv[4]).write_text(json.dumps(answers), "utf-8")

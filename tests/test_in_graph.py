@@ -270,19 +270,31 @@ assert "functional_llm" not in sys.modules
 def test_a_saved_model_writes_what_ours_writes(material: Path, tmp_path: Path) -> None:
     prompts = {
         "trained": ["Once upon a time", "Lily", "The dog 😀</s> said:"],
-        "random": ["The quick", " fox<|im_end|>\n 日本", "x"],
     }
-    handles = {"trained": str(material / "stories260K")}
-    handles["random"] = str(save_tiny(tmp_path / "tiny"))
-    models = [(name, handles[name], prompts[name], 24) for name in prompts]
+    models = [("trained", str(material / "stories260K"), prompts["trained"], 24)]
     expected = run_jobs(tmp_path, {"x": ("export", [models, str(tmp_path)])})["x"]
     output = run_stock("jax", "-c", SERVE, json.dumps(prompts), folder=tmp_path)
     texts = dict(json.loads(x) for x in re.findall("^texts (.*)$", output, re.M))
     assert texts == expected
     errors = re.findall("^error (.*)$", output, re.M)
-    assert len(errors) == 4
+    assert len(errors) == 2
     assert "prompts of at least one character" in errors[0]
     assert "prompts of at most 488 tokens" in errors[1]
+
+
+def test_the_page_runs(tmp_path: Path) -> None:
+    """All blocks of docs/tensorflow.md in turn, with a tiny model in the place of the preset."""
+    page = (TESTS.parent / "docs" / "tensorflow.md").read_text("utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    code = code.replace("smollm2_135m_instruct", str(save_tiny(tmp_path / "tiny")))
+    paths = f"import sys\nsys.path.insert(0, {str(TESTS.parent)!r})\n"
+    paths += f"sys.path.append({sysconfig.get_path('purelib')!r})\n"
+    code += "\nprint('texts', [x.decode() for x in new_texts.numpy()], ids.to_list())"
+    output = run_stock("jax", "-c", paths + code, folder=tmp_path)
+    ours = flm.Tokenizer.from_preset(tmp_path / "tiny")
+    generator = flm.TextGenerator(flm.Backbone.from_preset(tmp_path / "tiny"), ours)
+    texts = generator.generate(["The capital of France is"], 32)
+    assert f"texts {texts} {[ours.encode(x) for x in ('Hello, world!', '123')]}" in output
 
 
 @pytest.mark.skipif(find_spec("tensorflow") is not None, reason="TensorFlow is here")
