@@ -94,6 +94,9 @@ from conversion import ModelBase, get_model_class
 for folder in map(Path, sys.argv[2:]):
     numbers = json.loads((folder / "config.json").read_text())  # Transformers drops old keys
     numbers |= ModelBase.load_hparams(folder, False)
+    # Transformers, through which the first goes, drops old keys.
+    numbers = ModelBase.load_hparams(folder, False)
+    numbers |= json.loads((folder / "config.json").read_text())
     converter = get_model_class(numbers["architectures"][0])
     def set_vocab(self):
         self.gguf_writer.add_tokenizer_model("none")

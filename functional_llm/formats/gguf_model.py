@@ -156,7 +156,9 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
     head_dim = config.get("head_dim")
     sizes: list[Any] = [config.get(key) for key in ("hidden_size", "num_attention_heads")]
     if head_dim is None and all(type(size) is int and size > 0 for size in sizes):
-        head_dim = config["head_dim"] = sizes[0] // sizes[1]
+        head_dim = sizes[0] // sizes[1]
+        if "head_dim" in family.config_keys:
+            config["head_dim"] = head_dim
     if "partial_rotary_factor" in family.config_keys and head_dim:
         turning = given.pop("rope.dimension_count", head_dim)
         config["partial_rotary_factor"] = part_of_head(turning, head_dim)
