@@ -621,11 +621,8 @@ ONE_OF_EACH_KIND = [
     "gemma2_soft_caps",  # rings beside a full cache, soft caps, norms behind branches, scale 1 + w
     "gemma3_two_ropes",  # norms of queries and keys, a RoPE a type of layers
     "gpt2_tied",  # fused tensors, kernels as (in, out), learned positions, LayerNorm, a plain MLP
-    "phi_tied_one_layer",  # one norm for both branches, a tied head with a bias
     "cohere_query_key_norm_untied",  # pairs turn, LayerNorm without a bias, a weight of each head
-    "opt_one_layer_without_weights",  # norms that have no weights, positions from 2 on
+    "gptj_half_of_each_head",  # one norm for both branches, a head with a bias, some channels turn
     "gpt_neox_no_biases_tied",  # tensors fused in groups, one for each head
     "phi3_long_texts",  # fused tensors, transposed; a RoPE that depends on the longest row
-    "cohere_query_key_norm_untied",  # LayerNorm without bias, a norm a head, pairs, side by side
-    "gptj_half_of_each_head",  # a bias on the head, pairs of the first channels
 ]
