@@ -267,8 +267,8 @@ def test_a_prompt_beyond_the_original_length(tmp_path: Path) -> None:
         ({"type": "yarn"}, "lack factor"),
         ({"type": "llama3", "factor": 2.0}, "lack low_freq_factor, high_freq_factor"),
         (
-            {"type": "longrope", "short_factor": [1] * 6, "long_factor": [2] * 6},
-            "same short_factor",
+            {"type": "longrope", "short_factor": [1] * 6, "attention_factor": 2.0},
+            "lack long_factor",
         ),
         ({"type": "yarn", "factor": "4"}, "above 0 for factor, received '4'"),
         (

@@ -102,7 +102,8 @@ def read_config(raw: Mapping[str, Any], family: Family) -> ModelConfig:
         # A family may have a RoPE of its own for files that do not speak of it.
         rope = given | {key: x for key, x in full.items() if key == "rope_parameters"}
         rope = with_types(rope, family.rope_types)
-        values |= read_rope(rope, full, _has(family.config_class, _LOCAL))
+        known_keys = {key: x for key, x in full.items() if key not in _CONSTANTS or key in values}
+        values |= read_rope(rope, known_keys, _has(family.config_class, _LOCAL))
     if "layer_types" in values:
         _check_layer_types(values)
     config = family.config_class(**_with_tuples(values))
