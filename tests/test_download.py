@@ -264,6 +264,8 @@ def hub(cache: Path, server: Server) -> Server:
     names = ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors.index.json"]
     server.repo = {name: f"{{}} {name}".encode() for name in names}
     server.repo |= {f"model-0000{i}-of-00002.safetensors": WEIGHTS[i:] for i in (1, 2)}
+    server.repo |= {"model.weights.h5": WEIGHTS, "task.json": b"{}"}  # of a KerasHub preset
+    server.repo |= {"assets/tokenizer/merges.txt": b"a b", "tf_model.h5": WEIGHTS}
     server.repo |= {"README.md": b"text", "pytorch_model.bin": b"pickle"}
     server.repo |= {"onnx/config.json": b"{}", "consolidated.safetensors": WEIGHTS}
     server.repo |= {"additional_chat_templates/rag.jinja": b"x", "fp8/a.safetensors": WEIGHTS}
@@ -273,7 +275,7 @@ def hub(cache: Path, server: Server) -> Server:
 def test_hub_fetches_what_a_model_needs(hub: Server) -> None:
     folder = Path(fetch_hub(hub, REPO))
     unwanted = {"README.md", "pytorch_model.bin", "onnx/config.json", "consolidated.safetensors"}
-    unwanted.add("fp8/a.safetensors")
+    unwanted |= {"fp8/a.safetensors", "tf_model.h5"}
     names = [name for name in files(folder) if (folder / name).is_file()]
     assert set(names) == set(hub.repo) - unwanted
     for name in names:

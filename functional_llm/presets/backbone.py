@@ -148,8 +148,8 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, FullFloat32, Exportabl
         """Loads a model: config, graph, and weights streamed straight into `dtype`.
 
         Args:
-            handle: A preset's name, a directory in Hugging Face layout, a `.gguf` file, a `.keras`
-                file from `save`, or `"hf://org/name"`.
+            handle: A preset's name, a directory (Hugging Face layout, KerasHub preset), a `.gguf`
+                file, a `.keras` file from `save`, `"hf://org/name"` or `"kaggle://..."`.
             dtype: `"float32"`, `"bfloat16"` or `"float16"`, or weights in float32 and sums in
                 another with `"mixed_bfloat16"` or `"mixed_float16"`.
             load_weights: `False` for random weights; a preset's files are not fetched then.

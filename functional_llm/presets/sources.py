@@ -69,7 +69,7 @@ def transformers_name(handle: str) -> tuple[str | None, str | None]:
         source = read_preset(handle)["source"]
         return source.get("hub", source.get("original")), source.get("revision")
     path = Path(handle).expanduser().absolute()
-    return (str(path) if path.is_dir() else None), None
+    return (str(path) if path.is_dir() and not KerasHubPreset.opens(path) else None), None
 
 
 def locate(handle: str | Path) -> Path:

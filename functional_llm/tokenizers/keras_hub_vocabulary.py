@@ -1,7 +1,7 @@
 """Reads the tokenizer of a KerasHub preset: its config, and the assets beside it.
 
-Text is cut into words as the model's authors cut it. KerasHub 0.32 does not: it takes the expression
-for a plain string, which no text holds, and inside of TensorFlow's graphs one like GPT-2's.
+Text is cut into words as the model's authors cut it. KerasHub 0.32 does not: it takes the
+expression for a plain string, which no text holds, and in TensorFlow's graphs one like GPT-2's.
 """
 
 from collections.abc import Mapping
