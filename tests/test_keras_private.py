@@ -484,6 +484,17 @@ def test_each_part_of_the_page_has_a_test() -> None:
 
 
 def test_nested_layers_come_in_the_order_of_kerashub() -> None:
-    inner = model_of(layers.Dense(4, name="dense"))
-    outer = keras.Sequential([inner, layers.Dense(2, name="last")])
-    assert [x.name for x in page.nested_layers(outer)] == [inner.name, "dense", "x", "last"]
+    class Block(layers.Layer):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.first = layers.Dense(1, name="first")
+            self.second = layers.Dense(1, name="second")
+
+    class Outer(layers.Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block(name="block")
+            self.last = layers.Dense(1, name="last")
+
+    names = [x.name for x in page.nested_layers(Outer())]
+    assert names == ["block", "second", "first", "last"]

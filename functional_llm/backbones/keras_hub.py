@@ -73,12 +73,16 @@ def llama_fields(arguments: JSON, max_sequence_length: int, **fields: Any) -> JS
         **fields: More fields.
     """
     stretch: JSON = {field: arguments.get(name) for name, field in STRETCH.items()}
-    known: JSON = {"rope_position_scaling_factor": 1, **arguments}
-    factor = known.get("rope_scaling_factor", known["rope_position_scaling_factor"])
+    known: JSON = {
+        "rope_scaling_factor": arguments.get("rope_position_scaling_factor", 1),
+        **arguments,
+    }
     return {
         "head_dim": arguments.get("head_dim")
         or arguments["hidden_dim"] // arguments["num_query_heads"],
-        "rope_scaling": divided(factor) if None in stretch.values() else Llama3Scaling(**stretch),
+        "rope_scaling": divided(known["rope_scaling_factor"])
+        if None in stretch.values()
+        else Llama3Scaling(**stretch),
         "max_sequence_length": max_sequence_length,
         "activation": "silu",
         **fields,

@@ -126,7 +126,7 @@ def _arguments(config: Any, column: KerasHub) -> JSON:
 def _meaning(config: Any) -> Any:
     """Returns a config without numbers that have no meaning for it."""
     names = {field.name for field in fields(config)}
-    if "layer_types" not in names or "sliding_attention" in config.layer_types:
+    if not {"layer_types", "sliding_window"} <= names or "sliding_attention" in config.layer_types:
         return config
     return replace(config, sliding_window=None)
 
