@@ -676,6 +676,5 @@ ONE_OF_EACH_KIND = [
     "gptj_half_of_each_head",  # one norm for both branches, a head with a bias, some channels turn
     "gpt_neox_no_biases_tied",  # tensors fused in groups, one for each head
     "phi3_long_texts",  # fused tensors, transposed; a RoPE that depends on the longest row
-    "gpt_neox_five_heads",  # a tensor fused by head, RoPE on some channels, branches side by side
     "bloom_five_heads",  # ALiBi
 ]

@@ -80,6 +80,7 @@ def weights(config: Config) -> Rows:
 
 FAMILY = Family(
     model_type="bloom",
+    models="BLOOM",
     architecture="BloomForCausalLM",
     config_class=Config,
     build=build,

@@ -101,7 +101,11 @@ def weights(config: Config) -> Rows:
     layer, norms = "transformer.h.{}", _NORMS[config.num_parallel_norms]
     return [
         ("transformer.word_embeddings.weight", "token_embedding/embeddings", "same"),
-        *(row for x in norms for row in layer_norm_rows(f"{layer}.{x}", f"decoder_{{}}/{norms[x]}")),
+        *(
+            row
+            for x in norms
+            for row in layer_norm_rows(f"{layer}.{x}", f"decoder_{{}}/{norms[x]}")
+        ),
         *gpt_neox.layer_rows(layer, "self_attention", config.num_key_value_heads),
         *layer_norm_rows("transformer.ln_f", "final_norm"),
         ("lm_head.weight", "head/kernel", "transpose"),
@@ -111,6 +115,7 @@ def weights(config: Config) -> Rows:
 _GGUF = {"feed_forward_length": "ffn_hidden_size", "attention.head_count_kv": "num_kv_heads"}
 FAMILY = Family(
     model_type="falcon",
+    models="Falcon 7B, 11B, 40B, 180B, RW",
     architecture="FalconForCausalLM",
     config_class=Config,
     build=build,
