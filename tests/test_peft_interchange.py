@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 import functional_llm as flm
 from configs import CONFIGS, ONE_OF_EACH_FAMILY
-from nightly import FAMILIES_AND_KINDS, one_of_each_kind
 from functional_llm.backbones.families import FAMILIES
 from functional_llm.backbones.wrapper import with_other_prefix
+from nightly import FAMILIES_AND_KINDS, one_of_each_kind
 from reference import make_reference, reference_logits
 
 with warnings.catch_warnings():

@@ -98,14 +98,10 @@ _OLD = {"n_embed": "hidden_size", "n_head": "num_attention_heads", "n_layer": "n
 
 def weights(config: Config) -> Rows:
     """Returns the table: norms and groups depend on the design."""
-    layer, norms = "transformer.h.{}", _NORMS[config.num_parallel_norms]
+    layer, norms = "transformer.h.{}", _NORMS[config.num_parallel_norms].items()
     return [
         ("transformer.word_embeddings.weight", "token_embedding/embeddings", "same"),
-        *(
-            row
-            for x in norms
-            for row in layer_norm_rows(f"{layer}.{x}", f"decoder_{{}}/{norms[x]}")
-        ),
+        *(row for x, y in norms for row in layer_norm_rows(f"{layer}.{x}", f"decoder_{{}}/{y}")),
         *gpt_neox.layer_rows(layer, "self_attention", config.num_key_value_heads),
         *layer_norm_rows("transformer.ln_f", "final_norm"),
         ("lm_head.weight", "head/kernel", "transpose"),
