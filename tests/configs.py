@@ -645,7 +645,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "falcon_serial_alibi_biases": {
         **_FALCON,
-        "num_kv_heads": 6,  # no power of two
+        "num_attention_heads": 12,  # no power of two, and slopes that rounding moves
+        "num_kv_heads": 12,
         "multi_query": False,
         "parallel_attn": False,
         "alibi": True,

@@ -25,11 +25,21 @@ def alibi_key(num_heads: int) -> PartFunction:
     Args:
         num_heads: N.
     """
-    slopes_N1 = np.array(alibi_slopes(num_heads))[:, None].astype(ml_dtypes.bfloat16)
+    slopes_N1 = np.array(alibi_slopes(num_heads))[:, None]
+    slopes_N1 = slopes_N1.astype(ml_dtypes.bfloat16).astype("float32")
 
     def add_channel(x: Tensor, inputs: Inputs) -> Tensor:
         positions_BT11 = ops.cast(ops.expand_dims(inputs["positions"], (2, 3)), "float32")
-        rounded = ops.cast(positions_BT11 * slopes_N1.astype("float32"), "bfloat16")
-        return ops.concatenate([x, ops.cast(rounded, x.dtype)], axis=-1)
+        channel = _rounded(_rounded(positions_BT11) * slopes_N1)
+        return ops.concatenate([x, ops.cast(channel, x.dtype)], axis=-1)
 
     return add_channel
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """Returns float32 numbers rounded to the digits of bfloat16 (Veltkamp's splitting).
+
+    XLA leaves out casts to bfloat16 and back.
+    """
+    scaled = x * 65537.0  # 2**16 + 1: float32 has 16 digits more
+    return scaled - (scaled - x)

@@ -264,8 +264,7 @@ class AttentionDotProduct(keras.layers.Layer):
 
     def get_config(self) -> JSON:
         own = {"scale": self.scale, "soft_cap": self.soft_cap, "kernel": self.kernel}
-        own |= {"slopes": self.slopes}
-        return {**super().get_config(), **own}
+        return {**super().get_config(), **own, "slopes": self.slopes}
 
 
 def _capability() -> tuple[int, int]:
