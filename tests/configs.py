@@ -175,6 +175,24 @@ _GPT_NEOX = {
     "max_position_embeddings": 512,
     "rotary_pct": 0.35,  # of 12 channels 4 turn
 }
+_BLOOM = {
+    "model_type": "bloom",
+    "vocab_size": 128,
+    "hidden_size": 60,
+    "n_layer": 2,
+    "n_head": 5,  # no power of two
+    "seq_length": 512,
+}
+_FALCON = {
+    "model_type": "falcon",
+    "vocab_size": 128,
+    "hidden_size": 48,
+    "ffn_hidden_size": 192,  # llama.cpp knows no other
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_kv_heads": 2,
+    "max_position_embeddings": 512,
+}
 
 
 def _llama(**changes: Any) -> dict[str, Any]:
@@ -609,6 +627,40 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "yarn", "partial_rotary_factor": 0.5, **_STRETCHED},
     },
+    "bloom_five_heads": _BLOOM,
+    "bloom_twelve_heads_untied": {
+        **_BLOOM,
+        "hidden_size": 48,
+        "n_head": 12,
+        "layer_norm_epsilon": 1e-3,
+        "tie_word_embeddings": False,
+    },
+    "bloom_one_layer_two_heads": {**_BLOOM, "hidden_size": 48, "n_layer": 1, "n_head": 2},
+    "falcon_grouped_two_norms": {**_FALCON, "new_decoder_architecture": True},
+    "falcon_multi_query_untied": {
+        **_FALCON,
+        "num_kv_heads": 1,
+        "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 700.0},
+    },
+    "falcon_serial_alibi_biases": {
+        **_FALCON,
+        "num_attention_heads": 12,  # no power of two, and slopes that rounding moves
+        "num_kv_heads": 12,
+        "multi_query": False,
+        "parallel_attn": False,
+        "alibi": True,
+        "bias": True,
+        "ffn_hidden_size": 80,
+    },
+    "falcon_grouped_one_norm_one_layer": {
+        **_FALCON,
+        "num_hidden_layers": 1,
+        "new_decoder_architecture": True,
+        "num_ln_in_parallel_attn": 1,
+        "ffn_hidden_size": 80,
+        "activation": "relu",
+    },
 }
 # The first config of each family, for what no config changes.
 ONE_OF_EACH_FAMILY = list({x["model_type"]: name for name, x in reversed(CONFIGS.items())}.values())
@@ -625,4 +677,5 @@ ONE_OF_EACH_KIND = [
     "gptj_half_of_each_head",  # one norm for both branches, a head with a bias, some channels turn
     "gpt_neox_no_biases_tied",  # tensors fused in groups, one for each head
     "phi3_long_texts",  # fused tensors, transposed; a RoPE that depends on the longest row
+    "bloom_five_heads",  # ALiBi
 ]

@@ -100,6 +100,8 @@ def _buffers(one: Any) -> Tensors:
             "h.1.attn.bias": causal,
             f"{prefix}h.0.attn.masked_bias": np.array(-1e4, "float32"),
         }
+    if not hasattr(one.backbone.config, "rope_scaling"):
+        return {}
     return {
         "model.layers.0.self_attn.rotary_emb.inv_freq": inv_freq,
         "layers.1.self_attn.rotary_emb.inv_freq": inv_freq,

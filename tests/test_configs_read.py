@@ -378,7 +378,8 @@ def test_activations_are_all_that_transformers_has() -> None:
 def test_activations_are_written_so_that_they_are_read_again(name: str) -> None:
     family = FAMILIES[CONFIGS[name]["model_type"]]
     config: Any = read_config(CONFIGS[name], family)
-    for activation in mlp.ACTIVATIONS:
+    has_choice = "activation" in family.config_keys.values()
+    for activation in mlp.ACTIVATIONS if has_choice else ():
         ours = dataclasses.replace(config, activation=activation)
         assert read_config(write_config(ours, family, "float32"), family) == ours
 

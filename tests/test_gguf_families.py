@@ -76,6 +76,10 @@ SAID: dict[str, dict[str, Any]] = {
         "hidden_act": "gelu",
     },
     "gpt_neox_no_biases_tied": {"rope_parameters": None},
+    "bloom_five_heads": {},
+    "bloom_twelve_heads_untied": {},
+    "falcon_grouped_two_norms": {},
+    "falcon_multi_query_untied": {"rope_parameters": None},
 }
 # Old keys, which the converter wants.
 WANTED: dict[str, dict[str, Any]] = {

@@ -13,6 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 import functional_llm as flm
 from configs import CONFIGS, ONE_OF_EACH_FAMILY
+from functional_llm.backbones.families import FAMILIES
+from functional_llm.backbones.wrapper import with_other_prefix
 from nightly import FAMILIES_AND_KINDS, one_of_each_kind
 from reference import make_reference, reference_logits
 
@@ -37,8 +39,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     )
 
 
-# One has a tensor for each layer, the other fused ones, which lie as Conv1D has them.
-EVERY_METHOD = ["llama_grouped", "gpt2_tied"]
+# A tensor for each layer; fused ones, which lie as Conv1D has them; ones that are fused by head.
+EVERY_METHOD = ["llama_grouped", "gpt2_tied", "gpt_neox_five_heads"]
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
@@ -49,7 +51,7 @@ def test_every_family_both_ways(name: str, tmp_path: Path) -> None:
     backbone = flm.Backbone.from_preset(str(tmp_path))
     base = np.asarray(backbone(IDS))
     options: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear"}
-    last = ["down_proj", "c_fc", "mlp.c_proj"]  # of one family or another
+    last = ["down_proj", "c_fc", "mlp.c_proj", "dense_4h_to_h"]  # of one family or another
     configs = [
         theirs.LoraConfig(**options),
         theirs.IA3Config(target_modules="all-linear", feedforward_modules=last),
@@ -103,7 +105,9 @@ def test_names_of_every_family(name: str, tmp_path: Path) -> None:
     ours = flm.peft.load_adapter(flm.Backbone.from_preset(tmp_path), tmp_path / "theirs")
     flm.peft.save_adapter(ours, tmp_path / "ours")
     flm.peft.merge(ours).save_preset(tmp_path / "folded")
+    stored = FAMILIES[CONFIGS[name]["model_type"]].stored_prefixes
     received = load_file(tmp_path / "folded" / "model.safetensors")
+    received = {with_other_prefix(name, stored): value for name, value in received.items()}
     again = theirs.PeftModel.from_pretrained(make_reference(CONFIGS[name]), str(tmp_path / "ours"))
     for folded in (model.merge_and_unload(), again.merge_and_unload()):
         expected = {name: x.detach().numpy() for name, x in folded.state_dict().items()}

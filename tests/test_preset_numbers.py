@@ -28,13 +28,18 @@ PUBLISHED = sorted((Path(__file__).parent / "published_configs").glob("*.json"))
 # Numbers of parameters that do not come from our builders: most as KerasHub gives them. It counts
 # the tied head of Llama 3.2 twice, and gives Qwen 2.5 7B and Qwen 2.5 Math 7B different numbers.
 COUNTS = {
+    "bloom_560m": 559_214_592,
+    "bloom_7b1": 7_069_016_064,
     "gemma_7b": 8_537_680_896,
     "gemma2_27b": 27_227_128_320,
     "gemma3_270m": 268_098_176,
     "gpt2_xl": 1_557_611_200,
+    "gpt_neox_20b": 20_554_567_680,
     "llama2_7b": 6_738_415_616,
     "llama3.1_8b": 8_030_261_248,
     "llama3.2_1b": 1_235_814_400,
+    "pythia_70m": 70_426_624,
+    "pythia_12b": 11_846_072_320,
     "mistral_v0.3_7b": 7_248_023_552,
     "mistral_nemo_12b": 12_247_782_400,
     "opt_350m": 331_196_416,

@@ -1,10 +1,12 @@
 """The families that there are: a new one is a line here."""
 
 from functional_llm.backbones import (
+    bloom,
     cohere,
     cohere2,
     ernie4_5,
     exaone4,
+    falcon,
     gemma,
     gemma2,
     gemma3,
@@ -49,9 +51,11 @@ _MODULES = (
     gemma2,
     gemma3,
     gpt2,
+    bloom,
     cohere,
     cohere2,
     ernie4_5,
+    falcon,
     glm4,
     gpt_neox,
     gptj,

@@ -99,6 +99,8 @@ class Family:
             the others whose files have the same architecture; `None` if no key does.
         gguf_keys: Key of a GGUF file, without the architecture -> key of a `config.json`, beside
             those of a Llama.
+        gguf_ignored: Keys of a GGUF file, without the architecture, of which the family has no
+            choice.
         gguf_defaults: Given keys -> what a GGUF file does not say.
         gguf_permuted: Projection whose rows llama.cpp reorders -> field with their number of heads.
         gguf_transposed: Patterns of tensors that GGUF files hold transposed.
@@ -128,6 +130,7 @@ class Family:
     gguf_architecture: str | None = None
     gguf_told_by: str | None = None
     gguf_keys: Mapping[str, str] = field(default_factory=dict)
+    gguf_ignored: Sequence[str] = ()
     gguf_defaults: Callable[[JSON], JSON] = _nothing
     gguf_permuted: Mapping[str, str] = field(default_factory=dict)
     gguf_transposed: Sequence[str] = ()

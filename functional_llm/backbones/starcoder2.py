@@ -61,10 +61,9 @@ def build_stack(
         hidden_dim=config.hidden_dim,
         layer_types={kind: layer_type},
         layers=[(kind, build_decoder(config, f"decoder_{i}")) for i in range(config.num_layers)],
-        keeps=key_value_shapes(config.num_key_value_heads, config.head_dim),
         final_norm=norm(config.layer_norm_epsilon, "final_norm"),
         tie_word_embeddings=config.tie_word_embeddings,
-        **others,
+        **{"keeps": key_value_shapes(config.num_key_value_heads, config.head_dim), **others},
     )
 
 

@@ -18,6 +18,7 @@ from functional_llm.layers.attention import AttentionDotProduct, KVCacheLookup
 Inputs: TypeAlias = dict[str, Nested]
 PartFunction: TypeAlias = Callable[[Tensor, Inputs], Tensor]
 Part: TypeAlias = keras.layers.Layer | PartFunction
+Product: TypeAlias = Callable[[Inputs], Tensor]  # of an `AttentionDotProduct`'s inputs
 Shapes: TypeAlias = Mapping[str, "tuple[int, ...] | Shapes"]  # what is kept of one token
 
 
@@ -46,12 +47,27 @@ def key_value_shapes(num_heads: int, head_dim: int) -> Shapes:
     return {"attention": {"key": shape, "value": shape}}
 
 
+def alibi_slopes(num_heads: int) -> list[float]:
+    """Returns ALiBi's slope for each head, for `AttentionDotProduct`.
+
+    Of a number of heads that is no power of two, the heads beyond one get every second slope of
+    twice as many heads.
+
+    Reference:
+        [Train Short, Test Long](https://arxiv.org/abs/2108.12409), section 3, and its code.
+    """
+    whole = 2 ** int(math.log2(num_heads))
+    slopes = [2.0 ** (-8 * i / whole) for i in range(1, whole + 1)]
+    between = [2.0 ** (-4 * (2 * i + 1) / whole) for i in range(num_heads - whole)]
+    return slopes + between
+
+
 def attention(
     query: Sequence[Part],
     key: Sequence[Part],
     value: Sequence[Part],
     output: keras.layers.Layer,
-    product: AttentionDotProduct | None = None,
+    product: Product | None = None,
 ) -> CompositeLayer:
     """Self-attention over the new tokens and those in the cache.
 
@@ -60,13 +76,14 @@ def attention(
         key: Parts from (B, T, D) to (B, T, K, H).
         value: Parts from (B, T, D) to (B, T, K, V); V is the head size of the values.
         output: Layer from (B, T, N * V) to (B, T, D).
-        product: The layer that attends. Defaults to `AttentionDotProduct()`.
+        product: What attends: an `AttentionDotProduct`, which is the default, or a function that
+            calls one with more inputs, such as sinks.
 
     Returns:
         Layer from `{"x": (B, T, D), "positions", "mask", "rotation", "cache"}` to
         `{"x": (B, T, D), "cache": {"key", "value"}}`.
     """
-    product = product or AttentionDotProduct(name="dot_product")
+    attend = product or AttentionDotProduct(name="dot_product")
 
     def body(inputs: Inputs) -> dict[str, Nested]:
         x = inputs["x"]
@@ -75,7 +92,7 @@ def attention(
         visible, cache = KVCacheLookup(name="kv_cache_lookup")(
             {"new": new, "cache": inputs["cache"], "positions": inputs["positions"]}
         )
-        attended = product({"query": q_BTNH, **visible, "mask": inputs["mask"]})
+        attended = attend({"query": q_BTNH, **visible, "mask": inputs["mask"]})
         merge = keras.layers.Reshape((-1, math.prod(attended.shape[2:])), name="merge_heads")
         return {"x": output(merge(attended)), "cache": cache}
 

@@ -57,6 +57,7 @@ _TOLD_BY_TENSORS = {
     "attention_out_bias": ("attn_output.bias",),
     "bias": ("attn_qkv.bias",),
     "mlp_bias": ("ffn_up.bias",),
+    "new_decoder_architecture": ("attn_norm_2.weight",),
     "qk_layernorm": ("attn_q_norm.weight",),
     "use_bias": ("attn_q.bias",),
     "use_qk_norm": ("attn_q_norm.weight",),
@@ -139,6 +140,7 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
         for key, value in file.metadata.items()
         if key.startswith(prefix)
     }
+    given = {key: value for key, value in given.items() if key not in family.gguf_ignored}
     config = {keys[key]: given.pop(key) for key in list(given) if key in keys}
     if config.get("sliding_window") == 0:  # llama.cpp's word for none
         config["sliding_window"] = None
@@ -229,9 +231,10 @@ class _HuggingFaceView:
         )
         self._names: dict[str, str] = {}
         for name in names:
-            theirs = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
-            if theirs in file.shapes:
-                self._names[name] = theirs
+            for known in (name, name.removeprefix(family.base_prefix)):
+                theirs = name_map.get_name(known, try_suffixes=(".weight", ".bias"))
+                if theirs in file.shapes:
+                    self._names.setdefault(name, theirs)
         left = set(file.shapes) - set(self._names.values()) - {_FREQUENCIES, *_LONG_ROPE.values()}
         self._names.update({name: name for name in left})
         self.shapes = {

@@ -70,7 +70,7 @@ def attend_explicitly(
         scores_BKTGS = ops.tanh(scores_BKTGS / scoring.soft_cap) * scoring.soft_cap
     if slopes_N is not None:
         slopes_K1G1 = ops.reshape(ops.cast(slopes_N, "float32"), (kv_heads, 1, groups, 1))
-        scores_BKTGS = scores_BKTGS - slopes_K1G1 * ops.expand_dims(distances(mask), (1, 3))
+        scores_BKTGS = scores_BKTGS - ops.expand_dims(distances(mask), (1, 3)) * slopes_K1G1
     mask_B1T1S = ops.expand_dims(mask.visible(), (1, 3))
     # Not -inf: a padding token sees nothing, and its softmax would be NaN.
     scores_BKTGS = ops.where(mask_B1T1S, scores_BKTGS, -1e30)

@@ -9,7 +9,7 @@ batches, chunks and rings need no masks of their own. A padding token has positi
 nothing, and no token sees it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Self, TypeAlias
 
@@ -187,6 +187,8 @@ class AttentionDotProduct(keras.layers.Layer):
         scale: Factor on the scores. Defaults to 1 / sqrt(H).
         soft_cap: Bounds the scores to (-soft_cap, soft_cap) by tanh; `None` for no bound.
         kernel: The name of a kernel: an error if it cannot compute this. Defaults to the best one.
+        slopes: By how much each head's scores, scaled, fall with each position to a slot (ALiBi);
+            `None` for not at all. Slopes that are learned are an input.
     """
 
     def __init__(
@@ -194,12 +196,14 @@ class AttentionDotProduct(keras.layers.Layer):
         scale: float | None = None,
         soft_cap: float | None = None,
         kernel: str | None = None,
+        slopes: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.scale = scale
         self.soft_cap = soft_cap
         self.kernel = kernel
+        self.slopes = None if slopes is None else tuple(slopes)
 
     def call(self, inputs: Mapping[str, Nested]) -> Tensor:
         """Attends.
@@ -217,7 +221,9 @@ class AttentionDotProduct(keras.layers.Layer):
         mask = Mask.from_tensors(inputs["mask"])
         scale = k_BSKH.shape[3] ** -0.5 if self.scale is None else self.scale
         kernel, _ = choose_attention(self.facts(inputs), self.kernel)
-        added = inputs.get("sinks"), inputs.get("slopes")
+        # In float32, whatever the layer's precision.
+        slopes = None if self.slopes is None else ops.convert_to_tensor(self.slopes, "float32")
+        added = inputs.get("sinks"), inputs.get("slopes", slopes)
         return kernel.attend(q_BTNH, k_BSKH, v_BSKV, mask, Scoring(scale, self.soft_cap), *added)
 
     def facts(self, inputs: Mapping[str, Nested]) -> AttentionFacts:
@@ -249,7 +255,7 @@ class AttentionDotProduct(keras.layers.Layer):
             has_mask=mask.mask is not None,
             in_order=mask.in_order,
             has_sinks=inputs.get("sinks") is not None,
-            has_slopes=inputs.get("slopes") is not None,
+            has_slopes=inputs.get("slopes", self.slopes) is not None,
         )
 
     def compute_output_spec(self, inputs: Mapping[str, Nested]) -> keras.KerasTensor:
@@ -258,7 +264,7 @@ class AttentionDotProduct(keras.layers.Layer):
 
     def get_config(self) -> JSON:
         own = {"scale": self.scale, "soft_cap": self.soft_cap, "kernel": self.kernel}
-        return {**super().get_config(), **own}
+        return {**super().get_config(), **own, "slopes": self.slopes}
 
 
 def _capability() -> tuple[int, int]:

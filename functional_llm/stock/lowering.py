@@ -363,17 +363,25 @@ def _lower_lookup(layer: Layer, inputs: dict[str, Nested]) -> tuple[list[Tensor]
 
 
 def _lower_mask(layer: Layer, inputs: Nested) -> Nested:
-    """Returns the mask as one boolean tensor: made once for all layers that share it."""
+    """Returns the mask as one boolean tensor: made once for all layers that share it.
+
+    Beside it are the positions, which slopes need.
+    """
     outputs = layer.call(inputs)
     if not isinstance(outputs, dict):
         return outputs
-    return Mask(mask=Mask.from_tensors(outputs).visible()).to_tensors()
+    mask = Mask.from_tensors(outputs)
+    positions = (mask.query_positions, mask.slot_positions)
+    return Mask(*positions, mask=mask.visible()).to_tensors()
 
 
 def _lower_product(layer: AttentionDotProduct, inputs: dict[str, Nested]) -> Tensor:
     """Returns the attention in its explicit form."""
     explicit = shared_copy(layer)
     explicit.kernel = "explicit"
+    mask = Mask.from_tensors(inputs["mask"])
+    if not layer.facts(inputs).has_slopes and mask.mask is not None:
+        inputs = {**inputs, "mask": mask.mask}  # in which everything else is, too
     return explicit.call(inputs)
 
 
