@@ -5,18 +5,12 @@ The head size is a number of its own. Reference:
 """
 
 from dataclasses import dataclass
-
-import keras
+from functools import partial
 
 from functional_llm.backbones import llama
 from functional_llm.backbones.family import COMMON_KEYS, DecoderConfig, Family, complete_common_keys
-from functional_llm.blocks.attention import attention, heads
-from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph
-from functional_llm.blocks.mlp import gated_mlp
-from functional_llm.blocks.norm import rms_norm
 from functional_llm.blocks.rope import rotary_pairs
-from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
 
 
@@ -29,21 +23,9 @@ class Config(DecoderConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    return llama.build_stack(config, build_decoder, ["full_attention"] * config.num_layers)
-
-
-def build_decoder(config: Config, name: str) -> CompositeLayer:
-    """Returns one decoder layer."""
-    queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
-    epsilon, bias = config.layer_norm_epsilon, config.use_bias
-    self_attention = attention(
-        query=[heads(queries, size, "query", bias), rotary_pairs()],
-        key=[heads(keys, size, "key", bias), rotary_pairs()],
-        value=[heads(keys, size, "value", bias)],
-        output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),
-    )
-    mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation, bias)
-    return pre_norm(name, lambda part: rms_norm(epsilon, part), self_attention, mlp)
+    bias, rotate = config.use_bias, rotary_pairs()
+    decoder = partial(llama.build_decoder, rotate=rotate, bias=bias, mlp_bias=bias)
+    return llama.build_stack(config, decoder, ["full_attention"] * config.num_layers)
 
 
 def complete_keys(keys: JSON) -> JSON:

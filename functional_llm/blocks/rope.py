@@ -193,7 +193,9 @@ class LongRopeScaling:
     """Divides the frequency of each pair of channels by a number of its own, unlike in long texts.
 
     A text is long if it has more tokens than the model was trained on at first. In a batch each
-    row is long or not on its own; Transformers takes all rows as long if one is.
+    row is long or not on its own; Transformers takes all rows as long if one is. Keys in a cache
+    stay as they were turned: of a text that becomes long while it is written, those of the first
+    tokens. Transformers' `generate` reads such a text again.
 
     Args:
         short_factors: For texts that are not long, (H/2).
