@@ -15,7 +15,8 @@ from functional_llm.peft.tokens import TrainedTokens
 
 _ROWS = ".token_adapter.trainable_tokens_delta"
 _BASE = ".base_layer"
-_WRAPPER = re.compile(r"\.modules_to_save\.[^.]+\.")
+# PEFT leaves the name of the adapter out before a tensor of the module itself.
+_WRAPPER = re.compile(r"\.modules_to_save(\.[^.]+)?\.")
 
 
 def tokens_from_peft(
