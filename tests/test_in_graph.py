@@ -302,7 +302,7 @@ def test_without_tensorflow_the_error_says_what_to_install(tmp_path: Path) -> No
     save_tiny(tmp_path)
     tokenizer, message = (
         TextTokenizer.from_directory(tmp_path),
-        r"pip install functional-llm\[hub\]",
+        "pip install tensorflow-text",
     )
     with pytest.raises(ImportError, match=message):
         tokenizer.as_tf()

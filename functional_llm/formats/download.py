@@ -191,7 +191,7 @@ def fetch_kaggle(handle: str) -> Path:
     except ImportError as error:
         raise ImportError(
             f"kaggle://{handle} needs kagglehub, which KerasHub uses. Install it with "
-            "`pip install 'functional-llm[hub]'` or `pip install kagglehub`."
+            "`pip install keras-hub`, which brings it."
         ) from error
     try:
         return Path(kagglehub.model_download(handle))

@@ -92,7 +92,7 @@ def to_keras_hub(backbone: Backbone, class_name: str | None = None) -> Any:
         import keras_hub
     except ImportError as error:
         raise ImportError(
-            "to_keras_hub needs KerasHub. Install it with `pip install 'functional-llm[hub]'`, or "
+            "to_keras_hub needs KerasHub. Install it with `pip install keras-hub`, or "
             "keras-hub alone with `pip install --no-deps keras-hub` for what needs no TensorFlow."
         ) from error
     with uninitialized():

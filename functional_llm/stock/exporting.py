@@ -103,7 +103,7 @@ def export_text_model(
     if missing:
         raise ImportError(
             f"A SavedModel with a tokenizer needs {' and '.join(missing)}, which is not installed. "
-            "Install it with `pip install functional-llm[hub]`."
+            "Install it with `pip install tensorflow-text`."
         )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -223,7 +223,7 @@ class TextTokenizer:
         except ImportError as error:
             raise ImportError(
                 "A tokenizer in a TensorFlow graph needs TensorFlow and tensorflow-text. Received: "
-                f"{error}. Install them with `pip install functional-llm[hub]`."
+                f"{error}. Install them with `pip install tensorflow-text`."
             ) from error
         from functional_llm.tokenizers.in_graph.tokenizer import InGraphTokenizer
 
