@@ -43,6 +43,11 @@ NAMES = [*FAMILIES_AND_KINDS, "llama_multi_head_tied", "llama_biases", "gpt2_unt
 NAMES_OF = {
     "llama": ("embed_tokens", ["q_proj", "down_proj"], ["model.norm", "layers.0.input_layernorm"]),
     "gpt2": ("wte", ["c_attn", "c_fc"], ["ln_f", "h.0.ln_1"]),
+    "bloom": (
+        "word_embeddings",
+        ["query_key_value", "dense_h_to_4h"],
+        ["ln_f", "h.0.input_layernorm"],
+    ),
     "gpt_neox": (
         "embed_in",
         ["query_key_value", "dense_h_to_4h"],
