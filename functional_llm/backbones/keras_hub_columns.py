@@ -42,7 +42,7 @@ def _smollm3_fields(x: JSON) -> JSON:
 
 
 def _smollm3_weights(config: Any) -> Rows:
-    queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
+    queries, size = config.num_query_heads, config.head_dim
     attention = f"{_SMOLLM3}/self_attn"
     output = split_axis(0, (queries, size))
     return [

@@ -90,18 +90,6 @@ def heads_first(heads: int, size: int) -> Transform:
     )
 
 
-def first_rows(count: int) -> Transform:
-    """Returns the transform for tensors that lack the first rows of the variable, zeros then.
-
-    Args:
-        count: How many they are.
-    """
-    return Transform(
-        lambda x: np.concatenate([np.zeros((count, *x.shape[1:]), x.dtype), x]),
-        lambda x: x[count:],
-    )
-
-
 def fused(groups: int = 1) -> tuple[Transform, Transform]:
     """Returns the transforms of weight and bias of a Linear that is several Dense in one.
 
