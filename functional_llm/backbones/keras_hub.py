@@ -6,8 +6,10 @@ of the variable: `layers/llama_transformer_decoder_1/_self_attention_layer/_quer
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from functional_llm.backbones.transforms import Row, Rows, Transform, heads_first, split_axis
 from functional_llm.blocks.rope import LinearScaling, Llama3Scaling, RopeScaling
@@ -20,6 +22,10 @@ HEAD = "layers/reversible_embedding/vars/1"
 
 def _nothing_wrong(_: Any) -> Sequence[str]:
     return ()
+
+
+def _nothing_computed(_: Any) -> Mapping[str, np.ndarray]:
+    return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +44,10 @@ class KerasHub:
         weights: Config -> rows (place of a weight, path of our variable, transform); `{}` stands
             for the layer.
         wrong: Config -> what KerasHub's class computes otherwise than the model's authors.
-        ignored: Arguments without a meaning for the models that can be read.
+        ignored: Arguments without a meaning for the models that can be read, or all of whose
+            values `fields` reads.
+        types: Types of arguments that are no field, where they are not just a number.
+        computed: Config -> value of weights that follow from the arguments, by their place.
     """
 
     classes: Sequence[str]
@@ -48,6 +57,8 @@ class KerasHub:
     weights: Callable[[Any], Rows]
     wrong: Callable[[Any], Sequence[str]] = _nothing_wrong
     ignored: Sequence[str] = ()
+    types: Mapping[str, Any] = field(default_factory=dict)
+    computed: Callable[[Any], Mapping[str, np.ndarray]] = _nothing_computed
 
 
 SIZES = "vocabulary_size num_layers hidden_dim intermediate_dim".split()

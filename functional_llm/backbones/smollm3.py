@@ -6,7 +6,7 @@ The other layers have no positions (NoPE); windows, if there are any, are theirs
 
 from dataclasses import dataclass
 
-from functional_llm.backbones import llama, qwen2
+from functional_llm.backbones import keras_hub_columns, llama, qwen2
 from functional_llm.backbones.family import Family, check_windows
 from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.rope import no_rotary, rotary
@@ -80,4 +80,5 @@ FAMILY = Family(
     ignored=llama.FAMILY.ignored,
     gguf_architecture="smollm3",  # whose files do not say which layers turn: every fourth does not
     gguf_permuted=llama.FAMILY.gguf_permuted,
+    keras_hub=keras_hub_columns.SMOLLM3,
 )

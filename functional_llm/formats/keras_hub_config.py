@@ -74,7 +74,7 @@ def _warn(class_name: object, wrong: Sequence[str], where: str) -> None:
     if wrong:
         warnings.warn(
             f"{where}: KerasHub's {class_name} computes something else than these arguments say: "
-            f"{'; '.join(wrong)}. Here the model computes what they say, so its logits are not "
+            f"{'; '.join(wrong)}. Here the model computes what they say, so its numbers are not "
             "KerasHub's.",
             stacklevel=4,
         )
@@ -92,7 +92,8 @@ def _read(given: JSON, family: Family, column: KerasHub) -> tuple[Any, list[str]
     if problems:
         return None, problems
     values = {name: given.get(name, default) for name, default in column.arguments.items()}
-    hints = get_type_hints(family.config_class)
+    ours = get_type_hints(family.config_class)
+    hints = {**column.types, **ours}
     for name, value in values.items():
         if value is None:
             continue
@@ -102,7 +103,7 @@ def _read(given: JSON, family: Family, column: KerasHub) -> tuple[Any, list[str]
             problems.append(f"{name}={shown(value)} (expected a number, true or false)")
     if problems:
         return None, problems
-    same = {name: value for name, value in values.items() if name in hints}
+    same = {name: value for name, value in values.items() if name in ours}
     config = family.config_class(**(same | column.fields(values)))
     back = _arguments(config, column)
     problems = [

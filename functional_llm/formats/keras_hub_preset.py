@@ -72,7 +72,9 @@ class KerasHubPreset(Source):
 
     @property
     def ignored(self) -> Sequence[str]:
-        return [RANDOM_STATES]
+        column = self.family.keras_hub
+        computed = {} if column is None else column.computed(self.config)
+        return [RANDOM_STATES, *(place.replace("_{}", "*") for place in computed)]
 
     def open_tensors(self, names: Sequence[str]) -> TensorSource:
         return numbered(self._files, names)

@@ -1,12 +1,16 @@
 """KerasHub's models in memory to ours, and back."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 from functional_llm.backbones.families import FAMILIES
-from functional_llm.backbones.family import Family
+from functional_llm.backbones.family import Family, ModelConfig
 from functional_llm.backbones.keras_hub import KerasHub
 from functional_llm.formats.keras_hub_config import make_arguments, read_arguments
 from functional_llm.formats.keras_hub_lora import load_lora
@@ -54,11 +58,13 @@ def from_keras_hub(
     if hasattr(model, "tie_word_embeddings"):  # which LlamaBackbone leaves out of its config
         arguments["tie_word_embeddings"] = model.tie_word_embeddings
     family, config = read_arguments(name, arguments, False, FAMILIES, f"The KerasHub {name}")
-    with uninitialized():
-        backbone = Backbone._build(family, config, model.dtype_policy.name)
+    with uninitialized():  # SmolLM3's dtype is not that of its layers
+        backbone = Backbone._build(family, config, model.token_embedding.dtype_policy.name)
     column, tensors = _tensors(backbone, family)
-    source = KerasHubLayers(model, [tensor.name for tensor in tensors])
-    check_source(tensors, {v.path: tuple(v.shape) for v in backbone.variables}, source)
+    computed = list(_computed(column, config))
+    source = KerasHubLayers(model, [*(tensor.name for tensor in tensors), *computed])
+    shapes = {v.path: tuple(v.shape) for v in backbone.variables}
+    check_source(tensors, shapes, source, ignored=computed)
     load_weights(backbone.variables, tensors, source)
     return backbone
 
@@ -95,11 +101,29 @@ def to_keras_hub(backbone: Backbone, class_name: str | None = None) -> Any:
             "to_keras_hub needs KerasHub. Install it with `pip install keras-hub`, or "
             "keras-hub alone with `pip install --no-deps keras-hub` for what needs no TensorFlow."
         ) from error
-    with uninitialized():
+    with uninitialized(), _dtype_policy(_policy(backbone)):
         hub = getattr(keras_hub.models, name)(**arguments, dtype=_policy(backbone))
-    layers = KerasHubLayers(hub, [tensor.name for tensor in tensors])
-    layers.assign(export_weights(backbone.variables, tensors))
+    computed = _computed(column, backbone.config)
+    layers = KerasHubLayers(hub, [*(tensor.name for tensor in tensors), *computed])
+    layers.assign(chain(export_weights(backbone.variables, tensors), computed.items()))
     return hub
+
+
+@contextmanager
+def _dtype_policy(name: str) -> Iterator[None]:
+    """Inside, it is the policy of layers that are given none: SmolLM3 gives its layers none."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _computed(column: KerasHub, config: ModelConfig) -> dict[str, np.ndarray]:
+    """Returns the values of the weights that follow from the arguments, by their place."""
+    places = column.computed(config).items()
+    return {place.format(i): x for i in range(config.num_layers) for place, x in places}
 
 
 def _tensors(backbone: Backbone, family: Family) -> tuple[KerasHub, list[Tensor]]:
