@@ -1,5 +1,6 @@
 """KerasHub's models to ours and back: in memory, and as preset directories."""
 
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,11 @@ import numpy as np
 import pytest
 
 import functional_llm as flm
+from functional_llm.formats.keras_hub_weights import (
+    RANDOM_STATES,
+    KerasHubFiles,
+    KerasHubLayers,
+)
 from hub_models import (
     IDS,
     MODELS,
@@ -39,7 +45,9 @@ def test_models_in_memory_compute_the_same_both_ways(hub: Any) -> None:
     back = flm.to_keras_hub(ours, MODELS[name][0])
     assert type(back) is type(theirs)
     assert_same(theirs, back)
-    np.testing.assert_allclose(hub_logits(back), expected, atol=1e-6)
+    # SmolLM3's frequencies are weights there, and a result of ours here.
+    atol = 1e-6 if name == "smollm3" else 0
+    np.testing.assert_allclose(hub_logits(back), expected, rtol=0, atol=atol)
 
 
 def test_presets_are_read_without_a_difference(hub: Any, tmp_path: Path) -> None:
@@ -49,6 +57,43 @@ def test_presets_are_read_without_a_difference(hub: Any, tmp_path: Path) -> None
     assert_same(ours, flm.from_keras_hub(theirs))
     shapes = flm.Backbone.from_preset(tmp_path, load_weights=False)
     assert shapes.config == ours.config
+
+
+@pytest.mark.filterwarnings("ignore:The 'rwkv_ops' package is not installed:UserWarning")
+@pytest.mark.parametrize(
+    ("cls", "arguments"),
+    [
+        ("Qwen3MoeBackbone", {"moe_intermediate_dim": 8, "num_experts": 4, "top_k": 2}),
+        (
+            "Qwen3_5Backbone",
+            {
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 4,
+                "linear_key_head_dim": 4,
+                "linear_value_head_dim": 4,
+                "linear_conv_kernel_dim": 4,
+            },
+        ),
+        ("RWKV7Backbone", {"hidden_size": 16, "head_size": 4}),
+    ],
+)
+def test_places_of_experts_and_of_layers_with_state(
+    cls: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """The engine reads classes that no family here has yet: every weight, in file and in memory."""
+    sizes = {"vocabulary_size": 32, "num_layers": 4, "intermediate_dim": 24}
+    if cls != "RWKV7Backbone":
+        sizes |= {"num_query_heads": 4, "num_key_value_heads": 2, "hidden_dim": 16, "head_dim": 4}
+    with promoting():
+        theirs = getattr(keras_hub.models, cls)(**sizes, **arguments)
+    theirs.save_to_preset(tmp_path)
+    in_file = KerasHubFiles(tmp_path)
+    names = [name for name in in_file.shapes if not fnmatch(name, RANDOM_STATES)]
+    in_memory = KerasHubLayers(theirs, names)
+    assert len(names) == len(theirs.trainable_weights) > 20
+    for name in names:
+        expected = in_memory.read(name, "float32")
+        np.testing.assert_array_equal(in_file.read(name, "float32"), expected)
 
 
 def test_greedy_text_is_the_same() -> None:
