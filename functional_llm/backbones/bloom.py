@@ -7,54 +7,23 @@ value of each head in turn, in one tensor. References: [BLOOM](https://arxiv.org
 
 from dataclasses import dataclass
 
-import keras
-
-from functional_llm.backbones import gpt_neox
-from functional_llm.backbones.family import Family, ModelConfig, Rows, layer_norm_rows
-from functional_llm.blocks.attention import alibi_slopes, attention, heads, key_value_shapes
-from functional_llm.blocks.decoder import pre_norm
-from functional_llm.blocks.language_model import Graph, LayerType, causal_lm
-from functional_llm.blocks.mlp import mlp
+from functional_llm.backbones import gpt2, gpt_neox
+from functional_llm.backbones.family import Family, Rows, layer_norm_rows
+from functional_llm.blocks.attention import alibi_slopes
+from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.norm import layer_norm
-from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
-from functional_llm.layers.attention import AttentionDotProduct
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelConfig):
-    """The numbers of a BLOOM, beside those of `ModelConfig`."""
-
-    num_heads: int
+class Config(gpt2.Config):
+    """The numbers of a BLOOM: those of a GPT-2."""
 
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    names = [f"decoder_{i}" for i in range(config.num_layers)]
-    return causal_lm(
-        vocabulary_size=config.vocabulary_size,
-        hidden_dim=config.hidden_dim,
-        embedding_parts=[layer_norm(config.layer_norm_epsilon, "embedding_norm")],
-        layer_types={"full_attention": LayerType()},
-        layers=[("full_attention", build_decoder(config, name)) for name in names],
-        keeps=key_value_shapes(config.num_heads, config.hidden_dim // config.num_heads),
-        final_norm=layer_norm(config.layer_norm_epsilon, "final_norm"),
-        tie_word_embeddings=config.tie_word_embeddings,
-    )
-
-
-def build_decoder(config: Config, name: str) -> CompositeLayer:
-    """Returns one decoder layer."""
-    epsilon, size = config.layer_norm_epsilon, config.hidden_dim // config.num_heads
-    self_attention = attention(
-        query=[heads(config.num_heads, size, "query", use_bias=True)],
-        key=[heads(config.num_heads, size, "key", use_bias=True)],
-        value=[heads(config.num_heads, size, "value", use_bias=True)],
-        output=keras.layers.Dense(config.hidden_dim, name="output"),
-        product=AttentionDotProduct(slopes=alibi_slopes(config.num_heads), name="dot_product"),
-    )
-    plain = mlp(config.intermediate_dim, config.hidden_dim, config.activation)
-    return pre_norm(name, lambda part: layer_norm(epsilon, part), self_attention, plain)
+    norm = layer_norm(config.layer_norm_epsilon, "embedding_norm")
+    return gpt2.build_stack(config, norm, alibi_slopes(config.num_heads))
 
 
 def complete_keys(keys: JSON) -> JSON:

@@ -4,6 +4,7 @@ Checkpoints hold queries, keys and values as one tensor, and kernels as (in, out
 [Language Models are Unsupervised Multitask Learners](https://openai.com/research/better-language-models).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import keras
@@ -11,13 +12,14 @@ import keras
 from functional_llm.backbones import keras_hub
 from functional_llm.backbones.family import Family, ModelConfig, dense_rows, layer_norm_rows
 from functional_llm.backbones.keras_hub import KerasHub
-from functional_llm.blocks.attention import attention, heads, key_value_shapes
+from functional_llm.blocks.attention import Part, attention, heads, key_value_shapes
 from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph, LayerType, causal_lm, learned_positions
 from functional_llm.blocks.mlp import mlp
 from functional_llm.blocks.norm import layer_norm
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
+from functional_llm.layers.attention import AttentionDotProduct
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,20 +31,32 @@ class Config(ModelConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
+    return build_stack(config, learned_positions(config.max_sequence_length, config.hidden_dim))
+
+
+def build_stack(
+    config: Config, embedding_part: Part, slopes: Sequence[float] | None = None
+) -> Graph:
+    """Returns the graph with a part behind the embedding, for this family and BLOOM.
+
+    `slopes` are those of ALiBi, one a head, if there are any.
+    """
     names = [f"decoder_{i}" for i in range(config.num_layers)]
     return causal_lm(
         vocabulary_size=config.vocabulary_size,
         hidden_dim=config.hidden_dim,
-        embedding_parts=[learned_positions(config.max_sequence_length, config.hidden_dim)],
+        embedding_parts=[embedding_part],
         layer_types={"full_attention": LayerType()},
-        layers=[("full_attention", build_decoder(config, name)) for name in names],
+        layers=[("full_attention", build_decoder(config, name, slopes)) for name in names],
         keeps=key_value_shapes(config.num_heads, config.hidden_dim // config.num_heads),
         final_norm=layer_norm(config.layer_norm_epsilon, "final_norm"),
         tie_word_embeddings=config.tie_word_embeddings,
     )
 
 
-def build_decoder(config: Config, name: str) -> CompositeLayer:
+def build_decoder(
+    config: Config, name: str, slopes: Sequence[float] | None = None
+) -> CompositeLayer:
     """Returns one decoder layer."""
     epsilon, size = config.layer_norm_epsilon, config.hidden_dim // config.num_heads
     self_attention = attention(
@@ -50,6 +64,7 @@ def build_decoder(config: Config, name: str) -> CompositeLayer:
         key=[heads(config.num_heads, size, "key", use_bias=True)],
         value=[heads(config.num_heads, size, "value", use_bias=True)],
         output=keras.layers.Dense(config.hidden_dim, name="output"),
+        product=AttentionDotProduct(slopes=slopes, name="dot_product"),
     )
     plain = mlp(config.intermediate_dim, config.hidden_dim, config.activation)
     return pre_norm(name, lambda part: layer_norm(epsilon, part), self_attention, plain)

@@ -1,6 +1,7 @@
 """The decoder layer: residual branches in order."""
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from functional_llm.blocks.attention import Inputs, Part, apply_parts
 from functional_llm.graph.composite import CompositeLayer
@@ -21,26 +22,36 @@ def decoder(name: str, branches: Sequence[Sequence[Part]]) -> CompositeLayer:
         Layer from `{"x", "positions", "mask", "rotation", "cache"}` to `{"x", "cache"}`.
     """
 
-    def body(inputs: Inputs) -> dict[str, Nested]:
-        x = inputs["x"]
-        caches: dict[str, Nested] = {}
+    def step(x: Tensor, apply: _Apply) -> Tensor:
         for branch in branches:
             y = x
             for part in branch:
-                y = _apply(part, y, inputs, caches)
+                y = apply(part, y)
             x = x + y
-        return {"x": x, "cache": caches}
+        return x
+
+    return _layer(name, step)
+
+
+_Apply: TypeAlias = Callable[[Part, Tensor], Tensor]  # a part, and what it is applied to
+
+
+def _layer(name: str, step: Callable[[Tensor, _Apply], Tensor]) -> CompositeLayer:
+    """Returns a decoder layer; parts that `step` applies renew their own part of the cache."""
+
+    def body(inputs: Inputs) -> dict[str, Nested]:
+        caches: dict[str, Nested] = {}
+
+        def apply(part: Part, x: Tensor) -> Tensor:
+            if isinstance(part, CompositeLayer) and part.name in inputs["cache"]:
+                result = part({**inputs, "x": x, "cache": inputs["cache"][part.name]})
+                caches[part.name] = result["cache"]
+                return result["x"]
+            return apply_parts([part], x, inputs)
+
+        return {"x": step(inputs["x"], apply), "cache": caches}
 
     return CompositeLayer(body, name=name)
-
-
-def _apply(part: Part, x: Tensor, inputs: Inputs, caches: dict[str, Nested]) -> Tensor:
-    """Returns `x` after a part, which also receives its own part of the cache and renews it."""
-    if isinstance(part, CompositeLayer) and part.name in inputs["cache"]:
-        result = part({**inputs, "x": x, "cache": inputs["cache"][part.name]})
-        caches[part.name] = result["cache"]
-        return result["x"]
-    return apply_parts([part], x, inputs)
 
 
 def parallel(
@@ -59,14 +70,11 @@ def parallel(
         [GPT-NeoX](https://arxiv.org/abs/2204.06745), section 2.1, with two.
     """
 
-    def body(inputs: Inputs) -> dict[str, Nested]:
-        x = inputs["x"]
-        caches: dict[str, Nested] = {}
-        normed = [apply_parts([norm], x, inputs) for norm in norms]
-        attended = _apply(attention, normed[0], inputs, caches)
-        return {"x": x + attended + _apply(mlp, normed[-1], inputs, caches), "cache": caches}
+    def step(x: Tensor, apply: _Apply) -> Tensor:
+        normed = [apply(norm, x) for norm in norms]
+        return x + apply(attention, normed[0]) + apply(mlp, normed[-1])
 
-    return CompositeLayer(body, name=name)
+    return _layer(name, step)
 
 
 def post_norm(
@@ -84,15 +92,12 @@ def post_norm(
         [Attention Is All You Need](https://arxiv.org/abs/1706.03762).
     """
 
-    def body(inputs: Inputs) -> dict[str, Nested]:
-        x = inputs["x"]
-        caches: dict[str, Nested] = {}
+    def step(x: Tensor, apply: _Apply) -> Tensor:
         for part in (attention, mlp):
-            x = x + _apply(part, x, inputs, caches)
-            x = apply_parts([norm(f"{part.name}_norm")], x, inputs)
-        return {"x": x, "cache": caches}
+            x = apply(norm(f"{part.name}_norm"), x + apply(part, x))
+        return x
 
-    return CompositeLayer(body, name=name)
+    return _layer(name, step)
 
 
 def norm_behind_branches(
