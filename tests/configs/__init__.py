@@ -1,0 +1,37 @@
+"""The one list of tiny configs that the property tests run over.
+
+An entry is the Transformers config of a random-weight model, under a name that says what is odd
+about it, in the module of its kin. A new family or a new part joins there and gets every test.
+
+One more takes 3 s of a core (CPU seconds, two layers, programs kept from an earlier run): 1 s for
+the properties, 2 s for stock files on one backend. A family's take the three backends in turn: give
+it three. The first of a family gets what ONE_OF_EACH_FAMILY is for, too: 8 s in all. One that joins
+ONE_OF_EACH_KIND takes 20 s more. `make nightly` takes all for all (tests/nightly.py).
+"""
+
+from typing import Any
+
+from configs import layer_norm, llama_kin, sandwich
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    **llama_kin.CONFIGS,
+    **sandwich.CONFIGS,
+    **layer_norm.CONFIGS,
+}
+# The first config of each family, for what no config changes.
+ONE_OF_EACH_FAMILY = list({x["model_type"]: name for name, x in reversed(CONFIGS.items())}.values())
+# One config for each kind of part, for what compiles and trains: adapters, int8, generation, stock
+# files on three backends. Such numbers differ with parts, not with families. A new kind of layer or
+# of tensor joins here: test_properties.py says what is missing.
+ONE_OF_EACH_KIND = [
+    "llama_grouped",  # the plain one: RMSNorm, gated MLP, RoPE, a head of its own, no bias
+    "qwen2_tied",  # biases on some projections, the head is the embedding
+    "gemma2_soft_caps",  # rings beside a full cache, soft caps, norms behind branches, scale 1 + w
+    "gemma3_two_ropes",  # norms of queries and keys, a RoPE a type of layers
+    "gpt2_tied",  # fused tensors, kernels as (in, out), learned positions, LayerNorm, a plain MLP
+    "cohere_query_key_norm_untied",  # pairs turn, LayerNorm without a bias, a weight of each head
+    "gptj_half_of_each_head",  # one norm for both branches, a head with a bias, some channels turn
+    "gpt_neox_no_biases_tied",  # tensors fused in groups, one for each head
+    "phi3_long_texts",  # fused tensors, transposed; a RoPE that depends on the longest row
+    "bloom_five_heads",  # ALiBi
+]
