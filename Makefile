@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 export PROMPT
 
 .DELETE_ON_ERROR:
-.PHONY: help generate test nightly test-versions mutation bench lint types clean
+.PHONY: help generate test nightly test-versions mutation bench docs lint types clean
 
 help:
 	@echo "make generate   write text with the default preset (PROMPT='...' to choose the prompt)"
@@ -22,6 +22,7 @@ help:
 	@echo "make mutation   put faults into the library: the property tests must see each"
 	@echo "make test-versions  run quick tests with the oldest and newest versions (PYTHONS='python3.13')"
 	@echo "make bench      measure against KerasHub, Transformers, ... (BENCH_ARGS='--help' for choices)"
+	@echo "make docs       build the documentation's site into site/"
 	@echo "make lint       ruff: rules and format"
 	@echo "make types      mypy"
 	@echo "make clean      remove $(VENV), and the other environments"
@@ -78,6 +79,9 @@ test-versions:
 bench: $(BENCH_VENV)/installed
 	$(BENCH_VENV)/bin/python -m benchmarks $(BENCH_ARGS)
 
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 lint: $(VENV)/installed-dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -86,4 +90,4 @@ types: $(VENV)/installed-dev
 	$(BIN)/python -m mypy
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) $(STOCK_VENV) $(VERSIONS_VENVS)
+	rm -rf site $(VENV) $(BENCH_VENV) $(STOCK_VENV) $(VERSIONS_VENVS)
