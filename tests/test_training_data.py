@@ -202,6 +202,10 @@ def test_what_is_too_long_is_cut_and_counted(tokenizer: Tokenizer) -> None:
         "Of 3 examples, 2 were cut off after 64 tokens and 1 left out, with no token of an answer."
     )
     assert make_examples(records[2:], tokenizer, 64).describe(64) == ""
+    plain = make_examples([record.fields for record in records], tokenizer, 64)
+    assert [list(x.token_ids) for x in plain.items] == [list(x.token_ids) for x in examples.items]
+    with pytest.raises(ValueError, match="record 1.*text"):
+        make_examples([{"words": "a"}], tokenizer, 64)
     with pytest.raises(ValueError, match="None of 1 examples has a token to learn within 64"):
         make_examples(records[1:2], tokenizer, 64)
     for record in (records[2], Record("a.txt", {"running_text": "b " * 9})):

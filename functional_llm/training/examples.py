@@ -1,8 +1,9 @@
 """Records -> examples: token ids, and which of them are targets."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -108,7 +109,9 @@ def check_length(length: int, limit: int | None) -> int:
     return length
 
 
-def make_examples(records: Iterable[Record], tokenizer: TextTokenizer, length: int) -> Examples:
+def make_examples(
+    records: Iterable[Record | Mapping[str, Any]], tokenizer: TextTokenizer, length: int
+) -> Examples:
     """Tokenises records.
 
     A record has one of these sets of columns:
@@ -130,7 +133,7 @@ def make_examples(records: Iterable[Record], tokenizer: TextTokenizer, length: i
     is learnt if it is certain where it begins and ends; a warning names the records with others.
 
     Args:
-        records: From `read_records`.
+        records: From `read_records`; or dicts with these columns.
         tokenizer: The model's tokenizer.
         length: Largest number of tokens that the model reads of an example. The last token of an
             example is only predicted, so an example has up to `length + 1`.
@@ -146,7 +149,9 @@ def make_examples(records: Iterable[Record], tokenizer: TextTokenizer, length: i
     check_length(length, None)
     items, truncated, dropped = [], 0, 0
     doubts: dict[str, str] = {}
-    for record in records:
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, Record):
+            record = Record(f"record {number}", dict(record))
         for example in tokenise(record, tokenizer, length, doubts):
             truncated += len(example.token_ids) > length + 1
             cut = example.cut(length)
