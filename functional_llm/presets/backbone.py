@@ -25,10 +25,17 @@ from functional_llm.graph.precision import FullFloat32
 from functional_llm.graph.types import JSON, Nested
 from functional_llm.layers.call_inputs import as_tensors, complete_inputs, with_mask
 from functional_llm.peft.adapter import REVERSED
+from functional_llm.peft.adapter_files import load_adapter
 from functional_llm.peft.names import Names
 from functional_llm.presets.dtypes import dtype_policy
 from functional_llm.presets.edits import apply_edits, check_unedited, edits_of
-from functional_llm.presets.sources import open_source, read_numbers, transformers_name
+from functional_llm.presets.sources import (
+    adapter_folder,
+    base_handle,
+    open_source,
+    read_numbers,
+    transformers_name,
+)
 from functional_llm.stock.exporting import Exportable
 from functional_llm.stock.keras_model import load_keras_weights, write_keras_model
 from functional_llm.tokenizers import TextTokenizer, save_tokenizer
@@ -149,7 +156,8 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, FullFloat32, Exportabl
 
         Args:
             handle: A preset's name, a directory (Hugging Face layout, KerasHub preset), a `.gguf`
-                file, a `.keras` file from `save`, `"hf://org/name"` or `"kaggle://..."`.
+                file, a `.keras` file from `save`, `"hf://org/name"` or `"kaggle://..."`; or an
+                adapter, which is loaded with the base that it names.
             dtype: `"float32"`, `"bfloat16"` or `"float16"`, or weights in float32 and sums in
                 another with `"mixed_bfloat16"` or `"mixed_float16"`.
             load_weights: `False` for random weights; a preset's files are not fetched then.
@@ -167,6 +175,8 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, FullFloat32, Exportabl
         if not load_weights:
             family, config, edits = read_numbers(handle)
             return apply_edits(cls._build(family, config, dtype), edits, has_values=True)
+        if (folder := adapter_folder(handle)) is not None:
+            return load_adapter(cls.from_preset(base_handle(folder), dtype), folder)
         source = open_source(handle)
         with uninitialized():
             backbone = cls._build(source.family, source.config, dtype)
@@ -355,6 +365,13 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, FullFloat32, Exportabl
     def _family(self) -> Family | None:
         fitting = (f for f in FAMILIES.values() if type(self.config) is f.config_class)
         return next(fitting, None)
+
+
+def without_values(handle: str | Path, dtype: str = "float32") -> Backbone:
+    """Returns a model as `from_preset` builds it, whose weights have shapes and no values."""
+    family, config, edits = read_numbers(handle)
+    with uninitialized():
+        return apply_edits(Backbone._build(family, config, dtype), edits, has_values=False)
 
 
 def _restored(
