@@ -72,7 +72,7 @@ def prepare(arguments: argparse.Namespace, given: Model, training: Any) -> Any:
     finetune_options.check_targets(arguments)
     tokenizer = given.load_tokenizer()
     rows, held_out = finetune_options.read_data(arguments, tokenizer)
-    size = None if arguments.streaming else len(rows)
+    size = len(rows) if isinstance(rows, training.Rows) else None
     return tokenizer, rows, held_out, finetune_options.make_settings(arguments, size)
 
 

@@ -163,10 +163,8 @@ def _read(arguments: argparse.Namespace, tokenizer: "Tokenizer") -> "tuple[Rows,
         held = read(arguments.evaluate_on)
     else:
         kept, held = training.split_examples(kept, arguments.held_out, arguments.seed)
-    rows, held_out = (
-        training.pack(part, arguments.length, join=arguments.packing) if part else None
-        for part in (kept, held)
-    )
+    rows = training.pack(kept, arguments.length, join=arguments.packing)
+    held_out = training.pack(held, arguments.length, join=arguments.packing) if held else None
     size = f"{len(rows)} rows of {rows.token_ids.shape[1]} tokens"
     print(f"{len(kept)} examples in {size}, {len(held)} held out")
     return rows, held_out
@@ -236,7 +234,7 @@ def check_targets(arguments: argparse.Namespace) -> None:
     if arguments.targets in (None, ["all"]):
         return
     family, config, _ = read_numbers(arguments.preset)
-    paths = module_names(family.weights, config.num_layers)
+    paths = module_names(family.rows(config), config.num_layers)
     for pattern in arguments.targets:
         if not any(matches(path, pattern) for path in paths):
             names = dict.fromkeys(path.rpartition("/")[2] for path in paths)

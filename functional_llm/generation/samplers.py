@@ -212,7 +212,7 @@ class SamplerNumbers(TypedDict, total=False):
     repetition_penalty: Number | None
 
 
-def choose(identifier: str | Sampler | None, numbers: Mapping[str, Number | None]) -> Sampler:
+def choose(identifier: str | Sampler | None, numbers: Mapping[str, object]) -> Sampler:
     """Returns the sampler that a name, numbers, or both describe.
 
     Args:
@@ -222,7 +222,7 @@ def choose(identifier: str | Sampler | None, numbers: Mapping[str, Number | None
     Raises:
         ValueError: As `get`; at numbers beside a sampler that is no name.
     """
-    given = {name: value for name, value in numbers.items() if value is not None}
+    given: dict[str, Any] = {name: x for name, x in numbers.items() if x is not None}
     temperature = given.get("temperature")
     if isinstance(temperature, (int, float)) and temperature == 0:
         del given["temperature"]

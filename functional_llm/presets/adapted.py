@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import keras
 
@@ -12,7 +12,7 @@ from functional_llm.presets.sources import OWN_TOKENIZER, adapter_folder, base_h
 
 Handle: TypeAlias = str | Path
 # One adapter, several, or several with weights.
-Adapters: TypeAlias = Handle | Sequence[Handle] | Mapping[str, float] | None
+Adapters: TypeAlias = Handle | Sequence[Handle] | Mapping[Any, float] | None
 
 
 def split_handle(

@@ -22,6 +22,7 @@ from functional_llm.graph.keeping_values import KeepsValues
 from functional_llm.graph.keras_private import make_optional
 from functional_llm.graph.keras_values import uninitialized
 from functional_llm.graph.precision import FullFloat32
+from functional_llm.graph.summary import ReadableSummary
 from functional_llm.graph.types import JSON, Nested
 from functional_llm.layers.call_inputs import as_tensors, complete_inputs, with_mask
 from functional_llm.peft.adapter import REVERSED
@@ -45,7 +46,15 @@ _REQUIRED = {"token_ids", "positions"}
 
 
 @keras.saving.register_keras_serializable("functional_llm")
-class Backbone(LanguageModelLoss, KeepsValues, Freezable, FullFloat32, Exportable, keras.Model):
+class Backbone(
+    ReadableSummary,
+    LanguageModelLoss,
+    KeepsValues,
+    Freezable,
+    FullFloat32,
+    Exportable,
+    keras.Model,
+):
     """A language model as one functional graph, called with as much or as little as there is.
 
     ```python
