@@ -2,6 +2,8 @@
 
 from functional_llm import peft, training
 from functional_llm.edits.quantization import quantize
+from functional_llm.formats.model_card import CardFacts
+from functional_llm.formats.upload import push_folder as push_to_hub
 from functional_llm.generation import samplers
 from functional_llm.generation.chat import Chat
 from functional_llm.generation.prompt_cache import PromptCache
@@ -31,6 +33,7 @@ __all__ = [
     "AttentionKernel",
     "AttentionMask",
     "Backbone",
+    "CardFacts",
     "Chat",
     "CompositeLayer",
     "Freezable",
@@ -51,6 +54,7 @@ __all__ = [
     "peft",
     "plot",
     "preset_names",
+    "push_to_hub",
     "quantize",
     "register_attention",
     "register_lowering",

@@ -18,6 +18,7 @@ def run(arguments: argparse.Namespace) -> None:
     import keras
 
     from functional_llm import peft, training
+    from functional_llm.formats.model_card import add_losses
 
     training.keep_memory()
     # Before XLA starts; its default order of work on CPUs undoes the saving.
@@ -39,7 +40,9 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{trainable:,} of {model.count_params():,} weights train.")
 
     def save() -> None:
-        how_to_load = save_result(model, tokenizer, arguments, peft)
+        how_to_load = save_result(
+            model, tokenizer, arguments, finetune_options.facts_for_card(arguments, settings)
+        )
         print(f"Saved in {arguments.output}. Try it: functional-llm chat {how_to_load}")
 
     history = training.train(
@@ -53,6 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
         check_memory=arguments.check_memory,
         **resume,
     )
+    held_out_loss = {"held out": loss for _, loss in history.held_out[-1:]}
+    add_losses(arguments.output, {"training": history.losses[-1]} | held_out_loss)
     if find_spec("matplotlib") is not None:
         draw(arguments.output / "loss.png", history, training)
 
@@ -76,17 +81,19 @@ def prepare(arguments: argparse.Namespace, given: Model, training: Any) -> Any:
     return tokenizer, rows, held_out, finetune_options.make_settings(arguments, size)
 
 
-def save_result(model: Any, tokenizer: Any, arguments: argparse.Namespace, peft: Any) -> str:
+def save_result(model: Any, tokenizer: Any, arguments: argparse.Namespace, facts: Any) -> str:
     """Saves the adapter, or the model with it merged in; returns the options that load it."""
+    from functional_llm import peft
+
     output = arguments.output
     if arguments.save == "adapter":
-        peft.save_adapter(model, output)
+        peft.save_adapter(model, output, facts=facts)
         return f"--preset {arguments.preset} --adapter {output}"
     merged = model if arguments.method == "full" else peft.merge(model)
     if arguments.save == "keras":
         merged.save(output / "model.keras", tokenizer=tokenizer)
         return f"--preset {output / 'model.keras'}"
-    merged.save_preset(output, tokenizer)
+    merged.save_preset(output, tokenizer, facts=facts)
     return f"--preset {output}"
 
 

@@ -24,6 +24,7 @@ from functional_llm.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from functional_llm.formats.model_card import CardFacts
     from functional_llm.presets import Backbone, Tokenizer
     from functional_llm.training import Rows, Settings, StreamedRows
 
@@ -223,6 +224,20 @@ def make_settings(arguments: argparse.Namespace, num_rows: int | None) -> "Setti
     print(f"{plan.describe()}; {rate}. {plan.advice}".rstrip())
     numbers = {x.name: getattr(arguments, x.name) for x in fields(Settings)}
     return Settings(**{**numbers, "batch_size": plan.batch_size, "steps": plan.steps})
+
+
+def facts_for_card(arguments: argparse.Namespace, settings: "Settings") -> "CardFacts":
+    """Returns what the model card says of a fine-tuning."""
+    from functional_llm.formats.model_card import CardFacts
+
+    what = "An adapter" if arguments.adapter else arguments.method
+    rows = settings.batch_size * settings.accumulate
+    return CardFacts(
+        datasets=[Path(x).name if Path(x).exists() else x for x in arguments.dataset],
+        method=f"`functional-llm finetune`: {what}, {settings.steps} steps of {rows} rows of "
+        f"{arguments.length} tokens, learning rate {settings.learning_rate:g} "
+        f"({settings.schedule}), in {arguments.dtype}.",
+    )
 
 
 def check_targets(arguments: argparse.Namespace) -> None:

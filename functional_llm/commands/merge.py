@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from functional_llm.commands.command import Command
 from functional_llm.commands.loading import Model
@@ -43,8 +44,15 @@ def run(arguments: argparse.Namespace) -> None:
     if is_file(arguments.output):
         merged.save(arguments.output, tokenizer=tokenizer)
     else:
-        merged.save_preset(arguments.output, tokenizer)
+        merged.save_preset(arguments.output, tokenizer, facts=_facts(model.adapters))
     print(f"Saved in {arguments.output}. Try it: functional-llm chat --preset {arguments.output}")
+
+
+def _facts(adapters: "dict[Path, float]") -> Any:
+    from functional_llm.formats.model_card import CardFacts
+
+    shares = " and ".join(f"{weight:g} of {folder.name}" for folder, weight in adapters.items())
+    return CardFacts(method=f"`functional-llm merge`: the base, with adapters folded in: {shares}.")
 
 
 def is_file(output: Path) -> bool:

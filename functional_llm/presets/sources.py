@@ -16,6 +16,7 @@ from functional_llm.formats.gguf_model import GGUFModel
 from functional_llm.formats.hf_config import decode_config
 from functional_llm.formats.hf_directory import HuggingFaceDirectory
 from functional_llm.formats.keras_hub_preset import KerasHubPreset
+from functional_llm.formats.model_card import CARD_NAME
 from functional_llm.formats.source import Edits, Source, known_family
 from functional_llm.peft.adapter_files import CONFIG_NAME
 from functional_llm.presets.table import preset_names, read_preset
@@ -78,6 +79,13 @@ def transformers_name(handle: str) -> tuple[str | None, str | None]:
         return source.get("hub", source.get("original")), source.get("revision")
     path = Path(handle).expanduser().absolute()
     return (str(path) if path.is_dir() and not KerasHubPreset.opens(path) else None), None
+
+
+def base_name(handle: str) -> tuple[str | None, str | None]:
+    """Returns what an adapter's config calls its base, and the revision; any handle has a name."""
+    name, revision = transformers_name(handle)
+    path = Path(handle).expanduser()
+    return name or (str(path.absolute()) if path.exists() else handle), revision
 
 
 def adapter_folder(handle: str | Path) -> Path | None:
@@ -167,6 +175,18 @@ def _origins(name: str) -> set[str]:
 
 def _is_adapter(path: Path) -> bool:
     return (path / CONFIG_NAME).is_file() and not (path / "config.json").is_file()
+
+
+def licence_of(handle: str) -> str | None:
+    """Returns the licence of a handle, if a preset or a card in a directory says it."""
+    repository = handle.removeprefix("hf://").partition("@")[0]
+    for name in preset_names():
+        if handle == name or repository in _origins(name):
+            return read_preset(name)["licence"]
+    card = Path(handle).expanduser() / CARD_NAME
+    head = card.read_text("utf-8", errors="replace").partition("\n---")[0] if card.is_file() else ""
+    found = re.search("^license: *[\"']?([^\\s\"']+)", head, re.M)
+    return found[1] if found else None
 
 
 def locate(handle: str | Path) -> Path:

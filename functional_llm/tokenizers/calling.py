@@ -77,9 +77,7 @@ class CalledAsTransformers:
                 f"Expected texts of one length for arrays, received {[len(x) for x in rows][:8]} "
                 "tokens. Pass padding=True."
             )
-        return Encoding(
-            input_ids=np.array(rows, "int64"), attention_mask=np.array(masks, "int64")
-        )
+        return Encoding(input_ids=np.array(rows, "int64"), attention_mask=np.array(masks, "int64"))
 
     def __len__(self) -> int:
         """How many tokens there are; ids may have gaps (see `vocabulary_size`)."""
