@@ -1,75 +1,34 @@
 """A reference zoo of language models for Keras 3 on JAX: every model is one editable graph."""
 
+import importlib
 import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Keras chooses its backend when it is imported, TensorFlow unless told. Whoever imports Keras first
 # or sets the variable keeps their choice.
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
-from functional_llm import peft, training
-from functional_llm.edits.quantization import quantize
-from functional_llm.generation import samplers
-from functional_llm.generation.chat import Chat
-from functional_llm.generation.prompt_cache import PromptCache
-from functional_llm.generation.text_generator import TextGenerator
-from functional_llm.graph.capturing import capture
-from functional_llm.graph.composite import CompositeLayer
-from functional_llm.graph.drawing import plot, tree_view
-from functional_llm.graph.freezing import Freezable
-from functional_llm.graph.keeping_values import KeepsValues
-from functional_llm.graph.rewiring import rewire, shared_copy
-from functional_llm.graph.selection import select, walk
-from functional_llm.kernels import AttentionFacts, AttentionKernel, Mask, register_attention
-from functional_llm.layers.attention import AttentionDotProduct, AttentionMask, KVCacheLookup
-from functional_llm.layers.cache import make_cache
-from functional_llm.layers.explaining import attention_choices, explain_attention
-from functional_llm.presets import Backbone, Tokenizer
-from functional_llm.presets.family_table import list_families
-from functional_llm.presets.keras_hub import from_keras_hub, to_keras_hub
-from functional_llm.presets.table import list_presets, preset_names
-from functional_llm.stock.lowering import register_lowering
-
-# Names of 0.1 that its users may have written.
-twin, Past = shared_copy, PromptCache
-
 __version__ = "0.1.0"
 
-__all__ = [
-    "AttentionDotProduct",
-    "AttentionFacts",
-    "AttentionKernel",
-    "AttentionMask",
-    "Backbone",
-    "Chat",
-    "CompositeLayer",
-    "Freezable",
-    "KVCacheLookup",
-    "KeepsValues",
-    "Mask",
-    "PromptCache",
-    "Past",
-    "TextGenerator",
-    "Tokenizer",
-    "attention_choices",
-    "explain_attention",
-    "from_keras_hub",
-    "list_families",
-    "list_presets",
-    "capture",
-    "make_cache",
-    "peft",
-    "plot",
-    "preset_names",
-    "quantize",
-    "register_attention",
-    "register_lowering",
-    "rewire",
-    "samplers",
-    "select",
-    "to_keras_hub",
-    "training",
-    "tree_view",
-    "shared_copy",
-    "twin",
-    "walk",
-]
+
+def _is_command() -> bool:
+    """Whether Python was started for a command, which shall answer before JAX is imported."""
+    program = Path(next(iter(getattr(sys, "argv", ())), ""))
+    if program.name == "-m":  # as long as Python looks for the module
+        return __name__ in sys.orig_argv
+    scripts = Path(__file__).parents[1] / "scripts"
+    return program.stem == "functional-llm" or program.absolute().parent == scripts
+
+
+if TYPE_CHECKING or not _is_command():
+    # At once, so that Keras can load files with the layers of this library.
+    from functional_llm.names import *  # noqa: F403
+    from functional_llm.names import __all__ as __all__
+else:
+
+    def __getattr__(name: str) -> object:
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module("functional_llm.names"), name)

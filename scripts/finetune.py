@@ -1,112 +1,12 @@
-"""Fine-tunes a language model on a dataset: adapters or all weights, with Keras's own `fit`."""
+"""Fine-tunes a language model on a dataset: `functional-llm finetune` from a checkout."""
 
-import argparse
-import math
-import os
 import sys
-from importlib.util import find_spec
-from typing import Any
 
-import command_line
-import finetune_options
+from functional_llm.commands.main import run_command
 
 
 def main() -> int:
-    """Parses, then trains."""
-    sys.stdout.reconfigure(line_buffering=True)  # in a log, too, a line comes when it is said
-    arguments = finetune_options.parse(__doc__)
-    return command_line.run_command(
-        "finetune.py",
-        lambda: run(arguments),
-        advice="stopped. --resume goes on from the last checkpoint, if there is one.",
-    )
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Checks, loads, trains, saves."""
-    import functional_llm as flm  # before Keras, whose backend it chooses
-
-    # isort: split
-    import keras
-
-    training = flm.training
-    training.keep_memory()
-    if (
-        arguments.remat != "nothing"
-    ):  # before XLA starts; its default order of work on CPUs undoes the saving
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {training.REMAT_XLA_FLAG}"
-    keras.utils.set_random_seed(arguments.seed)
-    tokenizer, rows, held_out, settings = prepare(arguments, training)
-    folder = arguments.output / "training"
-    resume = {"resume": arguments.resume, "arguments": finetune_options.facts(arguments)}
-    training.check_resume(folder, rows, held_out, settings, **resume)
-    model = finetune_options.adapt(
-        flm.Backbone.from_preset(arguments.preset, dtype=arguments.dtype), arguments
-    )
-    if arguments.method != "full" and arguments.save == "merged":  # known before training
-        flm.peft.merge(model, keep=False).check_preset()
-    trainable = sum(math.prod(variable.shape) for variable in model.trainable_variables)
-    print(f"{trainable:,} of {model.count_params():,} weights train.")
-
-    def save() -> None:
-        how_to_load = save_result(model, tokenizer, arguments, flm.peft)
-        print(f"Saved in {arguments.output}. Try it: scripts/chat.py {how_to_load}")
-
-    history = training.train(
-        model,
-        rows,
-        held_out,
-        settings,
-        folder,
-        tensorboard=arguments.tensorboard,
-        save=save,
-        check_memory=arguments.check_memory,
-        **resume,
-    )
-    if find_spec("matplotlib") is not None:
-        draw(arguments.output / "loss.png", history, training)
-
-
-def prepare(arguments: argparse.Namespace, training: Any) -> Any:
-    """Returns tokenizer, rows, held-out rows and settings: all that needs no model, checked."""
-    from functional_llm import Tokenizer
-    from functional_llm.files.replacing import check_writable
-    from functional_llm.presets.sources import read_numbers
-
-    if arguments.tensorboard:
-        training.import_writer()
-    if find_spec("matplotlib") is None:
-        print("No loss curve will be drawn: that needs matplotlib (pip install matplotlib).")
-    check_writable(arguments.output / "training")
-    _, config, _ = read_numbers(arguments.preset)
-    training.check_length(arguments.length, config.max_sequence_length)
-    finetune_options.check_targets(arguments)
-    tokenizer = Tokenizer.from_preset(arguments.preset)
-    rows, held_out = finetune_options.read_data(arguments, tokenizer)
-    size = None if arguments.streaming else len(rows)
-    return tokenizer, rows, held_out, finetune_options.make_settings(arguments, size)
-
-
-def save_result(model: Any, tokenizer: Any, arguments: argparse.Namespace, peft: Any) -> str:
-    """Saves the adapter, or the model with it merged in; returns the options that load it."""
-    output = arguments.output
-    if arguments.save == "adapter":
-        peft.save_adapter(model, output)
-        return f"--preset {arguments.preset} --adapter {output}"
-    merged = model if arguments.method == "full" else peft.merge(model)
-    if arguments.save == "keras":
-        merged.save(output / "model.keras", tokenizer=tokenizer)
-        return f"--preset {output / 'model.keras'}"
-    merged.save_preset(output, tokenizer)
-    return f"--preset {output}"
-
-
-def draw(path: Any, history: Any, training: Any) -> None:
-    """Draws the losses, or says in a line why it cannot."""
-    try:
-        training.plot_losses(path, history.losses, history.held_out)
-    except Exception as error:  # whatever a library for drawing raises: the result is saved
-        print(f"No loss curve was drawn: {command_line.first_line(error)}")
+    return run_command("finetune", "finetune.py")
 
 
 if __name__ == "__main__":

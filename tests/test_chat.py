@@ -213,15 +213,14 @@ def slow(self, *arguments, **options):
         yield piece
         time.sleep(0.2)
 flm.TextGenerator.stream = slow
-sys.path.insert(0, sys.argv.pop(1))
-import chat
-sys.exit(chat.main())
+from functional_llm.commands.main import main
+sys.exit(main())
 """
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_conversation(folder: Path) -> None:
     options = ["--preset", folder, "--max-new-tokens", "400"]
-    chat = Terminal("-c", SLOW, REPOSITORY / "scripts", *options)
+    chat = Terminal("-c", SLOW, "chat", *options)
     try:
         chat.read_to("> ")
         chat.type("The quick\n")

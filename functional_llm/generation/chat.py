@@ -4,9 +4,12 @@ import json
 import sys
 from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import Unpack
 
 from functional_llm.files.replacing import replaced_file
+from functional_llm.generation import samplers
 from functional_llm.generation.prompt_cache import PromptCache
+from functional_llm.generation.samplers import SamplerNumbers
 from functional_llm.generation.text_generator import SamplerOrName, TextGenerator
 
 
@@ -29,6 +32,7 @@ class Chat:
         sampler: As for `TextGenerator.generate`.
         stop: As for `TextGenerator.generate`.
         seed: As for `TextGenerator.generate`.
+        **numbers: As for `TextGenerator.generate`.
 
     Attributes:
         messages: Dicts with "role" and "content", the oldest first.
@@ -36,7 +40,7 @@ class Chat:
             more.
 
     Raises:
-        ValueError: If the generator has no tokenizer.
+        ValueError: If the generator has no tokenizer, or sampler and numbers do not go together.
     """
 
     def __init__(
@@ -45,19 +49,16 @@ class Chat:
         system: str | None = None,
         *,
         max_new_tokens: int = 256,
-        sampler: SamplerOrName = "greedy",
+        sampler: SamplerOrName | None = None,
         stop: str | Sequence[str] = (),
         seed: int | None = None,
+        **numbers: Unpack[SamplerNumbers],
     ) -> None:
         if generator.tokenizer is None:
             raise ValueError("Expected a generator with a tokenizer, received one without.")
         self.generator = generator
-        self.max_new_tokens, self.sampler, self.stop, self.seed = (
-            max_new_tokens,
-            sampler,
-            stop,
-            seed,
-        )
+        self.sampler = samplers.choose(sampler, numbers)
+        self.max_new_tokens, self.stop, self.seed = max_new_tokens, stop, seed
         self._tokenizer = generator.tokenizer
         self._system = [{"role": "system", "content": system}] if system else []
         self.clear()

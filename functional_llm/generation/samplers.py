@@ -15,8 +15,8 @@ Shape suffixes: B batch, V vocabulary. An axis written 1 is kept for broadcastin
 
 import dataclasses
 import difflib
-from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +41,11 @@ __all__ = [
     "Number",
     "RepetitionPenalty",
     "Sampler",
+    "SamplerNumbers",
     "Temperature",
     "TopK",
     "TopP",
+    "choose",
     "get",
     "make",
     "needs_keys",
@@ -198,6 +200,37 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "top_p": {"top_p": 0.9},
     "min_p": {"min_p": 0.05},
 }
+
+
+class SamplerNumbers(TypedDict, total=False):
+    """The numbers of `make`, as keywords of all that generates."""
+
+    temperature: Number | None
+    top_k: int | jax.Array | None
+    top_p: Number | None
+    min_p: Number | None
+    repetition_penalty: Number | None
+
+
+def choose(identifier: str | Sampler | None, numbers: Mapping[str, object]) -> Sampler:
+    """Returns the sampler that a name, numbers, or both describe.
+
+    Args:
+        identifier: As for `get`; `None` for what the numbers ask for: greedy without any.
+        numbers: As for `get`. A temperature of 0 is greedy.
+
+    Raises:
+        ValueError: As `get`; at numbers beside a sampler that is no name.
+    """
+    given: dict[str, Any] = {name: x for name, x in numbers.items() if x is not None}
+    temperature = given.get("temperature")
+    if isinstance(temperature, (int, float)) and temperature == 0:
+        del given["temperature"]
+        if identifier is None or isinstance(identifier, str):
+            identifier = "greedy"
+    if identifier is None:
+        identifier = "random" if given.keys() - {"repetition_penalty"} else "greedy"
+    return get(identifier, **given)
 
 
 def get(identifier: str | Sampler, **numbers: Number | None) -> Sampler:

@@ -6,7 +6,7 @@ Shapes: B rows, T tokens of a padded prompt, C new tokens of one run, V vocabula
 import math
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ from functional_llm.generation.prompts import (
     split_prompts,
 )
 from functional_llm.generation.results import NewTokens, Stats
+from functional_llm.generation.samplers import SamplerNumbers
 from functional_llm.generation.stop_strings import StoppingDecoder
 from functional_llm.graph.backend import require_jax
 from functional_llm.layers.cache import Cache, capped_num_slots, num_slots
@@ -126,10 +127,11 @@ class TextGenerator:
         self,
         prompts: str | Sequence[Message] | Sequence[int],
         max_new_tokens: int = ...,
-        sampler: SamplerOrName = ...,
+        sampler: SamplerOrName | None = ...,
         stop: str | Sequence[str] = ...,
         seed: Seeds = ...,
         parse_special: bool = ...,
+        **numbers: Unpack[SamplerNumbers],
     ) -> str: ...
 
     @overload
@@ -137,20 +139,22 @@ class TextGenerator:
         self,
         prompts: Sequence[AnyPrompt],
         max_new_tokens: int = ...,
-        sampler: SamplerOrName = ...,
+        sampler: SamplerOrName | None = ...,
         stop: str | Sequence[str] = ...,
         seed: Seeds = ...,
         parse_special: bool = ...,
+        **numbers: Unpack[SamplerNumbers],
     ) -> list[str]: ...
 
     def generate(
         self,
         prompts: Any,
         max_new_tokens: int = 64,
-        sampler: SamplerOrName = "greedy",
+        sampler: SamplerOrName | None = None,
         stop: str | Sequence[str] = (),
         seed: Seeds = None,
         parse_special: bool = True,
+        **numbers: Unpack[SamplerNumbers],
     ) -> str | list[str]:
         """Returns the new text of each prompt, up to a stop string or the model's own end.
 
@@ -160,21 +164,24 @@ class TextGenerator:
                 template; or ids, also as a tokenizer of Transformers returns them. A BOS that the
                 model expects is put first, once.
             max_new_tokens: Most tokens to write, at least 1.
-            sampler: A sampler, or its name (`samplers.get`).
+            sampler: A sampler, or its name (`samplers.get`). Greedy unless told.
             stop: Texts that end a row; they are left out of the result. Special tokens are not
                 part of the result either, but their names can be part of these texts.
             seed: Of the random numbers; row i draws with `seed + i`, or give one a row. `None`
                 for other numbers at every call. A row's text depends on no other row.
             parse_special: Whether the names of special tokens in a text ("<|im_end|>") are these
                 tokens. `False` for a text from strangers.
+            **numbers: Of the sampler, unless it is an object: `temperature`, `top_k`, `top_p`,
+                `min_p`, `repetition_penalty`. Without a name they make it random.
 
         Returns:
             A string for one prompt, else a list of strings.
 
         Raises:
-            ValueError: If a prompt is empty or longer than the context, or a number is out of
-                range.
+            ValueError: If a prompt is empty or longer than the context, a number is out of range,
+                or sampler and numbers do not go together.
         """
+        sampler = samplers.choose(sampler, numbers)
         given, is_single = split_prompts(prompts)
         tokenizer = self._need_tokenizer()
         decoders = [StoppingDecoder(tokenizer, stop, isinstance(x, str)) for x in given]
@@ -194,11 +201,12 @@ class TextGenerator:
         self,
         prompt: AnyPrompt,
         max_new_tokens: int = 64,
-        sampler: SamplerOrName = "greedy",
+        sampler: SamplerOrName | None = None,
         stop: str | Sequence[str] = (),
         seed: int | None = None,
         past: PromptCache | None = None,
         parse_special: bool = True,
+        **numbers: Unpack[SamplerNumbers],
     ) -> Generator[str]:
         """Yields the new text of one prompt, as it is written: never half a character.
 
@@ -212,7 +220,9 @@ class TextGenerator:
             seed: As for `generate`.
             past: The cache of earlier calls, reused as far as the tokens agree, and updated.
             parse_special: As for `generate`.
+            **numbers: As for `generate`.
         """
+        sampler = samplers.choose(sampler, numbers)
         tokenizer = self._need_tokenizer()
         prompt = only_prompt(prompt)
         ids = encode_prompt(tokenizer, prompt, parse_special)
@@ -241,11 +251,12 @@ class TextGenerator:
         self,
         prompts: Sequence[Sequence[int]] | np.ndarray,
         max_new_tokens: int = 64,
-        sampler: SamplerOrName = "greedy",
+        sampler: SamplerOrName | None = None,
         stop_token_ids: Collection[int] = (),
         seed: Seeds = None,
         attention_mask: Any = None,
         mask: Any = None,
+        **numbers: Unpack[SamplerNumbers],
     ) -> list[list[int]]:
         """Returns the new ids of each row of ids, its stop id included.
 
@@ -259,7 +270,9 @@ class TextGenerator:
             mask: (B, T, T) boolean, T of the longest prompt: False where a token of a prompt must
                 not see another. A new token sees what the last token of its prompt sees, and the
                 new ones before it.
+            **numbers: As for `generate`.
         """
+        sampler = samplers.choose(sampler, numbers)
         rows, masks = without_padding(prompts, attention_mask, mask)
         check_ids("stop_token_ids", as_ids("stop_token_ids", stop_token_ids), self._vocabulary_size)
         results: list[list[int]] = [[] for _ in rows]

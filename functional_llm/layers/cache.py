@@ -7,9 +7,11 @@ of that many slots. The token at position p belongs in slot p modulo the number 
 Shapes: B batch, T new tokens, S slots.
 """
 
+import math
 from typing import TypeAlias
 
 import keras
+import numpy as np
 from keras import ops, tree
 
 from functional_llm.graph.types import Nested, Tensor
@@ -35,6 +37,16 @@ def make_cache(model: keras.Model, batch_size: int, num_slots: int) -> Cache:
         return ops.full((batch_size, slots, *spec.shape[2:]), _empty(spec), dtype=spec.dtype)
 
     return tree.map_structure(make, model.input["cache"])
+
+
+def token_sizes(model: keras.Model, tokens: int) -> int:
+    """Returns the bytes that a cache takes for so many tokens of one row, windows considered."""
+    total = 0
+    for spec in tree.flatten(model.input["cache"]):
+        slots = min(tokens, spec.shape[1] or tokens)
+        itemsize = keras.backend.standardize_dtype(spec.dtype)
+        total += slots * math.prod(spec.shape[2:]) * np.dtype(itemsize).itemsize
+    return total
 
 
 def num_slots(cache: Cache) -> int:

@@ -3,12 +3,13 @@
 May import: files, graph, formats, stock.
 
 Offers: `lora`, `dora`, `svf`, `ia3`, `bitfit`, `attach` for a method of your own; `retrain` and
-`train_tokens` for what trains beside one; `merge`, `unmerge`; `save_adapter`, `load_adapter`.
+`train_tokens` for what trains beside one; `merge`, `unmerge`; `save_adapter`, `load_adapter`,
+`push_to_hub`.
 """
 
 import functional_llm.peft.stock_export  # noqa: F401  (registers how adapters are lowered)
 from functional_llm.peft.adapter import Adapter, activate, adapter_names, attach
-from functional_llm.peft.adapter_files import load_adapter, save_adapter
+from functional_llm.peft.adapter_files import load_adapter, push_to_hub, save_adapter
 from functional_llm.peft.bitfit import BitFit, bitfit
 from functional_llm.peft.dora import DoRA, dora
 from functional_llm.peft.ia3 import IA3, ia3
@@ -38,6 +39,7 @@ __all__ = [
     "load_adapter",
     "lora",
     "merge",
+    "push_to_hub",
     "retrain",
     "save_adapter",
     "svf",

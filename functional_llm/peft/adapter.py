@@ -5,7 +5,8 @@ A method of your own is a subclass of `Adapter` with `make_weights` and `kernel_
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import keras
@@ -38,7 +39,8 @@ class Adapter(keras.layers.Layer):
     Args:
         base: A built Dense, EinsumDense or Embedding, or another Adapter.
         adapter_name: Names the adapter in a model that has several.
-        gate: A variable that all layers of one adapter share: 1 if it is active, 0 if not.
+        gate: A variable that all layers of one adapter share: by how much its change counts, 1
+            unless it was told; 0 if it is not active.
         reverse: Of an embedding that is the head, too: `True` for a change of the head, `False`
             for one of the embedding, `None` for both.
         **kwargs: The method's options, and those of `keras.layers.Layer`. The dtype, float32 unless
@@ -337,20 +339,25 @@ def adapter_names(model: keras.Model) -> list[str]:
     return sorted({adapter.adapter_name for _, adapter in find_adapters(model)})
 
 
-def activate(model: keras.Model, names: str | Sequence[str] | None) -> None:
+def activate(model: keras.Model, names: str | Sequence[str] | Mapping[str, float] | None) -> None:
     """Switches on the adapters of these names, and all others off. Nothing is compiled again.
 
     Args:
         model: A model with adapters.
-        names: One or several names; `None` for the base alone.
+        names: One or several names; `None` for the base alone. A dict gives each a weight, by
+            which its change is multiplied: `{"french": 0.7, "polite": 0.3}`.
 
     Raises:
-        ValueError: If the model has no adapter of such a name.
+        ValueError: If the model has no adapter of such a name, or a weight is no finite number.
     """
-    chosen = [] if names is None else [names] if isinstance(names, str) else list(names)
-    unknown = sorted(set(chosen) - set(adapter_names(model)))
+    if not isinstance(names, Mapping):
+        names = dict.fromkeys([names] if isinstance(names, str) else names or (), 1.0)
+    chosen = {name: float(weight) for name, weight in names.items()}
+    if not all(map(math.isfinite, chosen.values())):
+        raise ValueError(f"Expected weights that are finite numbers, received {chosen}.")
+    unknown = sorted(chosen.keys() - set(adapter_names(model)))
     if unknown:
         raise ValueError(f"No adapter {unknown}. The model has {adapter_names(model)}.")
     one_per_gate = {id(adapter.gate): adapter for _, adapter in find_adapters(model)}
     for adapter in one_per_gate.values():
-        adapter.gate.assign(float(adapter.adapter_name in chosen))
+        adapter.gate.assign(chosen.get(adapter.adapter_name, 0.0))

@@ -1,6 +1,5 @@
 """Adapters on disk: PEFT's own format, and the same two files for methods that PEFT lacks."""
 
-import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,9 @@ from safetensors.numpy import save_file
 
 from functional_llm.files.json_files import read_json, write_json
 from functional_llm.files.replacing import replaced_folder, share
+from functional_llm.formats.model_card import CardFacts, ModelCard, write_card
 from functional_llm.formats.safetensors_reader import open_safetensors
+from functional_llm.formats.upload import push_saved
 from functional_llm.graph.selection import walk
 from functional_llm.graph.types import JSON, Layer, Tensor
 from functional_llm.peft.adapter import (
@@ -27,30 +28,35 @@ from functional_llm.peft.adapter import (
     origin_of,
 )
 from functional_llm.peft.linear import MATRIX_LAYERS, Linear
-from functional_llm.peft.names import NamedModel, to_numpy
+from functional_llm.peft.names import NamedModel, Names, to_numpy
 from functional_llm.peft.peft_format import SavedAdapter, from_peft, to_peft
 from functional_llm.peft.peft_values import tokens_from_peft, values_from_peft, values_to_peft
 from functional_llm.peft.retrained import Retrained
 from functional_llm.peft.tokens import TrainedTokens
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
-CARD_NAME = "README.md"
 _FINGERPRINT = "fingerprint"
 
 
-def save_adapter(model: keras.Model, folder: str | Path, adapter_name: str | None = None) -> None:
+def save_adapter(
+    model: keras.Model,
+    folder: str | Path,
+    adapter_name: str | None = None,
+    facts: CardFacts | None = None,
+) -> None:
     """Saves an adapter: `adapter_config.json` and `adapter_model.safetensors`.
 
     LoRA, rsLoRA, PiSSA, OLoRA, DoRA and IA3, with what `retrain` and `train_tokens` put beside
     them, are what PEFT loads with `PeftModel.from_pretrained`, or by itself with
     `AutoPeftModelForCausalLM` if Transformers can open the base. Any other method, yours included,
     is kept by the paths of the model's layers. The files of the base's tokenizer are put beside,
-    if they are known, and a README.md, if there is none.
+    if they are known, and a model card as README.md, unless somebody else's is there.
 
     Args:
         model: A model with adapters.
         folder: Where to; made if it is not there.
         adapter_name: Which one, if the model has several.
+        facts: What the card says beside what is known: data, method, losses.
 
     Raises:
         ValueError: If the model has no such adapter, or several and none is named.
@@ -88,29 +94,59 @@ def save_adapter(model: keras.Model, folder: str | Path, adapter_name: str | Non
         share(beside_folder / WEIGHTS_NAME)
         write_json(beside_folder / CONFIG_NAME, config)
         named.names.write_tokenizer(beside_folder)
-        if not Path(folder, CARD_NAME).exists():
-            card = model_card(config, classes[0])
-            (beside_folder / CARD_NAME).write_text(card, encoding="utf-8")
+        card = _card(config, classes[0], Path(folder), named.names, facts or CardFacts())
+        write_card(card, Path(folder), beside_folder)
 
 
-def model_card(config: JSON, method: str) -> str:
-    """Returns a README.md with what the Hub and PEFT read at its head."""
-    base = config.get("base_model_name_or_path")
-    is_peft = "registered_name" not in config
-    facts = {
-        "base_model": base,
-        "library_name": "peft" if is_peft else None,
-        "pipeline_tag": "text-generation" if is_peft else None,
-    }
-    head = "".join(f"{key}: {json.dumps(x)}\n" for key, x in facts.items() if x is not None)
-    tags = ["functional_llm", *([f"base_model:adapter:{base}"] if base and is_peft else [])]
-    head += f"tags: {json.dumps([*tags, method.lower()])}\n"
-    return (
-        f"---\n{head}---\n\n# An adapter ({method})"
-        + (f" of {base}" if base else "")
-        + "\n\n```python\nimport functional_llm as flm\n\n"
-        + f"backbone = flm.Backbone.from_preset({json.dumps(base or 'the base model')})\n"
-        + 'adapted = flm.peft.load_adapter(backbone, "the folder of this file")\n```\n'
+def push_to_hub(
+    model: keras.Model,
+    repository: str,
+    adapter_name: str | None = None,
+    *,
+    facts: CardFacts | None = None,
+    private: bool | None = None,
+    message: str = "Upload with functional_llm",
+    token: str | None = None,
+) -> str:
+    """Saves an adapter as a repository of the Hugging Face Hub; returns its address.
+
+    Args:
+        model: As for `save_adapter`.
+        repository: `"organisation/name"`; made if it is not there.
+        adapter_name: As for `save_adapter`.
+        facts: As for `save_adapter`.
+        private: As for `flm.push_to_hub`.
+        message: Of the commit.
+        token: As for `flm.push_to_hub`.
+
+    Raises:
+        ValueError: As `save_adapter` and `flm.push_to_hub`.
+        RuntimeError: As `flm.push_to_hub`.
+    """
+    return push_saved(
+        lambda folder: save_adapter(model, folder, adapter_name, facts),
+        repository,
+        private=private,
+        message=message,
+        token=token,
+    )
+
+
+def _card(config: JSON, method: str, folder: Path, names: Names, facts: CardFacts) -> ModelCard:
+    words = method
+    if "r" in config:
+        words += f", rank {config['r']}, alpha {config['lora_alpha']:g}"
+    targets = config.get("target_modules")
+    if isinstance(targets, list) and len(targets) < 10:
+        words += f", on {', '.join(sorted({x.rpartition('.')[2] for x in targets}))}"
+    return ModelCard(
+        name=folder.absolute().name,
+        base=config.get("base_model_name_or_path"),
+        licence=names.licence,
+        adapter=words,
+        is_peft="registered_name" not in config,
+        facts=facts,
+        tags=[method.lower()],
     )
 
 
@@ -172,24 +208,24 @@ def load_adapter(
             problems.append(f"the model has no linear layer '{path}'")
     if not saved and not problems:
         problems.append("it has no tensors")
-    _raise_at(problems, folder)
+    _raise_at(problems, folder, config)
     new_model = model
     for part in dict.fromkeys(_part(one.cls, one.options) for _, one in saved):
         here = {path: one for path, one in saved if _part(one.cls, one.options) == part}
         make = partial(_make, saved=here, problems=problems)
         new_model = join(new_model, make, list(here), adapter_name, dtype=dtype)
-    _raise_at(problems, folder)
+    _raise_at(problems, folder, config)
     weights = {(path, _part(one.cls, one.options)): one.weights for path, one in saved}
     found = [(path, x) for path, x in find_adapters(new_model) if x.adapter_name == adapter_name]
     own = [(path, x, weights[path, _part(type(x), x.get_options())]) for path, x in found]
     # Files of version 0.1 have none, of no layer.
     has_fingerprints = any(_FINGERPRINT in values for *_, values in own)
     lines = [line for one in own for line in _check_weights(*one, has_fingerprints)]
-    _raise_at(lines, folder)
+    _raise_at(lines, folder, config)
     for _, adapter, values in own:
         for name, variable in adapter.adapter_weights.items():
             variable.assign(values[name])
-    _raise_at([line for one in own for line in _check_fingerprint(*one)], folder)
+    _raise_at([line for one in own for line in _check_fingerprint(*one)], folder, config)
     if not has_fingerprints and any(_has_fingerprint(adapter) for _, adapter, _ in own):
         warnings.warn(
             f"{folder} does not say which weights it was trained on: it was written by version "
@@ -329,11 +365,13 @@ def _read_config(folder: Path) -> JSON:
     return read_json(folder / CONFIG_NAME)
 
 
-def _raise_at(problems: Sequence[str], folder: Path) -> None:
+def _raise_at(problems: Sequence[str], folder: Path, config: JSON) -> None:
     if problems:
         shown = "\n  ".join(problems[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        base = config.get("base_model_name_or_path")
         raise ValueError(
             f"The adapter in {folder} does not fit the model, {len(problems)} differences:\n"
-            f"  {shown}{more}\nCheck that adapter and model belong together."
+            f"  {shown}{more}\nCheck that adapter and model belong together"
+            + (f": it was made for {base}." if base else ".")
         )

@@ -1,5 +1,7 @@
 """Folding adapters into the weights they change, and back."""
 
+from typing import TypeAlias
+
 import keras
 from keras import ops
 
@@ -23,8 +25,9 @@ class _MergedAdapter:
 def merge(model: keras.Model, keep: bool = True) -> keras.Model:
     """Returns a model without adapters that computes the same: stock layers, as before.
 
-    The active adapters are folded, in float32, into copies of the weights that they change; the new
-    model shares all other weights with `model`. Everything trains in it.
+    The active adapters, each by its weight (see `activate`), are folded in float32 into copies of
+    the weights that they change; the new model shares all other weights with `model`. Everything
+    trains in it.
 
     Args:
         model: A model with adapters.
@@ -41,10 +44,11 @@ def merge(model: keras.Model, keep: bool = True) -> keras.Model:
 
     def fold(adapter: Adapter, path: str) -> Layer:
         chain = reversed(list(adapter.chain()))
-        active = [x for x in chain if float(ops.convert_to_numpy(x.gate.value)) != 0]
+        weighted = [(x, float(ops.convert_to_numpy(x.gate.value))) for x in chain]
+        active = [(x, weight) for x, weight in weighted if weight != 0]
         if not isinstance(adapter.origin, MATRIX_LAYERS):
-            inner = active[-1].inner if active else adapter.origin
-            layer = retrained_copy(adapter.origin, inner)
+            inners = [(x.inner, weight) for x, weight in active]
+            layer = retrained_copy(adapter.origin, inners)
         elif isinstance(adapter.origin, keras.layers.Embedding):
             layer = _fold_embedding(adapter.origin, active, path in heads)
         else:
@@ -56,27 +60,32 @@ def merge(model: keras.Model, keep: bool = True) -> keras.Model:
     return rewire(model, fold, where=Adapter, freeze=False)
 
 
-def _fold_linear(adapter: Adapter, active: list[Adapter]) -> Layer:
+_Weighted: TypeAlias = list[tuple[Adapter, float]]
+
+
+def _fold_linear(adapter: Adapter, active: _Weighted) -> Layer:
     linear, kernel, bias = adapter.linear, adapter.linear.kernel(), adapter.linear.bias()
-    for one in active:
+    for one, weight in active:
         kernel_change, bias_change = one.kernel_change(), one.bias_change()
-        kernel = kernel if kernel_change is None else kernel + kernel_change
+        kernel = kernel if kernel_change is None else kernel + weight * kernel_change
         if bias_change is not None:
+            bias_change = weight * bias_change
             bias = bias_change if bias is None else bias + bias_change
     return linear.make_layer(kernel, bias, adapter.activation)
 
 
-def _fold_embedding(origin: Layer, active: list[Adapter], is_head: bool) -> Layer:
+def _fold_embedding(origin: Layer, active: _Weighted, is_head: bool) -> Layer:
     """Returns an embedding; a head that it is, too, gets a matrix of its own if they differ now."""
     tables = {reverse: Lookup(origin).kernel() for reverse in (False, True)}
-    for one in active:
+    for one, weight in active:
         change = one.kernel_change()
         for reverse in tables:
             if change is not None and one.changes(reverse):
-                tables[reverse] += change if one.linear.takes_integers else ops.transpose(change)
+                change_here = change if one.linear.takes_integers else ops.transpose(change)
+                tables[reverse] += weight * change_here
     config = {key: x for key, x in origin.get_config().items() if key != "quantization_config"}
     config["dtype"] = origin.dtype_policy.name.rpartition("_from_")[2]
-    untied = is_head and any(one.reverse is not None for one in active)
+    untied = is_head and any(one.reverse is not None for one, _ in active)
     if untied:
         config["tie_weights"] = False
     is_reversible = isinstance(origin, keras.layers.ReversibleEmbedding)

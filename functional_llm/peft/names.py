@@ -30,6 +30,7 @@ class Names:
         tied: Name of the tensor of a head that has none of its own, and of that which it is.
         base: What Transformers opens as the model: an id of the Hub, or a directory.
         revision: Of the id.
+        licence: Of the model, if it is known.
         write_tokenizer: Writes the files of the model's tokenizer into a folder, if it has one.
     """
 
@@ -38,6 +39,7 @@ class Names:
     tied: tuple[str, str] | None = None
     base: str | None = None
     revision: str | None = None
+    licence: str | None = None
     write_tokenizer: Callable[[Path], None] = _nothing
 
 

@@ -50,8 +50,18 @@ class Retrained(Adapter):
             before = self.origin(x, reverse=True) if reverse else self.origin(x)
             change = ops.cast(self.gate, before.dtype) * (own() - before)
             return self.activation(self.call_base(x, reverse) + change)
-        y = ops.cond(self.gate > 0, own, lambda: self.call_base(x, reverse))
-        return self.activation(y)
+
+        def base() -> Tensor:
+            return self.call_base(x, reverse)
+
+        def both() -> Tensor:
+            y = base()
+            return y + ops.cast(self.gate, y.dtype) * (own() - y)
+
+        def weighted() -> Tensor:
+            return ops.cond(ops.equal(self.gate, 0.0), base, both)
+
+        return self.activation(ops.cond(ops.equal(self.gate, 1.0), own, weighted))
 
     def kernel_change(self) -> Tensor | None:
         if self.names is not None and not {*self.names} - {"bias"}:
@@ -101,12 +111,18 @@ def _has_any(layer: Layer, names: Sequence[str] | None) -> bool:
     return any(names is None or x.name in names for x in layer.weights)
 
 
-def retrained_copy(layer: Layer, inner: Layer) -> Layer:
-    """Returns a layer of the same class and config, with copies of the weights of another."""
+def retrained_copy(layer: Layer, inners: Sequence[tuple[Layer, float]]) -> Layer:
+    """Returns a layer of the same class and config, with the weighted changes of others in it."""
     if isinstance(layer, MATRIX_LAYERS) and layer.quantization_mode is not None:
         raise ValueError(f"Expected a layer that is not quantised: '{layer.name}'.")
     new = type(layer).from_config(layer.get_config())
     new.build_from_config(layer.get_build_config())
-    for variable, value in zip(new.weights, inner.weights, strict=True):
+    for i, (variable, before) in enumerate(zip(new.weights, layer.weights, strict=True)):
+        values = [(inner.weights[i], weight) for inner, weight in inners]
+        if len(values) == 1 and values[0][1] == 1:
+            value = values[0][0]
+        else:
+            base = ops.cast(before, "float32")
+            value = base + sum(w * (ops.cast(x, "float32") - base) for x, w in values)
         variable.assign(ops.copy(ops.cast(value, variable.dtype)))
     return new

@@ -26,7 +26,8 @@ def adapters_to_config(model: keras.Model) -> list[JSON]:
                 "adapter_name": adapter.adapter_name,
                 "method": part[1],
                 "dtype": adapter.dtype,
-                "active": bool(ops.convert_to_numpy(adapter.gate.value)),
+                "active": (weight := float(ops.convert_to_numpy(adapter.gate.value))) != 0,
+                **({} if weight in (0, 1) else {"weight": weight}),
                 "layers": {},
             },
         )
@@ -55,7 +56,8 @@ def attach_from_config(model: keras.Model, configs: Sequence[JSON]) -> keras.Mod
             raise ValueError(f"The model has no layers {missing}, which the file has adapters for.")
         model = _attach_one(model, _find_class(config["method"]), config)
     if configs:
-        activate(model, [config["adapter_name"] for config in configs if config["active"]])
+        active = [config for config in configs if config["active"]]
+        activate(model, {x["adapter_name"]: x.get("weight", 1.0) for x in active})
     return model
 
 

@@ -48,8 +48,9 @@ class TrainedTokens(Adapter):
         if self.is_stacked:  # what is under it changes these tokens, too
             origin = self.linear.layer
             new = new + y - (origin(x, reverse=True) if reverse else origin(x))
-        is_new = (places + 1) * self.gate > 0
-        return self.activation(ops.where(is_new, new, y))
+        weight = ops.cast(self.gate, y.dtype)
+        mixed = weight * new + (1 - weight) * y
+        return self.activation(ops.where(places >= 0, mixed, y))
 
     def kernel_change(self) -> Tensor:
         kernel = self.linear.kernel()

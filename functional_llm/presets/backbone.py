@@ -4,7 +4,6 @@ Shapes: B batch, T tokens, S slots, V vocabulary.
 """
 
 import math
-import tempfile
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +13,6 @@ import numpy as np
 from functional_llm.backbones.families import FAMILIES
 from functional_llm.backbones.family import Family, ModelConfig
 from functional_llm.files.replacing import check_writable
-from functional_llm.formats.hf_directory import write_directory
 from functional_llm.formats.weight_table import HEAD, expand_table, module_names, tied_head
 from functional_llm.graph.backend import require_jax
 from functional_llm.graph.freezing import Freezable, freeze_variables
@@ -22,23 +20,41 @@ from functional_llm.graph.keeping_values import KeepsValues
 from functional_llm.graph.keras_private import make_optional
 from functional_llm.graph.keras_values import uninitialized
 from functional_llm.graph.precision import FullFloat32
+from functional_llm.graph.summary import ReadableSummary
 from functional_llm.graph.types import JSON, Nested
 from functional_llm.layers.call_inputs import as_tensors, complete_inputs, with_mask
 from functional_llm.peft.adapter import REVERSED
+from functional_llm.peft.adapter_files import load_adapter
 from functional_llm.peft.names import Names
 from functional_llm.presets.dtypes import dtype_policy
-from functional_llm.presets.edits import apply_edits, check_unedited, edits_of
-from functional_llm.presets.sources import open_source, read_numbers, transformers_name
+from functional_llm.presets.edits import apply_edits
+from functional_llm.presets.publishing import Publishable
+from functional_llm.presets.sources import (
+    adapter_folder,
+    base_handle,
+    base_name,
+    licence_of,
+    open_source,
+    read_numbers,
+)
 from functional_llm.stock.exporting import Exportable
-from functional_llm.stock.keras_model import load_keras_weights, write_keras_model
-from functional_llm.tokenizers import TextTokenizer, save_tokenizer
+from functional_llm.stock.keras_model import load_keras_weights
 from functional_llm.training.default_loss import LanguageModelLoss
 
 _REQUIRED = {"token_ids", "positions"}
 
 
 @keras.saving.register_keras_serializable("functional_llm")
-class Backbone(LanguageModelLoss, KeepsValues, Freezable, FullFloat32, Exportable, keras.Model):
+class Backbone(
+    Publishable,
+    ReadableSummary,
+    LanguageModelLoss,
+    KeepsValues,
+    Freezable,
+    FullFloat32,
+    Exportable,
+    keras.Model,
+):
     """A language model as one functional graph, called with as much or as little as there is.
 
     ```python
@@ -149,7 +165,8 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, FullFloat32, Exportabl
 
         Args:
             handle: A preset's name, a directory (Hugging Face layout, KerasHub preset), a `.gguf`
-                file, a `.keras` file from `save`, `"hf://org/name"` or `"kaggle://..."`.
+                file, a `.keras` file from `save`, `"hf://org/name"` or `"kaggle://..."`; or an
+                adapter, which is loaded with the base that it names.
             dtype: `"float32"`, `"bfloat16"` or `"float16"`, or weights in float32 and sums in
                 another with `"mixed_bfloat16"` or `"mixed_float16"`.
             load_weights: `False` for random weights; a preset's files are not fetched then.
@@ -167,6 +184,8 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, FullFloat32, Exportabl
         if not load_weights:
             family, config, edits = read_numbers(handle)
             return apply_edits(cls._build(family, config, dtype), edits, has_values=True)
+        if (folder := adapter_folder(handle)) is not None:
+            return load_adapter(cls.from_preset(base_handle(folder), dtype), folder)
         source = open_source(handle)
         with uninitialized():
             backbone = cls._build(source.family, source.config, dtype)
@@ -198,94 +217,6 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, FullFloat32, Exportabl
         about_each = 16_384 * len(self.variables)  # what HDF5 writes beside the values
         check_writable(Path(filepath).parent, sum(sizes) + about_each)
         super().save_weights(filepath, *args, **kwargs)
-
-    def save(
-        self,
-        filepath: str | Path,
-        overwrite: bool = True,
-        zipped: bool | None = None,
-        *,
-        tokenizer: TextTokenizer | None = None,
-    ) -> None:
-        """Writes a `.keras` file of stock layers, which `keras.saving.load_model` loads anywhere.
-
-        Nothing of this library is needed there; see docs/stock_files.md for how to use it.
-        `from_preset` makes a Backbone of it again, adapters included. A model that was rewired
-        otherwise stays as it is in the file, but comes back through `load_weights` only.
-
-        Args:
-            filepath: Where to, with the suffix `.keras`; replaced when the new file is complete.
-            overwrite: `False`: a file that is there already is an error.
-            zipped: Not `False`: the file is a zip.
-            tokenizer: The tokenizer to keep in the file. Defaults to that of the preset that the
-                backbone was loaded from, if there is one.
-
-        Raises:
-            ValueError: At a layer that stock Keras does not have and that has no lowering (see
-                `register_lowering`), or another suffix.
-            FileExistsError: Unless `overwrite`, if the file is there.
-            OSError: If it cannot be written.
-        """
-        path = Path(filepath)
-        if path.suffix != ".keras" or zipped is False:
-            raise ValueError(f"Expected a path that ends in .keras, zipped. Received: {filepath}.")
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"Expected no file at {path}, or overwrite=True.")
-        family = self._family()
-        edits = None if family is None else edits_of(self, self._unedited(family))
-        with tempfile.TemporaryDirectory() as files:
-            self._write_tokenizer(tokenizer, Path(files))
-            write_keras_model(self, path, family, self.config, edits, Path(files))
-
-    def _write_tokenizer(self, tokenizer: TextTokenizer | None, folder: Path) -> None:
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, folder)
-        elif self.preset is not None:
-            open_source(self.preset).write_tokenizer(folder)
-
-    def save_preset(
-        self,
-        directory: str | Path,
-        tokenizer: TextTokenizer | None = None,
-        max_shard_bytes: int = 5_000_000_000,
-    ) -> None:
-        """Writes a directory in Hugging Face layout, which Transformers and `from_preset` load.
-
-        Args:
-            directory: Where to write; files of the same names are replaced, all or none.
-            tokenizer: The tokenizer to write beside. Defaults to that of the preset that the
-                backbone was loaded from, if there is one.
-            max_shard_bytes: Largest size of a file of weights.
-
-        Raises:
-            ValueError: As `check_preset`.
-            OSError: If the directory cannot be written to.
-        """
-        write_directory(
-            Path(directory),
-            self.check_preset(),
-            self.config,
-            self.variables,
-            lambda folder: self._write_tokenizer(tokenizer, folder),
-            max_shard_bytes,
-        )
-
-    def check_preset(self) -> Family:
-        """Returns the family, if the graph is what the config promises.
-
-        Raises:
-            ValueError: If the config is of no known family, or the graph has other weights, as with
-                adapters that are not merged, or layers that were dropped (all are named), or it
-                was rewired in another way.
-        """
-        family = self._family()
-        if family is None:
-            raise ValueError(
-                f"Expected a backbone with the config of a known family ({', '.join(FAMILIES)}). "
-                f"Received: config={self.config!r}."
-            )
-        check_unedited(self, family, self._unedited(family))
-        return family
 
     def _unedited(self, family: Family) -> Self:
         """The family's graph for this config, without values."""
@@ -335,26 +266,27 @@ class Backbone(LanguageModelLoss, KeepsValues, Freezable, FullFloat32, Exportabl
             strict=False,
         )
         tied = tied_head(tensors) if self.config.tie_word_embeddings else None
-        base, revision = (None, None) if self.preset is None else transformers_name(self.preset)
+        base, revision = (None, None) if self.preset is None else base_name(self.preset)
         return Names(
             modules=self.module_names,
             tensors=tensors,
             tied=tied,
             base=base,
             revision=revision,
+            licence=None if self.preset is None else licence_of(self.preset),
             write_tokenizer=self._write_known_tokenizer,
         )
-
-    def _write_known_tokenizer(self, folder: Path) -> None:
-        """Writes the preset's tokenizer, if it can still be found: more must not fail for it."""
-        try:
-            self._write_tokenizer(None, folder)
-        except (FileNotFoundError, ValueError, RuntimeError):
-            return
 
     def _family(self) -> Family | None:
         fitting = (f for f in FAMILIES.values() if type(self.config) is f.config_class)
         return next(fitting, None)
+
+
+def without_values(handle: str | Path, dtype: str = "float32") -> Backbone:
+    """Returns a model as `from_preset` builds it, whose weights have shapes and no values."""
+    family, config, edits = read_numbers(handle)
+    with uninitialized():
+        return apply_edits(Backbone._build(family, config, dtype), edits, has_values=False)
 
 
 def _restored(

@@ -19,11 +19,13 @@ class Engine(Protocol):
 
     Attributes:
         vocabulary_size: One more than the largest id.
+        num_tokens: How many tokens there are.
         special_ids: The ids of BOS, EOS and the like.
         adds_space: Whether encoding puts a space before a text, which decoding takes off.
     """
 
     vocabulary_size: int
+    num_tokens: int
     special_ids: frozenset[int]
     adds_space: bool
 
@@ -63,6 +65,7 @@ class TokenizersEngine:
         added = tokenizer.get_added_tokens_decoder()
         self.tokenizer = tokenizer
         self.vocabulary_size = 1 + max(tokenizer.get_vocab().values(), default=-1)
+        self.num_tokens = tokenizer.get_vocab_size()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self._added_ids = frozenset(added)
         self._steps, self.adds_space = _decoding_steps(tokenizer.decoder)

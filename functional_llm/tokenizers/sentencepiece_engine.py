@@ -55,6 +55,7 @@ class SentencePieceEngine:
             True: _Splitter(tokens),
         }
         self.vocabulary_size = max([size, *(i + 1 for i in self._texts)])
+        self.num_tokens = len({*range(size), *self._texts})
         self.special_ids = frozenset(i for token, i in self.added.values() if token.special)
         self.adds_space = processor.normalize("a").startswith(SPACE)
 

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
+from functional_llm.tokenizers.calling import CalledAsTransformers
 from functional_llm.tokenizers.chat_template import (
     ChatTemplate,
     RenderedChat,
@@ -20,7 +21,7 @@ from functional_llm.tokenizers.tool_schemas import tool_schemas
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TextTokenizer:
+class TextTokenizer(CalledAsTransformers):
     """Text <-> ids.
 
     Args:

@@ -1,6 +1,6 @@
 """The options of a fine-tuning, and what they describe.
 
-Importing this file imports nothing of the library, nor JAX, as that of `command_line`.
+Importing this file imports nothing of JAX, as that of `options`.
 """
 
 import argparse
@@ -11,10 +11,21 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import DTYPES, above_zero, add_preset, not_negative, positive, share, whole
+from functional_llm.commands.options import (
+    DTYPES,
+    above_zero,
+    add_adapters,
+    add_preset,
+    check_model,
+    not_negative,
+    positive,
+    share,
+    whole,
+)
 
 if TYPE_CHECKING:
-    from functional_llm import Backbone, Tokenizer
+    from functional_llm.formats.model_card import CardFacts
+    from functional_llm.presets import Backbone, Tokenizer
     from functional_llm.training import Rows, Settings, StreamedRows
 
 METHODS = ("lora", "dora", "svf", "ia3", "bitfit", "full")
@@ -22,16 +33,16 @@ REMAT = ("nothing", "products", "layer")
 STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
 
 
-def parse(description: str | None) -> argparse.Namespace:
-    """Returns what the command line says of a fine-tuning."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=description)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a fine-tuning."""
     add = partial(_add_with_default, parser)
     add_preset(parser)
     _add_data(add)
     add("--output", type=Path, required=True, help="directory for the result")
     add("--save", choices=["adapter", "merged", "keras"], help="(merged for full, else adapter)")
     add("--resume", action="store_true", help="go on from the checkpoint in the output directory")
-    add("--method", choices=METHODS, default="lora", help="what is trained")
+    add("--method", choices=METHODS, help="what is trained (lora, or what --adapter is)")
+    add_adapters(parser)
     add("--rank", type=positive, default=8, help="of LoRA and DoRA")
     add("--alpha", type=above_zero, default=16.0, help="of LoRA and DoRA")
     add("--dropout", type=share, default=0.0, help="of LoRA and DoRA")
@@ -61,14 +72,22 @@ def parse(description: str | None) -> argparse.Namespace:
     add("--checkpoint-every", type=whole, default=50, help="steps between checkpoints; 0: none")
     add("--evaluate-every", type=whole, default=0, help="steps between evaluations; 0: at the end")
     add("--tensorboard", action="store_true", help="write logs for TensorBoard (pip: tensorboardX)")
-    arguments = parser.parse_args()
+
+
+def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Checks options that do not go together; fills in what was left out."""
+    check_model(parser, arguments)
+    if len(arguments.adapter) > 1 or any(weight != 1 for weight in arguments.adapter.values()):
+        parser.error("--adapter: one is trained further, unweighted. Fold others in first: merge")
+    if arguments.adapter and arguments.method:
+        parser.error("--adapter: what is trained further has its method. Leave --method out")
+    arguments.method = arguments.method or "lora"
     arguments.save = arguments.save or ("merged" if arguments.method == "full" else "adapter")
     _check_data(parser, arguments)
     if arguments.method == "full" and arguments.save == "adapter":
         parser.error("--method full has no adapter: save `merged` or `keras`")
     if arguments.method == "full" and arguments.dtype in ("bfloat16", "float16"):
         parser.error(f"steps are lost in {arguments.dtype} weights: use --dtype mixed_bfloat16")
-    return arguments
 
 
 def _add_data(add: Callable[..., None]) -> None:
@@ -115,6 +134,8 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
     found = {name: getattr(arguments, name) for name in names}
     one = arguments.dataset[0] if len(arguments.dataset) == 1 else arguments.dataset
     found |= {"dataset": one, "evaluate_on": arguments.evaluate_on}
+    if arguments.adapter:
+        found["adapter"] = list(arguments.adapter)
     if arguments.streaming:
         names = ["streaming", "weights", "stopping_strategy", "shuffle_buffer", "evaluate_examples"]
         found |= {name: getattr(arguments, name) for name in names}
@@ -143,10 +164,8 @@ def _read(arguments: argparse.Namespace, tokenizer: "Tokenizer") -> "tuple[Rows,
         held = read(arguments.evaluate_on)
     else:
         kept, held = training.split_examples(kept, arguments.held_out, arguments.seed)
-    rows, held_out = (
-        training.pack(part, arguments.length, join=arguments.packing) if part else None
-        for part in (kept, held)
-    )
+    rows = training.pack(kept, arguments.length, join=arguments.packing)
+    held_out = training.pack(held, arguments.length, join=arguments.packing) if held else None
     size = f"{len(rows)} rows of {rows.token_ids.shape[1]} tokens"
     print(f"{len(kept)} examples in {size}, {len(held)} held out")
     return rows, held_out
@@ -207,6 +226,20 @@ def make_settings(arguments: argparse.Namespace, num_rows: int | None) -> "Setti
     return Settings(**{**numbers, "batch_size": plan.batch_size, "steps": plan.steps})
 
 
+def facts_for_card(arguments: argparse.Namespace, settings: "Settings") -> "CardFacts":
+    """Returns what the model card says of a fine-tuning."""
+    from functional_llm.formats.model_card import CardFacts
+
+    what = "An adapter" if arguments.adapter else arguments.method
+    rows = settings.batch_size * settings.accumulate
+    return CardFacts(
+        datasets=[Path(x).name if Path(x).exists() else x for x in arguments.dataset],
+        method=f"`functional-llm finetune`: {what}, {settings.steps} steps of {rows} rows of "
+        f"{arguments.length} tokens, learning rate {settings.learning_rate:g} "
+        f"({settings.schedule}), in {arguments.dtype}.",
+    )
+
+
 def check_targets(arguments: argparse.Namespace) -> None:
     """Raises a `ValueError` if a target describes no layer of the model: before it is loaded."""
     from functional_llm.formats.weight_table import module_names
@@ -216,7 +249,7 @@ def check_targets(arguments: argparse.Namespace) -> None:
     if arguments.targets in (None, ["all"]):
         return
     family, config, _ = read_numbers(arguments.preset)
-    paths = module_names(family.weights, config.num_layers)
+    paths = module_names(family.rows(config), config.num_layers)
     for pattern in arguments.targets:
         if not any(matches(path, pattern) for path in paths):
             names = dict.fromkeys(path.rpartition("/")[2] for path in paths)

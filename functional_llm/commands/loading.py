@@ -1,0 +1,99 @@
+"""What the options of `options.py` describe: samplers, tokenizers, models."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from functional_llm.generation.prompts import AnyPrompt
+    from functional_llm.generation.samplers import Sampler
+    from functional_llm.presets import Backbone, TextGenerator, Tokenizer
+
+SAMPLER_NUMBERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def make_sampler(arguments: argparse.Namespace) -> "Sampler":
+    """Returns the sampler that the options describe: greedy, unless they have numbers of others."""
+    from functional_llm.generation import samplers
+
+    numbers = {name: getattr(arguments, name, None) for name in SAMPLER_NUMBERS}
+    return samplers.choose(getattr(arguments, "sampler", None), numbers)
+
+
+def introduce(preset: str | Path) -> None:
+    """Says on a terminal what model a preset's name stands for."""
+    from functional_llm.presets.table import preset_names, read_preset
+
+    if sys.stderr.isatty() and preset in preset_names():
+        print(f"{preset}: {read_preset(str(preset))['description']}", file=sys.stderr)
+
+
+class Model:
+    """The model that options name: its base and its adapters, loaded when they are asked for.
+
+    Args:
+        arguments: Parsed options of `add_preset`, `add_adapters` and `add_precision`.
+
+    Raises:
+        ValueError: If the base of an adapter is not known, or is another.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        from functional_llm.presets.adapted import split_handle
+
+        self.base, self.adapters = split_handle(arguments.preset, arguments.adapter or None)
+        self._arguments = arguments
+        introduce(self.base)
+
+    def load_tokenizer(self) -> "Tokenizer":
+        """Returns the model's tokenizer."""
+        from functional_llm.presets.adapted import tokenizer_handle
+        from functional_llm.presets.tokenizer import Tokenizer
+
+        return Tokenizer.from_preset(tokenizer_handle(self.base, self.adapters))
+
+    def check_prompt(self, tokenizer: "Tokenizer", prompt: "AnyPrompt") -> None:
+        """Raises a `ValueError` if prompt and answer do not fit: before the model is loaded."""
+        from functional_llm.generation.arguments import check_request
+        from functional_llm.generation.prompts import encode_prompt
+        from functional_llm.presets.sources import read_numbers
+
+        _, config, _ = read_numbers(self.base)
+        size, context = config.vocabulary_size, config.max_sequence_length
+        ids = encode_prompt(tokenizer, prompt)
+        check_request([ids], self._arguments.max_new_tokens, size, context)
+
+    def load(self) -> "Backbone":
+        """Returns the model: quantised and with its adapters, if asked for."""
+        from functional_llm.presets import Backbone
+        from functional_llm.presets.adapted import with_adapters
+
+        backbone: Any = Backbone.from_preset(self.base, dtype=self._arguments.dtype)
+        if mode := getattr(self._arguments, "quantize", None):
+            from functional_llm.edits.quantization import quantize
+
+            backbone = quantize(backbone, mode)
+        return with_adapters(backbone, self.adapters)
+
+    def load_generator(self, tokenizer: "Tokenizer") -> "TextGenerator":
+        """Returns a generator with the model."""
+        from functional_llm.presets import text_generator
+
+        return text_generator.TextGenerator(self.load(), tokenizer, announce)
+
+
+@contextmanager
+def announce(what: str) -> Iterator[None]:
+    """Says on a terminal that programs are compiled, and takes it back when they are."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    # The terminal keeps the place of the cursor, and gets it back.
+    print(f"\0337 [compiling {what}, once for each size]", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print("\0338\033[J", end="", file=sys.stderr, flush=True)
