@@ -1,5 +1,6 @@
 """Operations between layers, as the formula that they compute."""
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -75,8 +76,8 @@ def title(calls: Iterable[Call], text: str) -> str:
 
 def word(operation: keras.Operation) -> str:
     """Returns the function of `keras.ops` that an operation is, such as `expand_dims`."""
-    name = type(operation).__name__
-    return "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(name))
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(operation).__name__)
+    return name.lower()
 
 
 def _constant(x: Any) -> str:

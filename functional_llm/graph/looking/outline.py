@@ -1,5 +1,6 @@
 """A model as boxes and arrows, equal layers once: what the picture and the page draw."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -8,7 +9,7 @@ import keras
 from keras import tree
 
 from functional_llm.graph.keras_private import is_optional_input
-from functional_llm.graph.looking.changes import ADDED, CHANGED, Changes, find_changes
+from functional_llm.graph.looking.changes import ADDED, CHANGED, INSIDE, Changes, find_changes
 from functional_llm.graph.looking.facts import (
     Weight,
     config_of,
@@ -21,9 +22,6 @@ from functional_llm.graph.looking.formula import title, word
 from functional_llm.graph.looking.units import Source, Unit, Units
 from functional_llm.graph.selection import inner_layers
 from functional_llm.graph.types import JSON, Layer
-
-MANY = 3  # boxes that take one value: more are told its name, without arrows across the picture
-
 
 @dataclass
 class Box:
@@ -175,6 +173,25 @@ class _Graph:
                 box.key += box.given
             self._describe(box, unit)
             self._boxes.append(box)
+        named: dict[str, list[Box]] = {}
+        for i, box in enumerate(self._boxes):
+            if box.kind == "operations" and box.title != box.formula:
+                named.setdefault(self._name_at_users(i) or box.title, []).append(box)
+        for name, boxes in named.items():
+            for i, box in enumerate(boxes, 1):
+                box.title = f"{name} {i}" if len(boxes) > 1 and " " not in name else name
+
+    def _name_at_users(self, place: int) -> str:
+        """Returns the one name under which layers with a graph take what a unit makes."""
+        made = {id(x) for x in self._units.units[place].outputs}
+        names = set()
+        for user in self._units.consumers[place]:
+            call = self._units.units[user].calls[0]
+            if inner_layers(call.operation) is None:
+                return ""
+            for path, x in tree.flatten_with_path(call.args):
+                names |= {str(path[1]) if len(path) > 1 else ""} if id(x) in made else set()
+        return names.pop() if len(names) == 1 else ""
 
     def _describe(self, box: Box, unit: Unit) -> None:
         keys = [key for x in unit.outputs for key in self._units.output_keys.get(id(x), ())]
@@ -187,19 +204,23 @@ class _Graph:
 
     def level(self) -> Level:
         folds = fold(self._units, lambda i, j: self._boxes[i].key == self._boxes[j].key)
-        return self._level(folds, frozenset(range(len(self._boxes))))
+        return self._level(folds, frozenset(range(len(self._boxes))), 1)
 
-    def _level(self, items: Sequence[_Item], around: frozenset[int]) -> Level:
+    def _level(self, items: Sequence[_Item], around: frozenset[int], times: int) -> Level:
         """Returns boxes for units and folds.
 
         Args:
             items: What stands there.
-            around: The units of all repetitions of it.
+            around: The units of all repetitions of it; the last one shows how they are connected.
+            times: How many repetitions there are.
         """
-        members = [item.members if isinstance(item, Fold) else frozenset([item]) for item in items]
+        last = frozenset(sorted(around)[-(len(around) // times) :])
+        members = [
+            last & (item.members if isinstance(item, Fold) else frozenset([item])) for item in items
+        ]
         places = {unit: place for place, units in enumerate(members) for unit in units}
         inside = frozenset(places)
-        boxes = [self._box(item) for item in items]
+        boxes = [self._box(item, times) for item in items]
         entries: dict[str, int] = {}
         arrows: dict[tuple[int, int], Arrow] = {}
 
@@ -236,7 +257,7 @@ class _Graph:
             return self._units.input_keys[source.index]
         return self._boxes[source.unit].title
 
-    def _box(self, item: _Item) -> Box:
+    def _box(self, item: _Item, times: int) -> Box:
         if isinstance(item, int):
             return self._boxes[item]
         units = sorted(item.members)
@@ -246,28 +267,40 @@ class _Graph:
             box.times = item.times
             return box
         box = Box("block", [], "", times=item.times)
-        box.level = self._level(item.items, item.members)
+        box.level = self._level(item.items, item.members, item.times * times)
         box.returns = list(dict.fromkeys(x for inner in box.level.boxes for x in inner.returns))
-        box.change = "inside" if any(inner.change for inner in box.level.boxes) else ""
+        box.outputs = [x for inner in box.level.boxes for x in inner.outputs]
+        box.change = INSIDE if any(inner.change for inner in box.level.boxes) else ""
         return box
 
 
 def _tidy(level: Level) -> Level:
-    """Puts inputs first, and tells the takers of what many take its name instead of an arrow."""
+    """Puts inputs first, and names a value that several take to those far off, without an arrow.
+
+    Not so what is of the shape of its taker's output: the stream that branches return to.
+    """
     order = sorted(range(len(level.boxes)), key=lambda i: level.boxes[i].kind != "input")
     places = {old: new for new, old in enumerate(order)}
-    boxes = [level.boxes[i] for i in order]
-    takers: dict[int, int] = {}
-    for arrow in level.arrows:
-        takers[arrow.source] = takers.get(arrow.source, 0) + 1
-    arrows = []
-    for arrow in level.arrows:
-        source, target = places[arrow.source], places[arrow.target]
-        if takers[arrow.source] > MANY and boxes[source].kind != "input":
-            _note(boxes[target].takes, boxes[source].title)
+    tidy = Level([level.boxes[i] for i in order], [])
+    every = [Arrow(places[x.source], places[x.target], x.specs) for x in level.arrows]
+    rows = rows_of(Level(tidy.boxes, every))
+    takers = Counter(arrow.source for arrow in every)
+    for arrow in every:
+        source, target = tidy.boxes[arrow.source], tidy.boxes[arrow.target]
+        is_far = rows[arrow.target] - rows[arrow.source] > 1 and takers[arrow.source] > 1
+        if is_far and source.kind != "input" and not {*arrow.specs} & {*target.outputs}:
+            _note(target.takes, source.title)
         else:
-            arrows.append(Arrow(source, target, arrow.specs))
-    return Level(boxes, arrows)
+            tidy.arrows.append(arrow)
+    return tidy
+
+
+def rows_of(level: Level) -> list[int]:
+    """Returns for each box how many others must come before it, one after another."""
+    rows = [0] * len(level.boxes)
+    for arrow in sorted(level.arrows, key=lambda arrow: arrow.target):
+        rows[arrow.target] = max(rows[arrow.target], rows[arrow.source] + 1)
+    return rows
 
 
 def _joined(boxes: list[Box]) -> Box:

@@ -72,6 +72,7 @@ class Units:
         graph = inner_graph(layer)
         self.inputs = list(graph.inputs)
         self.input_names = _input_names(graph)
+        self._names = {id(x): name for x, name in zip(self.inputs, self.input_names, strict=True)}
         self.input_keys = [name.partition(".")[0] for name in self.input_names]
         self.output_keys = _output_keys(layer, graph)
         self.units = self._ordered(_join(list(calls(graph)), set(self.output_keys)))
@@ -83,9 +84,11 @@ class Units:
 
     def name_of(self, tensor: keras.KerasTensor) -> str:
         """Returns the name of an input, or of what makes a tensor."""
-        for x, name in zip(self.inputs, self.input_names, strict=True):
-            if x is tensor:
-                return name
+        if id(tensor) not in self._names:
+            self._names[id(tensor)] = self._name(tensor)
+        return self._names[id(tensor)]
+
+    def _name(self, tensor: keras.KerasTensor) -> str:
         maker = next(unit for unit in self.units if any(x is tensor for x in unit.outputs))
         if maker.layer is not None:
             return maker.layer.name
