@@ -15,6 +15,7 @@ from functional_llm.generation.text_generator import TextGenerator
 from functional_llm.graph.capturing import capture
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.looking.drawing import plot
+from functional_llm.graph.looking.page import explore
 from functional_llm.graph.looking.tree_view import tree_view
 from functional_llm.graph.freezing import Freezable
 from functional_llm.graph.keeping_values import KeepsValues
@@ -53,6 +54,7 @@ __all__ = [
     "Tokenizer",
     "attention_choices",
     "explain_attention",
+    "explore",
     "from_keras_hub",
     "list_families",
     "list_presets",
