@@ -73,7 +73,7 @@ class _Comparison:
                 self._changes.removed.setdefault(parent, []).append(name)
         for path in ["", *self._now]:
             if self._has_graph(path):
-                self._compare_formulas(path)
+                self._compare_calls(path)
         for path in [*self._changes.kinds, *self._changes.removed, *self._changes.formulas]:
             ends = [i for i, letter in enumerate(path) if letter == "/"]
             for end in [*ends, *([len(path)] if path else [])]:
@@ -117,9 +117,18 @@ class _Comparison:
             return [f"other values: {', '.join(w.name for w in added)}"]
         return _weight_lines(added, gone)
 
-    def _compare_formulas(self, path: str) -> None:
+    def _compare_calls(self, path: str) -> None:
         pair = (self._now[path], self._before[path]) if path else self._models
-        now, before = (Units(layer).formulas() for layer in pair)
+        units, old_units = (Units(layer) for layer in pair)
+        now, before = units.formulas(), old_units.formulas()
+        taken, old_taken = units.taken(), old_units.taken()
+        for name in taken.keys() & old_taken.keys():
+            if taken[name] and old_taken[name] and taken[name] != old_taken[name]:
+                inner = f"{path}/{name}" if path else name
+                others = [", ".join(sorted(x)) for x in (taken[name], old_taken[name])]
+                self._changes.kinds[inner] = CHANGED
+                lines = self._changes.lines.setdefault(inner, [])
+                lines.append(f"takes {others[0]}, not {others[1]}")
         if added := list((now - before).elements()):
             self._changes.formulas[path] = added
         if gone := list((before - now).elements()):

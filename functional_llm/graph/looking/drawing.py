@@ -69,7 +69,8 @@ def plot(
         shape="box", style="rounded,filled", fontname="sans-serif", fontsize="11", margin="0.1,0.05"
     )
     picture.set_edge_defaults(fontname="sans-serif", fontsize="9", arrowsize="0.6", color="#444444")
-    _Drawing(pydot, depth, opened, shapes).level(box.level or Level([], []), picture)
+    if box.level is not None and box.level.boxes:
+        _Drawing(pydot, depth, opened, shapes).level(box.level, picture)
     if beside is not None:
         picture.set_label(_legend(box))
         picture.set_labelloc("b")

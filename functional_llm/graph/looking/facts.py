@@ -73,7 +73,7 @@ def config_of(layer: Layer) -> JSON:
     except Exception as error:
         return {"config": f"not available: {type(error).__name__}"}
     hidden = {"name", "trainable", "body", "shared_object_id"}
-    shown = {key: _short(value) for key, value in config.items() if key not in hidden}
+    shown = {k: _short(x) for k, x in config.items() if k not in hidden and x is not None}
     return {**shown, "dtype": layer.dtype_policy.name}
 
 
@@ -82,8 +82,10 @@ def _short(value: Any) -> Any:
     if isinstance(value, dict) and isinstance(value.get("class_name"), str):
         inner = value.get("config")
         inner = inner if isinstance(inner, dict) else {}
-        arguments = (f"{key}={_short(x)}" for key, x in inner.items() if key not in _OWN)
-        value = f"{value['class_name']}({', '.join(arguments)})"
+        if value["class_name"] == "DTypePolicy":
+            return inner.get("name")
+        given = {key: x for key, x in inner.items() if key not in _OWN and x is not None}
+        value = f"{value['class_name']}({', '.join(f'{k}={_short(x)}' for k, x in given.items())})"
     if value is None or isinstance(value, (bool, int, float)):
         return value
     text = value if isinstance(value, str) else str(value)

@@ -359,12 +359,9 @@ def _streams(units: Units) -> set[str]:
 def _given(unit: Unit) -> str:
     """Returns the arguments of a layer's call that are no tensors."""
     call = unit.calls[0]
-    given = {
-        key: x
-        for key, x in call.kwargs.items()
-        if x is not None and not any(isinstance(y, keras.KerasTensor) for y in tree.flatten(x))
-    }
-    return ", ".join(f"{key}={x}" for key, x in given.items())
+    given = {key: [x for x in tree.flatten(x) if x is not None] for key, x in call.kwargs.items()}
+    shown = [key for key, x in given.items() if x and not isinstance(x[0], keras.KerasTensor)]
+    return ", ".join(f"{key}={call.kwargs[key]}" for key in shown)
 
 
 def _spec(x: keras.KerasTensor) -> str:

@@ -70,6 +70,8 @@ class Units:
 
     def __init__(self, layer: Layer) -> None:
         graph = inner_graph(layer)
+        if isinstance(graph, keras.Sequential):
+            graph = keras.Model(graph.inputs, graph.outputs)
         self.inputs = list(graph.inputs)
         self.input_names = _input_names(graph)
         self._names = {id(x): name for x, name in zip(self.inputs, self.input_names, strict=True)}
@@ -109,6 +111,15 @@ class Units:
     def formulas(self) -> Counter[str]:
         """Returns how often each formula is there."""
         return Counter(self.formula(unit) for unit in self.units if unit.layer is None)
+
+    def taken(self) -> dict[str, set[str]]:
+        """Returns the name of each layer -> the names of the inputs and layers that it reads."""
+        names: dict[str, set[str]] = {}
+        for unit in self.units:
+            if unit.layer is not None:
+                read = [x for x in unit.sources if x.unit is None or self.units[x.unit].layer]
+                names.setdefault(unit.layer.name, set()).update(self.name_of(x.tensor) for x in read)
+        return names
 
     def _ordered(self, groups: list[list[Call]]) -> list[Unit]:
         made = [[x for call in group for x in call.outputs] for group in groups]
@@ -196,10 +207,13 @@ def _input_names(graph: keras.Model) -> list[str]:
     names = []
     for path, x in tree.flatten_with_path(graph.input):
         words = [str(key) for key in path]
-        if words and words[0].isdigit() or not words:  # composites: the structure is in the name
+        if not words or words[0].isdigit():  # composites: the structure is in the name
             words = x.name.removeprefix("input.").split(".")
-        names.append(".".join(words))
-    return ["input"] if names in (["0"], [""]) else names
+        is_nameless = words[0].isdigit() or words[0].startswith("keras_tensor")
+        names.append("input" if is_nameless else ".".join(words))
+    if len(names) > 1:
+        return [f"input {i}" if name == "input" else name for i, name in enumerate(names, 1)]
+    return names
 
 
 def _output_keys(layer: Layer, graph: keras.Model) -> dict[int, list[str]]:

@@ -33,6 +33,7 @@ function makeLevel(box, makeBox) {
 // Draws the arrows of every level on the page; inner levels first: lanes make boxes wider.
 function drawArrows(root, withShapes) {
   const levels = [...root.querySelectorAll(".level")].reverse();
+  root.classList.toggle("shapes", withShapes);
   for (const level of levels) reserveLanes(level);
   for (const level of levels) drawLevel(level, withShapes);
 }
@@ -59,7 +60,7 @@ function sideArrows(box) {
 
 function reserveLanes(level) {
   level.sides = sideArrows(level.box);
-  const space = level.sides.count ? level.sides.count * LANE + 8 : 0;
+  const space = level.sides.count ? (level.sides.count + 0.8) * LANE : 0;
   level.style.paddingLeft = level.style.paddingRight = `${space}px`; // boxes stay in the middle
 }
 
@@ -74,16 +75,27 @@ function drawLevel(level, withShapes) {
       width: place.width, middle: x + place.width / 2, height: place.height };
   });
   const right = Math.max(...places.map((place) => place.right));
-  const direct = level.box.arrows.filter((arrow) => !level.sides.lanes.has(arrow));
+  const lines = level.box.rows.map((row) => ({
+    top: Math.min(...row.map((i) => places[i].top)),
+    bottom: Math.max(...row.map((i) => places[i].bottom)),
+    right: Math.max(...row.map((i) => places[i].right)),
+  }));
+  level.box.rows.forEach((row, k) => row.forEach((i) => (places[i].row = lines[k])));
+  const byTop = level.box.arrows.filter((arrow) => !comesFromSide(level, arrow, places, 1));
+  const byBottom = level.box.arrows.filter((arrow) => !comesFromSide(level, arrow, places, 0));
   for (const arrow of level.box.arrows) {
-    const [source, target] = [places[arrow[0]], places[arrow[1]]];
     const lane = level.sides.lanes.get(arrow);
+    const [source, target] = [places[arrow[0]], places[arrow[1]]];
+    const x1 = byBottom.includes(arrow) ? spread(byBottom, arrow, 0, places) : null;
+    const x2 = byTop.includes(arrow) ? spread(byTop, arrow, 1, places) : null;
     const path = lane === undefined
-      ? across(spread(direct, arrow, 0, places), source.bottom, spread(direct, arrow, 1, places), target.top)
-      : around(source, target, right + 8 + lane * LANE);
+      ? across(x1, source.bottom, x2, target.top)
+      : around(source, target, x1, x2, right + LANE * (lane + 1.4), lane);
     canvas.append(svg("path", { d: path.d, "marker-end": `url(#${canvas.dataset.head})` }));
     if (withShapes && arrow[2]) {
-      const text = svg("text", { x: path.x + 4, y: path.y });
+      const atSource = lane === undefined && byTop.filter((other) => other[1] === arrow[1]).length > 1;
+      const [x, y] = atSource ? [x1, source.bottom + 13] : [path.x, path.y];
+      const text = svg("text", { x: x + 4, y });
       text.textContent = arrow[2];
       canvas.append(text);
     }
@@ -99,6 +111,12 @@ function arrowHead(canvas) {
   return marker;
 }
 
+// Whether an arrow leaves (end 0) or reaches (end 1) a box at its right side: nothing stands there.
+function comesFromSide(level, arrow, places, end) {
+  const place = places[arrow[end]];
+  return level.sides.lanes.has(arrow) && place.right >= place.row.right - 1;
+}
+
 // Returns where along a box's edge an arrow starts (end 0) or ends (end 1), among those there.
 function spread(arrows, arrow, end, places) {
   const box = places[arrow[end]];
@@ -111,13 +129,19 @@ function spread(arrows, arrow, end, places) {
 function across(x1, y1, x2, y2) {
   const bend = Math.min(40, Math.abs(y2 - y1) / 2);
   return { d: `M${x1} ${y1}C${x1} ${y1 + bend} ${x2} ${y2 - bend} ${x2} ${y2 - 1}`,
-    x: (x1 + x2) / 2, y: (y1 + y2) / 2 + 3 };
+    x: x2, y: y2 - 9 };
 }
 
-function around(source, target, x) {
-  const y1 = source.top + source.height * 0.6;
-  const y2 = target.top + Math.min(target.height * 0.4, 22);
-  const r = Math.max(0, Math.min(8, x - source.right, x - target.right, (y2 - y1) / 2));
-  return { d: `M${source.right} ${y1}H${x - r}q${r} 0 ${r} ${r}V${y2 - r}q0 ${r} ${-r} ${r}` +
-    `H${target.right + 1}`, x, y: (y1 + y2) / 2 };
+// Returns the path of an arrow in a lane at x: out of the side of the source, or of its bottom at x1
+// and through the gap below its row; into the side of the target, or its top at x2.
+function around(source, target, x1, x2, x, lane) {
+  const shift = 3 * (lane % 3);
+  const y1 = x1 === null ? Math.max(source.top + source.height * 0.6, source.bottom - 16)
+    : source.row.bottom + 6 + shift;
+  const y2 = x2 === null ? target.top + Math.min(target.height * 0.4, 22) : target.row.top - 9 - shift;
+  const r = 6;
+  const start = x1 === null ? `M${source.right} ${y1}` : `M${x1} ${source.bottom}V${y1 - r}q0 ${r} ${r} ${r}`;
+  const end = x2 === null ? `H${target.right + 1}` : `H${x2 + r}q${-r} 0 ${-r} ${r}V${target.top - 1}`;
+  return { d: `${start}H${x - r}q${r} 0 ${r} ${r}V${y2 - r}q0 ${r} ${-r} ${r}${end}`,
+    x, y: (y1 + y2) / 2 + 12 * lane };
 }

@@ -13,7 +13,7 @@ const state = { selected: null, path: null, shapes: false, change: -1 };
   box.change ??= "";
   for (const gone of box.removed ?? []) changes.push({ box, gone });
   if (box.change && box.change !== "inside") changes.push({ box });
-  for (const key of ["boxes", "arrows", "paths", "takes", "returns"]) box[key] ??= [];
+  for (const key of ["boxes", "arrows", "rows", "paths", "takes", "returns"]) box[key] ??= [];
   for (const inner of box.boxes) collect(inner, box);
 })(model, null);
 
@@ -126,7 +126,7 @@ function numberRows(box) {
   if (!total) return [];
   const share = `${count(trainable)} (${((100 * trainable) / total).toFixed(1)} %)`;
   const each = Object.entries(dtypes).map(([dtype, n]) => `${dtype}: ${count(n)}`).join(", ");
-  const rows = [["numbers", count(total)], ["trainable", share], ["memory", `${bytes(dtypes)}; ${each}`]];
+  const rows = [["parameters", count(total)], ["trainable", share], ["memory", `${bytes(dtypes)}; ${each}`]];
   const many = box.paths.length;
   return many > 1 ? [...rows, [`in all ${many}`, count(total * many)]] : rows;
 }
@@ -332,7 +332,7 @@ at("theme").addEventListener("click", () =>
 // The start: what changed is open; of an original, the layers of the model are.
 
 function numbersOf({ all: total, trainable }) {
-  return `${count(total ?? 0)} numbers, ${count(trainable ?? 0)} trainable`;
+  return `${count(total ?? 0)} parameters, ${count(trainable ?? 0)} trainable`;
 }
 
 at("name").textContent = `${model.title} (${model.class || "CompositeLayer"})`;
@@ -345,4 +345,5 @@ for (const box of all.slice(1)) {
 show();
 listChanges();
 showDetails(model);
+at("graph").scrollLeft = (at("graph").scrollWidth - at("graph").clientWidth) / 2;
 new ResizeObserver(redraw).observe(at("graph"));
