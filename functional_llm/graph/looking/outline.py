@@ -1,0 +1,380 @@
+"""A model as boxes and arrows, equal layers once: what the picture and the page draw."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import keras
+from keras import tree
+
+from functional_llm.graph.keras_private import is_optional_input
+from functional_llm.graph.looking.changes import ADDED, CHANGED, INSIDE, Changes, find_changes
+from functional_llm.graph.looking.facts import (
+    Weight,
+    config_of,
+    key_of,
+    quantization_of,
+    weights_of,
+)
+from functional_llm.graph.looking.folding import Fold, fold
+from functional_llm.graph.looking.formula import title, word
+from functional_llm.graph.looking.units import Source, Unit, Units
+from functional_llm.graph.selection import inner_layers
+from functional_llm.graph.types import JSON, Layer
+
+@dataclass
+class Box:
+    """A layer, operations, an input, or a block of boxes that repeats.
+
+    Args:
+        kind: `"layer"`, `"graph"` (a layer with a graph inside), `"operations"`, `"input"`, or
+            `"block"`.
+        paths: Of all layers that it stands for; of operations, those of the layers they are in.
+        title: A name, a formula, or nothing.
+        class_name: Of the layer.
+        times: How often it stands in a row.
+        takes: Names of what comes from elsewhere, without an arrow.
+        returns: Names under which the graph around it returns what it makes.
+        change: As in `Changes`, or empty.
+        lines: What is other than in the model beside this one.
+        removed: What only that one has inside.
+        weights: Its weights.
+        quantization: Such as `int8`, or empty.
+        config: Its config.
+        given: Arguments of the call that are no tensors, such as `reverse=True`.
+        inputs: Name, shape and dtype of what it takes.
+        outputs: Shapes and dtypes of what it makes.
+        level: What is inside.
+        key: Equal for boxes that show the same.
+        formula: Of operations, in full.
+    """
+
+    kind: str
+    paths: list[str]
+    title: str
+    class_name: str = ""
+    times: int = 1
+    takes: list[str] = field(default_factory=list)
+    returns: list[str] = field(default_factory=list)
+    change: str = ""
+    lines: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    weights: list[Weight] = field(default_factory=list)
+    quantization: str = ""
+    config: JSON = field(default_factory=dict)
+    given: str = ""
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    level: "Level | None" = None
+    key: str = ""
+    formula: str = ""
+
+    def walk(self) -> "Iterator[Box]":
+        """Yields the box and all in it."""
+        yield self
+        for box in self.level.boxes if self.level else ():
+            yield from box.walk()
+
+
+@dataclass
+class Arrow:
+    """A value that goes from one box to another.
+
+    Args:
+        source: Index of the box that makes it.
+        target: Index of a box that takes it.
+        specs: Shapes and dtypes.
+    """
+
+    source: int
+    target: int
+    specs: list[str]
+
+
+@dataclass
+class Level:
+    """The boxes of one graph in an order in which they can be run, and the arrows between them."""
+
+    boxes: list[Box]
+    arrows: list[Arrow]
+
+
+_Item: TypeAlias = int | Fold
+
+
+def outline(model: Layer, beside: Layer | None = None) -> Box:
+    """Returns a model as a box, with all that is in it.
+
+    Args:
+        model: A functional model or a built CompositeLayer.
+        beside: The model to compare it with.
+
+    Raises:
+        TypeError: If one of them has no graph.
+        ValueError: If one of them has none yet.
+    """
+    changes = find_changes(model, beside)
+    trainable = {id(v) for v in model.trainable_variables}
+    box = _Outline(changes, trainable).layer(model, "")
+    box.removed = changes.removed.get("", [])
+    return box
+
+
+class _Outline:
+    def __init__(self, changes: Changes, trainable: set[int]) -> None:
+        self._changes = changes
+        self._trainable = trainable
+
+    def layer(self, layer: Layer, path: str) -> Box:
+        has_graph = inner_layers(layer) is not None
+        box = Box(
+            kind="graph" if has_graph else "layer",
+            paths=[path],
+            title=layer.name,
+            class_name=type(layer).__name__,
+            change=self._changes.kinds.get(path, "") if path else "",
+            lines=self._changes.lines.get(path, []),
+            removed=self._changes.removed.get(path, []),
+            weights=weights_of(layer, self._trainable),
+            quantization=quantization_of(layer),
+            config=config_of(layer),
+        )
+        if has_graph:
+            box.level = _Graph(self, layer, path).level()
+        inside = [_level_key(box.level), box.weights, box.change, box.lines, box.removed]
+        box.key = f"{key_of(layer)} {inside}"
+        return box
+
+    def operations(self, units: Units, unit: Unit, path: str) -> Box:
+        text = units.formula(unit)
+        box = Box("operations", [path], title(unit.calls, text), formula=text)
+        if text in self._changes.formulas.get(path, ()):
+            box.change = CHANGED if self._changes.removed.get(path) else ADDED
+        words = [word(call.operation) for call in unit.calls]
+        box.key = f"{words} {units.formula_without_names(unit)} {box.change}"
+        return box
+
+
+class _Graph:
+    """Makes the level of one graph."""
+
+    def __init__(self, outline: _Outline, layer: Layer, path: str) -> None:
+        self._units = units = Units(layer)
+        self._streams = _streams(units)
+        self._boxes = []
+        for unit in units.units:
+            if unit.layer is None:
+                box = outline.operations(units, unit, path)
+            else:
+                name = unit.layer.name
+                box = outline.layer(unit.layer, f"{path}/{name}" if path else name)
+                box.given = _given(unit)
+                box.key += box.given
+            self._describe(box, unit)
+            self._boxes.append(box)
+        named: dict[str, list[Box]] = {}
+        for i, box in enumerate(self._boxes):
+            if box.kind == "operations" and box.title != box.formula:
+                named.setdefault(self._name_at_users(i) or box.title, []).append(box)
+        for name, boxes in named.items():
+            for i, box in enumerate(boxes, 1):
+                box.title = f"{name} {i}" if len(boxes) > 1 and " " not in name else name
+
+    def _name_at_users(self, place: int) -> str:
+        """Returns the one name under which layers with a graph take what a unit makes."""
+        made = {id(x) for x in self._units.units[place].outputs}
+        names = set()
+        for user in self._units.consumers[place]:
+            call = self._units.units[user].calls[0]
+            if inner_layers(call.operation) is None:
+                return ""
+            for path, x in tree.flatten_with_path(call.args):
+                names |= {str(path[1]) if len(path) > 1 else ""} if id(x) in made else set()
+        return names.pop() if len(names) == 1 else ""
+
+    def _describe(self, box: Box, unit: Unit) -> None:
+        keys = [key for x in unit.outputs for key in self._units.output_keys.get(id(x), ())]
+        box.returns = list(dict.fromkeys(keys))
+        names = [self._units.name_of(source.tensor) for source in unit.sources]
+        specs = [_spec(source.tensor) for source in unit.sources]
+        box.inputs = [f"{name}: {spec}" for name, spec in zip(names, specs, strict=True)]
+        box.outputs = [_spec(x) for x in unit.outputs]
+        box.key += f" {specs} {box.outputs} {box.returns}"
+
+    def level(self) -> Level:
+        folds = fold(self._units, lambda i, j: self._boxes[i].key == self._boxes[j].key)
+        return self._level(folds, frozenset(range(len(self._boxes))), 1)
+
+    def _level(self, items: Sequence[_Item], around: frozenset[int], times: int) -> Level:
+        """Returns boxes for units and folds.
+
+        Args:
+            items: What stands there.
+            around: The units of all repetitions of it; the last one shows how they are connected.
+            times: How many repetitions there are.
+        """
+        last = frozenset(sorted(around)[-(len(around) // times) :])
+        members = [
+            last & (item.members if isinstance(item, Fold) else frozenset([item])) for item in items
+        ]
+        places = {unit: place for place, units in enumerate(members) for unit in units}
+        inside = frozenset(places)
+        boxes = [self._box(item, times) for item in items]
+        entries: dict[str, int] = {}
+        arrows: dict[tuple[int, int], Arrow] = {}
+
+        def draw(source: int, target: int, spec: str) -> None:
+            specs = arrows.setdefault((source, target), Arrow(source, target, [])).specs
+            specs.extend([spec] if spec not in specs else [])
+
+        for place, units in enumerate(members):
+            for unit in sorted(units):
+                for source in self._units.units[unit].sources:
+                    spec = _spec(source.tensor)
+                    if source.unit in units:
+                        continue
+                    if source.unit in inside:
+                        if places[source.unit] < place:
+                            draw(places[source.unit], place, spec)
+                        else:  # of the repetition before this one
+                            draw(entries.setdefault("", len(boxes) + len(entries)), place, spec)
+                    elif self._enters(source, around, inside):
+                        key = self._name(source) if source.unit is None else ""
+                        draw(entries.setdefault(key, len(boxes) + len(entries)), place, spec)
+                    else:
+                        _note(boxes[place].takes, self._name(source))
+        boxes += [Box("input", [], key) for key in entries]
+        return _tidy(Level(boxes, list(arrows.values())))
+
+    def _enters(self, source: Source, around: frozenset[int], inside: frozenset[int]) -> bool:
+        if source.unit is None:
+            return len(inside) == len(self._boxes) and self._name(source) in self._streams
+        return source.unit in around
+
+    def _name(self, source: Source) -> str:
+        if source.unit is None:
+            return self._units.input_keys[source.index]
+        return self._boxes[source.unit].title
+
+    def _box(self, item: _Item, times: int) -> Box:
+        if isinstance(item, int):
+            return self._boxes[item]
+        units = sorted(item.members)
+        first = item.items[0]
+        if len(item.items) == 1 and isinstance(first, int):
+            box = _joined([self._boxes[i] for i in units])
+            box.times = item.times
+            return box
+        box = Box("block", [], "", times=item.times)
+        box.level = self._level(item.items, item.members, item.times * times)
+        box.returns = list(dict.fromkeys(x for inner in box.level.boxes for x in inner.returns))
+        box.outputs = [x for inner in box.level.boxes for x in inner.outputs]
+        box.change = INSIDE if any(inner.change for inner in box.level.boxes) else ""
+        return box
+
+
+def _tidy(level: Level) -> Level:
+    """Puts inputs first, and names a value that several take to those far off, without an arrow.
+
+    Not so what is of the shape of its taker's output: the stream that branches return to.
+    """
+    order = sorted(range(len(level.boxes)), key=lambda i: level.boxes[i].kind != "input")
+    places = {old: new for new, old in enumerate(order)}
+    tidy = Level([level.boxes[i] for i in order], [])
+    every = [Arrow(places[x.source], places[x.target], x.specs) for x in level.arrows]
+    rows = rows_of(Level(tidy.boxes, every))
+    takers = Counter(arrow.source for arrow in every)
+    for arrow in every:
+        source, target = tidy.boxes[arrow.source], tidy.boxes[arrow.target]
+        is_far = rows[arrow.target] - rows[arrow.source] > 1 and takers[arrow.source] > 1
+        if is_far and source.kind != "input" and not {*arrow.specs} & {*target.outputs}:
+            _note(target.takes, source.title)
+        else:
+            tidy.arrows.append(arrow)
+    return tidy
+
+
+def rows_of(level: Level) -> list[int]:
+    """Returns for each box how many others must come before it, one after another."""
+    rows = [0] * len(level.boxes)
+    for arrow in sorted(level.arrows, key=lambda arrow: arrow.target):
+        rows[arrow.target] = max(rows[arrow.target], rows[arrow.source] + 1)
+    return rows
+
+
+def _joined(boxes: list[Box]) -> Box:
+    """Returns the first of equal boxes, with the paths of all of them at every depth."""
+    first = boxes[0]
+    if len(boxes) == 1:
+        return first
+    for parts in zip(*(box.walk() for box in boxes), strict=True):
+        if parts[0].kind != "block" and parts[0].kind != "input":
+            parts[0].paths = list(dict.fromkeys(path for part in parts for path in part.paths))
+    if first.kind != "operations":
+        first.title = span([path.rpartition("/")[2] for path in first.paths])
+    return first
+
+
+def span(names: Sequence[str]) -> str:
+    """Returns names such as decoder_0, decoder_1, decoder_2, decoder_4 as `decoder_0–2, 4`."""
+    stem = names[0].rstrip("0123456789")
+    ends = [name.removeprefix(stem) for name in names]
+    if len(names) == 1 or not all(x.isdigit() and name.startswith(stem) for x, name in zip(ends, names, strict=True)):
+        return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+    numbers = sorted(map(int, ends))
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return stem + ", ".join(f"{a}–{b}" if a < b else str(a) for a, b in runs)
+
+
+def _streams(units: Units) -> set[str]:
+    """Returns the names of the inputs that flow through a graph and come out changed.
+
+    They are of the shape and dtype of an output, of the same name where both have names.
+    """
+    made = {
+        (key, x.shape, x.dtype)
+        for unit in units.units
+        for x in unit.outputs
+        for key in units.output_keys.get(id(x), ())
+    }
+    names = set()
+    required = []
+    for x, key in zip(units.inputs, units.input_keys, strict=True):
+        if is_optional_input(x):
+            continue
+        required.append(key)
+        is_float = "float" in str(x.dtype)
+        same = [name for name, shape, dtype in made if (shape, dtype) == (x.shape, x.dtype)]
+        if is_float and (key in same or (same and {*same, key} & {"output", "input"})):
+            names.add(key)
+    return names or (set(required) if len(set(required)) == 1 else set())
+
+
+def _given(unit: Unit) -> str:
+    """Returns the arguments of a layer's call that are no tensors."""
+    call = unit.calls[0]
+    given = {key: [x for x in tree.flatten(x) if x is not None] for key, x in call.kwargs.items()}
+    shown = [key for key, x in given.items() if x and not isinstance(x[0], keras.KerasTensor)]
+    return ", ".join(f"{key}={call.kwargs[key]}" for key in shown)
+
+
+def _spec(x: keras.KerasTensor) -> str:
+    return f"({', '.join('·' if size is None else str(size) for size in x.shape)}) {x.dtype}"
+
+
+def _note(names: list[str], name: str) -> None:
+    if name not in names:
+        names.append(name)
+
+
+def _level_key(level: Level | None) -> str:
+    if level is None:
+        return ""
+    boxes = [(box.kind, box.key, box.times, _level_key(box.level)) for box in level.boxes]
+    return f"{boxes} {[(a.source, a.target) for a in level.arrows]}"
