@@ -10,7 +10,7 @@ import pytest
 import functional_llm as flm
 from configs import CONFIGS
 from functional_llm.backbones.families import FAMILIES
-from functional_llm.backbones.keras_hub import REQUIRED
+from functional_llm.backbones.keras_hub.column import REQUIRED
 from functional_llm.formats.keras_hub_config import IRRELEVANT
 from hub_models import (
     IDS,

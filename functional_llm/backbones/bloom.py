@@ -33,17 +33,22 @@ def complete_keys(keys: JSON) -> JSON:
     return own | keys | fixed
 
 
+AROUND = [
+    ("transformer.word_embeddings.weight", "token_embedding/embeddings", "same"),
+    *layer_norm_rows("transformer.ln_f", "final_norm"),
+    ("lm_head.weight", "head/kernel", "transpose"),
+]
+
+
 def weights(config: Config) -> Rows:
     """Returns the table: how a tensor falls into its parts depends on the number of heads."""
     layer = "transformer.h.{}"
     return [
-        ("transformer.word_embeddings.weight", "token_embedding/embeddings", "same"),
+        *AROUND,
         *layer_norm_rows("transformer.word_embeddings_layernorm", "embedding_norm"),
         *layer_norm_rows(f"{layer}.input_layernorm", "decoder_{}/attention_norm"),
         *gpt_neox.layer_rows(layer, "self_attention", config.num_heads),
         *layer_norm_rows(f"{layer}.post_attention_layernorm", "decoder_{}/mlp_norm"),
-        *layer_norm_rows("transformer.ln_f", "final_norm"),
-        ("lm_head.weight", "head/kernel", "transpose"),
     ]
 
 

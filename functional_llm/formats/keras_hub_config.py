@@ -9,7 +9,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any, get_type_hints
 
 from functional_llm.backbones.family import Family, ModelConfig
-from functional_llm.backbones.keras_hub import REQUIRED, KerasHub
+from functional_llm.backbones.keras_hub.column import REQUIRED, KerasHub
 from functional_llm.formats.rope_config import check_value, shown
 from functional_llm.graph.types import JSON
 

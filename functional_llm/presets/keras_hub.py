@@ -11,7 +11,7 @@ import numpy as np
 
 from functional_llm.backbones.families import FAMILIES
 from functional_llm.backbones.family import Family, ModelConfig
-from functional_llm.backbones.keras_hub import KerasHub
+from functional_llm.backbones.keras_hub.column import KerasHub
 from functional_llm.formats.keras_hub_config import make_arguments, read_arguments
 from functional_llm.formats.keras_hub_lora import load_lora
 from functional_llm.formats.keras_hub_weights import KerasHubLayers
