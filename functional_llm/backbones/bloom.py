@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from functional_llm.backbones import gpt2, gpt_neox
 from functional_llm.backbones.family import Family, Rows, layer_norm_rows
+from functional_llm.backbones.keras_hub import gpts
 from functional_llm.blocks.attention import alibi_slopes
 from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.norm import layer_norm
@@ -94,4 +95,5 @@ FAMILY = Family(
         "attention.layer_norm_epsilon": "layer_norm_epsilon",
     },
     gguf_ignored=["attention.head_count_kv", "feed_forward_length"],
+    keras_hub=gpts.BLOOM,
 )

@@ -10,6 +10,7 @@ import keras
 
 from functional_llm.backbones import bloom, gpt_neox
 from functional_llm.backbones.family import DecoderConfig, Family, Rows, layer_norm_rows
+from functional_llm.backbones.keras_hub import gpts
 from functional_llm.backbones.stacks import build_alike, with_rope
 from functional_llm.blocks.alibi import alibi_key, alibi_query
 from functional_llm.blocks.attention import attention, heads
@@ -107,7 +108,6 @@ def weights(config: Config) -> Rows:
     ]
 
 
-_GGUF = {"feed_forward_length": "ffn_hidden_size", "attention.head_count_kv": "num_kv_heads"}
 FAMILY = Family(
     model_type="falcon",
     models="Falcon 7B, 11B, 40B, 180B, RW",
@@ -124,6 +124,11 @@ FAMILY = Family(
     ignored=["*rotary*.inv_freq"],
     base_prefix="transformer.",
     gguf_architecture="falcon",
-    gguf_keys=_GGUF | {"attention.layer_norm_epsilon": "layer_norm_epsilon"},
+    gguf_keys={
+        "feed_forward_length": "ffn_hidden_size",
+        "attention.head_count_kv": "num_kv_heads",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+    },
     gguf_ignored=["tensor_data_layout"],
+    keras_hub=gpts.FALCON,
 )

@@ -20,6 +20,7 @@ from functional_llm.backbones.family import (
     fused_rows,
     layer_norm_rows,
 )
+from functional_llm.backbones.keras_hub import gpts
 from functional_llm.backbones.stacks import build_alike, with_rope
 from functional_llm.blocks.decoder import parallel, pre_norm
 from functional_llm.blocks.language_model import Graph
@@ -117,4 +118,5 @@ FAMILY = Family(
         "use_parallel_residual": "use_parallel_residual",
     },
     gguf_defaults=lambda x: old_keys(x.get("rope_theta", 10000.0), x["partial_rotary_factor"]),
+    keras_hub=gpts.GPT_NEOX,
 )

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 
 from functional_llm.backbones.family import Family, MultiHeadConfig, dense_rows, layer_norm_rows
+from functional_llm.backbones.keras_hub import gpts
 from functional_llm.backbones.stacks import build_alike
 from functional_llm.blocks.attention import Part, apply_parts, attention, heads
 from functional_llm.blocks.decoder import post_norm, pre_norm
@@ -125,4 +126,5 @@ FAMILY = Family(
     complete_keys=complete_keys,
     weights=WEIGHTS,
     ignored=["*decoder.version"],
+    keras_hub=gpts.OPT,
 )

@@ -17,6 +17,7 @@ from functional_llm.backbones.family import (
     dense_rows,
     fused_rows,
 )
+from functional_llm.backbones.keras_hub import llamas
 from functional_llm.backbones.transforms import fused
 from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.rope import LongRopeScaling, on_first_channels, rotary
@@ -79,4 +80,5 @@ FAMILY = Family(
     weights=WEIGHTS,
     ignored=llama.FAMILY.ignored,
     gguf_architecture="phi3",
+    keras_hub=llamas.PHI3,
 )

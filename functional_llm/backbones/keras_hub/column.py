@@ -42,7 +42,9 @@ class KerasHub:
         written: Config -> the arguments that are no field, or another number.
         weights: Config -> rows (place of a weight, path of our variable, transform); `{}` stands
             for the layer.
-        wrong: Config -> what KerasHub's class computes otherwise than the model's authors.
+        wrong: Config -> what KerasHub's class computes otherwise than the model's authors, for
+            these numbers or always.
+        wrong_text: Config -> what its `generate` computes otherwise than the class.
         ignored: Arguments without a meaning for the models that can be read, or all of whose
             values `fields` reads.
         types: Types of arguments that are no field, where they are not just a number.
@@ -55,6 +57,7 @@ class KerasHub:
     written: Callable[[Any], JSON]
     weights: Callable[[Any], Rows]
     wrong: Callable[[Any], Sequence[str]] = _nothing_wrong
+    wrong_text: Callable[[Any], Sequence[str]] = _nothing_wrong
     ignored: Sequence[str] = ()
     types: Mapping[str, Any] = field(default_factory=dict)
     computed: Callable[[Any], Mapping[str, np.ndarray]] = _nothing_computed
@@ -114,7 +117,9 @@ def layer_norm(place: str, path: str) -> list[Row]:
     ]
 
 
-def attention(places: str, queries: int, keys: int, size: int) -> list[Row]:
+def attention(
+    places: str, queries: int, keys: int, size: int, output: Transform | None = None
+) -> list[Row]:
     """Returns the rows of an attention of EinsumDense layers.
 
     Args:
@@ -122,6 +127,7 @@ def attention(places: str, queries: int, keys: int, size: int) -> list[Row]:
         queries: Number of query heads.
         keys: Number of key and value heads.
         size: Of a head.
+        output: Transform of the kernel of the last; (heads, size, out) becomes (in, out).
     """
     path = f"{OURS}/attention/"
     counts = {"query": queries, "key": keys, "value": keys}
@@ -136,5 +142,5 @@ def attention(places: str, queries: int, keys: int, size: int) -> list[Row]:
                 split_axis(0, (count, size)),
             )
         ),
-        *dense(places % "output", f"{path}output", split_axis(0, (queries, size))),
+        *dense(places % "output", f"{path}output", output or split_axis(0, (queries, size))),
     ]

@@ -19,7 +19,13 @@ from functional_llm.backbones.keras_hub.column import (
     window_fields,
 )
 from functional_llm.backbones.transforms import Rows, split_axis
-from functional_llm.blocks.rope import LinearScaling, Llama3Scaling, Rope
+from functional_llm.blocks.rope import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Rope,
+    RopeScaling,
+)
 from functional_llm.graph.types import JSON
 
 # Of most of them, and of those with RoPE's positions divided by a factor.
@@ -164,6 +170,84 @@ QWEN3 = KerasHub(
     },
     weights=_weights("qwen3_transformer_decoder", "qwen3_layer_norm"),
     wrong=_window_wrong,
+)
+
+
+_FACTORS = ("rope_scaling_short_factor", "rope_scaling_long_factor")
+_TRAINED = "pretraining_sequence_length"
+
+
+def _phi3_scaling(x: JSON) -> RopeScaling | None:
+    known = {"rope_scaling_type": "su"}.items() <= x.items()
+    if not known or None in (x[_TRAINED], *(x[name] for name in _FACTORS)):
+        return None
+    short, long = (tuple(float(factor) for factor in x[name]) for name in _FACTORS)
+    return LongRopeScaling(
+        short_factors=short,
+        long_factors=long,
+        original_max_sequence_length=x[_TRAINED],
+        factor=x["max_sequence_length"] / x[_TRAINED],
+    )
+
+
+def _phi3_arguments(config: Any) -> JSON:
+    scaling = config.rope_scaling
+    if not isinstance(scaling, LongRopeScaling):
+        return {_TRAINED: 4096}
+    factors = (list(scaling.short_factors), list(scaling.long_factors))
+    return {
+        "rope_scaling_type": "su",
+        _TRAINED: scaling.original_max_sequence_length,
+        **dict(zip(_FACTORS, factors, strict=True)),
+    }
+
+
+def _phi3_weights(config: Any) -> Rows:
+    block = "layers/phi3_decoder_{}"
+    numbers = config.num_query_heads, config.num_key_value_heads, config.head_dim
+    return [
+        EMBEDDING,
+        (HEAD, "head/kernel", "same"),
+        one(f"{block}/pre_attention_layernorm", f"{OURS}/attention_norm/scale"),
+        *attention(f"{block}/attention/%s_dense", *numbers),
+        one(f"{block}/post_attention_layernorm", f"{OURS}/mlp_norm/scale"),
+        *dense(f"{block}/feedforward_gate_dense", f"{OURS}/mlp/gate"),
+        *dense(f"{block}/feedforward_intermediate_dense", f"{OURS}/mlp/up"),
+        *dense(f"{block}/feedforward_output_dense", f"{OURS}/mlp/down"),
+        one("layers/phi3_layer_norm", "final_norm/scale"),
+    ]
+
+
+PHI3 = KerasHub(
+    classes=("Phi3Backbone",),
+    arguments={
+        **ARGUMENTS,
+        "max_sequence_length": 4096,
+        _TRAINED: 4096,
+        "rope_max_wavelength": 10000,
+        **dict.fromkeys(["rope_scaling_type", *_FACTORS]),
+    },
+    types={
+        _TRAINED: int,
+        "rope_scaling_type": str,
+        **dict.fromkeys(_FACTORS, tuple[float, ...]),
+    },
+    fields=lambda x: _fields(
+        x,
+        max_sequence_length=x["max_sequence_length"],
+        rope_scaling=_phi3_scaling(x),
+        partial_rotary_factor=1.0,
+        sliding_window=None,
+        tie_word_embeddings=False,
+    ),
+    written=_phi3_arguments,
+    wrong_text=lambda config: (
+        ["it turns a prompt as a long text where there is room for one"]
+        if isinstance(config.rope_scaling, LongRopeScaling)
+        else []
+    ),
+    ignored=(_TRAINED, *_FACTORS),  # without meaning, or read
+    weights=_phi3_weights,
 )
 
 
