@@ -63,7 +63,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         "gemma3_text",
     ),
     "gpt2": ("GPT2Backbone", {**_SIZES, "num_heads": 4, "max_sequence_length": 64}, "gpt2"),
-    "bloom": ("BloomBackbone", {**_SIZES, "num_heads": 6, "layer_norm_epsilon": 1e-3}, "bloom"),
+    "bloom": (
+        "BloomBackbone",
+        {**_SIZES, "intermediate_dim": 192, "num_heads": 6, "layer_norm_epsilon": 1e-3},
+        "bloom",
+    ),
     "opt": ("OPTBackbone", {**_SIZES, "num_heads": 4, "max_sequence_length": 64}, "opt"),
     "gpt_neox": (
         "GPTNeoXBackbone",

@@ -16,9 +16,7 @@ import functional_llm as flm
 from configs import CONFIGS
 from functional_llm.backbones.families import FAMILIES
 from functional_llm.formats.keras_hub_config import read_arguments
-from hub_models import (
-    make_hub,
-)
+from hub_models import MODELS, make_hub
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama_head_size": ("llama_head_size", {}, "it cannot say head_dim=18"),
@@ -98,19 +96,22 @@ def test_bad_configs(name: str, preset: Path, tmp_path: Path) -> None:
         flm.Backbone.from_preset(changed(preset, tmp_path, **changes))
 
 
-BAD_SCALINGS: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown": ({"rope_scaling_type": "yarn"}, "rope_scaling_type='yarn'"),
-    "without_factors": ({"rope_scaling_type": "su"}, "rope_scaling_type='su'"),
-    "a_word": ({"rope_scaling_type": "su", "rope_scaling_long_factor": "x"}, "list of numbers"),
+_SU = {"rope_scaling_type": "su", "rope_scaling_short_factor": [1.0] * 6}
+BAD_ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "unknown_scaling": ("phi3", {"rope_scaling_type": "yarn"}, "rope_scaling_type='yarn'"),
+    "scaling_without_factors": ("phi3", _SU, "rope_scaling_type='su'"),
+    "factors_of_a_word": ("phi3", {**_SU, "rope_scaling_long_factor": "x"}, "list of numbers"),
+    "bloom_mlp": ("bloom", {"intermediate_dim": 80}, "intermediate_dim=80 .expected 192"),
+    "no_heads": ("gpt_neox", {"num_heads": 0}, "positive integer for num_heads"),
 }
 
 
-@pytest.mark.parametrize("name", BAD_SCALINGS)
-def test_bad_scalings_of_a_phi3(name: str) -> None:
-    changes, message = BAD_SCALINGS[name]
-    arguments = make_hub("phi3").get_config() | changes
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_arguments(name: str) -> None:
+    model, changes, message = BAD_ARGUMENTS[name]
+    kind, arguments, _ = MODELS[model]
     with pytest.raises(ValueError, match=message):
-        read_arguments("Phi3Backbone", arguments, True, FAMILIES, "config.json")
+        read_arguments(kind, arguments | changes, True, FAMILIES, "config.json")
 
 
 def test_bad_files(preset: Path, tmp_path: Path) -> None:

@@ -42,9 +42,13 @@ class _Kind:
 
 
 _SENTENCES = _Kind(bos="<s>", eos="</s>")
-_GEMMA = _Kind(bos="<bos>", eos="<eos>", pad="<pad>")
+_GEMMA = _Kind(bos="<bos>", eos="<eos>", pad="<pad>", stops=("<end_of_turn>",))
+_GPT2 = _Kind(pre="gpt-2", bos="<|endoftext|>", eos="<|endoftext|>")
 KINDS = {
-    "GPT2Tokenizer": _Kind(pre="gpt-2", bos="<|endoftext|>", eos="<|endoftext|>"),
+    "BloomTokenizer": _Kind(pre="bloom", bos="<s>", eos="</s>", pad="<pad>"),
+    "FalconTokenizer": _GPT2,  # of Falcon RW, the only one that KerasHub has
+    "GPT2Tokenizer": _GPT2,
+    "GPTNeoXTokenizer": _GPT2,
     "Gemma3Tokenizer": _GEMMA,
     "GemmaTokenizer": _GEMMA,
     "Llama3Tokenizer": _Kind(
@@ -53,6 +57,8 @@ KINDS = {
     "LlamaTokenizer": _SENTENCES,
     "MistralTekkenTokenizer": _Kind(pre="tekken", bos="<s>", eos="</s>"),
     "MistralTokenizer": _SENTENCES,
+    "OPTTokenizer": _Kind(pre="gpt-2", bos="</s>", eos="</s>", pad="<pad>"),
+    "Phi3Tokenizer": _Kind(bos="<s>", eos="<|endoftext|>", stops=("<|end|>",)),
     "Qwen3Tokenizer": _Kind(pre="qwen2", eos="<|im_end|>", pad="<|endoftext|>"),
     "QwenTokenizer": _Kind(pre="qwen2", eos="<|endoftext|>"),
 }

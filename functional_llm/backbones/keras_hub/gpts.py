@@ -92,8 +92,9 @@ def _bloom_weights(config: Any) -> Rows:
 BLOOM = KerasHub(
     classes=("BloomBackbone",),
     arguments={**_ARGUMENTS, "layer_norm_epsilon": 1e-5},
-    fields=lambda _: {
+    fields=lambda x: {
         "activation": "gelu_approximate",
+        "intermediate_dim": 4 * x["hidden_dim"],  # no config.json can say another
         "max_sequence_length": 2048,
         "tie_word_embeddings": True,
     },
