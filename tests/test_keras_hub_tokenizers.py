@@ -167,6 +167,7 @@ def test_bad_tokenizers(tmp_path: Path) -> None:
 CONFORMING = {
     "FalconTokenizer": ("gpt-2", False),
     "GPT2Tokenizer": ("gpt-2", False),
+    "GPTNeoXTokenizer": ("mpt", False),  # MPT's is GPT-NeoX's
     "Llama3Tokenizer": ("llama-bpe", False),
     "LlamaTokenizer": ("llama-spm", True),
     "Phi3Tokenizer": ("phi-3", True),

@@ -115,11 +115,12 @@ def _byte_pairs(assets: Path, kind: _Kind, config: Mapping[str, Any]) -> Engine:
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version:")]
     pairs = [(pair[0], pair[1]) for pair in merges if len(pair) == 2]
     made = {left + right for left, right in pairs}
-    # What is neither a character of the byte alphabet nor made by a merge was added beside them.
+    # What is neither a character of the byte alphabet nor made by a merge was added beside them:
+    # special tokens, and GPT-NeoX's for several spaces.
     names = {x for x in vocabulary if len(x) > 1 and x not in made}
     names |= {x for x in config.get("unsplittable_tokens") or () if x in vocabulary}
     added = [
-        tokenizers.AddedToken(x, special=True, normalized=False)
+        tokenizers.AddedToken(x, special=not x.isspace(), normalized=False)
         for x in sorted(names, key=vocabulary.__getitem__)
     ]
     pre = PRE_TOKENIZERS[str(kind.pre)]
