@@ -188,7 +188,9 @@ def test_engines_of_formats_name_no_family() -> None:
         for target in targets
         if target.startswith("backbones")
     }
-    values = {f"backbones.{name}" for name in ("family", "keras_hub", "transforms", "wrapper")}
+    values = {
+        f"backbones.{name}" for name in ("family", "keras_hub.column", "transforms", "wrapper")
+    }
     assert {target for _, target in named} == values
 
 

@@ -18,8 +18,10 @@ from functional_llm.formats.keras_hub_weights import (
 from hub_models import (
     IDS,
     MODELS,
+    ONE_WAY,
     assert_same,
     hub_logits,
+    hub_text,
     keras_hub,
     make_hub,
     promoting,
@@ -36,6 +38,7 @@ def hub(request: pytest.FixtureRequest) -> Any:
     return request.param, make_hub(request.param)
 
 
+@pytest.mark.filterwarnings("ignore:The `generate` of KerasHub:UserWarning")
 def test_models_in_memory_compute_the_same_both_ways(hub: Any) -> None:
     name, theirs = hub
     ours = flm.from_keras_hub(theirs)
@@ -57,6 +60,16 @@ def test_presets_are_read_without_a_difference(hub: Any, tmp_path: Path) -> None
     assert_same(ours, flm.from_keras_hub(theirs))
     shapes = flm.Backbone.from_preset(tmp_path, load_weights=False)
     assert shapes.config == ours.config
+
+
+@pytest.mark.filterwarnings("ignore:.*computes otherwise than the model's authors:UserWarning")
+@pytest.mark.parametrize("name", ONE_WAY)
+def test_presets_of_models_that_kerashub_computes_otherwise(name: str, tmp_path: Path) -> None:
+    theirs = make_hub(name)
+    theirs.save_to_preset(tmp_path)
+    ours = flm.Backbone.from_preset(tmp_path)
+    assert_same(ours, flm.from_keras_hub(theirs))
+    assert type(ours.config).__module__.endswith(ONE_WAY[name][2])
 
 
 @pytest.mark.filterwarnings("ignore:The 'rwkv_ops' package is not installed:UserWarning")
@@ -100,16 +113,9 @@ def test_greedy_text_is_the_same() -> None:
     """Cached, token by token, in one model of each class: `generate` of both."""
     prompt, total = IDS[:1, :7], 16
     names = ["llama3", "mistral", "qwen", "qwen3", "gemma2", "gemma3", "gpt2", "smollm3"]
-    for name in names:
+    for name in [*names, "bloom", "opt", "phi3"]:
         hub = make_hub(name)
-        task = task_of(hub)
-        task.compile(sampler="greedy")
-        inputs = np.zeros((1, total), "int32"), np.zeros((1, total), "int32")
-        inputs[0][:, : prompt.shape[1]], inputs[1][:, : prompt.shape[1]] = prompt, 1
-        with promoting():
-            write = task.make_generate_function()
-            written = write({"token_ids": inputs[0], "padding_mask": inputs[1]})
-        theirs = np.asarray(written["token_ids"])[0, prompt.shape[1] :].tolist()
+        theirs = hub_text(hub, prompt, total)
         generator = flm.TextGenerator(flm.from_keras_hub(hub), None)
         (ours,) = generator.generate_ids(prompt.tolist(), max_new_tokens=len(theirs))
         assert list(ours) == theirs, name

@@ -10,15 +10,16 @@ import pytest
 import functional_llm as flm
 from configs import CONFIGS
 from functional_llm.backbones.families import FAMILIES
-from functional_llm.backbones.keras_hub import REQUIRED
+from functional_llm.backbones.keras_hub.column import REQUIRED
 from functional_llm.formats.keras_hub_config import IRRELEVANT
 from hub_models import (
     IDS,
     hub_logits,
+    hub_text,
     keras_hub,
     make_hub,
 )
-from reference import reference_logits, save_reference
+from reference import attention_of, reference_logits, save_reference
 
 
 def test_the_column_has_the_arguments_and_defaults_of_the_classes() -> None:
@@ -45,8 +46,9 @@ def assert_ours_is_transformers(ours: Any, folder: Path, expected: np.ndarray) -
     import transformers
 
     ours.save_preset(folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
     reference = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager"
+        folder, attn_implementation=attention_of(config)
     ).eval()
     logits = np.asarray(ours(IDS))
     np.testing.assert_allclose(logits, reference_logits(reference, IDS), atol=1e-4)
@@ -86,6 +88,12 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
         "no window",
     ),
     "qwen3_has_no_window_on_jax": ("qwen3", {"sliding_window_size": 5}, "no window"),
+    "falcon_does_not_round_alibi": ("falcon", {}, "does not round ALiBi to bfloat16"),
+    "falcon_norms_of_layers_keep_their_epsilon": (
+        "falcon",
+        {"layer_norm_epsilon": 0.1, "num_attention_heads": 4},
+        "an epsilon of 1e-5",
+    ),
 }
 
 
@@ -97,6 +105,29 @@ def test_kerashub_differs_from_transformers(name: str, tmp_path: Path) -> None:
         ours = flm.from_keras_hub(hub)
     assert_ours_is_transformers(ours, tmp_path / "hf", hub_logits(hub))
     with pytest.raises(ValueError, match=message):
+        flm.to_keras_hub(ours)
+
+
+@pytest.mark.parametrize(
+    ("name", "room", "message"),
+    [
+        ("gpt_neox", 16, "every new token as the first"),
+        ("phi3_long", 24, "a prompt as a long text"),
+    ],
+)
+def test_kerashubs_generate_does_not_write_what_its_class_computes(
+    name: str, room: int, message: str
+) -> None:
+    """A short text of a model with room for a long one; ours is what the class computes."""
+    hub, prompt, text = make_hub(name), IDS[:1, :7], IDS[:1, :16].copy()
+    for i in range(7, 16):
+        text[0, i] = hub_logits(hub, text)[0, i - 1].argmax()
+    computed = text[0, 7:].tolist()
+    assert hub_text(hub, prompt, room)[:9] != computed
+    ours = flm.from_keras_hub(hub)
+    (written,) = flm.TextGenerator(ours, None).generate_ids(prompt.tolist(), max_new_tokens=9)
+    assert list(written) == computed
+    with pytest.warns(UserWarning, match=message):
         flm.to_keras_hub(ours)
 
 

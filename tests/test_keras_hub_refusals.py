@@ -14,9 +14,9 @@ import pytest
 
 import functional_llm as flm
 from configs import CONFIGS
-from hub_models import (
-    make_hub,
-)
+from functional_llm.backbones.families import FAMILIES
+from functional_llm.formats.keras_hub_config import read_arguments
+from hub_models import MODELS, make_hub
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama_head_size": ("llama_head_size", {}, "it cannot say head_dim=18"),
@@ -27,6 +27,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma_untied": ("gemma_untied_multi_head", {}, "tie_word_embeddings=False"),
     "gemma2_scale": ("gemma2_soft_caps", {}, "query_pre_attention_scalar=24"),
     "gemma3_ropes": ("gemma3_two_ropes", {}, "rope_max_wavelength=50000.0.*layer_types"),
+    "phi3_window": ("phi3_window_multi_head", {}, "sliding_window=8"),
+    "phi3_part_of_each_head": ("phi3_long_texts", {}, "partial_rotary_factor=0.7"),
+    "phi3_magnitude": ("phi3_tied_one_layer", {}, "tie_word_embeddings=True.*attention_factor"),
+    "gpt_neox_untied": ("gpt_neox_five_heads", {}, "activation='gelu'.*tie_word_embeddings=False"),
+    "gpt_neox_serial": ("gpt_neox_serial_theta", {}, "parallel_residual=False"),
+    "bloom_untied": ("bloom_twelve_heads_untied", {}, "tie_word_embeddings=False"),
+    "opt_narrow": ("opt_norms_behind_narrow_embedding", {}, "embedding_dim=20.*norm_before=False"),
+    "falcon_rope": ("falcon_grouped_two_norms", {}, "num_parallel_norms=2.*use_alibi=False"),
     "gpt2_epsilon": ("gpt2_learned_positions", {"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon"),
 }
 
@@ -86,6 +94,24 @@ def test_bad_configs(name: str, preset: Path, tmp_path: Path) -> None:
     changes, message = BAD_CONFIGS[name]
     with pytest.raises(ValueError, match=message):
         flm.Backbone.from_preset(changed(preset, tmp_path, **changes))
+
+
+_SU = {"rope_scaling_type": "su", "rope_scaling_short_factor": [1.0] * 6}
+BAD_ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "unknown_scaling": ("phi3", {"rope_scaling_type": "yarn"}, "rope_scaling_type='yarn'"),
+    "scaling_without_factors": ("phi3", _SU, "rope_scaling_type='su'"),
+    "factors_of_a_word": ("phi3", {**_SU, "rope_scaling_long_factor": "x"}, "list of numbers"),
+    "bloom_mlp": ("bloom", {"intermediate_dim": 80}, "intermediate_dim=80 .expected 192"),
+    "no_heads": ("gpt_neox", {"num_heads": 0}, "positive integer for num_heads"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_arguments(name: str) -> None:
+    model, changes, message = BAD_ARGUMENTS[name]
+    kind, arguments, _ = MODELS[model]
+    with pytest.raises(ValueError, match=message):
+        read_arguments(kind, arguments | changes, True, FAMILIES, "config.json")
 
 
 def test_bad_files(preset: Path, tmp_path: Path) -> None:

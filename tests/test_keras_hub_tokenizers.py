@@ -57,6 +57,31 @@ def test_byte_pairs(tmp_path: Path) -> None:
     assert ours.special_tokens["bos_token"] == "<|begin_of_text|>"
 
 
+@pytest.mark.parametrize(
+    ("name", "special"),
+    [
+        ("BloomTokenizer", ("<unk>", "<s>", "</s>", "<pad>")),
+        ("FalconTokenizer", ("<|endoftext|>",)),
+        ("GPTNeoXTokenizer", ("<|endoftext|>",)),
+        ("OPTTokenizer", ("<s>", "<pad>", "</s>", "<unk>")),
+    ],
+)
+def test_special_tokens_of_byte_pairs(name: str, special: tuple[str, ...], tmp_path: Path) -> None:
+    vocabulary, merges = byte_pairs(tmp_path / "hf", *special)
+    theirs = getattr(keras_hub.tokenizers, name)(vocabulary, merges)
+    theirs.save_to_preset(tmp_path)
+    ours = flm.Tokenizer.from_preset(tmp_path)
+    for text in TEXTS:
+        assert ours.decode(ours.encode(text)) == text
+    assert ours.encode("brown") == ids_of(theirs, "brown")
+    ended = f"brown{theirs.end_token}"
+    assert ours.encode(ended, parse_special=True) == ids_of(theirs, ended)
+    assert theirs.end_token_id not in ours.encode(ended)
+    assert (ours.bos_token_id, ours.eos_token_id) == (theirs.start_token_id, theirs.end_token_id)
+    assert ours.pad_token_id == theirs.pad_token_id and ours.add_bos
+    assert theirs.end_token_id in ours.stop_token_ids
+
+
 def test_what_no_merge_makes_is_a_special_token(tmp_path: Path) -> None:
     """KerasHub's Qwen knows one special token; a chat has others in the same vocabulary."""
     vocabulary, merges = byte_pairs(tmp_path / "hf", "<|endoftext|>")
@@ -69,30 +94,35 @@ def test_what_no_merge_makes_is_a_special_token(tmp_path: Path) -> None:
 
 
 def sentences() -> bytes:
-    """Returns a small sentencepiece model with the special tokens of Gemma and Llama."""
+    """Returns a small sentencepiece model with the special tokens of Gemma, Llama and Phi 3."""
     names = ["<pad>", "<eos>", "<bos>", "<unk>", "<s>", "</s>"]
     tokens = [(name, 2 if name == "<unk>" else 3) for name in names]
+    tokens += [(name, 4) for name in ("<end_of_turn>", "<|endoftext|>", "<|user|>", "<|end|>")]
     tokens += [(f"<0x{byte:02X}>", 6) for byte in range(256)]
     tokens += [(piece, 1) for piece in ["▁", *"abcdefghT", "▁a", "bc", "▁abc"]]
     return make_sentencepiece_proto(tokens, [-float(i) for i in range(len(tokens))], True)
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"),
+    ("name", "arguments", "stops"),
     [
-        ("GemmaTokenizer", {}),
-        ("Gemma3Tokenizer", {"has_vision_tokens": False}),
-        ("LlamaTokenizer", {}),
+        ("GemmaTokenizer", {}, {"<eos>", "<end_of_turn>"}),
+        ("Gemma3Tokenizer", {"has_vision_tokens": False}, {"<eos>", "<end_of_turn>"}),
+        ("LlamaTokenizer", {}, {"</s>"}),
+        ("Phi3Tokenizer", {}, {"<|endoftext|>", "<|end|>"}),
     ],
 )
-def test_sentencepiece(name: str, arguments: dict[str, Any], tmp_path: Path) -> None:
+def test_sentencepiece(
+    name: str, arguments: dict[str, Any], stops: set[str], tmp_path: Path
+) -> None:
     theirs = getattr(keras_hub.tokenizers, name)(sentences(), **arguments)
     theirs.save_to_preset(tmp_path)
     ours = flm.Tokenizer.from_preset(tmp_path)
-    for text in [*TEXTS, "abc bad cab"]:
+    for text in [*TEXTS, "abc bad cab", "<|user|>\nabc<|end|>"]:
         assert ours.encode(text) == ids_of(theirs, text), text
     assert (ours.bos_token_id, ours.eos_token_id) == (theirs.start_token_id, theirs.end_token_id)
     assert ours.pad_token_id == theirs.pad_token_id
+    assert ours.stop_token_ids >= {theirs.token_to_id(stop) for stop in stops}
 
 
 def test_a_preset_is_written_in_hugging_face_layout_with_its_tokenizer(tmp_path: Path) -> None:
@@ -133,24 +163,27 @@ def test_bad_tokenizers(tmp_path: Path) -> None:
         flm.Tokenizer.from_preset(tmp_path)
 
 
-# Name of llama.cpp's vocabulary -> KerasHub's class, and whether that cuts all texts rightly.
+# KerasHub's class -> name of llama.cpp's vocabulary, and whether the class cuts all texts rightly.
 CONFORMING = {
-    "gpt-2": ("GPT2Tokenizer", False),
-    "llama-bpe": ("Llama3Tokenizer", False),
-    "llama-spm": ("LlamaTokenizer", True),
-    "qwen2": ("QwenTokenizer", False),
+    "FalconTokenizer": ("gpt-2", False),
+    "GPT2Tokenizer": ("gpt-2", False),
+    "GPTNeoXTokenizer": ("mpt", False),  # MPT's is GPT-NeoX's
+    "Llama3Tokenizer": ("llama-bpe", False),
+    "LlamaTokenizer": ("llama-spm", True),
+    "Phi3Tokenizer": ("phi-3", True),
+    "QwenTokenizer": ("qwen2", False),
 }
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", CONFORMING)
-def test_conforms_to_llama_cpp(llama_cpp_models: Path, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", CONFORMING)
+def test_conforms_to_llama_cpp(llama_cpp_models: Path, kind: str, tmp_path: Path) -> None:
     """KerasHub does not cut byte-pair text into words: its expression is a plain string."""
+    name, conforms = CONFORMING[kind]
     path = llama_cpp_models / f"ggml-vocab-{name}.gguf"
     data = open_gguf(path).metadata
-    kind, conforms = CONFORMING[name]
     tokens = data["tokenizer.ggml.tokens"]
-    if name == "llama-spm":
+    if conforms:  # sentencepiece
         types = data["tokenizer.ggml.token_type"]
         scores = data["tokenizer.ggml.scores"]
         proto = make_sentencepiece_proto(list(zip(tokens, types, strict=True)), scores, True)

@@ -2,5 +2,6 @@
 
 May import: graph, layers, blocks.
 
-Offers: a `FAMILY` in each file; `Family`, what such a file says; `FAMILIES`, the table of them.
+Offers: a `FAMILY` in each file; `Family`, what such a file says; `FAMILIES`, the table of them;
+KerasHub's words for the same, in `keras_hub/`.
 """

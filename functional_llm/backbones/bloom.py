@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from functional_llm.backbones import gpt2, gpt_neox
 from functional_llm.backbones.family import Family, Rows, layer_norm_rows
+from functional_llm.backbones.keras_hub import gpts
 from functional_llm.blocks.attention import alibi_slopes
 from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.norm import layer_norm
@@ -33,17 +34,22 @@ def complete_keys(keys: JSON) -> JSON:
     return own | keys | fixed
 
 
+AROUND = [
+    ("transformer.word_embeddings.weight", "token_embedding/embeddings", "same"),
+    *layer_norm_rows("transformer.ln_f", "final_norm"),
+    ("lm_head.weight", "head/kernel", "transpose"),
+]
+
+
 def weights(config: Config) -> Rows:
     """Returns the table: how a tensor falls into its parts depends on the number of heads."""
     layer = "transformer.h.{}"
     return [
-        ("transformer.word_embeddings.weight", "token_embedding/embeddings", "same"),
+        *AROUND,
         *layer_norm_rows("transformer.word_embeddings_layernorm", "embedding_norm"),
         *layer_norm_rows(f"{layer}.input_layernorm", "decoder_{}/attention_norm"),
         *gpt_neox.layer_rows(layer, "self_attention", config.num_heads),
         *layer_norm_rows(f"{layer}.post_attention_layernorm", "decoder_{}/mlp_norm"),
-        *layer_norm_rows("transformer.ln_f", "final_norm"),
-        ("lm_head.weight", "head/kernel", "transpose"),
     ]
 
 
@@ -89,4 +95,5 @@ FAMILY = Family(
         "attention.layer_norm_epsilon": "layer_norm_epsilon",
     },
     gguf_ignored=["attention.head_count_kv", "feed_forward_length"],
+    keras_hub=gpts.BLOOM,
 )

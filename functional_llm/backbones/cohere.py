@@ -17,12 +17,13 @@ from functional_llm.backbones.family import (
     complete_common_keys,
     renamed_keys,
 )
+from functional_llm.backbones.stacks import build_alike, with_rope
 from functional_llm.blocks.attention import Part, attention, heads
 from functional_llm.blocks.decoder import parallel
-from functional_llm.blocks.language_model import Graph, LayerType, scale
+from functional_llm.blocks.language_model import Graph, scale
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.blocks.norm import LayerNormOfHeads, layer_norm_without_bias
-from functional_llm.blocks.rope import Rope, rotary_pairs
+from functional_llm.blocks.rope import rotary_pairs
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
 
@@ -44,9 +45,8 @@ class Config(SharedConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    rope = Rope(config.head_dim, config.rope_max_wavelength, config.rope_scaling)
     norm, parts = layer_norm_without_bias, [scale(config.logit_scale)]
-    return starcoder2.build_stack(config, build_decoder, norm, LayerType(rope), logit_parts=parts)
+    return build_alike(config, build_decoder, norm, with_rope(config), logit_parts=parts)
 
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from functional_llm.backbones import cohere
 from functional_llm.backbones.family import Family
-from functional_llm.blocks.attention import key_value_shapes
-from functional_llm.blocks.language_model import Graph, LayerType, causal_lm, scale
+from functional_llm.backbones.stacks import build_around
+from functional_llm.blocks.language_model import Graph, LayerType, scale
 from functional_llm.blocks.norm import layer_norm_without_bias
 from functional_llm.blocks.rope import Rope, rotary_pairs
 from functional_llm.graph.types import JSON
@@ -30,19 +30,10 @@ def build(config: Config) -> Graph:
     for i, kind in enumerate(config.layer_types):
         turned = [rotary_pairs()] if kind == "sliding_attention" else []
         layers.append((kind, cohere.build_layer(config, f"decoder_{i}", turned, turned)))
-    return causal_lm(
-        vocabulary_size=config.vocabulary_size,
-        hidden_dim=config.hidden_dim,
-        layer_types={
-            "full_attention": LayerType(),
-            "sliding_attention": LayerType(rope, config.sliding_window),
-        },
-        layers=layers,
-        keeps=key_value_shapes(config.num_key_value_heads, config.head_dim),
-        final_norm=layer_norm_without_bias(config.layer_norm_epsilon, "final_norm"),
-        tie_word_embeddings=config.tie_word_embeddings,
-        logit_parts=[scale(config.logit_scale)],
-    )
+    sliding = LayerType(rope, config.sliding_window)
+    types = {"full_attention": LayerType(), "sliding_attention": sliding}
+    parts = [scale(config.logit_scale)]
+    return build_around(config, layers, types, layer_norm_without_bias, logit_parts=parts)
 
 
 def complete_keys(keys: JSON) -> JSON:

@@ -17,6 +17,7 @@ from functional_llm.backbones.family import (
     check_windows,
     complete_common_keys,
 )
+from functional_llm.backbones.stacks import build_around, one_rope
 from functional_llm.blocks.attention import PartFunction, attention, heads
 from functional_llm.blocks.decoder import norm_behind_branches
 from functional_llm.blocks.language_model import Graph
@@ -42,7 +43,7 @@ def build(config: Config) -> Graph:
         turns = window is None or kind == "sliding_attention"
         rotate = rotary() if turns else no_rotary()
         layers.append((kind, build_decoder(config, f"decoder_{i}", rotate)))
-    return llama.build_around(config, layers, llama.one_rope(config, window))
+    return build_around(config, layers, one_rope(config, window))
 
 
 def build_decoder(config: Config, name: str, rotate: PartFunction) -> CompositeLayer:

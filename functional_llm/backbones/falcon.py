@@ -8,15 +8,17 @@ from dataclasses import dataclass
 
 import keras
 
-from functional_llm.backbones import gpt_neox, starcoder2
+from functional_llm.backbones import bloom, gpt_neox
 from functional_llm.backbones.family import DecoderConfig, Family, Rows, layer_norm_rows
+from functional_llm.backbones.keras_hub import gpts
+from functional_llm.backbones.stacks import build_alike, with_rope
 from functional_llm.blocks.alibi import alibi_key, alibi_query
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import parallel, pre_norm
 from functional_llm.blocks.language_model import Graph, LayerType
 from functional_llm.blocks.mlp import mlp
 from functional_llm.blocks.norm import layer_norm
-from functional_llm.blocks.rope import Rope, rotary
+from functional_llm.blocks.rope import rotary
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
 from functional_llm.layers.attention import AttentionDotProduct
@@ -41,9 +43,9 @@ _NORMS = {  # by their number, if parallel: in checkpoints, and in a layer
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
     keys, size, alibi = config.num_key_value_heads, config.head_dim, config.use_alibi
-    rope = None if alibi else Rope(size, config.rope_max_wavelength, config.rope_scaling)
+    layer_type = LayerType() if alibi else with_rope(config)
     keeps = {"attention": {"key": (keys, size + alibi), "value": (keys, size)}}
-    return starcoder2.build_stack(config, build_decoder, layer_norm, LayerType(rope), keeps=keeps)
+    return build_alike(config, build_decoder, layer_norm, layer_type, keeps=keeps)
 
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:
@@ -100,15 +102,12 @@ def weights(config: Config) -> Rows:
     """Returns the table: norms and groups depend on the design."""
     layer, norms = "transformer.h.{}", _NORMS[config.num_parallel_norms].items()
     return [
-        ("transformer.word_embeddings.weight", "token_embedding/embeddings", "same"),
+        *bloom.AROUND,
         *(row for x, y in norms for row in layer_norm_rows(f"{layer}.{x}", f"decoder_{{}}/{y}")),
         *gpt_neox.layer_rows(layer, "self_attention", config.num_key_value_heads),
-        *layer_norm_rows("transformer.ln_f", "final_norm"),
-        ("lm_head.weight", "head/kernel", "transpose"),
     ]
 
 
-_GGUF = {"feed_forward_length": "ffn_hidden_size", "attention.head_count_kv": "num_kv_heads"}
 FAMILY = Family(
     model_type="falcon",
     models="Falcon 7B, 11B, 40B, 180B, RW",
@@ -125,6 +124,11 @@ FAMILY = Family(
     ignored=["*rotary*.inv_freq"],
     base_prefix="transformer.",
     gguf_architecture="falcon",
-    gguf_keys=_GGUF | {"attention.layer_norm_epsilon": "layer_norm_epsilon"},
+    gguf_keys={
+        "feed_forward_length": "ffn_hidden_size",
+        "attention.head_count_kv": "num_kv_heads",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+    },
     gguf_ignored=["tensor_data_layout"],
+    keras_hub=gpts.FALCON,
 )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from functional_llm.backbones.keras_hub import KerasHub
+from functional_llm.backbones.keras_hub.column import KerasHub
 from functional_llm.backbones.transforms import Row, Rows, Transform, fused
 from functional_llm.backbones.wrapper import Wrapper
 from functional_llm.blocks.language_model import Graph
@@ -24,6 +24,23 @@ class ModelConfig:
     max_sequence_length: int
     activation: str
     tie_word_embeddings: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiHeadConfig(ModelConfig):
+    """The numbers of a model whose heads all have keys of their own, and share the width."""
+
+    num_heads: int
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """How many heads have keys: all."""
+        return self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        """The width of a head."""
+        return self.hidden_dim // self.num_heads
 
 
 @dataclass(frozen=True, kw_only=True)

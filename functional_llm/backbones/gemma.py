@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import keras
 
-from functional_llm.backbones import keras_hub, llama
+from functional_llm.backbones import llama
 from functional_llm.backbones.family import (
     COMMON_KEYS,
     AnyConfig,
@@ -16,13 +16,14 @@ from functional_llm.backbones.family import (
     Family,
     complete_common_keys,
 )
-from functional_llm.backbones.keras_hub import KerasHub
-from functional_llm.blocks.attention import attention, heads, key_value_shapes
+from functional_llm.backbones.keras_hub import gemmas
+from functional_llm.backbones.stacks import build_around, one_rope
+from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import pre_norm
-from functional_llm.blocks.language_model import Graph, LayerType, causal_lm, scale, soft_cap
+from functional_llm.blocks.language_model import Graph, LayerType, scale, soft_cap
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.blocks.norm import offset_rms_norm
-from functional_llm.blocks.rope import Rope, rotary
+from functional_llm.blocks.rope import rotary
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
 
@@ -34,9 +35,8 @@ class Config(DecoderConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    rope = Rope(config.head_dim, config.rope_max_wavelength, config.rope_scaling)
     kinds = ["full_attention"] * config.num_layers
-    return build_stack(config, build_decoder, kinds, {"full_attention": LayerType(rope)})
+    return build_stack(config, build_decoder, kinds, one_rope(config))
 
 
 def build_stack(
@@ -48,15 +48,12 @@ def build_stack(
 ) -> Graph:
     """Returns the graph around decoder layers, `kinds` their types, for this family and its kin."""
     layers = [(kind, build_decoder(config, f"decoder_{i}")) for i, kind in enumerate(kinds)]
-    return causal_lm(
-        vocabulary_size=config.vocabulary_size,
-        hidden_dim=config.hidden_dim,
+    return build_around(
+        config,
+        layers,
+        layer_types,
+        offset_rms_norm,
         embedding_parts=[scale(config.hidden_dim**0.5)],
-        layer_types=layer_types,
-        layers=layers,
-        keeps=key_value_shapes(config.num_key_value_heads, config.head_dim),
-        final_norm=offset_rms_norm(config.layer_norm_epsilon, "final_norm"),
-        tie_word_embeddings=config.tie_word_embeddings,
         logit_parts=[soft_cap(cap) for cap in [final_logit_soft_cap] if cap is not None],
     )
 
@@ -111,16 +108,5 @@ FAMILY = Family(
     ignored=llama.FAMILY.ignored,
     gguf_architecture="gemma",
     gguf_offset=["*norm.weight"],
-    keras_hub=KerasHub(
-        classes=("GemmaBackbone",),
-        arguments=keras_hub.GEMMA_ARGUMENTS,
-        fields=keras_hub.gemma_fields,
-        written=lambda config: {
-            **{name: keras_hub.GEMMA_ARGUMENTS[name] for name in keras_hub.GEMMA2},
-            "intermediate_dim": 2 * config.intermediate_dim,
-        },
-        weights=keras_hub.gemma_weights("gemma_decoder_block"),
-        wrong=keras_hub.gemma_wrong,
-        ignored=["sliding_window_size"],  # no layer has one
-    ),
+    keras_hub=gemmas.GEMMA,
 )

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 import keras
 
-from functional_llm.backbones import gemma, keras_hub, llama
+from functional_llm.backbones import gemma, llama
 from functional_llm.backbones.family import COMMON_KEYS, DecoderConfig, Family
-from functional_llm.backbones.keras_hub import KerasHub
+from functional_llm.backbones.keras_hub import gemmas
+from functional_llm.backbones.stacks import one_rope
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import sandwich
-from functional_llm.blocks.language_model import Graph, LayerType
+from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.blocks.norm import offset_rms_norm
-from functional_llm.blocks.rope import Rope, rotary
+from functional_llm.blocks.rope import rotary
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
 from functional_llm.layers.attention import AttentionDotProduct
@@ -34,12 +35,7 @@ class Config(DecoderConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    rope = Rope(config.head_dim, config.rope_max_wavelength, config.rope_scaling)
-    types = {
-        "full_attention": LayerType(rope),
-        "sliding_attention": LayerType(rope, config.sliding_window),
-    }
-    cap = config.final_logit_soft_cap
+    types, cap = one_rope(config, config.sliding_window), config.final_logit_soft_cap
     return gemma.build_stack(config, build_decoder, config.layer_types, types, cap)
 
 
@@ -107,18 +103,5 @@ FAMILY = Family(
     gguf_architecture="gemma2",
     gguf_defaults=gguf_defaults,
     gguf_offset=gemma.FAMILY.gguf_offset,
-    keras_hub=KerasHub(
-        classes=("GemmaBackbone",),
-        arguments=keras_hub.GEMMA_ARGUMENTS,
-        fields=lambda x: {
-            **keras_hub.gemma_fields(x),
-            **keras_hub.gemma2_fields(x, lambda i: i % 2 == 0),
-        },
-        written=lambda config: {
-            **keras_hub.gemma2_arguments(config),
-            "intermediate_dim": 2 * config.intermediate_dim,
-        },
-        weights=keras_hub.gemma_weights("gemma_decoder_block"),
-        wrong=keras_hub.gemma_wrong,
-    ),
+    keras_hub=gemmas.GEMMA2,
 )

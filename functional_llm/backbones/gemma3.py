@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import keras
 
-from functional_llm.backbones import gemma, gemma2, keras_hub, qwen3
+from functional_llm.backbones import gemma, gemma2, qwen3
 from functional_llm.backbones.family import DecoderConfig, Family
-from functional_llm.backbones.keras_hub import KerasHub
+from functional_llm.backbones.keras_hub import gemmas
 from functional_llm.backbones.wrapper import llava
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import sandwich
@@ -120,32 +120,5 @@ FAMILY = Family(
     gguf_architecture="gemma3",
     gguf_defaults=gemma2.gguf_defaults,
     gguf_offset=gemma2.FAMILY.gguf_offset,
-    keras_hub=KerasHub(
-        classes=("Gemma3Backbone",),
-        arguments={
-            **keras_hub.GEMMA_ARGUMENTS,
-            **keras_hub.GEMMA3,
-            "image_size": None,
-            "sliding_window_size": 1024,
-            "global_rope_scaling_factor": 1.0,
-        },
-        fields=lambda x: {
-            **keras_hub.gemma_fields(x),
-            **keras_hub.gemma2_fields(x, lambda i: i % 6 < 5),
-            "intermediate_dim": x["intermediate_dim"],
-            "rope_max_wavelength": 1_000_000.0,
-            "local_rope_max_wavelength": 10_000.0,
-            "rope_scaling": keras_hub.divided(x["global_rope_scaling_factor"]),
-            "max_sequence_length": 131072,
-        },
-        written=lambda config: {
-            **keras_hub.gemma2_arguments(config),
-            **keras_hub.GEMMA3,
-            "attention_logit_soft_cap": None,
-            "global_rope_scaling_factor": keras_hub.factor(config.rope_scaling),
-        },
-        weights=keras_hub.gemma_weights("gemma3_decoder_block"),
-        wrong=keras_hub.gemma_wrong,
-        ignored=["image_size"],  # without a vision encoder
-    ),
+    keras_hub=gemmas.GEMMA3,
 )

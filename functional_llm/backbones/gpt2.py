@@ -6,15 +6,16 @@ Checkpoints hold queries, keys and values as one tensor, and kernels as (in, out
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import keras
 
-from functional_llm.backbones import keras_hub
-from functional_llm.backbones.family import Family, ModelConfig, dense_rows, layer_norm_rows
-from functional_llm.backbones.keras_hub import KerasHub
-from functional_llm.blocks.attention import Part, attention, heads, key_value_shapes
+from functional_llm.backbones.family import Family, MultiHeadConfig, dense_rows, layer_norm_rows
+from functional_llm.backbones.keras_hub import gpts
+from functional_llm.backbones.stacks import build_alike
+from functional_llm.blocks.attention import Part, attention, heads
 from functional_llm.blocks.decoder import pre_norm
-from functional_llm.blocks.language_model import Graph, LayerType, causal_lm, learned_positions
+from functional_llm.blocks.language_model import Graph, LayerType, learned_positions
 from functional_llm.blocks.mlp import mlp
 from functional_llm.blocks.norm import layer_norm
 from functional_llm.graph.composite import CompositeLayer
@@ -23,10 +24,8 @@ from functional_llm.layers.attention import AttentionDotProduct
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelConfig):
-    """The numbers of a GPT-2, beside those of `ModelConfig`."""
-
-    num_heads: int
+class Config(MultiHeadConfig):
+    """The numbers of a GPT-2, which are those of `MultiHeadConfig`."""
 
 
 def build(config: Config) -> Graph:
@@ -41,24 +40,13 @@ def build_stack(
 
     `slopes` are those of ALiBi, one a head, if there are any.
     """
-    names = [f"decoder_{i}" for i in range(config.num_layers)]
-    return causal_lm(
-        vocabulary_size=config.vocabulary_size,
-        hidden_dim=config.hidden_dim,
-        embedding_parts=[embedding_part],
-        layer_types={"full_attention": LayerType()},
-        layers=[("full_attention", build_decoder(config, name, slopes)) for name in names],
-        keeps=key_value_shapes(config.num_heads, config.hidden_dim // config.num_heads),
-        final_norm=layer_norm(config.layer_norm_epsilon, "final_norm"),
-        tie_word_embeddings=config.tie_word_embeddings,
-    )
+    decoder, parts = partial(build_decoder, slopes=slopes), [embedding_part]
+    return build_alike(config, decoder, layer_norm, LayerType(), embedding_parts=parts)
 
 
-def build_decoder(
-    config: Config, name: str, slopes: Sequence[float] | None = None
-) -> CompositeLayer:
+def build_decoder(config: Config, name: str, slopes: Sequence[float] | None) -> CompositeLayer:
     """Returns one decoder layer."""
-    epsilon, size = config.layer_norm_epsilon, config.hidden_dim // config.num_heads
+    epsilon, size = config.layer_norm_epsilon, config.head_dim
     self_attention = attention(
         query=[heads(config.num_heads, size, "query", use_bias=True)],
         key=[heads(config.num_heads, size, "key", use_bias=True)],
@@ -137,18 +125,5 @@ FAMILY = Family(
         "vocab_size": "vocab_size",
     },
     gguf_transposed=["*.c_attn.weight", "*.c_proj.weight", "*.c_fc.weight"],
-    keras_hub=KerasHub(
-        classes=("GPT2Backbone",),
-        arguments={
-            **dict.fromkeys([*keras_hub.SIZES, "num_heads"], keras_hub.REQUIRED),
-            "max_sequence_length": 1024,
-        },
-        fields=lambda _: {
-            "activation": "gelu_approximate",
-            "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True,
-        },
-        written=lambda _: {},
-        weights=keras_hub.gpt2_weights,
-    ),
+    keras_hub=gpts.GPT2,
 )

@@ -6,10 +6,9 @@ key and a value of each head in turn, in one tensor. References:
 """
 
 from dataclasses import dataclass
+from functools import partial
 
-import keras
-
-from functional_llm.backbones import starcoder2
+from functional_llm.backbones import llama
 from functional_llm.backbones.family import (
     COMMON_KEYS,
     ROPE_BUFFERS,
@@ -21,14 +20,15 @@ from functional_llm.backbones.family import (
     fused_rows,
     layer_norm_rows,
 )
-from functional_llm.blocks.attention import attention, heads
+from functional_llm.backbones.keras_hub import gpts
+from functional_llm.backbones.stacks import build_alike, with_rope
 from functional_llm.blocks.decoder import parallel, pre_norm
-from functional_llm.blocks.language_model import Graph, LayerType
+from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.mlp import mlp
 from functional_llm.blocks.norm import layer_norm
-from functional_llm.blocks.rope import Rope, on_first_channels, rotary
+from functional_llm.blocks.rope import on_first_channels, rotary
 from functional_llm.graph.composite import CompositeLayer
-from functional_llm.graph.types import JSON, Layer
+from functional_llm.graph.types import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,24 +41,13 @@ class Config(PartialRotaryConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    rope = Rope(config.rotary_dim, config.rope_max_wavelength, config.rope_scaling)
-    return starcoder2.build_stack(config, build_decoder, layer_norm, LayerType(rope))
+    return build_alike(config, build_decoder, layer_norm, with_rope(config))
 
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:
     """Returns one decoder layer."""
-    number, size, bias = config.num_query_heads, config.head_dim, config.attention_bias
-    rotate = on_first_channels(rotary())
-
-    def norm(part: str) -> Layer:
-        return layer_norm(config.layer_norm_epsilon, part)
-
-    self_attention = attention(
-        query=[heads(number, size, "query", bias), rotate],
-        key=[heads(number, size, "key", bias), rotate],
-        value=[heads(number, size, "value", bias)],
-        output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),
-    )
+    norm, rotate = partial(layer_norm, config.layer_norm_epsilon), on_first_channels(rotary())
+    self_attention = llama.build_attention(config, rotate, config.attention_bias)
     plain = mlp(config.intermediate_dim, config.hidden_dim, config.activation)
     if not config.parallel_residual:
         return pre_norm(name, norm, self_attention, plain)
@@ -102,7 +91,6 @@ WEIGHTS = [
     ("lm_head.weight", "head/kernel", "transpose"),
 ]
 
-
 FAMILY = Family(
     model_type="gpt_neox",
     architecture="GPTNeoXForCausalLM",
@@ -130,4 +118,5 @@ FAMILY = Family(
         "use_parallel_residual": "use_parallel_residual",
     },
     gguf_defaults=lambda x: old_keys(x.get("rope_theta", 10000.0), x["partial_rotary_factor"]),
+    keras_hub=gpts.GPT_NEOX,
 )

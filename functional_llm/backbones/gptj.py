@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import keras
 
 from functional_llm.backbones import gpt2
-from functional_llm.backbones.family import Family, ModelConfig, dense_rows, layer_norm_rows
-from functional_llm.blocks.attention import attention, heads, key_value_shapes
+from functional_llm.backbones.family import Family, MultiHeadConfig, dense_rows, layer_norm_rows
+from functional_llm.backbones.stacks import build_alike
+from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import parallel
-from functional_llm.blocks.language_model import Graph, LayerType, causal_lm
+from functional_llm.blocks.language_model import Graph, LayerType
 from functional_llm.blocks.mlp import mlp
 from functional_llm.blocks.norm import layer_norm
 from functional_llm.blocks.rope import Rope, on_first_channels, rotary_pairs
@@ -21,31 +22,21 @@ from functional_llm.graph.types import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelConfig):
-    """The numbers of a GPT-J, beside those of `ModelConfig`."""
+class Config(MultiHeadConfig):
+    """The numbers of a GPT-J, beside those of `MultiHeadConfig`."""
 
-    num_heads: int
     rotary_dim: int
 
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    names = [f"decoder_{i}" for i in range(config.num_layers)]
-    return causal_lm(
-        vocabulary_size=config.vocabulary_size,
-        hidden_dim=config.hidden_dim,
-        layer_types={"full_attention": LayerType(Rope(config.rotary_dim, 10000.0))},
-        layers=[("full_attention", build_decoder(config, name)) for name in names],
-        keeps=key_value_shapes(config.num_heads, config.hidden_dim // config.num_heads),
-        final_norm=layer_norm(config.layer_norm_epsilon, "final_norm"),
-        tie_word_embeddings=config.tie_word_embeddings,
-        head_bias=True,
-    )
+    layer_type = LayerType(Rope(config.rotary_dim, 10000.0))
+    return build_alike(config, build_decoder, layer_norm, layer_type, head_bias=True)
 
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:
     """Returns one decoder layer."""
-    size, rotate = config.hidden_dim // config.num_heads, on_first_channels(rotary_pairs())
+    size, rotate = config.head_dim, on_first_channels(rotary_pairs())
     self_attention = attention(
         query=[heads(config.num_heads, size, "query"), rotate],
         key=[heads(config.num_heads, size, "key"), rotate],

@@ -10,6 +10,7 @@ import keras
 
 from functional_llm.backbones import llama
 from functional_llm.backbones.family import Family
+from functional_llm.backbones.stacks import build_around, one_rope
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import decoder
 from functional_llm.blocks.language_model import Graph, scale
@@ -36,10 +37,10 @@ def build(config: Config) -> Graph:
     layers = [
         ("full_attention", build_decoder(config, f"decoder_{i}")) for i in range(config.num_layers)
     ]
-    return llama.build_around(
+    return build_around(
         config,
         layers,
-        llama.one_rope(config),
+        one_rope(config),
         embedding_parts=[scale(config.embedding_multiplier)],
         logit_parts=[scale(1 / config.logits_scaling)],
     )

@@ -5,13 +5,12 @@ the embedding. References: [Llama 2](https://arxiv.org/abs/2307.09288),
 [Llama 3](https://arxiv.org/abs/2407.21783), [SmolLM2](https://arxiv.org/abs/2502.02737).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import keras
 
-from functional_llm.backbones import keras_hub
 from functional_llm.backbones.family import (
     COMMON_KEYS,
     ROPE_BUFFERS,
@@ -21,13 +20,14 @@ from functional_llm.backbones.family import (
     complete_common_keys,
     dense_rows,
 )
-from functional_llm.backbones.keras_hub import KerasHub
-from functional_llm.blocks.attention import Part, PartFunction, attention, heads, key_value_shapes
+from functional_llm.backbones.keras_hub import llamas
+from functional_llm.backbones.stacks import build_around, one_rope
+from functional_llm.blocks.attention import PartFunction, attention, heads
 from functional_llm.blocks.decoder import pre_norm
-from functional_llm.blocks.language_model import Graph, LayerType, causal_lm
+from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.blocks.norm import rms_norm
-from functional_llm.blocks.rope import Rope, rotary
+from functional_llm.blocks.rope import rotary
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
 
@@ -54,16 +54,21 @@ def build_decoder(
     mlp_bias: bool = False,
 ) -> CompositeLayer:
     """Returns one decoder layer. What turns queries and keys is `rotary()`, unless it is given."""
-    queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
     epsilon, rotate = config.layer_norm_epsilon, rotate or rotary()
-    self_attention = attention(
+    self_attention = build_attention(config, rotate, bias)
+    mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation, mlp_bias)
+    return pre_norm(name, lambda part: rms_norm(epsilon, part), self_attention, mlp)
+
+
+def build_attention(config: DecoderConfig, rotate: PartFunction, bias: bool) -> CompositeLayer:
+    """Returns the attention of a decoder layer, for this family and its kin."""
+    queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
+    return attention(
         query=[heads(queries, size, "query", bias), rotate],
         key=[heads(keys, size, "key", bias), rotate],
         value=[heads(keys, size, "value", bias)],
         output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),
     )
-    mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation, mlp_bias)
-    return pre_norm(name, lambda part: rms_norm(epsilon, part), self_attention, mlp)
 
 
 def build_stack(
@@ -78,36 +83,6 @@ def build_stack(
     """
     layers = [(kind, build_decoder(config, f"decoder_{i}")) for i, kind in enumerate(kinds)]
     return build_around(config, layers, one_rope(config, window))
-
-
-def one_rope(config: DecoderConfig, window: int | None = None) -> dict[str, LayerType]:
-    """Returns the types of layers that share one RoPE: "sliding_attention" has the window."""
-    rope = Rope(config.rotary_dim, config.rope_max_wavelength, config.rope_scaling)
-    return {"full_attention": LayerType(rope), "sliding_attention": LayerType(rope, window)}
-
-
-def build_around(
-    config: DecoderConfig,
-    layers: Sequence[tuple[str, CompositeLayer]],
-    layer_types: Mapping[str, LayerType],
-    embedding_parts: Sequence[Part] = (),
-    logit_parts: Sequence[Part] = (),
-) -> Graph:
-    """Returns the graph of layers with keys and values, a root mean square norm behind them.
-
-    The arguments are those of `causal_lm`.
-    """
-    return causal_lm(
-        vocabulary_size=config.vocabulary_size,
-        hidden_dim=config.hidden_dim,
-        embedding_parts=embedding_parts,
-        layer_types=layer_types,
-        layers=layers,
-        keeps=key_value_shapes(config.num_key_value_heads, config.head_dim),
-        final_norm=rms_norm(config.layer_norm_epsilon, "final_norm"),
-        tie_word_embeddings=config.tie_word_embeddings,
-        logit_parts=logit_parts,
-    )
 
 
 def complete_keys(keys: JSON) -> JSON:
@@ -145,18 +120,5 @@ FAMILY = Family(
     ignored=ROPE_BUFFERS,
     gguf_architecture="llama",
     gguf_permuted={"q_proj": "num_query_heads", "k_proj": "num_key_value_heads"},
-    keras_hub=KerasHub(
-        classes=("Llama3Backbone", "LlamaBackbone"),
-        arguments={
-            **keras_hub.ARGUMENTS,
-            **dict.fromkeys(keras_hub.STRETCH),
-            "rope_max_wavelength": 10000,
-            "rope_position_scaling_factor": 1.0,
-            "tie_word_embeddings": False,
-        },
-        fields=lambda x: keras_hub.llama_fields(x, 131072, attention_bias=False, mlp_bias=False),
-        written=keras_hub.stretch_arguments,
-        wrong=keras_hub.stretch_wrong,
-        weights=keras_hub.llama_weights("llama_transformer_decoder", "llama_layer_norm"),
-    ),
+    keras_hub=llamas.LLAMA,
 )

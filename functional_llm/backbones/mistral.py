@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from functional_llm.backbones import keras_hub, llama
+from functional_llm.backbones import llama
 from functional_llm.backbones.family import COMMON_KEYS, DecoderConfig, Family, complete_common_keys
-from functional_llm.backbones.keras_hub import KerasHub
+from functional_llm.backbones.keras_hub import llamas
 from functional_llm.backbones.wrapper import llava
 from functional_llm.blocks.language_model import Graph
 from functional_llm.graph.composite import CompositeLayer
@@ -64,13 +64,5 @@ FAMILY = Family(
     gguf_architecture="mistral3",  # of the same; files of the others say llama
     gguf_defaults=lambda keys: {"sliding_window": None},
     gguf_permuted=llama.FAMILY.gguf_permuted,
-    keras_hub=KerasHub(
-        classes=("MistralBackbone",),
-        arguments={**keras_hub.ROPE_ARGUMENTS, "sliding_window": 512, "head_dim": None},
-        fields=lambda x: keras_hub.llama_fields(x, 131072, tie_word_embeddings=False),
-        written=keras_hub.factor_argument,
-        weights=keras_hub.llama_weights(
-            "mistral_transformer_decoder", "mistral_layer_normalization"
-        ),
-    ),
+    keras_hub=llamas.MISTRAL,
 )

@@ -6,8 +6,6 @@ No Dense has a bias. References: [Nemotron-4](https://arxiv.org/abs/2402.16819),
 
 from dataclasses import dataclass
 
-import keras
-
 from functional_llm.backbones import llama, starcoder2
 from functional_llm.backbones.family import (
     ROPE_BUFFERS,
@@ -16,12 +14,12 @@ from functional_llm.backbones.family import (
     complete_common_keys,
     renamed_keys,
 )
-from functional_llm.blocks.attention import attention, heads
+from functional_llm.backbones.stacks import build_alike, with_rope
 from functional_llm.blocks.decoder import pre_norm
-from functional_llm.blocks.language_model import Graph, LayerType
+from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.mlp import mlp
 from functional_llm.blocks.norm import offset_layer_norm
-from functional_llm.blocks.rope import Rope, on_first_channels, rotary
+from functional_llm.blocks.rope import on_first_channels, rotary
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
 
@@ -36,21 +34,13 @@ class Config(PartialRotaryConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    rope = Rope(config.rotary_dim, config.rope_max_wavelength, config.rope_scaling)
-    return starcoder2.build_stack(config, build_decoder, offset_layer_norm, LayerType(rope))
+    return build_alike(config, build_decoder, offset_layer_norm, with_rope(config))
 
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:
     """Returns one decoder layer."""
-    queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
-    epsilon, bias = config.layer_norm_epsilon, config.attention_bias
-    rotate = on_first_channels(rotary())
-    self_attention = attention(
-        query=[heads(queries, size, "query", bias), rotate],
-        key=[heads(keys, size, "key", bias), rotate],
-        value=[heads(keys, size, "value", bias)],
-        output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),
-    )
+    epsilon, rotate = config.layer_norm_epsilon, on_first_channels(rotary())
+    self_attention = llama.build_attention(config, rotate, config.attention_bias)
     plain = mlp(config.intermediate_dim, config.hidden_dim, config.activation, config.mlp_bias)
     return pre_norm(name, lambda part: offset_layer_norm(epsilon, part), self_attention, plain)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from functional_llm.backbones import gemma3, llama, olmo2
 from functional_llm.backbones.family import Family, check_windows
+from functional_llm.backbones.stacks import build_around
 from functional_llm.blocks.language_model import Graph
 from functional_llm.graph.types import JSON
 
@@ -26,11 +27,8 @@ def build(config: Config) -> Graph:
         (kind, olmo2.build_decoder(config, f"decoder_{i}"))
         for i, kind in enumerate(config.layer_types)
     ]
-    return llama.build_around(
-        config,
-        layers,
-        gemma3.two_ropes(config, config.local_rope_max_wavelength, config.sliding_window),
-    )
+    types = gemma3.two_ropes(config, config.local_rope_max_wavelength, config.sliding_window)
+    return build_around(config, layers, types)
 
 
 _THETA = 500000.0

@@ -10,10 +10,12 @@ from typing import Any
 
 import keras
 
-from functional_llm.backbones.family import Family, ModelConfig, dense_rows, layer_norm_rows
-from functional_llm.blocks.attention import Part, apply_parts, attention, heads, key_value_shapes
+from functional_llm.backbones.family import Family, MultiHeadConfig, dense_rows, layer_norm_rows
+from functional_llm.backbones.keras_hub import gpts
+from functional_llm.backbones.stacks import build_alike
+from functional_llm.blocks.attention import Part, apply_parts, attention, heads
 from functional_llm.blocks.decoder import post_norm, pre_norm
-from functional_llm.blocks.language_model import Graph, LayerType, causal_lm, learned_positions
+from functional_llm.blocks.language_model import Graph, LayerType, learned_positions
 from functional_llm.blocks.mlp import mlp
 from functional_llm.blocks.norm import bare_layer_norm, layer_norm
 from functional_llm.graph.composite import CompositeLayer
@@ -23,10 +25,9 @@ _OFFSET = 2  # rows of the table of positions that no token has
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelConfig):
-    """The numbers of an OPT, beside those of `ModelConfig`."""
+class Config(MultiHeadConfig):
+    """The numbers of an OPT, beside those of `MultiHeadConfig`."""
 
-    num_heads: int
     embedding_dim: int
     use_bias: bool
     norms_have_weights: bool
@@ -36,7 +37,6 @@ class Config(ModelConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    names = [f"decoder_{i}" for i in range(config.num_layers)]
     wide, narrow = config.hidden_dim, config.embedding_dim
     positions = learned_positions(config.max_sequence_length, wide, _OFFSET)
     begin: list[Part] = []
@@ -46,15 +46,13 @@ def build(config: Config) -> Graph:
     if narrow != wide:
         begin.append(keras.layers.Dense(wide, use_bias=False, name="project_in"))
         end.append(keras.layers.Dense(narrow, use_bias=False, name="project_out"))
-    return causal_lm(
-        vocabulary_size=config.vocabulary_size,
+    return build_alike(
+        config,
+        build_decoder,
+        lambda epsilon, name: lambda x, inputs: apply_parts(end, x, inputs),
+        LayerType(),
         hidden_dim=narrow,
         embedding_parts=[*begin, positions],
-        layer_types={"full_attention": LayerType()},
-        layers=[("full_attention", build_decoder(config, name)) for name in names],
-        keeps=key_value_shapes(config.num_heads, wide // config.num_heads),
-        final_norm=lambda x, inputs: apply_parts(end, x, inputs),
-        tie_word_embeddings=config.tie_word_embeddings,
     )
 
 
@@ -65,7 +63,7 @@ def _norm(config: Config) -> Callable[[str], Part]:
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:
     """Returns one decoder layer."""
-    size, bias = config.hidden_dim // config.num_heads, config.use_bias
+    size, bias = config.head_dim, config.use_bias
     self_attention = attention(
         query=[heads(config.num_heads, size, "query", bias)],
         key=[heads(config.num_heads, size, "key", bias)],
@@ -128,4 +126,5 @@ FAMILY = Family(
     complete_keys=complete_keys,
     weights=WEIGHTS,
     ignored=["*decoder.version"],
+    keras_hub=gpts.OPT,
 )

@@ -19,12 +19,13 @@ from functional_llm.backbones.family import (
     layer_norm_rows,
     renamed_keys,
 )
+from functional_llm.backbones.stacks import build_alike, with_rope
 from functional_llm.blocks.attention import Part, attention, heads
 from functional_llm.blocks.decoder import parallel
-from functional_llm.blocks.language_model import Graph, LayerType
+from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.mlp import mlp
 from functional_llm.blocks.norm import layer_norm
-from functional_llm.blocks.rope import Rope, on_first_channels, rotary
+from functional_llm.blocks.rope import on_first_channels, rotary
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
 
@@ -38,10 +39,7 @@ class Config(PartialRotaryConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    rope = Rope(config.rotary_dim, config.rope_max_wavelength, config.rope_scaling)
-    return starcoder2.build_stack(
-        config, build_decoder, layer_norm, LayerType(rope), head_bias=True
-    )
+    return build_alike(config, build_decoder, layer_norm, with_rope(config), head_bias=True)
 
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:

@@ -15,7 +15,9 @@ from functional_llm.backbones.family import (
     PartialRotaryConfig,
     complete_common_keys,
     dense_rows,
+    fused_rows,
 )
+from functional_llm.backbones.keras_hub import llamas
 from functional_llm.backbones.transforms import fused
 from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.rope import LongRopeScaling, on_first_channels, rotary
@@ -56,9 +58,7 @@ GATE_AND_UP = [
 _PARTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 WEIGHTS = [
     *(row for row in llama.WEIGHTS if not any(part in row[0] for part in _PARTS)),
-    *dense_rows(_ATTENTION, "decoder_{}/attention/query", *fused()),
-    *dense_rows(_ATTENTION, "decoder_{}/attention/key", *fused()),
-    *dense_rows(_ATTENTION, "decoder_{}/attention/value", *fused()),
+    *fused_rows(_ATTENTION, "decoder_{}/attention"),
     *GATE_AND_UP,
 ]
 
@@ -80,4 +80,5 @@ FAMILY = Family(
     weights=WEIGHTS,
     ignored=llama.FAMILY.ignored,
     gguf_architecture="phi3",
+    keras_hub=llamas.PHI3,
 )

@@ -8,9 +8,9 @@ from typing import Any
 
 import keras
 
-from functional_llm.backbones import keras_hub, llama, mistral
+from functional_llm.backbones import llama, mistral
 from functional_llm.backbones.family import COMMON_KEYS, DecoderConfig, Family, complete_common_keys
-from functional_llm.backbones.keras_hub import KerasHub
+from functional_llm.backbones.keras_hub import llamas
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph
@@ -84,25 +84,5 @@ FAMILY = Family(
     weights=llama.WEIGHTS,
     ignored=llama.FAMILY.ignored,
     gguf_architecture="qwen2",
-    keras_hub=KerasHub(
-        classes=("QwenBackbone",),
-        arguments={
-            **keras_hub.ROPE_ARGUMENTS,
-            "tie_word_embeddings": True,
-            "use_sliding_window_attention": False,
-            "sliding_window_size": 32768,
-        },
-        fields=lambda x: keras_hub.llama_fields(
-            x,
-            131072,
-            **keras_hub.window_fields(x, [x["use_sliding_window_attention"]] * x["num_layers"]),
-        ),
-        written=lambda config: {
-            **keras_hub.factor_argument(config),
-            "use_sliding_window_attention": keras_hub.has_window(config),
-            "sliding_window_size": config.sliding_window or 32768,
-        },
-        weights=keras_hub.llama_weights("qwen_transformer_decoder", "qwen_layer_norm"),
-        wrong=keras_hub.window_wrong,
-    ),
+    keras_hub=llamas.QWEN2,
 )

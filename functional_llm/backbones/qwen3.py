@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import keras
 
-from functional_llm.backbones import keras_hub, llama, qwen2
+from functional_llm.backbones import llama, qwen2
 from functional_llm.backbones.family import DecoderConfig, Family
-from functional_llm.backbones.keras_hub import KerasHub
+from functional_llm.backbones.keras_hub import llamas
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph
@@ -71,25 +71,5 @@ FAMILY = Family(
     weights=[*llama.WEIGHTS, *QK_NORMS],
     ignored=llama.FAMILY.ignored,
     gguf_architecture="qwen3",
-    keras_hub=KerasHub(
-        classes=("Qwen3Backbone",),
-        arguments={
-            **keras_hub.ROPE_ARGUMENTS,
-            "head_dim": keras_hub.REQUIRED,
-            "tie_word_embeddings": True,
-            "sliding_window_size": 32768,
-        },
-        fields=lambda x: keras_hub.llama_fields(
-            x,
-            131072,
-            attention_bias=False,
-            **keras_hub.window_fields(x, [bool(x["sliding_window_size"])] * x["num_layers"]),
-        ),
-        written=lambda config: {
-            **keras_hub.factor_argument(config),
-            "sliding_window_size": config.sliding_window if keras_hub.has_window(config) else None,
-        },
-        weights=keras_hub.llama_weights("qwen3_transformer_decoder", "qwen3_layer_norm"),
-        wrong=keras_hub.window_wrong,
-    ),
+    keras_hub=llamas.QWEN3,
 )

@@ -6,8 +6,10 @@ The other layers have no positions (NoPE); windows, if there are any, are theirs
 
 from dataclasses import dataclass
 
-from functional_llm.backbones import keras_hub_columns, llama, qwen2
+from functional_llm.backbones import llama, qwen2
 from functional_llm.backbones.family import Family, check_windows
+from functional_llm.backbones.keras_hub import llamas
+from functional_llm.backbones.stacks import build_around, one_rope
 from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.rope import no_rotary, rotary
 from functional_llm.graph.types import JSON
@@ -29,7 +31,7 @@ def build(config: Config) -> Graph:
         rotate = rotary() if config.no_rope_layers[i] else no_rotary()
         biases = config.attention_bias, config.mlp_bias
         layers.append((kind, llama.build_decoder(config, f"decoder_{i}", rotate, *biases)))
-    return llama.build_around(config, layers, llama.one_rope(config, config.sliding_window))
+    return build_around(config, layers, one_rope(config, config.sliding_window))
 
 
 def complete_keys(keys: JSON) -> JSON:
@@ -80,5 +82,5 @@ FAMILY = Family(
     ignored=llama.FAMILY.ignored,
     gguf_architecture="smollm3",  # whose files do not say which layers turn: every fourth does not
     gguf_permuted=llama.FAMILY.gguf_permuted,
-    keras_hub=keras_hub_columns.SMOLLM3,
+    keras_hub=llamas.SMOLLM3,
 )

@@ -3,16 +3,11 @@
 The published models see a window. Reference: [StarCoder 2](https://arxiv.org/abs/2402.19173).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import keras
 
 from functional_llm.backbones import llama
 from functional_llm.backbones.family import (
     ROPE_BUFFERS,
-    AnyConfig,
     DecoderConfig,
     Family,
     complete_common_keys,
@@ -20,12 +15,12 @@ from functional_llm.backbones.family import (
     layer_norm_rows,
     renamed_keys,
 )
-from functional_llm.blocks.attention import Part, attention, heads, key_value_shapes
+from functional_llm.backbones.stacks import build_alike, with_rope
 from functional_llm.blocks.decoder import pre_norm
-from functional_llm.blocks.language_model import Graph, LayerType, causal_lm
+from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.mlp import mlp
 from functional_llm.blocks.norm import layer_norm
-from functional_llm.blocks.rope import Rope, rotary
+from functional_llm.blocks.rope import rotary
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
 
@@ -40,43 +35,14 @@ class Config(DecoderConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    rope = Rope(config.head_dim, config.rope_max_wavelength, config.rope_scaling)
-    return build_stack(config, build_decoder, layer_norm, LayerType(rope, config.sliding_window))
-
-
-def build_stack(
-    config: AnyConfig,
-    build_decoder: Callable[[AnyConfig, str], CompositeLayer],
-    norm: Callable[[float, str], Part],
-    layer_type: LayerType,
-    **others: Any,
-) -> Graph:
-    """Returns the graph around decoder layers of one type, for this family and its kin.
-
-    `others` are further arguments of `causal_lm`.
-    """
-    kind = "full_attention" if layer_type.window is None else "sliding_attention"
-    return causal_lm(
-        vocabulary_size=config.vocabulary_size,
-        hidden_dim=config.hidden_dim,
-        layer_types={kind: layer_type},
-        layers=[(kind, build_decoder(config, f"decoder_{i}")) for i in range(config.num_layers)],
-        final_norm=norm(config.layer_norm_epsilon, "final_norm"),
-        tie_word_embeddings=config.tie_word_embeddings,
-        **{"keeps": key_value_shapes(config.num_key_value_heads, config.head_dim), **others},
-    )
+    layer_type = with_rope(config, config.sliding_window)
+    return build_alike(config, build_decoder, layer_norm, layer_type)
 
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:
     """Returns one decoder layer."""
-    queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
     epsilon, bias = config.layer_norm_epsilon, config.use_bias
-    self_attention = attention(
-        query=[heads(queries, size, "query", bias), rotary()],
-        key=[heads(keys, size, "key", bias), rotary()],
-        value=[heads(keys, size, "value", bias)],
-        output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),
-    )
+    self_attention = llama.build_attention(config, rotary(), bias)
     plain = mlp(config.intermediate_dim, config.hidden_dim, config.activation, bias)
     return pre_norm(name, lambda part: layer_norm(epsilon, part), self_attention, plain)
 

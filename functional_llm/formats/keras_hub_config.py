@@ -9,7 +9,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any, get_type_hints
 
 from functional_llm.backbones.family import Family, ModelConfig
-from functional_llm.backbones.keras_hub import REQUIRED, KerasHub
+from functional_llm.backbones.keras_hub.column import REQUIRED, KerasHub
 from functional_llm.formats.rope_config import check_value, shown
 from functional_llm.graph.types import JSON
 
@@ -36,7 +36,7 @@ def read_arguments(
         families: The families there are, by name.
         where: The place of the config, for messages.
 
-    A warning names what KerasHub computes otherwise than the arguments say.
+    A warning names what KerasHub computes otherwise than the model's authors.
 
     Raises:
         ValueError: If no family has such a class, or an argument is missing, unknown, or has a
@@ -73,8 +73,8 @@ def read_arguments(
 def _warn(class_name: object, wrong: Sequence[str], where: str) -> None:
     if wrong:
         warnings.warn(
-            f"{where}: KerasHub's {class_name} computes something else than these arguments say: "
-            f"{'; '.join(wrong)}. Here the model computes what they say, so its numbers are not "
+            f"{where}: KerasHub's {class_name} computes otherwise than the model's authors: "
+            f"{'; '.join(wrong)}. Here the model computes as theirs, so its numbers are not "
             "KerasHub's.",
             stacklevel=4,
         )

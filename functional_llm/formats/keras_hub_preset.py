@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from functional_llm.backbones.family import Family, ModelConfig
-from functional_llm.backbones.keras_hub import HEAD
+from functional_llm.backbones.keras_hub.column import HEAD
 from functional_llm.backbones.transforms import Rows
 from functional_llm.files.json_files import read_json
 from functional_llm.formats.keras_hub_config import read_arguments

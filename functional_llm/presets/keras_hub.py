@@ -1,5 +1,6 @@
 """KerasHub's models in memory to ours, and back."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -11,7 +12,7 @@ import numpy as np
 
 from functional_llm.backbones.families import FAMILIES
 from functional_llm.backbones.family import Family, ModelConfig
-from functional_llm.backbones.keras_hub import KerasHub
+from functional_llm.backbones.keras_hub.column import KerasHub
 from functional_llm.formats.keras_hub_config import make_arguments, read_arguments
 from functional_llm.formats.keras_hub_lora import load_lora
 from functional_llm.formats.keras_hub_weights import KerasHubLayers
@@ -73,7 +74,7 @@ def to_keras_hub(backbone: Backbone, class_name: str | None = None) -> Any:
     """Returns KerasHub's backbone of our model: every weight copied once, in its dtype.
 
     Its tasks (`keras_hub.models.Llama3CausalLM(hub_backbone, preprocessor)`), samplers and
-    `save_to_preset` work with it.
+    `save_to_preset` work with it. A warning says if its `generate` does not write what it computes.
 
     Args:
         backbone: The model. Adapters must be merged (`flm.peft.merge`), int8 weights cannot go.
@@ -93,6 +94,12 @@ def to_keras_hub(backbone: Backbone, class_name: str | None = None) -> Any:
         raise ValueError(
             f"Expected class_name to be one of {', '.join(column.classes)} for a "
             f"{family.model_type}. Received: {class_name!r}."
+        )
+    if wrong := column.wrong_text(backbone.config):
+        warnings.warn(
+            f"The `generate` of KerasHub's {name} does not write what the model computes: "
+            f"{'; '.join(wrong)}. Train it there, and write text here.",
+            stacklevel=2,
         )
     try:
         import keras_hub

@@ -42,9 +42,13 @@ class _Kind:
 
 
 _SENTENCES = _Kind(bos="<s>", eos="</s>")
-_GEMMA = _Kind(bos="<bos>", eos="<eos>", pad="<pad>")
+_GEMMA = _Kind(bos="<bos>", eos="<eos>", pad="<pad>", stops=("<end_of_turn>",))
+_GPT2 = _Kind(pre="gpt-2", bos="<|endoftext|>", eos="<|endoftext|>")
 KINDS = {
-    "GPT2Tokenizer": _Kind(pre="gpt-2", bos="<|endoftext|>", eos="<|endoftext|>"),
+    "BloomTokenizer": _Kind(pre="bloom", bos="<s>", eos="</s>", pad="<pad>"),
+    "FalconTokenizer": _GPT2,  # of Falcon RW, the only one that KerasHub has
+    "GPT2Tokenizer": _GPT2,
+    "GPTNeoXTokenizer": _GPT2,
     "Gemma3Tokenizer": _GEMMA,
     "GemmaTokenizer": _GEMMA,
     "Llama3Tokenizer": _Kind(
@@ -53,6 +57,8 @@ KINDS = {
     "LlamaTokenizer": _SENTENCES,
     "MistralTekkenTokenizer": _Kind(pre="tekken", bos="<s>", eos="</s>"),
     "MistralTokenizer": _SENTENCES,
+    "OPTTokenizer": _Kind(pre="gpt-2", bos="</s>", eos="</s>", pad="<pad>"),
+    "Phi3Tokenizer": _Kind(bos="<s>", eos="<|endoftext|>", stops=("<|end|>",)),
     "Qwen3Tokenizer": _Kind(pre="qwen2", eos="<|im_end|>", pad="<|endoftext|>"),
     "QwenTokenizer": _Kind(pre="qwen2", eos="<|endoftext|>"),
 }
@@ -109,11 +115,12 @@ def _byte_pairs(assets: Path, kind: _Kind, config: Mapping[str, Any]) -> Engine:
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version:")]
     pairs = [(pair[0], pair[1]) for pair in merges if len(pair) == 2]
     made = {left + right for left, right in pairs}
-    # What is neither a character of the byte alphabet nor made by a merge was added beside them.
+    # What is neither a character of the byte alphabet nor made by a merge was added beside them:
+    # special tokens, and GPT-NeoX's for several spaces.
     names = {x for x in vocabulary if len(x) > 1 and x not in made}
     names |= {x for x in config.get("unsplittable_tokens") or () if x in vocabulary}
     added = [
-        tokenizers.AddedToken(x, special=True, normalized=False)
+        tokenizers.AddedToken(x, special=not x.isspace(), normalized=False)
         for x in sorted(names, key=vocabulary.__getitem__)
     ]
     pre = PRE_TOKENIZERS[str(kind.pre)]

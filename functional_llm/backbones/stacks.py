@@ -1,0 +1,76 @@
+"""The graph around decoder layers, as most families have it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from functional_llm.backbones.family import DecoderConfig, MultiHeadConfig
+from functional_llm.blocks.attention import Part, key_value_shapes
+from functional_llm.blocks.language_model import Graph, LayerType, causal_lm
+from functional_llm.blocks.norm import rms_norm
+from functional_llm.blocks.rope import Rope
+from functional_llm.graph.composite import CompositeLayer
+
+# The same one throughout a signature.
+AnyConfig = TypeVar("AnyConfig", bound=DecoderConfig | MultiHeadConfig)
+
+
+def build_around(
+    config: DecoderConfig | MultiHeadConfig,
+    layers: Sequence[tuple[str, CompositeLayer]],
+    layer_types: Mapping[str, LayerType],
+    norm: Callable[[float, str], Part] = rms_norm,
+    **others: Any,
+) -> Graph:
+    """Returns the graph of layers with keys and values, a norm behind them.
+
+    Args:
+        config: The numbers of the model.
+        layers: As for `causal_lm`.
+        layer_types: As for `causal_lm`.
+        norm: Epsilon and name -> the norm.
+        **others: Other arguments of `causal_lm`, also in place of what follows from the numbers.
+    """
+    own: dict[str, Any] = {
+        "hidden_dim": config.hidden_dim,
+        "keeps": key_value_shapes(config.num_key_value_heads, config.head_dim),
+        "final_norm": norm(config.layer_norm_epsilon, "final_norm"),
+    }
+    return causal_lm(
+        vocabulary_size=config.vocabulary_size,
+        layer_types=layer_types,
+        layers=layers,
+        tie_word_embeddings=config.tie_word_embeddings,
+        **(own | others),
+    )
+
+
+def build_alike(
+    config: AnyConfig,
+    build_decoder: Callable[[AnyConfig, str], CompositeLayer],
+    norm: Callable[[float, str], Part],
+    layer_type: LayerType,
+    **others: Any,
+) -> Graph:
+    """Returns the graph of layers that are all of one type.
+
+    Args:
+        config: The numbers of the model.
+        build_decoder: Config and name -> a layer.
+        norm: As for `build_around`.
+        layer_type: Of the layers.
+        **others: As for `build_around`.
+    """
+    kind = "full_attention" if layer_type.window is None else "sliding_attention"
+    layers = [(kind, build_decoder(config, f"decoder_{i}")) for i in range(config.num_layers)]
+    return build_around(config, layers, {kind: layer_type}, norm, **others)
+
+
+def one_rope(config: DecoderConfig, window: int | None = None) -> dict[str, LayerType]:
+    """Returns the types of layers that share one RoPE: "sliding_attention" has the window."""
+    return {"full_attention": with_rope(config), "sliding_attention": with_rope(config, window)}
+
+
+def with_rope(config: DecoderConfig, window: int | None = None) -> LayerType:
+    """Returns the type of layers with the RoPE of the numbers, and a window if there is one."""
+    rope = Rope(config.rotary_dim, config.rope_max_wavelength, config.rope_scaling)
+    return LayerType(rope, window)
