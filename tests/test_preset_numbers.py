@@ -89,9 +89,7 @@ def test_a_preset_is_whole(name: str) -> None:
     fields = ["description", "family", "licence", "parameters", "source", "config"]
     assert list(preset) == fields
     family, config = _decoded(name)
-    assert encode_config(config) == preset["config"] | {
-        key: tuple(value) for key, value in preset["config"].items() if isinstance(value, list)
-    }
+    assert json.loads(json.dumps(encode_config(config))) == preset["config"]
     raw = json.loads(json.dumps(write_config(config, FAMILIES[family], "bfloat16")))
     assert read_config(raw, FAMILIES[family]) == config
     if "hub" in preset["source"]:
