@@ -138,6 +138,8 @@ def test_every_family_has_a_published_config() -> None:
         ("gemma2_9b", {"sliding_window_size": 512}, "=512 and sliding_window=4096"),
         ("qwen2.5_7b", {"use_mrope": True}, "use_mrope=True"),
         ("gpt2_medium", {"n_special": 3}, "n_special=3"),
+        ("nemotron_mini_4b_instruct", {"kv_channels": 64}, "kv_channels=64 and no head_dim"),
+        ("phi4_mini_instruct", {"full_attn_mod": 2}, "full_attn_mod=2"),
         ("llama3.2_1b", {"quantization_config": {"bits": 4}}, "quantization_config"),
     ],
 )
