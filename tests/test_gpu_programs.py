@@ -14,6 +14,7 @@ import pytest
 
 import functional_llm as flm
 from configs import CONFIGS
+from functional_llm.generation.run import make_prompt
 from functional_llm.xla.gpu_rules import GPU_RULES
 from functional_llm.xla.rewriter import optimize_for_gpu
 from reference import save_reference
@@ -95,7 +96,8 @@ def test_rows_that_have_ended_keep_their_cache(
     programs, weights = generator._programs, generator._programs.weights()
     sampler = flm.samplers.get("greedy")
     ids = [[7] * 9, [3] * 12][:rows]
-    prompt, slots = generator._prompt(ids, NUM_NEW, sampler, _keys(rows), None)
+    slots = 256
+    prompt = make_prompt(ids, slots, sampler, _keys(rows))
     no_stop = np.full(1, -1, "int32")
     _, state = programs.prefill(slots, weights, prompt, sampler)
     before = jax.tree.map(lambda x: np.array(x[0]), state.cache)
@@ -122,8 +124,7 @@ def test_greedy_carries_no_state_of_samplers(tmp_path: Path) -> None:
 def test_prompts_carry_ids_and_no_row_of_the_vocabulary(tmp_path: Path) -> None:
     backbone = _load("llama_grouped", tmp_path)
     vocabulary = backbone.output["logits"].shape[-1]
-    generator = flm.TextGenerator(backbone, None)
     sampler = flm.samplers.get("random", repetition_penalty=1.3)
-    prompt, _ = generator._prompt([[1, 2]], 4, sampler, _keys(1), None)
+    prompt = make_prompt([[1, 2]], 256, sampler, _keys(1))
     assert prompt.row_ids is not None
     assert all(vocabulary not in np.shape(x) for x in jax.tree.leaves(prompt))

@@ -11,7 +11,7 @@ import pytest
 
 import functional_llm as flm
 from configs import CONFIGS
-from functional_llm.generation import text_generator as generate
+from functional_llm.generation import run, text_generator
 from functional_llm.generation.programs import CompiledPrograms, DecodeState
 from functional_llm.generation.text_generator import TextGenerator
 from functional_llm.layers.cache import num_slots
@@ -58,7 +58,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 def _in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in STEPS.items():
-        monkeypatch.setattr(generate, name, value)
+        monkeypatch.setattr(run, name, value)
 
 
 # A sampler sees no cache: that its keys go on is seen with one of them.
@@ -92,7 +92,7 @@ def endless(folder: Path, monkeypatch: pytest.MonkeyPatch) -> TextGenerator:
 def test_a_stream_grows_at_the_last_moment(
     endless: TextGenerator, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "_SECONDS_PER_PIECE", 1e-9)  # a token at a time
+    monkeypatch.setattr(text_generator, "_SECONDS_PER_PIECE", 1e-9)  # a token at a time
     prompt = list(range(30, 51))
     expected = list(endless.stream(prompt, 180))
     sizes.clear()
@@ -108,7 +108,7 @@ def test_a_piece_of_a_stream_has_as_many_tokens_as_its_time_allows(
 ) -> None:
     texts = []
     for seconds, runs in ((1e-9, 70), (1e9, 4)):  # 1 from the prompt, then 1, 32, 32 and 5
-        monkeypatch.setattr(generate, "_SECONDS_PER_PIECE", seconds)
+        monkeypatch.setattr(text_generator, "_SECONDS_PER_PIECE", seconds)
         sizes.clear()
         texts.append("".join(endless.stream([5, 9, 20], 71)))
         assert len(sizes) == runs
@@ -138,8 +138,8 @@ def test_the_cache_of_an_earlier_turn_is_let_go(folder: Path) -> None:
     prompt_cache = flm.PromptCache()
     list(generator._run([[5, 9]], 8, "greedy", [], 0, prompt_cache))
     before = [weakref.ref(x) for x in jax.tree.leaves(prompt_cache.cache)]
-    run = generator._run([[*prompt_cache.ids, 7]], 8, "greedy", [], 0, prompt_cache)
-    next(run)
+    pieces = generator._run([[*prompt_cache.ids, 7]], 8, "greedy", [], 0, prompt_cache)
+    next(pieces)
     assert generator.stats.prefill_tokens == 1
     assert [ref() for ref in before] == [None] * len(before)
 

@@ -67,6 +67,7 @@ FAMILY = Family(
         "mlp_bias": "mlp_bias",
     },
     config_aliases={"rope_percent": "partial_rotary_factor"},
+    config_ignored={"kv_channels": "head_dim"},
     complete_keys=complete_keys,
     weights=[
         *starcoder2.AROUND,

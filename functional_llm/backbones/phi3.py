@@ -74,7 +74,13 @@ FAMILY = Family(
         "partial_rotary_factor": "partial_rotary_factor",
         "original_max_position_embeddings": int,
     },
-    config_constants=mistral.NO_BIASES,
+    # Of the last three, in Phi-4-mini's file, Microsoft's own code reads only the head's.
+    config_constants={
+        **mistral.NO_BIASES,
+        "lm_head_bias": False,
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
+    },
     complete_keys=complete_keys,
     written_keys=written_keys,
     weights=WEIGHTS,

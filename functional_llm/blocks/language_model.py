@@ -148,7 +148,8 @@ def shared_inputs(
     )
     shared = {"positions": positions, "mask": mask}
     if layer_type.rope is not None:
-        shared["rotation"] = rotation(positions, layer_type.rope)
+        segments = inputs["segment_ids"]
+        shared["rotation"] = rotation(positions, layer_type.rope, segments, kind)
     return shared, kept
 
 

@@ -12,6 +12,7 @@ from keras import ops
 
 from functional_llm.blocks.attention import Inputs, PartFunction
 from functional_llm.graph.types import Tensor
+from functional_llm.layers.long_texts import IsLongText
 
 
 class RopeScaling(Protocol):
@@ -193,9 +194,10 @@ class LongRopeScaling:
     """Divides the frequency of each pair of channels by a number of its own, unlike in long texts.
 
     A text is long if it has more tokens than the model was trained on at first. In a batch each
-    row is long or not on its own; Transformers takes all rows as long if one is. Keys in a cache
-    stay as they were turned: of a text that becomes long while it is written, those of the first
-    tokens. Transformers' `generate` reads such a text again.
+    row is long or not on its own, and each segment of a row; Transformers takes all rows as long
+    if one is. Keys in a cache stay as they were turned. So `TextGenerator`, like Transformers'
+    `generate`, reads a text again from its start when it becomes long while it is written; a loop
+    of your own has to (`layers.long_texts`).
 
     Args:
         short_factors: For texts that are not long, (H/2).
@@ -293,20 +295,24 @@ class Rope:
         return frequencies
 
 
-def rotation(positions_BT: Tensor, rope: Rope) -> dict[str, Tensor]:
+def rotation(
+    positions_BT: Tensor, rope: Rope, segment_ids_BT: Tensor | None = None, name: str = "rotation"
+) -> dict[str, Tensor]:
     """Returns cosine and signed sine of every position's angles, for `rotary`.
 
     Args:
         positions_BT: (B, T) integers.
         rope: The frequencies.
+        segment_ids_BT: (B, T) integers, or `None`: which tokens of a row are one text.
+        name: What the names of layers begin with.
 
     Returns:
         `{"cos": (B, T, 1, H), "sin": (B, T, 1, H)}`, float32. The first half of `sin` is negative.
     """
     frequencies = rope.frequencies
     if isinstance(scaling := rope.scaling, LongRopeScaling):
-        longest_B111 = ops.max(ops.expand_dims(positions_BT, (2, 3)), axis=1, keepdims=True)
-        is_long = longest_B111 >= scaling.original_max_sequence_length
+        texts = {"positions": positions_BT, "segment_ids": segment_ids_BT}
+        is_long = IsLongText(scaling.original_max_sequence_length, name=f"{name}_is_long")(texts)
         long = replace(rope, scaling=scaling.long).frequencies
         frequencies = ops.where(is_long, long, frequencies)
     angles = ops.cast(ops.expand_dims(positions_BT, (2, 3)), "float32") * frequencies

@@ -43,6 +43,7 @@ class Prompt(NamedTuple):
         keys: (B,) random keys, or `None` if the sampler draws nothing.
         cache: The cache of an earlier turn, or `None`.
         mask: (B, T, T) bool, False where a token must not see another, or `None`.
+        step: () int32, how many tokens have been written before: other random numbers for each.
     """
 
     tokens: np.ndarray
@@ -52,6 +53,7 @@ class Prompt(NamedTuple):
     keys: jax.Array | None
     cache: Cache | None
     mask: np.ndarray | None = None
+    step: np.int32 = np.int32(0)
 
 
 class DecodeState(NamedTuple):
@@ -153,7 +155,7 @@ class CompiledPrograms:
             state, done_B = self._state_shapes(slots, prompt), np.zeros(len(prompt.last), bool)
             calls.append(self._decode_call(weights, state, sampler, done_B, stop_ids, 1))
         program = self._compiled(calls)
-        with self.stats.timed("prefill_seconds"):
+        with self.stats.timed(self._phase):
             return jax.block_until_ready(program(*arguments))
 
     def decode(
@@ -199,10 +201,13 @@ class CompiledPrograms:
 
         rows = next(iter(cache.values()))["positions"].shape[0]
         program = self._compiled([_Call(("grow", rows, num_slots(cache), slots), copy, (cache,))])
-        # Before the prefill, only the cache of an earlier turn grows.
-        phase = "decode_seconds" if self.stats.prefill_seconds else "prefill_seconds"
-        with self.stats.timed(phase):
+        with self.stats.timed(self._phase):
             return jax.block_until_ready(program(cache))
+
+    @property
+    def _phase(self) -> str:
+        """Whose time it is: what comes before the first token is the prompt's."""
+        return "decode_seconds" if self.stats.prefill_seconds else "prefill_seconds"
 
     def _compiled(self, calls: Sequence[_Call]) -> Program:
         """Returns the program of the first call, after all of them are compiled."""
@@ -286,11 +291,12 @@ class CompiledPrograms:
                     lambda new, slots: store_tokens(new, slots, prompt.positions), cache, empty
                 )
             seen_BV = self._seen(prompt)
-            token_B, seen_BV = _sample(sampler, logits_BV, prompt.keys, jnp.int32(0), seen_BV)
+            step = jnp.asarray(prompt.step)
+            token_B, seen_BV = _sample(sampler, logits_BV, prompt.keys, step, seen_BV)
             return token_B, DecodeState(
                 token=token_B,
                 position=jnp.max(prompt.positions, axis=1) + 1,
-                step=jnp.int32(1),
+                step=step + 1,
                 seen=seen_BV,
                 keys=prompt.keys,
                 cache=cache,

@@ -1,11 +1,12 @@
 """The cache of a conversation, which the next turn reuses."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
 import jax
 
-from functional_llm.layers.cache import Cache, can_truncate, truncate_cache
+from functional_llm.layers.cache import Cache, can_truncate, latest_position, truncate_cache
 
 
 @dataclass
@@ -20,11 +21,15 @@ class PromptCache:
     ids: list[int] = field(default_factory=list)
     cache: Cache | None = None
 
-    def reuse(self, row: list[int]) -> tuple[int, Cache | None]:
+    def reuse(
+        self, row: Sequence[int], turning_lengths: Sequence[int] = ()
+    ) -> tuple[int, Cache | None]:
         """Gives up the cache, as far as its tokens agree with those of a new row.
 
         Args:
             row: The ids of the new turn, earlier turns included.
+            turning_lengths: Lengths beyond which the model reads a text in another way: a cache of
+                one side is of no use on the other.
 
         Returns:
             How many of the row's tokens are in the cache, and the cache; `None` if no token is. At
@@ -34,6 +39,9 @@ class PromptCache:
         known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         cache, self.ids, self.cache = self.cache, list(row), None
         if cache is None or known == 0 or not can_truncate(cache, known):
+            return 0, None
+        held = int(latest_position(cache)[0]) + 1 if turning_lengths else 0
+        if any((held > length) != (len(row) > length) for length in turning_lengths):
             return 0, None
         return known, truncate_cache(cache, known)
 

@@ -19,19 +19,11 @@ from functional_llm.generation.arguments import (
     check_ids,
     check_request,
     make_keys,
-    padded_masks,
     padded_stop_ids,
     without_padding,
 )
 from functional_llm.generation.compilation_cache import use_compilation_cache
-from functional_llm.generation.not_finite import not_finite_error
-from functional_llm.generation.programs import (
-    NOT_FINITE,
-    TOKENS_PER_RUN,
-    Announce,
-    CompiledPrograms,
-    Prompt,
-)
+from functional_llm.generation.programs import TOKENS_PER_RUN, Announce, CompiledPrograms
 from functional_llm.generation.prompt_cache import PromptCache
 from functional_llm.generation.prompts import (
     AnyPrompt,
@@ -41,15 +33,12 @@ from functional_llm.generation.prompts import (
     split_prompts,
 )
 from functional_llm.generation.results import NewTokens, Stats
+from functional_llm.generation.run import Request, Run
 from functional_llm.generation.samplers import SamplerNumbers
 from functional_llm.generation.stop_strings import StoppingDecoder
 from functional_llm.graph.backend import require_jax
-from functional_llm.layers.cache import Cache, capped_num_slots, num_slots
 from functional_llm.tokenizers import TextTokenizer
 
-_SMALLEST_PROMPT = 32
-_SMALLEST_CACHE = 256
-_SLOTS_AHEAD = 256  # slots that a cache has for new tokens from the beginning
 _TOKENS_UNSEEN = 32  # that are written before a stop string among them is noticed
 _SECONDS_PER_PIECE = 0.1  # of a stream; a piece has at least one token
 
@@ -78,6 +67,9 @@ class TextGenerator:
     no more than a prefill and a decode loop (and a copy, if they outgrow the cache of an earlier
     turn), and those before the first token. If all layers see a window, a cache stops growing at
     the largest window.
+
+    A model may read a whole text in another way once it is long (LongRoPE: Phi 3). A text that
+    becomes long while it is written is read again at that token, as Transformers does.
 
     Args:
         backbone: A Backbone, or any functional model with its inputs and outputs.
@@ -308,97 +300,18 @@ class TextGenerator:
         and `most` at most.
         """
         check_request(rows, max_new_tokens, self._vocabulary_size, self.context)
-        max_new_tokens = int(max_new_tokens)
         self._programs.stats = Stats()
-        chosen_sampler = jax.tree.map(_as_array, samplers.get(sampler))
-        stop_ids = padded_stop_ids(sorted(stop_token_ids))
-        weights = self._programs.weights()
-        keys_B = make_keys(seed, len(rows))
-        prompt, slots = self._prompt(rows, max_new_tokens, chosen_sampler, keys_B, prompt_cache)
-        if masks is not None:
-            prompt = prompt._replace(mask=padded_masks(masks, prompt.tokens.shape[1]))
-        token_B, state = self._programs.prefill(
-            slots, weights, prompt, chosen_sampler, stop_ids if max_new_tokens > 1 else None
+        request = Request(
+            rows=rows,
+            max_new_tokens=int(max_new_tokens),
+            sampler=jax.tree.map(_as_array, samplers.get(sampler)),
+            stop_ids=padded_stop_ids(sorted(stop_token_ids)),
+            keys=make_keys(seed, len(rows)),
+            masks=masks,
+            seconds=seconds,
+            most=most,
         )
-        del prompt  # and with it the cache of an earlier turn
-        lengths_B = np.array([len(row) for row in rows])
-        new_BC, written = np.asarray(token_B)[:, None], 1
-        # A stream's first token after the prefill comes alone.
-        token_seconds = seconds if math.isfinite(seconds) else 1.0
-        done_B = np.zeros(len(rows), bool)
-        try:
-            while True:
-                if (new_BC == NOT_FINITE).any():
-                    if prompt_cache is not None:
-                        prompt_cache.ids = []  # nor is what it holds
-                    raise not_finite_error(self.backbone)
-                done_B |= np.isin(new_BC, stop_ids[stop_ids >= 0]).any(axis=1)
-                yield NewTokens([[int(i) for i in ids if i >= 0] for ids in new_BC], done_B)
-                if prompt_cache is not None:
-                    prompt_cache.ids += [int(i) for i in new_BC[0] if i >= 0]
-                if written >= max_new_tokens or done_B.all():
-                    break
-                fitting = max(1, int(min(seconds / token_seconds, most)))
-                limit = min(fitting, max_new_tokens - written)
-                # The last token written is stored by the next step: one slot fewer than tokens.
-                taken = int(lengths_B[~done_B].max()) + written - 1
-                # A cache grows when it is full, and is doubled then.
-                free = num_slots(state.cache) - taken
-                limit = min(limit, free if free > 0 else num_slots(state.cache))
-                needed = taken + limit
-                state = state._replace(cache=self._grown(state.cache, needed))
-                before = self.stats.decode_seconds
-                new_BC, state = self._programs.decode(
-                    weights, state, chosen_sampler, done_B, stop_ids, limit
-                )
-                token_seconds = (self.stats.decode_seconds - before) / new_BC.shape[1]
-                written += new_BC.shape[1]
-        finally:
-            if prompt_cache is not None:
-                prompt_cache.keep(state.cache)
-
-    def _prompt(
-        self,
-        rows: list[list[int]],
-        max_new_tokens: int,
-        sampler: samplers.Sampler,
-        keys_B: jax.Array,
-        prompt_cache: PromptCache | None,
-    ) -> tuple[Prompt, int]:
-        """Returns what the prefill reads, padded to few shapes, and the number of slots."""
-        longest = max(map(len, rows))
-        slots = self._num_slots(longest + min(max_new_tokens, _SLOTS_AHEAD))
-        known, cache = (0, None) if prompt_cache is None else prompt_cache.reuse(rows[0])
-        if cache is not None:
-            cache = self._grown(cache, slots)
-            slots = num_slots(cache)
-        lengths = [len(row) - known for row in rows]
-        length = _power_of_two(max(lengths), _SMALLEST_PROMPT)
-        tokens_BT = np.zeros((len(rows), length), "int32")
-        positions_BT = np.full((len(rows), length), -1, "int32")
-        # No fewer than the slots, so that few shapes serve all lengths.
-        ids_BL = np.full((len(rows), max(slots, _power_of_two(longest, 1))), -1, "int32")
-        for i, row in enumerate(rows):
-            tokens_BT[i, : lengths[i]] = row[known:]
-            positions_BT[i, : lengths[i]] = np.arange(known, len(row))
-            ids_BL[i, : len(row)] = row
-        last_B = np.array(lengths, "int32") - 1
-        self.stats.prefill_tokens = sum(lengths)
-        row_ids = ids_BL if sampler.needs_seen else None
-        keys = keys_B if samplers.needs_keys(sampler) else None
-        return Prompt(tokens_BT, positions_BT, last_B, row_ids, keys, cache), slots
-
-    def _num_slots(self, needed: int) -> int:
-        return capped_num_slots(self.backbone, _power_of_two(needed, _SMALLEST_CACHE))
-
-    def _grown(self, cache: Cache, needed: int) -> Cache:
-        """Returns a cache in which so many positions fit, before a ring that may grow wraps."""
-        slots = self._num_slots(needed)
-        return cache if slots <= num_slots(cache) else self._programs.grow(cache, slots)
-
-
-def _power_of_two(number: int, smallest: int) -> int:
-    return max(smallest, 1 << (number - 1).bit_length())
+        return Run(self._programs, request, prompt_cache).new_tokens()
 
 
 def _as_array(number: float) -> jax.Array:

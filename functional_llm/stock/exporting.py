@@ -14,6 +14,7 @@ import keras
 import numpy as np
 
 from functional_llm.graph.precision import full_float32
+from functional_llm.layers.long_texts import turning_lengths
 from functional_llm.stock.keras_file import write_keras_file
 from functional_llm.stock.lowering import Lowering
 from functional_llm.stock.stablehlo import export_stablehlo
@@ -61,6 +62,8 @@ class Exportable:
                     f"no other format has strings. Received: format={format!r}, {kwargs}."
                 )
             context = getattr(getattr(model, "config", None), "max_sequence_length", None)
+            # The loop in a SavedModel reads no text again.
+            context = min([*turning_lengths(model), *([context] if context else [])], default=None)
             export_text_model(model, Path(filepath), tokenizer, max_new_tokens, context)
             return
         stock = Lowering(model).model

@@ -30,6 +30,7 @@ from functional_llm.layers.attention import (
     DescribedMask,
     KVCacheLookup,
 )
+from functional_llm.layers.long_texts import IsLongText
 
 Lower: TypeAlias = Callable[..., Nested]  # (layer, *args, **kwargs) -> outputs
 _Body: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
@@ -389,4 +390,5 @@ register_lowering(AttentionMask, _lower_mask)
 register_lowering(DescribedMask, _lower_mask)
 register_lowering(AttentionDotProduct, _lower_product)
 register_lowering(KVCacheLookup, _lower_lookup)
+register_lowering(IsLongText, IsLongText.call)
 register_lowering(OwnWeight, lambda layer, inputs: layer.variable)

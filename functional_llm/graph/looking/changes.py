@@ -91,7 +91,9 @@ class _Comparison:
             self._changes.kinds[path] = ADDED
             owners = [self._owners[id(v)] for v in layer.variables if id(v) in self._owners]
             if owners and not is_graph:
-                self._changes.lines[path] = [f"has the weights of {', '.join(dict.fromkeys(owners))}"]
+                self._changes.lines[path] = [
+                    f"has the weights of {', '.join(dict.fromkeys(owners))}"
+                ]
             return
         lines = [f"{_name(old)} → {_name(layer)}"] if type(old) is not type(layer) else []
         if is_graph and inner_layers(old) is not None:

@@ -145,7 +145,13 @@ class _Drawing:
             picture.add_subgraph(cluster)
             return first, last, cluster.get_name()
         if box.kind == "input":
-            look = {"shape": "ellipse", "label": box.title, "margin": "0.04,0.02", "width": "0.3", "height": "0.26"}
+            look = {
+                "shape": "ellipse",
+                "label": box.title,
+                "margin": "0.04,0.02",
+                "width": "0.3",
+                "height": "0.26",
+            }
             look = look if box.title else {"shape": "point", "width": "0.06"}
         else:
             look = {"label": _label(box, full=True)}

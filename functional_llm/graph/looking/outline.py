@@ -23,6 +23,7 @@ from functional_llm.graph.looking.units import Source, Unit, Units
 from functional_llm.graph.selection import inner_layers
 from functional_llm.graph.types import JSON, Layer
 
+
 @dataclass
 class Box:
     """A layer, operations, an input, or a block of boxes that repeats.
@@ -320,7 +321,9 @@ def span(names: Sequence[str]) -> str:
     """Returns names such as decoder_0, decoder_1, decoder_2, decoder_4 as `decoder_0–2, 4`."""
     stem = names[0].rstrip("0123456789")
     ends = [name.removeprefix(stem) for name in names]
-    if len(names) == 1 or not all(x.isdigit() and name.startswith(stem) for x, name in zip(ends, names, strict=True)):
+    if len(names) == 1 or not all(
+        x.isdigit() and name.startswith(stem) for x, name in zip(ends, names, strict=True)
+    ):
         return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
     numbers = sorted(map(int, ends))
     runs: list[list[int]] = []
