@@ -1,6 +1,7 @@
 """Where KerasHub computes something else than Transformers, and what its classes take."""
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,20 @@ def test_the_column_has_the_arguments_and_defaults_of_the_classes() -> None:
             if name == "Gemma3Backbone":
                 ours["image_size"] = REQUIRED  # of the class only: files may leave it out
             assert ours == theirs, name
+
+
+def test_the_page_names_the_classes_of_every_family(repository: Path) -> None:
+    text = (repository / "docs" / "keras_hub.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| ([\w, ]+) \| (`\w+Backbone`.*) \|$", text, re.M)
+    named = {
+        name: set(re.findall(r"`(\w+)`", line))
+        for names, line in lines
+        for name in names.split(", ")
+    }
+    columns = {x.model_type: x.keras_hub for x in FAMILIES.values() if x.keras_hub is not None}
+    assert named == {name: set(column.classes) for name, column in columns.items()}
+    writes = {row["family"] for row in flm.list_families() if "KerasHub" in row["writes"]}
+    assert writes == columns.keys() - {"falcon"}
 
 
 # Where KerasHub computes something else than Transformers.

@@ -100,14 +100,13 @@ _OLD = {"n_embed": "hidden_size", "n_head": "num_attention_heads", "n_layer": "n
 
 def weights(config: Config) -> Rows:
     """Returns the table: norms and groups depend on the design."""
-    layer, norms = "transformer.h.{}", _NORMS[config.num_parallel_norms].items()
-    return [
-        *bloom.AROUND,
-        *(row for x, y in norms for row in layer_norm_rows(f"{layer}.{x}", f"decoder_{{}}/{y}")),
-        *gpt_neox.layer_rows(layer, "self_attention", config.num_key_value_heads),
-    ]
+    layer, keys = "transformer.h.{}", config.num_key_value_heads
+    names = _NORMS[config.num_parallel_norms].items()
+    norms = [row for x, y in names for row in layer_norm_rows(f"{layer}.{x}", f"decoder_{{}}/{y}")]
+    return [*bloom.AROUND, *norms, *gpt_neox.layer_rows(layer, "self_attention", keys)]
 
 
+_GGUF = {"feed_forward_length": "ffn_hidden_size", "attention.head_count_kv": "num_kv_heads"}
 FAMILY = Family(
     model_type="falcon",
     models="Falcon 7B, 11B, 40B, 180B, RW",
@@ -124,11 +123,7 @@ FAMILY = Family(
     ignored=["*rotary*.inv_freq"],
     base_prefix="transformer.",
     gguf_architecture="falcon",
-    gguf_keys={
-        "feed_forward_length": "ffn_hidden_size",
-        "attention.head_count_kv": "num_kv_heads",
-        "attention.layer_norm_epsilon": "layer_norm_epsilon",
-    },
+    gguf_keys=_GGUF | {"attention.layer_norm_epsilon": "layer_norm_epsilon"},
     gguf_ignored=["tensor_data_layout"],
     keras_hub=gpts.FALCON,
 )

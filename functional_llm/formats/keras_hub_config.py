@@ -61,7 +61,7 @@ def read_arguments(
             stated.setdefault(_TIED, not has_head)
         config, problems[name] = _read(stated, families[name], columns[name])
         if config is not None:
-            _warn(class_name, columns[name].wrong(config), where)
+            _warn(class_name, columns[name].differences(config), where)
             return families[name], config
     fewest = min(problems.values(), key=len)
     raise ValueError(
@@ -156,7 +156,7 @@ def make_arguments(config: ModelConfig, family: Family) -> JSON:
         for name, value in expected.items()
         if name not in skipped and value != back[name]
     ]
-    problems += column.wrong(config)
+    problems += column.differences(config)
     if problems:
         raise ValueError(
             f"KerasHub's {column.classes[0]} is not such a model: {'; '.join(problems)}. Save the "

@@ -47,9 +47,10 @@ def _row(family: Family, presets: int) -> JSON:
         reads[0] += f" (also in {wrappers})"
     if family.gguf_architecture is not None:
         reads.append(f"GGUF (`{family.gguf_architecture}`)")
+    writes = ["Hugging Face"]
     if family.keras_hub is not None:
         reads.append("KerasHub")
-    writes = ["Hugging Face", *(["KerasHub"] if family.keras_hub is not None else [])]
+        writes += [] if family.keras_hub.always_wrong else ["KerasHub"]
     return {
         "family": family.model_type,
         "models": family.models,

@@ -42,8 +42,8 @@ class KerasHub:
         written: Config -> the arguments that are no field, or another number.
         weights: Config -> rows (place of a weight, path of our variable, transform); `{}` stands
             for the layer.
-        wrong: Config -> what KerasHub's class computes otherwise than the model's authors, for
-            these numbers or always.
+        wrong: Config -> what KerasHub's class computes otherwise than the model's authors.
+        always_wrong: What it computes otherwise whatever the numbers are.
         wrong_text: Config -> what its `generate` computes otherwise than the class.
         ignored: Arguments without a meaning for the models that can be read, or all of whose
             values `fields` reads.
@@ -57,10 +57,15 @@ class KerasHub:
     written: Callable[[Any], JSON]
     weights: Callable[[Any], Rows]
     wrong: Callable[[Any], Sequence[str]] = _nothing_wrong
+    always_wrong: Sequence[str] = ()
     wrong_text: Callable[[Any], Sequence[str]] = _nothing_wrong
     ignored: Sequence[str] = ()
     types: Mapping[str, Any] = field(default_factory=dict)
     computed: Callable[[Any], Mapping[str, np.ndarray]] = _nothing_computed
+
+    def differences(self, config: Any) -> list[str]:
+        """Returns what KerasHub computes otherwise than the authors of such a model."""
+        return [*self.always_wrong, *self.wrong(config)]
 
 
 SIZES = "vocabulary_size num_layers hidden_dim intermediate_dim".split()

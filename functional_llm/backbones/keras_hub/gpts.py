@@ -118,9 +118,8 @@ _DROPOUTS = ("attention_dropout_rate", "feedforward_dropout_rate")
 
 
 def _falcon_wrong(config: Any) -> list[str]:
-    epsilon = config.layer_norm_epsilon != 1e-5
-    found = ["the norms of its decoder layers have an epsilon of 1e-5"] if epsilon else []
-    return ["it does not round ALiBi to bfloat16, as Falcon was trained", *found]
+    other = config.layer_norm_epsilon != 1e-5
+    return ["the norms of its decoder layers have an epsilon of 1e-5"] if other else []
 
 
 def _falcon_weights(config: Any) -> Rows:
@@ -156,6 +155,7 @@ FALCON = KerasHub(
     },
     written=lambda x: {"num_attention_heads": x.num_query_heads, **dict.fromkeys(_DROPOUTS, 0)},
     wrong=_falcon_wrong,
+    always_wrong=["it does not round ALiBi to bfloat16, as Falcon was trained"],
     ignored=_DROPOUTS,
     weights=_falcon_weights,
 )
