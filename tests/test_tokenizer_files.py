@@ -50,7 +50,7 @@ def _texts(count: int) -> list[str]:
     return ["".join(rng.choices(PARTS, k=rng.randint(1, 12))) for _ in range(count)]
 
 
-def _check_same(ours: TextTokenizer, theirs: Any, count: int = 60) -> None:
+def check_same(ours: TextTokenizer, theirs: Any, count: int = 60) -> None:
     for text in _texts(count):
         for parse in (True, False):
             ids = theirs(text, add_special_tokens=False, split_special_tokens=not parse).input_ids
@@ -65,9 +65,9 @@ def _check_saved(ours: TextTokenizer, folder: Path) -> None:
     folder.mkdir()
     save_tokenizer(ours, folder)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    _check_same(ours, theirs)
+    check_same(ours, theirs)
     again = TextTokenizer.from_directory(folder)
-    _check_same(again, theirs, 20)
+    check_same(again, theirs, 20)
     assert (again.bos_token_id, again.add_bos) == (ours.bos_token_id, ours.add_bos)
     assert (again.stop_token_ids, again.pad_token_id) == (ours.stop_token_ids, ours.pad_token_id)
     assert again.special_tokens == ours.special_tokens == theirs.special_tokens_map
@@ -147,7 +147,7 @@ def test_a_sentencepiece_model_of_llama(tmp_path: Path, facts: dict[str, Any]) -
     (tmp_path / "tokenizer.model").write_bytes(proto)
     _write(tmp_path, {"tokenizer_config.json": LLAMA | facts})
     ours = TextTokenizer.from_directory(tmp_path)
-    _check_same(ours, transformers.LlamaTokenizer.from_pretrained(tmp_path))
+    check_same(ours, transformers.LlamaTokenizer.from_pretrained(tmp_path))
     assert ours.add_bos
     _check_saved(ours, tmp_path / "saved")
 
@@ -158,7 +158,7 @@ def test_a_tokenizer_json_of_llama(tmp_path: Path, legacy: bool) -> None:
     convert_sentencepiece(_sentencepiece_model(), {}).save(str(tmp_path / "tokenizer.json"))
     _write(tmp_path, {"tokenizer_config.json": LLAMA | {"legacy": legacy}})
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    _check_same(TextTokenizer.from_directory(tmp_path), theirs)
+    check_same(TextTokenizer.from_directory(tmp_path), theirs)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_tokens_beside_a_tokenizer_json(
     _write(tmp_path, {**files, "tokenizer_config.json": PLAIN | facts})
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ours = TextTokenizer.from_directory(tmp_path)
-    _check_same(ours, theirs)
+    check_same(ours, theirs)
     special = {i for i, token in theirs.added_tokens_decoder.items() if token.special}
     assert ours.engine.special_ids == special
     _check_saved(ours, tmp_path / "saved")

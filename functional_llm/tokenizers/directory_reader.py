@@ -13,7 +13,12 @@ from functional_llm.tokenizers.sentencepiece_conversion import PrependScheme, co
 from functional_llm.tokenizers.sentencepiece_engine import SentencePieceEngine
 from functional_llm.tokenizers.sentencepiece_model import load_sentencepiece
 from functional_llm.tokenizers.stop_tokens import stop_token_ids
-from functional_llm.tokenizers.transformers_classes import llama_scheme, read_as_class
+from functional_llm.tokenizers.transformers_classes import (
+    gpt2_tokenizer,
+    is_gpt2,
+    llama_scheme,
+    read_as_class,
+)
 
 TEMPLATE_FOLDER = "additional_chat_templates"
 
@@ -66,6 +71,8 @@ def _engine_from_directory(
     if (path / "tokenizer.model").is_file():
         scheme = llama_scheme(config, model)
         return _engine_from_sentencepiece(path / "tokenizer.model", added, scheme)
+    if is_gpt2(config, model) and (path / "vocab.json").is_file():
+        return _engine_from_vocabulary(path, added, config)
     found = sorted(file.name for file in path.iterdir()) if path.is_dir() else "no such folder"
     raise ValueError(
         f"There is no tokenizer in {path}. Expected: tokenizer.json or tokenizer.model. Received: "
@@ -87,6 +94,21 @@ def _engine_from_json(
             f"Received: a file it cannot read ({error}). Fetch the file again."
         ) from error
     return _with_added(tokenizer, added, path)
+
+
+def _engine_from_vocabulary(path: Path, added: AddedTokens, config: Mapping[str, Any]) -> Engine:
+    """Reads the two files of GPT-2, which are all that OPT was published with."""
+    files = path / "vocab.json", path / "merges.txt"
+    try:
+        model = tokenizers.models.BPE.from_file(*map(str, files))
+    # The library raises no narrower class.
+    except Exception as error:
+        raise ValueError(
+            f"The vocabulary in {path} is malformed. Expected: vocab.json, and merges.txt of its "
+            f"tokens. Received: files that the library tokenizers cannot read ({error}). Fetch "
+            "them again."
+        ) from error
+    return _with_added(gpt2_tokenizer(model, config), added, path)
 
 
 def _with_added(tokenizer: tokenizers.Tokenizer, added: AddedTokens, path: Path) -> Engine:
@@ -125,7 +147,10 @@ def _engine_from_sentencepiece(
 
 def _adds_bos(path: Path, engine: Engine, bos: int) -> bool:
     """Whether a tokenizer puts BOS first if tokenizer_config.json does not say."""
-    if isinstance(engine, TokenizersEngine) and (path / "tokenizer.json").is_file():
+    is_sentencepiece = (path / "tokenizer.model").is_file()
+    if isinstance(engine, TokenizersEngine) and (
+        (path / "tokenizer.json").is_file() or not is_sentencepiece
+    ):
         return engine.tokenizer.encode("").ids[:1] == [bos]
     return True
 

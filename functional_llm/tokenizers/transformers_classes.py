@@ -9,6 +9,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import tokenizers
+
 from functional_llm.tokenizers.engines import SPACE
 from functional_llm.tokenizers.sentencepiece_conversion import PrependScheme
 
@@ -41,7 +43,7 @@ def read_as_class(text: str, config: Mapping[str, Any], model: Mapping[str, Any]
     scheme, is_byte_level = llama_scheme(config, model), '"ByteLevel"' in text
     if scheme is not None and not is_byte_level:
         return json.dumps(_read_as_llama(json.loads(text), scheme))
-    if _class_name(config, model) == "GPT2Tokenizer" and "add_prefix_space" in config:
+    if is_gpt2(config, model) and "add_prefix_space" in config:
         content = json.loads(text)
         words = content.get("pre_tokenizer") or {}
         if words.get("type") == "ByteLevel":
@@ -50,9 +52,35 @@ def read_as_class(text: str, config: Mapping[str, Any], model: Mapping[str, Any]
     return text
 
 
+def is_gpt2(config: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
+    """Whether Transformers takes its GPT2Tokenizer.
+
+    Args:
+        config: What tokenizer_config.json holds.
+        model: What config.json holds.
+    """
+    return _class_name(config, model) == "GPT2Tokenizer"
+
+
+def gpt2_tokenizer(
+    model: tokenizers.models.BPE, config: Mapping[str, Any]
+) -> tokenizers.Tokenizer:
+    """Returns what GPT2Tokenizer makes of a vocabulary alone.
+
+    Args:
+        model: Tokens and merges.
+        config: What tokenizer_config.json holds.
+    """
+    tokenizer = tokenizers.Tokenizer(model)
+    prefix = bool(config.get("add_prefix_space"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer
+
+
 def _class_name(config: Mapping[str, Any], model: Mapping[str, Any]) -> str | None:
     name = config.get("tokenizer_class") or model.get("tokenizer_class")
-    if name is None and model.get("model_type") == "gpt2":
+    if name is None and model.get("model_type") in ("gpt2", "opt"):
         name = "GPT2Tokenizer"
     if name is None and (model.get("model_type") == "llama" or "legacy" in config):
         name = "LlamaTokenizer"
