@@ -14,11 +14,11 @@ from functional_llm.generation.prompt_cache import PromptCache
 from functional_llm.generation.text_generator import TextGenerator
 from functional_llm.graph.capturing import capture
 from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.freezing import Freezable
+from functional_llm.graph.keeping_values import KeepsValues
 from functional_llm.graph.looking.drawing import plot
 from functional_llm.graph.looking.page import explore
 from functional_llm.graph.looking.tree_view import tree_view
-from functional_llm.graph.freezing import Freezable
-from functional_llm.graph.keeping_values import KeepsValues
 from functional_llm.graph.rewiring import rewire, shared_copy
 from functional_llm.graph.selection import select, walk
 from functional_llm.kernels import AttentionFacts, AttentionKernel, Mask, register_attention

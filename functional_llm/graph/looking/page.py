@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from functional_llm.graph.looking.boxes import Box, Level, rows_of
 from functional_llm.graph.looking.facts import Weight
-from functional_llm.graph.looking.outline import Box, Level, outline, rows_of
+from functional_llm.graph.looking.outline import outline
 from functional_llm.graph.types import JSON, Layer
 
 _PARTS = Path(__file__).parent / "page"
@@ -153,7 +154,9 @@ def arrange(level: Level) -> list[list[int]]:
     for i in reversed(range(len(rows))):  # what takes nothing stands right above who takes it
         if not above[i] and below[i]:
             rows[i] = min(rows[j] for j in below[i]) - 1
-    order = [[i for i in range(len(rows)) if rows[i] == row] for row in range(max(rows, default=-1) + 1)]
+    order = [
+        [i for i in range(len(rows)) if rows[i] == row] for row in range(max(rows, default=-1) + 1)
+    ]
     for near, lines in ((above, order), (below, order[::-1])) * 2:
         places = _places(order)
         for line in lines:

@@ -65,7 +65,8 @@ class Units:
     Attributes:
         inputs: The graph's symbolic inputs, flat.
         input_names: Their names, such as `rotation.cos`; `input_keys` are the first words of those.
-        output_keys: Id of a tensor -> the first words of the names under which the graph returns it.
+        output_keys: Id of a tensor -> the first words of the names under which the graph returns
+            it.
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -96,7 +97,9 @@ class Units:
             return maker.layer.name
         text = self.formula(maker)
         if "\n" in text or len(text) > _LONGEST_NAME:
-            return next(word(x.operation) for x in maker.calls if any(y is tensor for y in x.outputs))
+            return next(
+                word(x.operation) for x in maker.calls if any(y is tensor for y in x.outputs)
+            )
         return f"({text})" if " " in text else text
 
     def formula(self, unit: Unit) -> str:
@@ -118,7 +121,9 @@ class Units:
         for unit in self.units:
             if unit.layer is not None:
                 read = [x for x in unit.sources if x.unit is None or self.units[x.unit].layer]
-                names.setdefault(unit.layer.name, set()).update(self.name_of(x.tensor) for x in read)
+                names.setdefault(unit.layer.name, set()).update(
+                    self.name_of(x.tensor) for x in read
+                )
         return names
 
     def _ordered(self, groups: list[list[Call]]) -> list[Unit]:
