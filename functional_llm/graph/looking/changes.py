@@ -18,8 +18,8 @@ class Changes:
         kinds: Path of a layer -> `"added"`, `"changed"`, or `"inside"` for one that only has
             something inside that is.
         lines: Path of a layer -> what is other in it, a sentence each.
-        removed: Path of a layer with a graph, empty for the model -> the names of the layers and the
-            formulas that only the other one has there.
+        removed: Path of a layer with a graph, empty for the model -> the names of the layers and
+            the formulas that only the other one has there.
         formulas: Path of a layer with a graph -> formulas in it that the other one has not.
     """
 
@@ -123,18 +123,26 @@ class _Comparison:
         pair = (self._now[path], self._before[path]) if path else self._models
         units, old_units = (Units(layer) for layer in pair)
         now, before = units.formulas(), old_units.formulas()
-        taken, old_taken = units.taken(), old_units.taken()
-        for name in taken.keys() & old_taken.keys():
-            if taken[name] and old_taken[name] and taken[name] != old_taken[name]:
-                inner = f"{path}/{name}" if path else name
-                others = [", ".join(sorted(x)) for x in (taken[name], old_taken[name])]
-                self._changes.kinds[inner] = CHANGED
-                lines = self._changes.lines.setdefault(inner, [])
-                lines.append(f"takes {others[0]}, not {others[1]}")
+        self._compare_connections(path, units.taken(), old_units.taken())
         if added := list((now - before).elements()):
             self._changes.formulas[path] = added
         if gone := list((before - now).elements()):
             self._changes.removed.setdefault(path, []).extend(gone)
+
+    def _compare_connections(
+        self, path: str, now: dict[str, set[str]], before: dict[str, set[str]]
+    ) -> None:
+        """Notes layers that read other layers and inputs than before, of those that both have."""
+        there = now.keys() & before.keys()
+        known = set().union(*now.values()) & set().union(*before.values()) | there
+        for name in there:
+            new, gone = (now[name] - before[name]) & known, before[name] - now[name]
+            if new and gone:
+                inner = f"{path}/{name}" if path else name
+                self._changes.kinds[inner] = CHANGED
+                words = [", ".join(sorted(x)) for x in (new, gone)]
+                lines = self._changes.lines.setdefault(inner, [])
+                lines.append(f"takes {words[0]}, not {words[1]}")
 
 
 def _name(layer: Layer) -> str:

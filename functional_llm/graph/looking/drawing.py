@@ -6,8 +6,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
 
+from functional_llm.graph.looking.boxes import Arrow, Box, Level
 from functional_llm.graph.looking.changes import ADDED, CHANGED, INSIDE
-from functional_llm.graph.looking.outline import Arrow, Box, Level, outline
+from functional_llm.graph.looking.outline import outline
 from functional_llm.graph.selection import matches
 from functional_llm.graph.types import Layer
 
@@ -63,7 +64,7 @@ def plot(
         import pydot
     except ImportError as error:
         raise ImportError("Drawing needs pydot and Graphviz: pip install pydot.") from error
-    picture = pydot.Dot(rankdir="TB", compound="true", nodesep="0.2", ranksep="0.28")
+    picture: Picture = pydot.Dot(rankdir="TB", compound="true", nodesep="0.2", ranksep="0.28")
     picture.set_graph_defaults(fontname="sans-serif", fontsize="11")
     picture.set_node_defaults(
         shape="box", style="rounded,filled", fontname="sans-serif", fontsize="11", margin="0.1,0.05"

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from functional_llm.graph.looking.boxes import Box, Level, rows_of
 from functional_llm.graph.looking.facts import Weight
-from functional_llm.graph.looking.outline import Box, Level, outline, rows_of
+from functional_llm.graph.looking.outline import outline
 from functional_llm.graph.types import JSON, Layer
 
 _PARTS = Path(__file__).parent / "page"

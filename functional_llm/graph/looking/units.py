@@ -65,7 +65,8 @@ class Units:
     Attributes:
         inputs: The graph's symbolic inputs, flat.
         input_names: Their names, such as `rotation.cos`; `input_keys` are the first words of those.
-        output_keys: Id of a tensor -> the first words of the names under which the graph returns it.
+        output_keys: Id of a tensor -> the first words of the names under which the graph returns
+            it.
     """
 
     def __init__(self, layer: Layer) -> None:
