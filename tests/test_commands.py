@@ -183,9 +183,9 @@ def test_what_an_adapter_may_call_its_base(
 
 
 @pytest.fixture(scope="module")
-def other(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tiny model: as large, and not the one that adapters name."""
-    return shutil.copytree(tiny, tmp_path_factory.mktemp("other") / "copy")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of another size, which is not the one that adapters name."""
+    return save_tiny(tmp_path_factory.mktemp("other") / "larger", vocabulary_size=320)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def other(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--adapter", "A=much"], "expected a number as the weight of .*, received 'much'"),
         (["--adapter", "A=nan"], "received 'nan'"),
         (["--adapter", "TINY"], "tiny has no adapter_config.json"),
-        (["--preset", "OTHER", "--adapter", "A"], "for another base. .*/copy. Received: .*/tiny"),
+        (["--preset", "OTHER", "--adapter", "A"], "for another base. .*/larger. Received: .*/tiny"),
         (["--preset", "A", "--adapter", "A"], "/a is given twice"),
         ([], "the following arguments are required: --adapter"),
         (["--adapter", "A", "--preset", "nope"], "Unknown preset 'nope'"),
@@ -222,6 +222,7 @@ def test_adapters_that_cannot_be_merged(
     assert len(error.splitlines()) <= 2 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("default:The adapter in:UserWarning")
 def test_a_base_that_does_not_fit_and_one_in_int8(
     tiny: Path, adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,11 +235,16 @@ def test_a_base_that_does_not_fit_and_one_in_int8(
     assert run("generate", "--preset", tiny, "--adapter", broken) == 2
     assert "it was made for someone/else" in capsys.readouterr().err
     flm.quantize(flm.Backbone.from_preset(tiny)).save(tmp_path / "int8.keras")
+    with pytest.warns(
+        UserWarning, match=r"made for .*/tiny, and is used with .*/int8.keras, which"
+    ):
+        flm.TextGenerator.from_preset(tmp_path / "int8.keras", adapters / "a")
     output = tmp_path / "out"
     options = ["--preset", tmp_path / "int8.keras", "--adapter", adapters / "a"]
     assert run("merge", *options, "--output", output) == 2
-    assert re.search("base of floats .* int8.keras, [0-9]+ layers of which hold int8",
-                     capsys.readouterr().err)  # fmt: skip
+    warned, error = capsys.readouterr().err.splitlines()
+    assert warned.startswith("functional-llm merge: The adapter in")
+    assert re.search("base of floats .* .*int8.keras, [0-9]+ layers of which hold int8", error)
     assert not output.exists()
 
 

@@ -55,7 +55,7 @@ def test_adapters_however_they_are_given(tiny: Path, adapter: Path, tmp_path: Pa
     assert np.abs(logits(tiny, [adapter, other]) - expected).max() > 1e-2
     assert np.abs(logits(tiny, [adapter], dtype="bfloat16") - expected).max() < 0.3
     small = flm.TextGenerator.from_preset(adapter, quantize="int8")
-    assert quantized_paths(small.backbone) == []  # all of them lie under adapters
+    assert quantized_paths(small.backbone)
     for given, message in (
         ([adapter, adapter], "one is given twice"),
         ([adapter, f"{adapter.parent}/../{adapter.parent.name}/one"], "given twice"),
@@ -75,7 +75,6 @@ def test_generate_and_stream_take_the_same_prompts(generator: Any, tiny: Path) -
         "The quick",
         MESSAGES,
         tuple(MESSAGES),
-        MESSAGES[0],
         ids,
         np.array(ids),
         tokenizer("The quick"),
