@@ -1,8 +1,9 @@
-"""A package index and a Hub with one repository, on 127.0.0.1."""
+"""A package index and a Hub with one repository, to read and to write, on 127.0.0.1."""
 
 import hashlib
 import json
 import threading
+from base64 import b64decode
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -21,6 +22,8 @@ class Server:
         self.stalled = threading.Event()
         self.released = threading.Event()
         self.requests: list[tuple[str, str]] = []
+        self.created: list[dict[str, Any]] = []  # what was asked for at each creation
+        self.token = "hf_right"  # that may write
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -29,6 +32,10 @@ class Server:
             def do_GET(self) -> None:
                 server.requests.append((self.command, self.path))
                 server.answer(self)
+
+            def do_POST(self) -> None:
+                server.requests.append((self.command, self.path))
+                server.receive(self, self.rfile.read(int(self.headers["Content-Length"] or 0)))
 
             def do_HEAD(self) -> None:
                 self.do_GET()
@@ -80,11 +87,41 @@ class Server:
         else:
             self.refuse(request, 404, "RepoNotFound")
 
-    def refuse(self, request: BaseHTTPRequestHandler, status: int, code: str) -> None:
+    def receive(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
+        """Makes a repository, and takes a commit, if the token may write."""
+        path = request.path.split("?")[0]
+        if request.headers["Authorization"] != f"Bearer {self.token}":
+            return self.refuse(request, 401, "", b"{}")
+        if path == "/api/repos/create":
+            self.created.append(json.loads(body))
+            name = f"{self.created[-1]['organization']}/{self.created[-1]['name']}"
+            if name != REPO:
+                return self.refuse(request, 403, "", b"{}")
+            answer: dict[str, Any] = {"url": f"{self.url}/{name}"}
+        elif path == "/api/validate-yaml":
+            answer = {"errors": [], "warnings": []}
+        elif path == f"/api/models/{REPO}/preupload/main":
+            names = [file["path"] for file in json.loads(body)["files"]]
+            mode = {"uploadMode": "regular", "shouldIgnore": False}
+            answer = {"files": [{"path": name, **mode} for name in names]}
+        elif path == f"/api/models/{REPO}/commit/main":
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.repo[line["value"]["path"]] = b64decode(line["value"]["content"])
+            url = f"{self.url}/{REPO}/commit/{COMMIT}"
+            answer = {"commitUrl": url, "commitOid": COMMIT, "success": True}
+        else:
+            return self.refuse(request, 404, "RepoNotFound")
+        self.send(request, json.dumps(answer).encode(), "application/json")
+
+    def refuse(
+        self, request: BaseHTTPRequestHandler, status: int, code: str, body: bytes = b""
+    ) -> None:
         request.send_response(status)
         request.send_header("X-Error-Code", code)
-        request.send_header("Content-Length", "0")
+        request.send_header("Content-Length", str(len(body)))
         request.end_headers()
+        request.wfile.write(body)
 
     def send(self, request: BaseHTTPRequestHandler, data: bytes, kind: str = "a/b") -> None:
         start = 0

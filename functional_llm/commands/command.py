@@ -2,6 +2,7 @@
 
 import sys
 import time
+import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,8 +46,14 @@ class Command:
         self.add_options(parser)
         arguments = parser.parse_args(options)
         self.check(parser, arguments)
+
+        def say(message: Warning | str, *place: object) -> None:
+            print(f"{program}: {message}", file=sys.stderr)
+
         try:
-            self.run(arguments)
+            with warnings.catch_warnings():
+                warnings.showwarning = say
+                self.run(arguments)
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             notes = getattr(error, "__notes__", ())
             print(f"{program}: {error}", *notes, sep="\n", file=sys.stderr)

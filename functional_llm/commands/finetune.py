@@ -56,8 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
         check_memory=arguments.check_memory,
         **resume,
     )
-    held_out_loss = {"held out": loss for _, loss in history.held_out[-1:]}
-    add_losses(arguments.output, {"training": history.losses[-1]} | held_out_loss)
+    last = {"training": history.losses[-1:], "held out": [x for _, x in history.held_out[-1:]]}
+    add_losses(arguments.output, {name: losses[0] for name, losses in last.items() if losses})
     if find_spec("matplotlib") is not None:
         draw(arguments.output / "loss.png", history, training)
 

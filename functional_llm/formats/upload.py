@@ -102,10 +102,11 @@ def _prepare_repository(repository: str, private: bool | None, token: str | None
 
     with _explained(repository):
         validate_repo_id(repository)
-        if "/" not in repository:
-            raise _bad_name(repository, "")
-        if token is None and get_token() is None:
-            raise _no_token(repository, "no token")
+    if "/" not in repository:
+        raise _bad_name(repository, "")
+    if token is None and get_token() is None:
+        raise _no_token(repository, "no token")
+    with _explained(repository):
         HfApi(token=token).create_repo(repository, private=private, exist_ok=True)
 
 
@@ -127,8 +128,6 @@ def _explained(repository: str) -> Iterator[None]:
         if status == 403:
             raise _no_token(repository, "a token that may not write there") from error
         raise _failed(repository, error) from error
-    except (ValueError, FileNotFoundError):
-        raise
     except Exception as error:  # the library lets errors of its HTTP client through
         raise _failed(repository, error) from error
 

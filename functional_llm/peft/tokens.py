@@ -49,7 +49,7 @@ class TrainedTokens(Adapter):
             origin = self.linear.layer
             new = new + y - (origin(x, reverse=True) if reverse else origin(x))
         weight = ops.cast(self.gate, y.dtype)
-        mixed = weight * new + (1 - weight) * y
+        mixed = new * weight + y * (1 - weight)  # in this order also in a stock graph
         return self.activation(ops.where(places >= 0, mixed, y))
 
     def kernel_change(self) -> Tensor:

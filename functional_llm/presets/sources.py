@@ -6,6 +6,7 @@ The folder or the repository of an adapter is a handle, too: of its base.
 """
 
 import re
+import warnings
 from pathlib import Path
 
 from functional_llm.backbones.families import FAMILIES
@@ -132,14 +133,24 @@ def base_handle(folder: Path) -> str:
 
 
 def check_base(folder: Path, handle: str | Path) -> None:
-    """Checks that an adapter is for the model of a handle, as far as their names tell.
+    """Checks that an adapter is for the model of a handle, as far as names and sizes tell.
+
+    Warns at a base in another place that has the same sizes: it may be a copy.
 
     Raises:
         ValueError: If the adapter's config names another base.
     """
     base = read_json(folder / CONFIG_NAME).get("base_model_name_or_path")
     names, others = _all_names(str(handle)), _all_names(str(base or ""))
-    if names and others and not names & others and _kind(names) == _kind(others):
+    if not names or not others or names & others or _are_paths(names) != _are_paths(others):
+        return
+    if _are_paths(names) and read_numbers(str(base))[:2] == read_numbers(handle)[:2]:
+        warnings.warn(
+            f"The adapter in {folder} was made for {base}, and is used with {handle}, which has "
+            "the same sizes. Are both one model?",
+            stacklevel=4,
+        )
+    else:
         raise ValueError(
             f"The adapter in {folder} is for another base. Expected: an adapter for {handle}. "
             f"Received: one for {base}. Leave the model's handle out to load the adapter's own "
@@ -163,7 +174,7 @@ def _all_names(handle: str) -> set[str]:
     return set() if path.is_absolute() else {handle}
 
 
-def _kind(names: set[str]) -> bool:
+def _are_paths(names: set[str]) -> bool:
     return all(Path(name).is_absolute() for name in names)
 
 
