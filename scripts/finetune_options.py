@@ -216,7 +216,7 @@ def check_targets(arguments: argparse.Namespace) -> None:
     if arguments.targets in (None, ["all"]):
         return
     family, config, _ = read_numbers(arguments.preset)
-    paths = module_names(family.weights, config.num_layers)
+    paths = module_names(family.rows(config), config.num_layers)
     for pattern in arguments.targets:
         if not any(matches(path, pattern) for path in paths):
             names = dict.fromkeys(path.rpartition("/")[2] for path in paths)

@@ -62,6 +62,7 @@ SAID: dict[str, dict[str, Any]] = {
     "phi_half_of_each_head": {},
     "stablelm_quarter_of_each_head": {},
     "stablelm_parallel_biases": {},
+    "stablelm_norm_of_each_head": {},
     "cohere_pairs": {},
     "cohere_query_key_norm_untied": {"tie_word_embeddings": True},
     "cohere2_default_pattern": {},

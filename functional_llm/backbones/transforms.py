@@ -18,12 +18,14 @@ class Transform:
         groups: In how many equal pieces the axis falls, each of which holds a share of every part,
             in order: all queries, all keys and all values are one group; a query, a key and a value
             of each head are as many groups as heads.
+        computes: Whether the numbers change, beside their places: they are read in float32 then.
     """
 
     forward: Callable[[np.ndarray], np.ndarray]
     inverse: Callable[[np.ndarray], np.ndarray]
     axis: int | None = None
     groups: int = 1
+    computes: bool = False
 
     def split(self, array: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
         """Returns the values of the variables; `sizes` are those of the parts on the axis."""
@@ -57,9 +59,14 @@ def _same(array: np.ndarray) -> np.ndarray:
     return array
 
 
+def _transpose(array: np.ndarray) -> np.ndarray:
+    """Returns the array with its last two axes swapped: of one matrix, or of one an expert."""
+    return array.swapaxes(-1, -2)
+
+
 TRANSFORMS = {
     "same": Transform(_same, _same),
-    "transpose": Transform(np.transpose, np.transpose),
+    "transpose": Transform(_transpose, _transpose),
     "last_axis": Transform(_same, _same, axis=-1),
 }
 
@@ -93,10 +100,12 @@ def heads_first(heads: int, size: int) -> Transform:
 def fused(groups: int = 1) -> tuple[Transform, Transform]:
     """Returns the transforms of weight and bias of a Linear that is several Dense in one.
 
+    Of experts in one tensor (E, out, in) and their biases (E, out), too.
+
     Args:
         groups: As in `Transform`.
     """
     return (
-        Transform(np.transpose, np.transpose, axis=0, groups=groups),
-        Transform(_same, _same, axis=0, groups=groups),
+        Transform(_transpose, _transpose, axis=-2, groups=groups),
+        Transform(_same, _same, axis=-1, groups=groups),
     )

@@ -14,12 +14,16 @@ import gguf
 import numpy as np
 
 from functional_llm.backbones.family import Family, ModelConfig
+from functional_llm.backbones.transforms import Row, Rows
 from functional_llm.formats.gguf_file import GGUFFile, open_gguf
 from functional_llm.formats.hf_config import read_config
 from functional_llm.formats.rope_config import LAYER_TYPES
 from functional_llm.formats.source import Source, known_family
 from functional_llm.formats.tensor_reader import float_dtype
-from functional_llm.formats.weight_table import Tensor, TensorSource
+from functional_llm.formats.tensor_source import TensorSource
+from functional_llm.formats.weight_table import (
+    in_one_tensor,
+)
 from functional_llm.graph.types import JSON
 from functional_llm.tokenizers import TextTokenizer, save_tokenizer
 
@@ -108,10 +112,11 @@ class GGUFModel(Source):
     def config(self) -> ModelConfig:
         return read_config(_read_raw_config(self._file, self.family), self.family)
 
-    def expand_table(self, paths: Sequence[str]) -> Sequence[Tensor]:
-        # llama.cpp's converter lays the parts of fused tensors one behind the other.
-        tensors = super().expand_table(paths)
-        return [replace(x, transform=replace(x.transform, groups=1)) for x in tensors]
+    @property
+    def rows(self) -> Rows:
+        own = list(self.family.gguf_rows(self.config))
+        replaced = {target for _, target, _ in own}
+        return [*own, *(_as_converted(row) for row in super().rows if row[1] not in replaced)]
 
     def open_tensors(self, names: Sequence[str]) -> TensorSource:
         return _HuggingFaceView(self._file, names, self.family, self.config)
@@ -121,6 +126,17 @@ class GGUFModel(Source):
 
     def write_tokenizer(self, folder: Path) -> None:
         save_tokenizer(self.read_tokenizer(TextTokenizer), folder)
+
+
+def _as_converted(row: Row) -> Row:
+    """Returns a row for what llama.cpp's converter makes of its tensor.
+
+    The converter stacks the tensors of a variable, and lays the parts of fused tensors one behind
+    the other.
+    """
+    source, target, transform = row
+    whole = transform if isinstance(transform, str) else replace(transform, groups=1)
+    return in_one_tensor(source), target, whole
 
 
 def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
