@@ -298,7 +298,7 @@ def test_what_does_not_fit_is_named(arrays: dict[str, np.ndarray], words: list[s
 
 @pytest.mark.parametrize("name", ["granitemoe", "llama4_text", "gpt_oss"])
 def test_a_fused_tensor_of_another_size_is_named(name: str) -> None:
-    options = {"biases": name == "gpt_oss"}
+    options: dict[str, Any] = {"biases": name == "gpt_oss"}
     arrays = export(LAYOUTS[name], model(**options))
     for tensor, array in arrays.items():
         for axis in range(array.ndim):
@@ -350,3 +350,17 @@ def test_entries_are_read_in_the_dtype_of_the_variable() -> None:
     variables = load(QWEN3, source, dtype="bfloat16")
     assert {dtype for _, dtype in source.reads} == {"bfloat16"}
     assert {str(v.dtype) for v in variables} == {"bfloat16"}
+
+
+def test_numbers_that_are_computed_are_read_in_float32() -> None:
+    """A logarithm of a rounded number has fewer digits than a rounded logarithm."""
+    random = np.random.default_rng(3)
+    variables = [keras.Variable(np.zeros((D, F), "float32"), name="a_log", dtype="bfloat16")]
+    logs = random.normal(size=(D, F)).astype("float32")
+    source = Memory({"blk.0.ssm_a": -np.exp(logs)})
+    tensors = expand_table([("blk.0.ssm_a", "a_log", "log_of_negative")], shapes_of(variables), 1)
+    load_weights(variables, tensors, source)
+    assert source.reads == [("blk.0.ssm_a", "float32")]
+    np.testing.assert_allclose(
+        np.asarray(variables[0].value, "float32"), logs, rtol=2**-8, atol=1e-6
+    )

@@ -112,6 +112,8 @@ class Family:
         gguf_offset: Patterns of tensors that GGUF files hold with one added.
         gguf_rows: Config -> rows of variables that GGUF files hold in other tensors than
             checkpoints do, or as other numbers; with the names in GGUF files.
+        gguf_values: Keys of a GGUF file that have a number for each layer: tensors of one number
+            to `gguf_rows`, named by the key and the layer.
         keras_hub: How KerasHub describes such models; `None` if it has none.
     """
 
@@ -143,6 +145,7 @@ class Family:
     gguf_transposed: Sequence[str] = ()
     gguf_offset: Sequence[str] = ()
     gguf_rows: Callable[[Any], Rows] = _no_rows
+    gguf_values: Sequence[str] = ()
     keras_hub: KerasHub | None = None
 
     def rows(self, config: ModelConfig) -> Rows:

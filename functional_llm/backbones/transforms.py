@@ -30,12 +30,13 @@ class Transform:
     def split(self, array: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
         """Returns the values of the variables; `sizes` are those of the parts on the axis."""
         parts = [array] if self.axis is None else self.parts(array, sizes, self.axis)
-        return [np.ascontiguousarray(self.forward(part)) for part in parts]
+        return [np.asarray(self.forward(part), order="C") for part in parts]
 
     def join(self, arrays: Iterable[np.ndarray]) -> np.ndarray:
         """Returns the tensor of the variables' values."""
         parts = [self.inverse(array) for array in arrays]
-        return np.ascontiguousarray(parts[0] if self.axis is None else self.whole(parts, self.axis))
+        whole = parts[0] if self.axis is None else self.whole(parts, self.axis)
+        return np.asarray(whole, order="C")  # not `ascontiguousarray`: a number stays one
 
     def parts(self, array: np.ndarray, sizes: Sequence[int], axis: int) -> list[np.ndarray]:
         """Returns the parts that lie along an axis, as they lie along this transform's own."""
@@ -68,6 +69,8 @@ TRANSFORMS = {
     "same": Transform(_same, _same),
     "transpose": Transform(_transpose, _transpose),
     "last_axis": Transform(_same, _same, axis=-1),
+    # llama.cpp's files of state space models have the number whose logarithm others have.
+    "log_of_negative": Transform(lambda x: np.log(-x), lambda x: -np.exp(x), computes=True),
 }
 
 
@@ -87,6 +90,16 @@ def split_axis(axis: int, sizes: tuple[int, ...]) -> Transform:
         lambda x: x.reshape(*x.shape[:axis], -1, *x.shape[axis + len(sizes) :]),
         lambda x: x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :]),
     )
+
+
+def axis_added(axis: int) -> Transform:
+    """Returns the transform for tensors that lack an axis of length one of the variable."""
+    return Transform(lambda x: np.expand_dims(x, axis), lambda x: np.squeeze(x, axis))
+
+
+def axis_removed(axis: int) -> Transform:
+    """Returns the transform for tensors that have an axis of length one beside the variable's."""
+    return Transform(lambda x: np.squeeze(x, axis), lambda x: np.expand_dims(x, axis))
 
 
 def heads_first(heads: int, size: int) -> Transform:

@@ -61,12 +61,13 @@ _TOLD_BY_TENSORS = {
     "attention_out_bias": ("attn_output.bias",),
     "bias": ("attn_qkv.bias",),
     "mlp_bias": ("ffn_up.bias",),
-    "new_decoder_architecture": ("attn_norm_2.weight",),
     "qk_layernorm": ("attn_q_norm.weight",),
     "use_bias": ("attn_q.bias",),
     "use_qk_norm": ("attn_q_norm.weight",),
     "use_qkv_bias": ("attn_q.bias",),
 }
+# Tensors of the first layer, of which as many are there as the key says.
+_COUNTED_BY_TENSORS = {"num_ln_in_parallel_attn": ("attn_norm.weight", "attn_norm_2.weight")}
 _FREQUENCIES = "rope_freqs.weight"
 _LONG_ROPE = {
     "short_factor": "rope_factors_short.weight",
@@ -171,6 +172,9 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
     for key, tensors in _TOLD_BY_TENSORS.items():
         if key in family.config_keys:
             config[key] = any(f"blk.0.{tensor}" in file.shapes for tensor in tensors)
+    for key, tensors in _COUNTED_BY_TENSORS.items():
+        if key in family.config_keys:
+            config[key] = sum(f"blk.0.{tensor}" in file.shapes for tensor in tensors)
     head_dim = config.get("head_dim")
     sizes: list[Any] = [config.get(key) for key in ("hidden_size", "num_attention_heads")]
     if head_dim is None and all(type(size) is int and size > 0 for size in sizes):
@@ -253,7 +257,12 @@ class _HuggingFaceView:
                     self._names.setdefault(name, theirs)
         left = set(file.shapes) - set(self._names.values()) - {_FREQUENCIES, *_LONG_ROPE.values()}
         self._names.update({name: name for name in left})
-        self.shapes = {
+        self._values = {
+            f"{key}.{layer}": value
+            for key in family.gguf_values
+            for layer, value in enumerate(file.metadata.get(key, ()))
+        }
+        self.shapes = dict.fromkeys(self._values, (1,)) | {
             name: file.shapes[theirs][:: -1 if self._is_transposed(name) else 1]
             for name, theirs in self._names.items()
         }
@@ -263,6 +272,8 @@ class _HuggingFaceView:
 
     def read(self, name: str, dtype: str) -> np.ndarray:
         """Returns one tensor in a dtype."""
+        if name in self._values:
+            return np.array([self._values[name]], float_dtype(dtype))
         if any(fnmatch(name, pattern) for pattern in self._family.gguf_offset):
             # In float32: the added one costs a narrow type most of its digits.
             return (self._file.read(self._names[name], "float32") - 1).astype(float_dtype(dtype))
