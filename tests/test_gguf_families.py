@@ -62,6 +62,7 @@ SAID: dict[str, dict[str, Any]] = {
     "phi_half_of_each_head": {},
     "stablelm_quarter_of_each_head": {},
     "stablelm_parallel_biases": {},
+    "stablelm_norm_of_each_head": {},
     "cohere_pairs": {},
     "cohere_query_key_norm_untied": {"tie_word_embeddings": True},
     "cohere2_default_pattern": {},
@@ -79,6 +80,9 @@ SAID: dict[str, dict[str, Any]] = {
     "bloom_five_heads": {},
     "bloom_twelve_heads_untied": {},
     "falcon_grouped_two_norms": {},
+    "falcon_grouped_one_norm_one_layer": {"ffn_hidden_size": 192, "activation": "gelu"},
+    "apertus_default_rope": {},
+    "apertus_llama3_biases_tied": {},
     "falcon_multi_query_untied": {"rope_parameters": None},
 }
 # Old keys, which the converter wants.
@@ -105,6 +109,11 @@ for folder in map(Path, sys.argv[2:]):
     def set_vocab(self):
         self.gguf_writer.add_tokenizer_model("none")
         self.gguf_writer.add_vocab_size(128)
+    modify = converter.modify_tensors
+    def modify_tensors(self, *args, modify=modify):
+        # StableLM's returns norms, as it did before it yielded the other tensors.
+        yield from (yield from modify(self, *args)) or ()
+    converter.modify_tensors = modify_tensors
     for kind in (converter, getattr(converter, "Ministral3Model", converter)):
         kind.set_vocab = set_vocab
     with torch.inference_mode():

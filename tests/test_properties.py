@@ -18,7 +18,12 @@ from configs import CONFIGS, ONE_OF_EACH_FAMILY, ONE_OF_EACH_KIND
 from functional_llm.backbones.families import FAMILIES
 from functional_llm.formats.hf_config import read_config
 from functional_llm.formats.hf_directory import HuggingFaceDirectory
-from functional_llm.formats.weight_table import expand_table, export_weights
+from functional_llm.formats.weight_table import (
+    expand_table,
+    export_weights,
+    in_one_tensor,
+    shapes_of,
+)
 from functional_llm.generation.text_generator import TextGenerator
 from functional_llm.layers.cache import make_cache
 from functional_llm.presets.backbone import Backbone
@@ -217,7 +222,7 @@ def test_packed_segments_do_not_see_each_other(pair: Pair) -> None:
 def test_table_there_and_back_is_the_identity(pair: Pair) -> None:
     variables, config = pair.ours.variables, pair.ours.config
     family = next(f for f in FAMILIES.values() if type(config) is f.config_class)
-    tensors = expand_table(family.rows(config), [v.path for v in variables], config.num_layers)
+    tensors = expand_table(family.rows(config), shapes_of(variables), config.num_layers)
     source = HuggingFaceDirectory(pair.folder, FAMILIES).open_tensors([x.name for x in tensors])
     exported = dict(export_weights(variables, tensors))
     assert set(exported) == set(source.shapes)
@@ -232,8 +237,11 @@ def _parts(model: Any) -> set[Any]:
         for _, layer in flm.walk(model)
     }
     family = next(f for f in FAMILIES.values() if type(model.config) is f.config_class)
-    transforms = (transform for _, _, transform in family.rows(model.config))
-    return layers | {x if isinstance(x, str) else (x.axis, x.groups > 1) for x in transforms}
+    changes = {
+        (in_one_tensor(name) == name, x if isinstance(x, str) else (x.axis, x.groups > 1))
+        for name, _, x in family.rows(model.config)
+    }
+    return layers | changes
 
 
 @cache

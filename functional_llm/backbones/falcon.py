@@ -1,7 +1,7 @@
 """Falcon: attention and MLP side by side, behind one LayerNorm (7B, 11B) or two (40B, 180B).
 
-Few key heads; RW has all, serial branches, biases and ALiBi. Queries, keys and values lie in one
-tensor, in a group for each key head. Reference: [Falcon](https://arxiv.org/abs/2311.16867).
+Few key heads; RW has all, serial branches, biases, ALiBi. GGUF files lack RoPE's base: 10000 then.
+Reference: [Falcon](https://arxiv.org/abs/2311.16867).
 """
 
 from dataclasses import dataclass
@@ -74,8 +74,7 @@ def complete_keys(keys: JSON) -> JSON:
     new, shared = keys.get("new_decoder_architecture"), keys.get("multi_query", True)
     norms = (keys.get("num_ln_in_parallel_attn") or 1 + bool(new)) * keys.get("parallel_attn", True)
     key_heads = 1 if shared and not new else keys.get("num_kv_heads") or number
-    alibi = bool(keys.get("alibi"))
-    is_known = norms in ((1, 2) if new else (0, 1))
+    alibi, is_known = bool(keys.get("alibi")), norms in ((1, 2) if new else (0, 1))
     if not is_known or key_heads != number and (alibi or not new and not shared):
         received = {key: keys.get(key) for key in (*_DESIGN, "num_kv_heads", "alibi")}
         raise ValueError(f"config.json: expected keys of one design. Received: {received}.")
@@ -92,8 +91,8 @@ def written_keys(config: Config) -> JSON:
 _DESIGN: dict[str, str | type] = {"new_decoder_architecture": bool, "multi_query": bool}
 _DESIGN |= {"parallel_attn": bool, "num_ln_in_parallel_attn": int}
 _OWN = {"ffn_hidden_size": "intermediate_dim", "num_kv_heads": "num_key_value_heads"}
-_OWN |= {"activation": "activation", "alibi": "use_alibi", "bias": "use_bias"}
-_OWN |= {"layer_norm_epsilon": "layer_norm_epsilon"}
+_OWN |= {"alibi": "use_alibi", "bias": "use_bias"}
+_OWN |= {x: x for x in ("activation", "layer_norm_epsilon")}
 _COMMON = {key: x for key, x in gpt_neox.CONFIG_KEYS.items() if x not in _OWN.values()}
 _OLD = {"n_embed": "hidden_size", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers"}
 
@@ -125,5 +124,6 @@ FAMILY = Family(
     gguf_architecture="falcon",
     gguf_keys=_GGUF | {"attention.layer_norm_epsilon": "layer_norm_epsilon"},
     gguf_ignored=["tensor_data_layout"],
+    gguf_defaults=lambda x: {"new_decoder_architecture": x.get("num_kv_heads", 1) > 1},
     keras_hub=gpts.FALCON,
 )

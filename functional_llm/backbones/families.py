@@ -1,6 +1,7 @@
 """The families that there are: a new one is a line here."""
 
 from functional_llm.backbones import (
+    apertus,
     bloom,
     cohere,
     cohere2,
@@ -47,6 +48,7 @@ _MODULES = (
     seed_oss,
     hunyuan_v1_dense,
     exaone4,
+    apertus,
     gemma,
     gemma2,
     gemma3,

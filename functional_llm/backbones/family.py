@@ -78,6 +78,10 @@ def _nothing(_: Any) -> JSON:
     return {}
 
 
+def _no_rows(_: Any) -> Rows:
+    return ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A family of models.
@@ -103,8 +107,9 @@ class Family:
         rope_types: RoPE's types in files of the family -> what they mean here, where that is not
             what they mean elsewhere; if there are any, files may have no other types.
         weights: Rows (tensor of a checkpoint, path of a variable, a transform or its name); `{}`
-            stands for the layer. Rows that name one tensor are its parts, in order. Or a function
-            of the config that returns them.
+            stands for the layer. Rows that name one tensor are its parts, in order. A name such as
+            `experts[.{expert}].up_proj.weight` is many tensors, one for each entry of a variable.
+            Or a function of the config that returns them.
         ignored: Patterns of tensors that checkpoints carry and that the model does not need. Or a
             function of the config that returns them.
         wrappers: Checkpoints of several models that may hold one of this family.
@@ -122,6 +127,10 @@ class Family:
         gguf_permuted: Projection whose rows llama.cpp reorders -> field with their number of heads.
         gguf_transposed: Patterns of tensors that GGUF files hold transposed.
         gguf_offset: Patterns of tensors that GGUF files hold with one added.
+        gguf_rows: Config -> rows of variables that GGUF files hold in other tensors than
+            checkpoints do, or as other numbers; with the names in GGUF files.
+        gguf_values: Keys of a GGUF file that have a number for each layer: tensors of one number
+            to `gguf_rows`, named by the key and the layer.
         keras_hub: How KerasHub describes such models; `None` if it has none.
     """
 
@@ -152,6 +161,8 @@ class Family:
     gguf_permuted: Mapping[str, str] = field(default_factory=dict)
     gguf_transposed: Sequence[str] = ()
     gguf_offset: Sequence[str] = ()
+    gguf_rows: Callable[[Any], Rows] = _no_rows
+    gguf_values: Sequence[str] = ()
     keras_hub: KerasHub | None = None
 
     def rows(self, config: ModelConfig) -> Rows:

@@ -4,6 +4,7 @@ The head size is a number of its own. Reference: [Qwen3](https://arxiv.org/abs/2
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import keras
 
@@ -36,16 +37,21 @@ def build(config: Config) -> Graph:
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:
     """Returns one decoder layer."""
-    epsilon, size, bias = config.layer_norm_epsilon, config.head_dim, config.attention_bias
-    queries, keys = config.num_query_heads, config.num_key_value_heads
-    self_attention = attention(
+    norm = partial(rms_norm, config.layer_norm_epsilon)
+    mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation)
+    return pre_norm(name, norm, self_attention(config, config.attention_bias), mlp)
+
+
+def self_attention(config: DecoderConfig, bias: bool) -> CompositeLayer:
+    """Returns the attention of this family and its kin."""
+    queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
+    epsilon = config.layer_norm_epsilon
+    return attention(
         query=[heads(queries, size, "query", bias), rms_norm(epsilon, "query_norm"), rotary()],
         key=[heads(keys, size, "key", bias), rms_norm(epsilon, "key_norm"), rotary()],
         value=[heads(keys, size, "value", bias)],
         output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),
     )
-    mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation)
-    return pre_norm(name, lambda part: rms_norm(epsilon, part), self_attention, mlp)
 
 
 def complete_keys(keys: JSON) -> JSON:

@@ -18,22 +18,25 @@ class Transform:
         groups: In how many equal pieces the axis falls, each of which holds a share of every part,
             in order: all queries, all keys and all values are one group; a query, a key and a value
             of each head are as many groups as heads.
+        computes: Whether the numbers change, beside their places: they are read in float32 then.
     """
 
     forward: Callable[[np.ndarray], np.ndarray]
     inverse: Callable[[np.ndarray], np.ndarray]
     axis: int | None = None
     groups: int = 1
+    computes: bool = False
 
     def split(self, array: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
         """Returns the values of the variables; `sizes` are those of the parts on the axis."""
         parts = [array] if self.axis is None else self.parts(array, sizes, self.axis)
-        return [np.ascontiguousarray(self.forward(part)) for part in parts]
+        return [np.asarray(self.forward(part), order="C") for part in parts]
 
     def join(self, arrays: Iterable[np.ndarray]) -> np.ndarray:
         """Returns the tensor of the variables' values."""
         parts = [self.inverse(array) for array in arrays]
-        return np.ascontiguousarray(parts[0] if self.axis is None else self.whole(parts, self.axis))
+        whole = parts[0] if self.axis is None else self.whole(parts, self.axis)
+        return np.asarray(whole, order="C")  # not `ascontiguousarray`: a number stays one
 
     def parts(self, array: np.ndarray, sizes: Sequence[int], axis: int) -> list[np.ndarray]:
         """Returns the parts that lie along an axis, as they lie along this transform's own."""
@@ -57,10 +60,17 @@ def _same(array: np.ndarray) -> np.ndarray:
     return array
 
 
+def _transpose(array: np.ndarray) -> np.ndarray:
+    """Returns the array with its last two axes swapped: of one matrix, or of one an expert."""
+    return array.swapaxes(-1, -2)
+
+
 TRANSFORMS = {
     "same": Transform(_same, _same),
-    "transpose": Transform(np.transpose, np.transpose),
+    "transpose": Transform(_transpose, _transpose),
     "last_axis": Transform(_same, _same, axis=-1),
+    # llama.cpp's files of state space models have the number whose logarithm others have.
+    "log_of_negative": Transform(lambda x: np.log(-x), lambda x: -np.exp(x), computes=True),
 }
 
 
@@ -82,6 +92,16 @@ def split_axis(axis: int, sizes: tuple[int, ...]) -> Transform:
     )
 
 
+def axis_added(axis: int) -> Transform:
+    """Returns the transform for tensors that lack an axis of length one of the variable."""
+    return Transform(lambda x: np.expand_dims(x, axis), lambda x: np.squeeze(x, axis))
+
+
+def axis_removed(axis: int) -> Transform:
+    """Returns the transform for tensors that have an axis of length one beside the variable's."""
+    return Transform(lambda x: np.squeeze(x, axis), lambda x: np.expand_dims(x, axis))
+
+
 def heads_first(heads: int, size: int) -> Transform:
     """Returns the transform of kernels (heads, in, size), of which the variable is (in, out)."""
     return Transform(
@@ -93,10 +113,12 @@ def heads_first(heads: int, size: int) -> Transform:
 def fused(groups: int = 1) -> tuple[Transform, Transform]:
     """Returns the transforms of weight and bias of a Linear that is several Dense in one.
 
+    Of experts in one tensor (E, out, in) and their biases (E, out), too.
+
     Args:
         groups: As in `Transform`.
     """
     return (
-        Transform(np.transpose, np.transpose, axis=0, groups=groups),
-        Transform(_same, _same, axis=0, groups=groups),
+        Transform(_transpose, _transpose, axis=-2, groups=groups),
+        Transform(_same, _same, axis=-1, groups=groups),
     )

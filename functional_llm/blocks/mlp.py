@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from functional_llm.graph.composite import CompositeLayer
-from functional_llm.graph.types import Tensor
+from functional_llm.graph.types import Layer, Tensor
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": ops.silu,
@@ -53,16 +53,49 @@ def gated_mlp(
 
 
 def mlp(
-    intermediate_dim: int, hidden_dim: int, activation: str, use_bias: bool = True
+    intermediate_dim: int, hidden_dim: int, activation: str | Layer, use_bias: bool = True
 ) -> CompositeLayer:
     """down(activation(up(x))), each a Dense.
 
     Args:
         intermediate_dim: Width in the middle.
         hidden_dim: Width of the result.
-        activation: A key of `ACTIVATIONS`.
+        activation: A key of `ACTIVATIONS`, or a layer.
         use_bias: Whether the two Dense layers have a bias.
     """
+    act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
     up = keras.layers.Dense(intermediate_dim, use_bias=use_bias, name="up")
     down = keras.layers.Dense(hidden_dim, use_bias=use_bias, name="down")
-    return CompositeLayer(lambda x: down(ACTIVATIONS[activation](up(x))), name="mlp")
+    return CompositeLayer(lambda x: down(act(up(x))), name="mlp")
+
+
+@keras.saving.register_keras_serializable("functional_llm")
+class XIELU(CompositeLayer):
+    """Activation that grows with the square of a number above zero, and stays below beta * x else.
+
+    With p = softplus(alpha_p) and n = beta + softplus(alpha_n), x becomes p * x^2 + beta * x if
+    it is positive, and n * (exp(min(x, eps)) - 1 - x) + beta * x otherwise. Beta and eps are not
+    trained.
+
+    Reference:
+        [Deriving Activation Functions Using Integration](https://arxiv.org/abs/2411.13010); its
+        code, and with it Transformers' `XIELUActivation`, has eps.
+    """
+
+    def functional_build(self, inputs: Tensor) -> Tensor:
+        def weight(name: str, value: float, trainable: bool) -> Tensor:
+            constant = keras.initializers.Constant(value)
+            return self.add_weight((1,), constant, name=name, trainable=trainable)
+
+        # softplus(0.204) = 0.8, and 0.5 + softplus(-1.05) = 0.8: where training begins.
+        alpha_p, alpha_n = weight("alpha_p", 0.2036, True), weight("alpha_n", -1.0502, True)
+        beta, eps = weight("beta", 0.5, False), weight("eps", -1e-6, False)
+        # A weight by itself is no node of a graph: the zero, one for each token, makes it one.
+        zero = ops.zeros_like(inputs[..., :1])
+        positive, negative = ops.softplus(zero + alpha_p), ops.softplus(zero + alpha_n) + beta
+        curved = ops.where(
+            inputs > 0,
+            positive * inputs * inputs,
+            negative * (ops.expm1(ops.minimum(inputs, eps)) - inputs),
+        )
+        return curved + inputs * beta

@@ -14,12 +14,16 @@ import gguf
 import numpy as np
 
 from functional_llm.backbones.family import Family, ModelConfig
+from functional_llm.backbones.transforms import Row, Rows
 from functional_llm.formats.gguf_file import GGUFFile, open_gguf
 from functional_llm.formats.hf_config import read_config
 from functional_llm.formats.rope_config import LAYER_TYPES
 from functional_llm.formats.source import Source, known_family
 from functional_llm.formats.tensor_reader import float_dtype
-from functional_llm.formats.weight_table import Tensor, TensorSource
+from functional_llm.formats.tensor_source import TensorSource
+from functional_llm.formats.weight_table import (
+    in_one_tensor,
+)
 from functional_llm.graph.types import JSON
 from functional_llm.tokenizers import TextTokenizer, save_tokenizer
 
@@ -57,12 +61,13 @@ _TOLD_BY_TENSORS = {
     "attention_out_bias": ("attn_output.bias",),
     "bias": ("attn_qkv.bias",),
     "mlp_bias": ("ffn_up.bias",),
-    "new_decoder_architecture": ("attn_norm_2.weight",),
     "qk_layernorm": ("attn_q_norm.weight",),
     "use_bias": ("attn_q.bias",),
     "use_qk_norm": ("attn_q_norm.weight",),
     "use_qkv_bias": ("attn_q.bias",),
 }
+# Tensors of the first layer, of which as many are there as the key says.
+_COUNTED_BY_TENSORS = {"num_ln_in_parallel_attn": ("attn_norm.weight", "attn_norm_2.weight")}
 _FREQUENCIES = "rope_freqs.weight"
 _LONG_ROPE = {
     "short_factor": "rope_factors_short.weight",
@@ -108,10 +113,11 @@ class GGUFModel(Source):
     def config(self) -> ModelConfig:
         return read_config(_read_raw_config(self._file, self.family), self.family)
 
-    def expand_table(self, paths: Sequence[str]) -> Sequence[Tensor]:
-        # llama.cpp's converter lays the parts of fused tensors one behind the other.
-        tensors = super().expand_table(paths)
-        return [replace(x, transform=replace(x.transform, groups=1)) for x in tensors]
+    @property
+    def rows(self) -> Rows:
+        own = list(self.family.gguf_rows(self.config))
+        replaced = {target for _, target, _ in own}
+        return [*own, *(_as_converted(row) for row in super().rows if row[1] not in replaced)]
 
     def open_tensors(self, names: Sequence[str]) -> TensorSource:
         return _HuggingFaceView(self._file, names, self.family, self.config)
@@ -121,6 +127,17 @@ class GGUFModel(Source):
 
     def write_tokenizer(self, folder: Path) -> None:
         save_tokenizer(self.read_tokenizer(TextTokenizer), folder)
+
+
+def _as_converted(row: Row) -> Row:
+    """Returns a row for what llama.cpp's converter makes of its tensor.
+
+    The converter stacks the tensors of a variable, and lays the parts of fused tensors one behind
+    the other.
+    """
+    source, target, transform = row
+    whole = transform if isinstance(transform, str) else replace(transform, groups=1)
+    return in_one_tensor(source), target, whole
 
 
 def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
@@ -155,6 +172,9 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
     for key, tensors in _TOLD_BY_TENSORS.items():
         if key in family.config_keys:
             config[key] = any(f"blk.0.{tensor}" in file.shapes for tensor in tensors)
+    for key, tensors in _COUNTED_BY_TENSORS.items():
+        if key in family.config_keys:
+            config[key] = sum(f"blk.0.{tensor}" in file.shapes for tensor in tensors)
     head_dim = config.get("head_dim")
     sizes: list[Any] = [config.get(key) for key in ("hidden_size", "num_attention_heads")]
     if head_dim is None and all(type(size) is int and size > 0 for size in sizes):
@@ -237,7 +257,12 @@ class _HuggingFaceView:
                     self._names.setdefault(name, theirs)
         left = set(file.shapes) - set(self._names.values()) - {_FREQUENCIES, *_LONG_ROPE.values()}
         self._names.update({name: name for name in left})
-        self.shapes = {
+        self._values = {
+            f"{key}.{layer}": value
+            for key in family.gguf_values
+            for layer, value in enumerate(file.metadata.get(key, ()))
+        }
+        self.shapes = dict.fromkeys(self._values, (1,)) | {
             name: file.shapes[theirs][:: -1 if self._is_transposed(name) else 1]
             for name, theirs in self._names.items()
         }
@@ -247,6 +272,8 @@ class _HuggingFaceView:
 
     def read(self, name: str, dtype: str) -> np.ndarray:
         """Returns one tensor in a dtype."""
+        if name in self._values:
+            return np.array([self._values[name]], float_dtype(dtype))
         if any(fnmatch(name, pattern) for pattern in self._family.gguf_offset):
             # In float32: the added one costs a narrow type most of its digits.
             return (self._file.read(self._names[name], "float32") - 1).astype(float_dtype(dtype))

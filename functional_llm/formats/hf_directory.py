@@ -16,13 +16,12 @@ from functional_llm.formats.hf_config import read_config, write_config
 from functional_llm.formats.safetensors_reader import open_safetensors
 from functional_llm.formats.safetensors_writer import WEIGHT_FILES, write_safetensors
 from functional_llm.formats.source import Source, known_family
+from functional_llm.formats.tensor_source import TensorSource, with_names, with_prefix
 from functional_llm.formats.weight_table import (
     HEAD,
-    TensorSource,
     expand_table,
     export_weights,
-    with_names,
-    with_prefix,
+    shapes_of,
 )
 from functional_llm.graph.types import JSON
 from functional_llm.tokenizers import TextTokenizer, copy_tokenizer
@@ -120,7 +119,7 @@ def write_directory(
     Raises:
         OSError: If the directory cannot be written to. All is as it was then.
     """
-    tensors = expand_table(family.rows(config), [v.path for v in variables], config.num_layers)
+    tensors = expand_table(family.rows(config), shapes_of(variables), config.num_layers)
     with replaced_folder(directory, stale=WEIGHT_FILES) as folder:
         stored = {table: name for name, table in family.stored_prefixes.items()}
         bar = {"desc": "Writing weights", "unit": "tensor", "leave": False, "disable": None}

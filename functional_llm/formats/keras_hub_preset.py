@@ -12,7 +12,7 @@ from functional_llm.files.json_files import read_json
 from functional_llm.formats.keras_hub_config import read_arguments
 from functional_llm.formats.keras_hub_weights import RANDOM_STATES, KerasHubFiles, numbered
 from functional_llm.formats.source import Source
-from functional_llm.formats.weight_table import TensorSource
+from functional_llm.formats.tensor_source import TensorSource
 from functional_llm.graph.types import JSON
 from functional_llm.tokenizers import TextTokenizer, save_tokenizer
 

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from functional_llm.files.json_files import read_json
-from functional_llm.formats.weight_table import TensorSource, with_names
+from functional_llm.formats.tensor_source import TensorSource, with_names
 from functional_llm.graph.types import Layer
 
 FILE, INDEX = "model.weights.h5", "model.weights.json"

@@ -11,15 +11,15 @@ from tqdm import tqdm
 
 from functional_llm.backbones.family import Family, ModelConfig
 from functional_llm.backbones.transforms import Rows
+from functional_llm.formats.tensor_source import TensorSource, with_originals
 from functional_llm.formats.weight_table import (
     Tensor,
-    TensorSource,
     check_copies,
     check_source,
     expand_table,
     load_weights,
+    shapes_of,
     tied_head,
-    with_originals,
 )
 from functional_llm.graph.types import JSON
 from functional_llm.tokenizers import TextTokenizer
@@ -97,10 +97,6 @@ class Source(ABC):
         """Patterns of tensors that may be there and that the model does not need."""
         return self.family.ignored_tensors(self.config)
 
-    def expand_table(self, paths: Sequence[str]) -> Sequence[Tensor]:
-        """Returns the tensors that hold the variables of these paths, as they lie in such files."""
-        return expand_table(self.rows, paths, self.config.num_layers)
-
     @abstractmethod
     def open_tensors(self, names: Sequence[str]) -> TensorSource:
         """Returns the tensors under the names of the family's weight table.
@@ -133,13 +129,14 @@ class Source(ABC):
                 shape is named.
         """
         variables = model.variables
-        tensors = self.expand_table([v.path for v in variables])
+        shapes = shapes_of(variables)
+        tensors = expand_table(self.rows, shapes, self.config.num_layers)
         # A file may hold the head though it is the embedding: beside it, or in its place.
         copies = dict([tied_head(tensors)]) if self.config.tie_word_embeddings else {}
         source = self.open_tensors([*(tensor.name for tensor in tensors), *copies])
         source = with_originals(source, copies)
         ignored = [*self.ignored, *copies]
-        check_source(tensors, {v.path: tuple(v.shape) for v in variables}, source, ignored)
+        check_source(tensors, shapes, source, ignored)
         load_weights(variables, tensors, source, _progress_bar)
         check_copies(copies, variables, tensors, source)
 

@@ -4,31 +4,52 @@ A row is (tensor name, variable path, transform); `{}` in both names stands for 
 layer. A table may hold rows for parts that a config leaves out, such as a bias: a row whose
 variable the model lacks does not count, so that its tensor in a file is an unknown one. Rows that
 name the same tensor are its parts, in order, along the axis that their transform names.
+
+A variable may lie in a file as many tensors, one for each entry of its first axis: an expert's or a
+head's. The row names them once, with their number, what they are, and all that is there for the
+number's sake in brackets: `experts[.{expert}].up_proj.weight` is `experts.0.up_proj.weight` and so
+on. Without the brackets it is the name that files give which hold the variable as one tensor.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cached_property
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import keras
 import numpy as np
 
 from functional_llm.backbones.transforms import TRANSFORMS, Row, Transform
+from functional_llm.formats.tensor_reader import float_dtype
+from functional_llm.formats.tensor_source import TensorSource, stored_name
+
+_NUMBERED = re.compile(r"\[(.*?)\{(\w+)\}(.*?)\]")  # in the names of rows
 
 
-class TensorSource(Protocol):
-    """Named tensors that can be read one at a time."""
+def in_one_tensor(name: str) -> str:
+    """Returns the name of a row in files that hold the variable as one tensor."""
+    return _NUMBERED.sub("", name)
 
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every tensor, by name."""
 
-    def read(self, name: str, dtype: str) -> np.ndarray:
-        """Returns one tensor in a dtype."""
+@dataclass(frozen=True)
+class Entry:
+    """The entry on the first axis of its variables that a tensor holds.
+
+    Args:
+        kind: What the entries are, in a word.
+        number: Of the entry.
+        layer: Number of the layer.
+    """
+
+    kind: str
+    number: int
+    layer: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.number} of layer {self.layer}"
 
 
 @dataclass(frozen=True)
@@ -39,19 +60,27 @@ class Tensor:
         name: Its name in the checkpoint.
         paths: Of the variables: one, or the parts of a fused tensor in order.
         transform: Of each part.
+        entry: Which entry of the variables it holds; `None` for all of them.
     """
 
     name: str
     paths: tuple[str, ...]
     transform: Transform
+    entry: Entry | None = None
 
     def split(self, array: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
-        """Returns the values of the variables; `sizes` are those of the parts on the axis."""
+        """Returns the values of the variables, or of their entries.
+
+        Args:
+            array: The tensor.
+            sizes: Those of the parts on the axis.
+        """
         return self.transform.split(array, sizes)
 
-    def join(self, arrays: Iterable[np.ndarray]) -> np.ndarray:
-        """Returns the tensor of the variables' values."""
-        return self.transform.join(arrays)
+    def join(self, values: Iterable[Any]) -> np.ndarray:
+        """Returns the tensor of the variables' values, whole ones, on any device."""
+        own = (x if self.entry is None else x[self.entry.number] for x in values)
+        return self.transform.join(keras.ops.convert_to_numpy(x) for x in own)
 
     def sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
         """Returns how long each part is on the axis, from the shapes of the variables."""
@@ -66,11 +95,17 @@ class Tensor:
         return tuple(shape)
 
     def _part(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        shape = shape if self.entry is None else shape[1:]
         # A view of a single number has the shape without the memory.
         return self.transform.inverse(np.broadcast_to(np.float32(0), shape)).shape
 
 
 HEAD = "lm_head.weight"  # what all families call a head that is not the embedding
+
+
+def shapes_of(variables: Iterable[keras.Variable]) -> dict[str, tuple[int, ...]]:
+    """Returns variable path -> shape."""
+    return {variable.path: tuple(variable.shape) for variable in variables}
 
 
 def tied_head(tensors: Sequence[Tensor]) -> tuple[str, str]:
@@ -79,36 +114,63 @@ def tied_head(tensors: Sequence[Tensor]) -> tuple[str, str]:
 
 
 def expand_table(
-    table: Sequence[Row], paths: Sequence[str], num_layers: int, strict: bool = True
+    table: Sequence[Row],
+    shapes: Mapping[str, tuple[int, ...]],
+    num_layers: int,
+    strict: bool = True,
 ) -> list[Tensor]:
     """Returns the tensors of a checkpoint, with layers filled in, for the variables that exist.
+
+    Args:
+        table: Its rows.
+        shapes: Variable path -> shape.
+        num_layers: How many layers there are.
+        strict: Whether each variable must have a row.
 
     Raises:
         ValueError: If a variable has no row, unless `strict` is false.
     """
-    present = set(paths)
-    targets: dict[str, list[str]] = {}
-    transforms: dict[str, Transform] = {}
+    found: dict[str, Tensor] = {}
     for source, target, transform in table:
-        for index in range(num_layers if "{}" in target else 1):
-            path, name = target.format(index), source.format(index)
-            if path in present:
-                targets.setdefault(name, []).append(path)
-                transforms[name] = (
-                    TRANSFORMS[transform] if isinstance(transform, str) else transform
-                )
-    missing = sorted(present - {path for paths in targets.values() for path in paths})
+        change = TRANSFORMS[transform] if isinstance(transform, str) else transform
+        for layer in range(num_layers if "{}" in target else 1):
+            path = target.format(layer)
+            if path not in shapes:
+                continue
+            for name, entry in _tensors_of(source, layer, shapes[path]):
+                paths = found[name].paths if name in found else ()
+                found[name] = Tensor(name, (*paths, path), change, entry)
+    missing = sorted(set(shapes) - {path for tensor in found.values() for path in tensor.paths})
     if missing and strict:
         raise ValueError(f"The checkpoint table has no row for the variables {missing}.")
-    return [Tensor(name, tuple(paths), transforms[name]) for name, paths in targets.items()]
+    return list(found.values())
+
+
+def _tensors_of(
+    source: str, layer: int, shape: tuple[int, ...]
+) -> Iterator[tuple[str, Entry | None]]:
+    """Yields the names of the tensors that hold a variable."""
+    match = _NUMBERED.search(source)
+    if match is None:
+        yield source.format(layer), None
+        return
+    before, kind, after = match.groups()
+    for number in range(shape[0]):
+        name = f"{source[: match.start()]}{before}{number}{after}{source[match.end() :]}"
+        yield name.format(layer), Entry(kind, number, layer)
 
 
 def module_names(table: Sequence[Row], num_layers: int) -> dict[str, str]:
-    """Returns the path of each layer with a matrix -> the name of its module in checkpoints."""
+    """Returns the path of each layer with a matrix -> the name of its module in checkpoints.
+
+    A layer whose matrices are those of many modules has none.
+    """
     return {
         target.rpartition("/")[0].format(index): source.removesuffix(".weight").format(index)
         for source, target, *_ in table
-        if target.endswith(("/kernel", "/embeddings")) and source.endswith(".weight")
+        if target.endswith(("/kernel", "/embeddings"))
+        and source.endswith(".weight")
+        and not _NUMBERED.search(source)
         for index in range(num_layers if "{}" in target else 1)
     }
 
@@ -134,22 +196,47 @@ def check_source(
     for tensor in tensors:
         expected, name = tensor.shape(shapes), tensor.name
         if name not in source.shapes:
-            problems.append(
-                f"missing tensor {name!r} of shape {expected} (for {', '.join(tensor.paths)})"
-            )
+            what = f", {tensor.entry}" if tensor.entry else ""
+            paths = ", ".join(tensor.paths)
+            problems.append(f"missing tensor {name!r} of shape {expected}{what} (for {paths})")
         elif tuple(source.shapes[name]) != expected:
             received, stored = tuple(source.shapes[name]), stored_name(source, name)
             problems.append(f"tensor {stored!r}: expected shape {expected}, received {received}")
+    entries = {_without_numbers(tensor.name): tensor for tensor in tensors if tensor.entry}
     for name in sorted(set(source.shapes) - {tensor.name for tensor in tensors}):
         if not any(fnmatch(name, pattern) for pattern in ignored):
             stored = stored_name(source, name)
-            problems.append(f"unknown tensor {stored!r} of shape {tuple(source.shapes[name])}")
+            what = _entry_of(name, entries)
+            problems.append(
+                f"unknown tensor {stored!r} of shape {tuple(source.shapes[name])}{what}"
+            )
     if problems:
         raise ValueError(
             f"The checkpoint does not fit the config, {len(problems)} differences:\n  "
             + "\n  ".join(problems)
             + "\nCheck that config and weights belong together."
         )
+
+
+def _entry_of(name: str, tensors: Mapping[str, Tensor]) -> str:
+    """Returns which entry a tensor that the model does not have would be, in words, or nothing.
+
+    Args:
+        name: Its name.
+        tensors: Those that hold entries, by their names without numbers.
+    """
+    alike = tensors.get(_without_numbers(name))
+    if alike is None or alike.entry is None:
+        return ""
+    *layer, number = map(int, _NUMBER.findall(name))
+    return f", {Entry(alike.entry.kind, number, *(layer or [0]))}"
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def _without_numbers(name: str) -> str:
+    return _NUMBER.sub("", name)
 
 
 def check_copies(
@@ -185,86 +272,6 @@ def check_copies(
             )
 
 
-@dataclass(frozen=True)
-class _Renamed:
-    """A checkpoint under other names."""
-
-    source: TensorSource
-    names: Mapping[str, str]  # name here -> name there
-
-    @cached_property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: self.source.shapes[theirs] for name, theirs in self.names.items()}
-
-    def read(self, name: str, dtype: str) -> np.ndarray:
-        return self.source.read(self.names[name], dtype)
-
-
-def stored_name(source: TensorSource, name: str) -> str:
-    """Returns what a tensor is called in the file, for messages."""
-    if isinstance(source, _Renamed):
-        return stored_name(source.source, source.names.get(name, name))
-    return name
-
-
-def with_prefix(source: TensorSource, prefix: str, names: Iterable[str]) -> TensorSource:
-    """Returns a checkpoint under the names that the model needs.
-
-    Each name may lack the prefix, as in checkpoints of a bare model without its head, or have it
-    though it should not: the rule of Transformers.
-
-    Args:
-        source: The checkpoint.
-        prefix: Of the names of the bare model's tensors.
-        names: The names that the model needs.
-
-    Raises:
-        ValueError: If two tensors stand for the same one.
-    """
-    needed = set(names)
-
-    def rename(name: str) -> str:
-        if name.startswith(prefix) and name.removeprefix(prefix) in needed:
-            return name.removeprefix(prefix)
-        return f"{prefix}{name}" if f"{prefix}{name}" in needed else name
-
-    return with_names(source, rename)
-
-
-def with_names(source: TensorSource, rename: Callable[[str], str]) -> TensorSource:
-    """Returns a checkpoint under other names.
-
-    Args:
-        source: The checkpoint.
-        rename: Name in the checkpoint -> new name.
-
-    Raises:
-        ValueError: If two tensors get the same name.
-    """
-    renamed: dict[str, str] = {}
-    for name in source.shapes:
-        other = renamed.setdefault(rename(name), name)
-        if other != name:
-            raise ValueError(
-                f"Expected one tensor {rename(name)!r} in the checkpoint. Received two: {other!r} "
-                f"and {name!r}. Remove one of them."
-            )
-    return _Renamed(source, renamed)
-
-
-def with_originals(source: TensorSource, copies: Mapping[str, str]) -> TensorSource:
-    """Returns a checkpoint in which a tensor stands for the one that it is tied to.
-
-    Args:
-        source: The checkpoint.
-        copies: Name of a tensor -> name of the loaded tensor that it must equal; the file may hold
-            either.
-    """
-    shapes = source.shapes
-    swapped = {name: x for name, x in copies.items() if name in shapes and x not in shapes}
-    return _Renamed(source, {swapped.get(name, name): name for name in shapes})
-
-
 def load_weights(
     variables: Sequence[keras.Variable],
     tensors: Sequence[Tensor],
@@ -280,16 +287,53 @@ def load_weights(
         progress: Wraps the iterator over the tensors, given their number, to show progress.
     """
     by_path = {variable.path: variable for variable in variables}
-    shapes = {path: tuple(variable.shape) for path, variable in by_path.items()}
+    shapes = shapes_of(variables)
 
     def read(tensor: Tensor) -> tuple[Tensor, list[np.ndarray]]:
-        array = source.read(tensor.name, by_path[tensor.paths[0]].dtype)
-        return tensor, tensor.split(array, tensor.sizes(shapes))
+        dtype = by_path[tensor.paths[0]].dtype
+        if not tensor.transform.computes:
+            array = source.read(tensor.name, dtype)
+            return tensor, tensor.split(array, tensor.sizes(shapes))
+        parts = tensor.split(source.read(tensor.name, "float32"), tensor.sizes(shapes))
+        return tensor, [part.astype(float_dtype(dtype)) for part in parts]
 
+    assembly = Assembly(shapes)
     with ThreadPoolExecutor(max_workers=1) as reader:  # reads one ahead of the assignment
         for tensor, arrays in progress(_one_ahead(reader, read, tensors), len(tensors)):
-            for path, array in zip(tensor.paths, arrays, strict=True):
+            for path, array in assembly.add(tensor, arrays):
                 by_path[path].assign(array)
+
+
+class Assembly:
+    """Puts the entries of variables together, one buffer for each variable that is begun.
+
+    Args:
+        shapes: Variable path -> shape.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+        self._begun: dict[str, np.ndarray] = {}
+        self._missing: dict[str, set[int]] = {}
+
+    def add(self, tensor: Tensor, arrays: Sequence[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields path and value of each variable that is complete with this tensor.
+
+        Args:
+            tensor: The tensor.
+            arrays: What its `split` returned.
+        """
+        for path, array in zip(tensor.paths, arrays, strict=True):
+            if tensor.entry is None:
+                yield path, array
+                continue
+            if path not in self._begun:
+                self._begun[path] = np.empty(self._shapes[path], array.dtype)
+                self._missing[path] = set(range(self._shapes[path][0]))
+            self._begun[path][tensor.entry.number] = array
+            self._missing[path].discard(tensor.entry.number)
+            if not self._missing[path]:
+                yield path, self._begun.pop(path)
 
 
 def _one_ahead(
@@ -311,5 +355,4 @@ def export_weights(
     """Yields (tensor name, array in the checkpoint's layout): the table the other way round."""
     by_path = {variable.path: variable for variable in variables}
     for tensor in tensors:
-        values = [keras.ops.convert_to_numpy(by_path[path].value) for path in tensor.paths]
-        yield tensor.name, tensor.join(values)
+        yield tensor.name, tensor.join(by_path[path].value for path in tensor.paths)

@@ -1,6 +1,6 @@
 """What PEFT's files call the parts of a model: its modules, its tensors, the model itself."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from functional_llm.formats.weight_table import Tensor
+from functional_llm.formats.weight_table import Assembly, Tensor
 from functional_llm.graph.selection import walk
 from functional_llm.graph.types import Layer
 from functional_llm.peft.adapter import REVERSED, origin_of
@@ -90,8 +90,19 @@ class NamedModel:
             return arrays[0]
         return self.tensors[f"{module}.weight"].transform.whole(arrays, -1)
 
-    def split(self, name: str, array: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns the path of each variable in a tensor of a checkpoint -> its value.
+    def assembly(self) -> Assembly:
+        """Returns what puts variables together that are several tensors."""
+        return Assembly({path: tuple(v.shape) for path, v in self.variables.items()})
+
+    def split(
+        self, name: str, array: np.ndarray, assembly: Assembly
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Returns path and value of each variable that is complete with a tensor of a checkpoint.
+
+        Args:
+            name: Its name.
+            array: The tensor.
+            assembly: Of all tensors of the file.
 
         Raises:
             ValueError: If the tensor has another shape than the model's.
@@ -100,8 +111,7 @@ class NamedModel:
         shapes = {path: tuple(self.variables[path].shape) for path in tensor.paths}
         if (expected := tensor.shape(shapes)) != array.shape:
             raise ValueError(f"tensor '{name}': expected shape {expected}, received {array.shape}")
-        values = tensor.split(array, tensor.sizes(shapes))
-        return dict(zip(tensor.paths, values, strict=True))
+        return assembly.add(tensor, tensor.split(array, tensor.sizes(shapes)))
 
     def join(self, name: str, values: Mapping[str, np.ndarray]) -> np.ndarray:
         """Returns a tensor of a checkpoint, with the model's values where none is given."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from functional_llm.formats.weight_table import Assembly
 from functional_llm.graph.types import JSON
 from functional_llm.peft.adapter import Adapter
 from functional_llm.peft.names import NamedModel, to_numpy
@@ -44,7 +45,7 @@ def values_from_peft(
     """
     config = _with_tied(config, model)
     found: dict[tuple[str, bool | None], dict[str, np.ndarray]] = {}  # layer, direction -> weights
-    saved, problems = [], []
+    saved, problems, assembly = [], [], model.assembly()
     # With `bias`, PEFT also writes what is inside its wrappers; `original_module` is not in use.
     tensors = {_WRAPPER.sub(".", x): t for x, t in tensors.items() if ".original_module." not in x}
     has_head = f"{_head(model)}{_ROWS}" in tensors
@@ -54,7 +55,7 @@ def values_from_peft(
             if name.endswith(_ROWS):
                 saved.append(_rows(config, name.removesuffix(_ROWS), array, model, has_head))
                 continue
-            for path, reverse, value in _values(config, name, stem, array, model):
+            for path, reverse, value in _values(config, name, stem, array, model, assembly):
                 layer, _, weight = path.rpartition("/")
                 found.setdefault((layer, reverse), {})[weight] = value
         except ValueError as error:
@@ -85,7 +86,12 @@ def _with_tied(config: JSON, model: NamedModel) -> JSON:
 
 
 def _values(
-    config: JSON, name: str, stem: str, array: np.ndarray, model: NamedModel
+    config: JSON,
+    name: str,
+    stem: str,
+    array: np.ndarray,
+    model: NamedModel,
+    assembly: Assembly,
 ) -> Iterable[tuple[str, bool | None, np.ndarray]]:
     """Yields (path of a variable, direction, value) of a tensor."""
     head, table = model.names.tied or ("", "")
@@ -94,7 +100,7 @@ def _values(
     known = stem in model.tensors or stem == head
     if not known or not (is_base or is_bias or is_to_save(config, stem)):
         raise ValueError(f"unknown tensor '{PREFIX}{name}' of shape {array.shape}")
-    for path, value in model.split(table if stem == head else stem, array).items():
+    for path, value in model.split(table if stem == head else stem, array, assembly):
         reverse: bool | None = stem == head
         if is_base:  # of the model under the adapter
             variable = model.variables[path]

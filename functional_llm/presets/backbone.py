@@ -13,7 +13,13 @@ import numpy as np
 from functional_llm.backbones.families import FAMILIES
 from functional_llm.backbones.family import Family, ModelConfig
 from functional_llm.files.replacing import check_writable
-from functional_llm.formats.weight_table import HEAD, expand_table, module_names, tied_head
+from functional_llm.formats.weight_table import (
+    HEAD,
+    expand_table,
+    module_names,
+    shapes_of,
+    tied_head,
+)
 from functional_llm.graph.backend import require_jax
 from functional_llm.graph.freezing import Freezable, freeze_variables
 from functional_llm.graph.keeping_values import KeepsValues
@@ -261,7 +267,7 @@ class Backbone(
             return Names()
         tensors = expand_table(
             family.rows(self.config),
-            [v.path for v in self.variables],
+            shapes_of(self.variables),
             self.config.num_layers,
             strict=False,
         )

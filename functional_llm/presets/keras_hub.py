@@ -22,6 +22,7 @@ from functional_llm.formats.weight_table import (
     expand_table,
     export_weights,
     load_weights,
+    shapes_of,
 )
 from functional_llm.graph.backend import require_jax
 from functional_llm.graph.keras_values import uninitialized
@@ -64,8 +65,7 @@ def from_keras_hub(
     column, tensors = _tensors(backbone, family)
     computed = list(_computed(column, config))
     source = KerasHubLayers(model, [*(tensor.name for tensor in tensors), *computed])
-    shapes = {v.path: tuple(v.shape) for v in backbone.variables}
-    check_source(tensors, shapes, source, ignored=computed)
+    check_source(tensors, shapes_of(backbone.variables), source, ignored=computed)
     load_weights(backbone.variables, tensors, source)
     return backbone
 
@@ -138,8 +138,8 @@ def _tensors(backbone: Backbone, family: Family) -> tuple[KerasHub, list[Tensor]
     column = family.keras_hub
     if column is None:
         raise ValueError(f"KerasHub has no models of the family {family.model_type!r}.")
-    config, paths = backbone.config, [variable.path for variable in backbone.variables]
-    return column, expand_table(column.weights(config), paths, config.num_layers)
+    config, shapes = backbone.config, shapes_of(backbone.variables)
+    return column, expand_table(column.weights(config), shapes, config.num_layers)
 
 
 def _backbone_of(model: Any) -> Any:

@@ -11,7 +11,7 @@ import keras
 from functional_llm.backbones.family import Family, ModelConfig
 from functional_llm.formats.hf_config import decode_config, encode_config
 from functional_llm.formats.source import Edits, Source, known_family
-from functional_llm.formats.weight_table import TensorSource
+from functional_llm.formats.tensor_source import TensorSource
 from functional_llm.graph.types import JSON
 from functional_llm.stock.keras_file import (
     read_description,

@@ -30,6 +30,8 @@ ONE_OF_EACH_KIND = [
     "gemma3_two_ropes",  # norms of queries and keys, a RoPE a type of layers
     "gpt2_tied",  # fused tensors, kernels as (in, out), learned positions, LayerNorm, a plain MLP
     "cohere_query_key_norm_untied",  # pairs turn, LayerNorm without a bias, a weight of each head
+    "stablelm_norm_of_each_head",  # a tensor for each head
+    "apertus_default_rope",  # a learned activation, variables that do not train
     "gptj_half_of_each_head",  # one norm for both branches, a head with a bias, some channels turn
     "gpt_neox_no_biases_tied",  # tensors fused in groups, one for each head
     "phi3_long_texts",  # fused tensors, transposed; a RoPE that depends on the longest row

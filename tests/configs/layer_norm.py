@@ -119,6 +119,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "partial_rotary_factor": 0.4,
     },
+    "stablelm_norm_of_each_head": {
+        **_STABLELM,
+        "num_attention_heads": 8,
+        "qk_layernorm": True,
+        "use_parallel_residual": True,
+    },
     "stablelm_llama3_one_layer": {
         **_STABLELM,
         "num_hidden_layers": 1,

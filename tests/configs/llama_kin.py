@@ -22,6 +22,7 @@ _GRANITE = {
     "logits_scaling": 1.7,
 }
 _SEED_OSS = {**LLAMA, "model_type": "seed_oss", "head_dim": 20}
+_APERTUS = {**LLAMA, "model_type": "apertus", "rope_parameters": None}
 _ALPHA = {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0}
 _HUNYUAN = {
     **LLAMA,
@@ -187,6 +188,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1,
         "head_dim": 12,
         "rope_parameters": {**_GROWING, "mscale_all_dim": 0.0},
+    },
+    "apertus_default_rope": _APERTUS,
+    "apertus_llama3_biases_tied": {
+        **_APERTUS,
+        "num_key_value_heads": 4,
+        "head_dim": 20,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            **STRETCHED,
+        },
+    },
+    "apertus_one_layer_multi_query": {
+        **_APERTUS,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 700.0},
     },
     "ernie4_5_pairs_head_size": _ERNIE,
     "ernie4_5_biases_untied": {
