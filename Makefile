@@ -41,6 +41,11 @@ $(VENV)/installed-dev: $(VENV)/installed-core
 	$(BIN)/python -m pip install --quiet --no-deps 'keras-hub>=0.32,<0.33'
 	touch $@
 
+# lm-evaluation-harness comes with 30 packages: only where all tests run.
+$(VENV)/installed-eval: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --editable '.[eval]'
+	touch $@
+
 # An environment of its own: KerasHub brings TensorFlow.
 $(BENCH_VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(BENCH_VENV)
@@ -64,6 +69,7 @@ $(STOCK_VENV)/installed: tests/stock_requirements.txt
 # and pytest-xdist is not to put the files in an order of its own. What waits for the night:
 # tests/nightly.py.
 nightly: CHOSEN := -m "nightly or not nightly"
+nightly: $(VENV)/installed-eval
 test nightly: $(VENV)/installed-dev $(STOCK_VENV)/installed
 	FLM_STOCK_PYTHON=$(abspath $(STOCK_VENV))/bin/python \
 		$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(CHOSEN) $(PYTEST_ARGS)

@@ -2,6 +2,8 @@
 
 from functional_llm import peft, training
 from functional_llm.edits.quantization import quantize
+from functional_llm.evaluation.perplexity import Perplexity, perplexity
+from functional_llm.evaluation.scorer import Score, Scorer, score
 from functional_llm.formats.model_card import CardFacts
 from functional_llm.formats.upload import push_folder as push_to_hub
 from functional_llm.generation import samplers
@@ -42,8 +44,11 @@ __all__ = [
     "KVCacheLookup",
     "KeepsValues",
     "Mask",
+    "Perplexity",
     "PromptCache",
     "Past",
+    "Score",
+    "Scorer",
     "TextGenerator",
     "Tokenizer",
     "attention_choices",
@@ -55,6 +60,7 @@ __all__ = [
     "capture",
     "make_cache",
     "peft",
+    "perplexity",
     "plot",
     "preset_names",
     "push_to_hub",
@@ -63,6 +69,7 @@ __all__ = [
     "register_lowering",
     "rewire",
     "samplers",
+    "score",
     "select",
     "to_keras_hub",
     "training",

@@ -161,3 +161,15 @@ def test_the_page_on_attention(
     allowed = names["backbone"]({"token_ids": names["ids"], "mask": np.ones((1, 4, 4), bool)})
     changed = np.abs(np.asarray(allowed) - np.asarray(names["logits"])).max(axis=(0, 2))
     assert changed[3] > 1e-4 and changed[:3].max() < 1e-5
+
+
+def test_scoring_page(
+    repository: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run(blocks(repository / "docs" / "scoring.md"), folder, {})
+    logs = [score.log_probability for score in (names["paris"], names["london"])]
+    assert all(log < 0 for log in logs) and logs[0] != logs[1]
+    assert names["from_ids"].log_probability == pytest.approx(logs[0], abs=1e-4)
+    assert names["strided"].num_tokens < names["found"].num_tokens
+    assert names["evaluation"].summary["acc"] in (0, 0.5, 1)

@@ -20,7 +20,7 @@ import numpy as np
 from functional_llm.generation.results import Stats
 from functional_llm.generation.samplers import Sampler, needs_keys
 from functional_llm.graph.precision import full_float32
-from functional_llm.layers.cache import Cache, grow_cache, make_cache, num_slots, store_tokens
+from functional_llm.layers.cache import Cache, fill_cache, grow_cache, make_cache, num_slots
 from functional_llm.xla.rewriter import compiler_options, optimize_for_cpu, optimize_for_gpu
 
 Weights: TypeAlias = list[jax.Array]
@@ -286,10 +286,7 @@ class CompiledPrograms:
                 last_BT = jnp.take_along_axis(jnp.asarray(prompt.mask), last_B11, axis=1)[:, 0]
             logits_BV, cache = self._forward(weights, inputs, prompt.last)
             if prompt.cache is None:  # the graph returned what it keeps of the prompt's tokens
-                empty = make_cache(self.backbone, prompt.tokens.shape[0], slots)
-                cache = jax.tree.map(
-                    lambda new, slots: store_tokens(new, slots, prompt.positions), cache, empty
-                )
+                cache = fill_cache(self.backbone, cache, prompt.positions, slots)
             seen_BV = self._seen(prompt)
             step = jnp.asarray(prompt.step)
             token_B, seen_BV = _sample(sampler, logits_BV, prompt.keys, step, seen_BV)

@@ -49,6 +49,19 @@ def token_sizes(model: keras.Model, tokens: int) -> int:
     return total
 
 
+def fill_cache(model: keras.Model, new: Cache, positions_BT: Tensor, num_slots: int) -> Cache:
+    """Returns a cache with what a model, called without one, returned of its tokens to be kept.
+
+    Args:
+        model: As for `make_cache`.
+        new: The model's output "cache".
+        positions_BT: Positions of the tokens, -1 for padding.
+        num_slots: As for `make_cache`.
+    """
+    empty = make_cache(model, positions_BT.shape[0], num_slots)
+    return tree.map_structure(lambda x, slots: store_tokens(x, slots, positions_BT), new, empty)
+
+
 def num_slots(cache: Cache) -> int:
     """Returns S of the largest group: how many positions fit."""
     return max(group["positions"].shape[1] for group in cache.values())

@@ -22,25 +22,27 @@ class Display(Protocol):
         """Ends it."""
 
 
-def make_display(steps: int, done: int) -> Display:
+def make_display(steps: int, done: int, what: str = "Training", unit: str = "step") -> Display:
     """Returns a bar on a terminal and in a notebook, lines elsewhere: in a log, under nohup.
 
     Args:
         steps: Steps of the whole run.
         done: Steps done before.
+        what: What is done.
+        unit: What a step is.
     """
     is_terminal = sys.stderr.isatty()
     if is_terminal or "ipykernel.zmqshell" in sys.modules:
-        return _Bar(steps, done, is_terminal)
-    return _Lines(steps, done)
+        return _Bar(steps, done, is_terminal, what, unit)
+    return _Lines(steps, done, unit)
 
 
 class _Bar:
     """A bar of tqdm's. On a terminal, what is printed meanwhile goes above it."""
 
-    def __init__(self, steps: int, done: int, is_terminal: bool) -> None:
+    def __init__(self, steps: int, done: int, is_terminal: bool, what: str, unit: str) -> None:
         make = tqdm if is_terminal else _notebook_bar()
-        options = {"desc": "Training", "unit": "step", "mininterval": 0.5}
+        options = {"desc": what, "unit": unit, "mininterval": 0.5}
         self._bar = make(total=steps, initial=done, **options)
         self._bar.set_postfix_str("compiling")
         self._printed: _AboveBar | None = None
@@ -95,10 +97,10 @@ class _AboveBar:
 class _Lines:
     """Prints a line every half a minute, and for the first and the last step."""
 
-    def __init__(self, steps: int, done: int) -> None:
-        self._steps, self._first = steps, done
+    def __init__(self, steps: int, done: int, unit: str) -> None:
+        self._steps, self._first, self._unit = steps, done, unit
         self._began = self._next = time.monotonic()
-        _print(f"step {done} of {steps}: compiling")
+        _print(f"{unit} {done} of {steps}: compiling")
 
     def show(self, step: int, facts: Mapping[str, str]) -> None:
         now = time.monotonic()
@@ -108,7 +110,9 @@ class _Lines:
             else:
                 seconds = (now - self._began) / (step - self._first - 1) * (self._steps - step)
                 facts = {**facts, "left": str(timedelta(seconds=round(seconds)))}
-            _print(f"step {step} of {self._steps}: {', '.join(map(' '.join, facts.items()))}")
+            _print(
+                f"{self._unit} {step} of {self._steps}: {', '.join(map(' '.join, facts.items()))}"
+            )
             self._next = now + _SECONDS_PER_LINE
 
     def close(self) -> None:
