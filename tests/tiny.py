@@ -19,18 +19,20 @@ TEMPLATE = (
 )
 
 
-def save_tiny(folder: Path, vocabulary_size: int | None = None) -> Path:
+def save_tiny(
+    folder: Path, vocabulary_size: int | None = None, config: str = "llama_grouped"
+) -> Path:
     """Saves a tiny Llama and a byte-level BPE tokenizer; returns the folder.
 
     Args:
         folder: Where to.
         vocabulary_size: Of the model, if not that of the tokenizer.
+        config: Which of `CONFIGS`.
     """
     from reference import save_reference  # which needs torch, and `save_tokenizer` does not
 
     size = save_tokenizer(folder)
-    config = {**CONFIGS["llama_grouped"], "vocab_size": vocabulary_size or size}
-    save_reference(config, folder)
+    save_reference({**CONFIGS[config], "vocab_size": vocabulary_size or size}, folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
     return folder
 
