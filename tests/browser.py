@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +29,13 @@ FLAGS = (
     "--disable-sync",
     "--force-device-scale-factor=1",
 )
+# Chromium reads commands from the file 3 and writes answers to the file 4.
+_START = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(x), fcntl.F_DUPFD, 10) for x in sys.argv[1:3]]
+os.dup2(ends[0], 3), os.dup2(ends[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 _SECONDS = 60.0  # to wait for anything
 _KEYS = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39}
 _KEYS |= {"ArrowDown": 40}
@@ -55,9 +63,11 @@ class Browser:
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         read_end, self._out = os.pipe()
         self._in, write_end = os.pipe()
-        command = f'exec "$0" "$@" 3<&{read_end} 4>&{write_end}'
         self._process = subprocess.Popen(
-            ["sh", "-c", command, program, *FLAGS, f"--user-data-dir={self._profile.name}"],
+            [
+                *(sys.executable, "-c", _START, str(read_end), str(write_end)),
+                *(program, *FLAGS, f"--user-data-dir={self._profile.name}"),
+            ],
             pass_fds=(read_end, write_end),
             stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -68,6 +78,13 @@ class Browser:
         self._session: str | None = None
         self.requests: list[str] = []  # addresses that the page asked for
         self.errors: list[str] = []  # exceptions in the page
+        try:
+            self._open(page, size, dark)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, page: Path, size: tuple[int, int], dark: bool) -> None:
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
         self._session = attached["sessionId"]
@@ -81,6 +98,14 @@ class Browser:
         self.send("Page.navigate", url=page.resolve().as_uri())
         self.wait("document.readyState === 'complete' && location.protocol === 'file:'")
 
+    def close(self) -> None:
+        """Ends the program."""
+        self._process.kill()
+        self._process.wait(timeout=_SECONDS)
+        os.close(self._in)
+        os.close(self._out)
+        self._profile.cleanup()
+
     def __enter__(self) -> Self:
         return self
 
@@ -90,11 +115,7 @@ class Browser:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._process.terminate()
-        self._process.wait(timeout=_SECONDS)
-        os.close(self._in)
-        os.close(self._out)
-        self._profile.cleanup()
+        self.close()
 
     def send(self, method: str, **params: Any) -> Any:
         """Sends a command of the protocol and returns its result."""

@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from functional_llm.graph.keras_private import calls
 from functional_llm.graph.looking.boxes import Box, span
 from functional_llm.graph.looking.changes import find_changes
 from functional_llm.graph.looking.outline import outline
-from functional_llm.graph.looking.page import page_data
+from functional_llm.graph.looking.page import Page, page_data
 from functional_llm.graph.selection import inner_graph, inner_layers, walk
 from pair import Pair
 
@@ -241,7 +242,12 @@ def test_inputs_stand_beside_what_uses_them(make: Make) -> None:
     lora = flm.peft.lora(model, rank=2, targets="decoder_3/attention/query")
     root = outline(lora, model)
     assert not [box for box in root.level.boxes if box.kind == "input"]  # type: ignore[union-attr]
-    assert find(root, "full_attention_mask").takes == ["in_order", "mask", "positions", "segment_ids"]
+    assert find(root, "full_attention_mask").takes == [
+        "in_order",
+        "mask",
+        "positions",
+        "segment_ids",
+    ]
     into_last = {source for source, target in arrows(root) if target == "decoder_4–5"}
     assert into_last == {"decoder_3"}  # the mask is named there
     assert {"full_attention_mask", "rotation", "cache"} <= {*find(root, "decoder_4").takes}
@@ -444,7 +450,7 @@ def test_any_graph_can_be_looked_at(make: Make, tmp_path: Path) -> None:
 # Pages -----------------------------------------------------------------------------------------
 
 
-def _data(page: flm.Page) -> Any:
+def _data(page: Page) -> Any:
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.html, re.S)
     assert found is not None
     return json.loads(found[1])
@@ -460,16 +466,9 @@ def test_a_page_holds_its_data_and_asks_for_nothing(make: Make, tmp_path: Path) 
     assert not re.search(r"""(src|href)=|@import|url\((?!#|`#)|fetch\(|import\(""", page.html)
     assert _data(page) == json.loads(json.dumps(page_data(lora, model)))
     counts = _data(page)["model"]["numbers"]
-    assert counts["all"] == sum(v.shape.num_elements() if 0 else _size(v) for v in lora.variables)
-    assert counts["trainable"] == sum(_size(v) for v in lora.trainable_variables)
+    assert counts["all"] == sum(math.prod(v.shape) for v in lora.variables)
+    assert counts["trainable"] == sum(math.prod(v.shape) for v in lora.trainable_variables)
     assert "/*{" not in page.html
-
-
-def _size(variable: Any) -> int:
-    size = 1
-    for axis in variable.shape:
-        size *= axis
-    return size
 
 
 def test_names_cannot_end_the_script() -> None:

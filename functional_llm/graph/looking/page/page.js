@@ -265,7 +265,7 @@ at("previous").addEventListener("click", () => step(state.change < 0 ? -1 : stat
 
 function moveInto(box) {
   if (opens(box) && !box.opened) { setOpen(box, true); return select(box); }
-  box.element.querySelector(".level .head[tabindex]")?.focus();
+  box.element.querySelector(":scope > .level .head[tabindex]")?.focus();
 }
 
 function moveOut(box) {
