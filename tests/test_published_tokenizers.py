@@ -330,7 +330,7 @@ def _cpp_cases(source: str) -> list[dict[str, str]]:
     cases: list[dict[str, str]] = []
     literal = r'(?:u8|U8C\()?"((?:[^"\\]|\\.)*)"\)?'
     _, _, source = source.partition("test_cases {")
-    for field, text in re.findall(r"/\* \.(\w+)= \*/\s*" + literal, source):
+    for field, text in re.findall(r"/\* \.(\w+)=? \*/\s*" + literal, source):
         if field == "name":
             cases.append({})
         cases[-1][field] = json.loads('"' + text.replace("\\'", "'") + '"')
