@@ -26,8 +26,8 @@ def fetch_llama_cpp() -> Path:
         "llama-cpp-python==0.3.36",
         "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
         "llama_cpp_python-0.3.36/vendor/llama.cpp/",
-        ("models/", "conversion/", "gguf-py/"),
-        "llama.cpp",
+        ("models/", "conversion/", "gguf-py/", "tests/test-chat-template.cpp"),
+        "llama.cpp-and-test",
     )
 
 

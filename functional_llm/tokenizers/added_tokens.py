@@ -3,7 +3,7 @@
 They stand under many names in tokenizer_config.json, special_tokens_map.json and added_tokens.json.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,19 +33,23 @@ class AddedTokens:
     ids: dict[str, int]
     special: list[tokenizers.AddedToken]
 
-    def beside(self, known: Iterable[str]) -> list[tokenizers.AddedToken]:
+    def beside(self, known: Collection[tokenizers.AddedToken]) -> list[tokenizers.AddedToken]:
         """Returns the tokens to add to a vocabulary, in their order.
 
         Args:
-            known: The texts of tokens that it splits text at already. They stay as they are, unless
-                the files describe them.
+            known: Tokens that it splits text at already. They stay as they are, unless the files
+                describe them; but what has a name, such as "pad_token", is special.
         """
-        seen = {*known, *(token.content for token in self.described)}
-        tokens = list(self.described)
+        texts = {token.content for token in self.described}
+        plain = [x for x in known if x.content in self.named.values() and not x.special]
+        tokens = [*self.described, *(x for x in plain if x.content not in texts)]
+        seen = texts | {token.content for token in known}
         for token in self.special:
             if token.content not in seen:
                 tokens.append(token)
                 seen.add(token.content)
+        for token in tokens:
+            token.special = token.special or token.content in self.named.values()
         return tokens
 
 

@@ -112,8 +112,7 @@ def _engine_from_vocabulary(path: Path, added: AddedTokens, config: Mapping[str,
 
 
 def _with_added(tokenizer: tokenizers.Tokenizer, added: AddedTokens, path: Path) -> Engine:
-    known = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-    tokenizer.add_tokens(added.beside(known))
+    tokenizer.add_tokens(added.beside(tokenizer.get_added_tokens_decoder().values()))
     wrong = {text: tokenizer.token_to_id(text) for text in added.ids}
     wrong = {text: i for text, i in wrong.items() if i != added.ids[text]}
     if wrong:

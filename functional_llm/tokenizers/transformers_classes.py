@@ -62,9 +62,7 @@ def is_gpt2(config: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
     return _class_name(config, model) == "GPT2Tokenizer"
 
 
-def gpt2_tokenizer(
-    model: tokenizers.models.BPE, config: Mapping[str, Any]
-) -> tokenizers.Tokenizer:
+def gpt2_tokenizer(model: tokenizers.models.BPE, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Returns what GPT2Tokenizer makes of a vocabulary alone.
 
     Args:
