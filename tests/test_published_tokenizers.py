@@ -305,7 +305,7 @@ def test_a_vocabulary_and_merges_are_all_that_opt_has(tmp_path: Path) -> None:
     merges = [" ".join(pair) for pair in model["merges"]]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
-    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+    token: JSON = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
     token |= {"__type": "AddedToken"}
     names = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
     config: JSON = {key: {"content": text, **token} for key, text in names.items()}
