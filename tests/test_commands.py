@@ -155,7 +155,7 @@ def test_an_adapter_is_trained_further(
 def test_what_an_adapter_may_call_its_base(
     tiny: Path, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from functional_llm.presets.sources import base_handle
+    from functional_llm.presets.sources import base_handle, check_base
 
     path = tmp_path / "adapter_config.json"
     monkeypatch.chdir(tiny.parent)
@@ -175,6 +175,15 @@ def test_what_an_adapter_may_call_its_base(
         path.write_text(json.dumps({"base_model_name_or_path": base}))
         with pytest.raises(ValueError, match=r"adapter_config.json: expected .*base_model_name_or"):
             base_handle(tmp_path)
+    facts = {"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+    path.write_text(json.dumps(facts))
+    check_base(tmp_path, "smollm2_135m_instruct")
+    check_base(tmp_path, "hf://HuggingFaceTB/SmolLM2-135M-Instruct@main")
+    for handle in ("smollm2_135m", "hf://someone/else", tiny):
+        with pytest.raises(ValueError, match="Received: one for HuggingFaceTB/SmolLM2-135M-Instr"):
+            check_base(tmp_path, handle)
+    path.write_text(json.dumps({"base_model_name_or_path": "someone/else"}))
+    check_base(tmp_path, tiny)  # nobody knows
     file = flm.Backbone.from_preset(tiny)
     file.save(tmp_path / "model.keras")
     model = flm.peft.lora(flm.Backbone.from_preset(tmp_path / "model.keras"), 2)
@@ -197,6 +206,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--adapter", "A=nan"], "received 'nan'"),
         (["--adapter", "TINY"], "tiny has no adapter_config.json"),
         (["--preset", "OTHER", "--adapter", "A"], "for another base. .*/larger. Received: .*/tiny"),
+        (["--preset", "smollm2_360m", "--adapter", "A"], "for another base. .*smollm2_360m.*/tiny"),
         (["--preset", "A", "--adapter", "A"], "/a is given twice"),
         ([], "the following arguments are required: --adapter"),
         (["--adapter", "A", "--preset", "nope"], "Unknown preset 'nope'"),

@@ -234,8 +234,8 @@ def facts_for_card(arguments: argparse.Namespace, settings: "Settings") -> "Card
     rows = settings.batch_size * settings.accumulate
     return CardFacts(
         datasets=[Path(x).name if Path(x).exists() else x for x in arguments.dataset],
-        method=f"`functional-llm finetune`: {what}, {settings.steps} steps of {rows} rows of "
-        f"{arguments.length} tokens, learning rate {settings.learning_rate:g} "
+        method=f"`functional-llm finetune`: {what}, {settings.steps} steps, rows of "
+        f"{arguments.length} tokens, {rows} a step, learning rate {settings.learning_rate:g} "
         f"({settings.schedule}), in {arguments.dtype}.",
     )
 

@@ -94,7 +94,7 @@ def _adapter_rows(folder: Any, base: str) -> list[tuple[str, str]]:
     config = read_json(folder / "adapter_config.json")
     targets = config.get("target_modules") or sorted(config.get("layers", ()))
     shown = targets if isinstance(targets, str) else ", ".join(targets[:8])
-    rank = f", rank {config['r']}, alpha {config.get('lora_alpha')}" if "r" in config else ""
+    rank = f", rank {config['r']}, alpha {config.get('lora_alpha'):g}" if "r" in config else ""
     return [
         ("adapter", str(folder)),
         ("method", f"{config.get('peft_type')}{rank}"),

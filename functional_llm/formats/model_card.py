@@ -68,7 +68,7 @@ class ModelCard:
         parts += [_table(self.facts.losses), _LOADING]
         for words, code in _snippets(self):
             parts += [f"{words}:", f"```python\n{code}```"]
-        return _signed("\n\n".join(part for part in parts if part) + "\n")
+        return _signed("\n\n".join(part for part in parts if part) + "\n\n")
 
     @property
     def _hub_base(self) -> str | None:

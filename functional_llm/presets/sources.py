@@ -142,21 +142,31 @@ def check_base(folder: Path, handle: str | Path) -> None:
     """
     base = read_json(folder / CONFIG_NAME).get("base_model_name_or_path")
     names, others = _all_names(str(handle)), _all_names(str(base or ""))
-    if not names or not others or names & others or _are_paths(names) != _are_paths(others):
+    if not names or not others or names & others:
         return
-    if _are_paths(names) and read_numbers(str(base))[:2] == read_numbers(handle)[:2]:
-        warnings.warn(
-            f"The adapter in {folder} was made for {base}, and is used with {handle}, which has "
-            "the same sizes. Are both one model?",
-            stacklevel=4,
-        )
-    else:
-        raise ValueError(
-            f"The adapter in {folder} is for another base. Expected: an adapter for {handle}. "
-            f"Received: one for {base}. Leave the model's handle out to load the adapter's own "
-            f"base; if both are one model, write {handle} as base_model_name_or_path into the "
-            f"adapter's {CONFIG_NAME}."
-        )
+    are_paths = {Path(name).is_absolute() for name in names | others}
+    if are_paths != {False}:  # no two names of the Hub
+        known = base_handle(folder)
+        if known.startswith("hf://") or _sizes(known) == _sizes(handle):
+            if are_paths == {True}:
+                warnings.warn(
+                    f"The adapter in {folder} was made for {base}, and is used with {handle}, "
+                    "which has the same sizes. Are both one model?",
+                    stacklevel=4,
+                )
+            return
+    raise ValueError(
+        f"The adapter in {folder} is for another base. Expected: an adapter for {handle}. "
+        f"Received: one for {base}. Leave the model's handle out to load the adapter's own "
+        f"base; if both are one model, write {handle} as base_model_name_or_path into the "
+        f"adapter's {CONFIG_NAME}."
+    )
+
+
+def _sizes(handle: str | Path) -> tuple[int, ...]:
+    _, config, _ = read_numbers(handle)
+    names = ("num_layers", "hidden_dim", "intermediate_dim", "vocabulary_size")
+    return tuple(getattr(config, name) for name in names)
 
 
 def _all_names(handle: str) -> set[str]:
@@ -172,10 +182,6 @@ def _all_names(handle: str) -> set[str]:
     if known:
         return {*known, *(origin for name in known for origin in _origins(name))}
     return set() if path.is_absolute() else {handle}
-
-
-def _are_paths(names: set[str]) -> bool:
-    return all(Path(name).is_absolute() for name in names)
 
 
 def _origins(name: str) -> set[str]:
