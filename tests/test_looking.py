@@ -485,3 +485,30 @@ def test_a_notebook_shows_the_page() -> None:
     source = re.search(r'srcdoc="([^"]*)"', shown)
     assert source is not None and html.unescape(source[1]) == page.html
     assert page.path is None and "not written" in repr(page)
+
+
+# The guide -------------------------------------------------------------------------------------
+
+
+@NEEDS_DOT
+def test_the_guide_runs(
+    repository: Path, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (repository / "docs" / "looking.md").read_text(encoding="utf-8")
+    model = make(LLAMA)
+    monkeypatch.setattr(flm.Backbone, "from_preset", lambda handle: model)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "docs/looking.md", "exec"), names)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "model.html",
+        "model.svg",
+        "attention.svg",
+    }
+    pictures = re.findall(r"\]\((pictures/[^)]+)\)", text)
+    for picture in (*pictures, "lora_attention.svg"):
+        path = repository / "docs" / picture
+        assert path.exists() and path.stat().st_size < 250_000, picture
+        if path.suffix == ".svg":
+            assert _svg_width(path) < 1600
