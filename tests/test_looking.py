@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -317,7 +318,7 @@ def test_changes_of_a_config_and_of_connections() -> None:
         b = layers.Identity(name="b")(layers.ReLU(negative_slope=0.1 + swapped, name="r")(a))
         return layers.Identity(name="c")(a if swapped else b) + b
 
-    found = _changes(*(model_of(lambda x, s=s: body(x, s)) for s in (True, False)))
+    found = _changes(*(model_of(partial(body, swapped=swapped)) for swapped in (True, False)))
     assert found == {"r": ["negative_slope: 0.1 → 1.1"], "c": ["takes a, not b"]}
 
 
