@@ -65,6 +65,8 @@ $(STOCK_VENV)/installed: tests/stock_requirements.txt
 	$(STOCK_VENV)/bin/python -m pip install --quiet --no-deps tensorflow-text==2.21.1
 	touch $@
 
+# The pages and pictures of graphs are tested where there are Chromium and Graphviz (Debian:
+# `apt-get install chromium graphviz`); FLM_CHROMIUM may name another program.
 # One run, in two processes: tests/conftest.py puts the tests marked `real` last,
 # and pytest-xdist is not to put the files in an order of its own. What waits for the night:
 # tests/nightly.py.

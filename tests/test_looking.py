@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -317,7 +318,7 @@ def test_changes_of_a_config_and_of_connections() -> None:
         b = layers.Identity(name="b")(layers.ReLU(negative_slope=0.1 + swapped, name="r")(a))
         return layers.Identity(name="c")(a if swapped else b) + b
 
-    found = _changes(*(model_of(lambda x, s=s: body(x, s)) for s in (True, False)))
+    found = _changes(*(model_of(partial(body, swapped=swapped)) for swapped in (True, False)))
     assert found == {"r": ["negative_slope: 0.1 → 1.1"], "c": ["takes a, not b"]}
 
 
@@ -485,3 +486,30 @@ def test_a_notebook_shows_the_page() -> None:
     source = re.search(r'srcdoc="([^"]*)"', shown)
     assert source is not None and html.unescape(source[1]) == page.html
     assert page.path is None and "not written" in repr(page)
+
+
+# The guide -------------------------------------------------------------------------------------
+
+
+@NEEDS_DOT
+def test_the_guide_runs(
+    repository: Path, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (repository / "docs" / "looking.md").read_text(encoding="utf-8")
+    model = make(LLAMA)
+    monkeypatch.setattr(flm.Backbone, "from_preset", lambda handle: model)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "docs/looking.md", "exec"), names)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "model.html",
+        "model.svg",
+        "attention.svg",
+    }
+    pictures = re.findall(r"\]\((pictures/[^)]+)\)", text)
+    for picture in (*pictures, "lora_attention.svg"):
+        path = repository / "docs" / picture
+        assert path.exists() and path.stat().st_size < 250_000, picture
+        if path.suffix == ".svg":
+            assert _svg_width(path) < 1600

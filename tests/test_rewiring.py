@@ -3,7 +3,6 @@
 import gc
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -477,7 +476,7 @@ def test_what_matches_nothing(backbone: Any, where: Any, message: str) -> None:
 
 def test_tree_view_counts_and_marks(backbone: Any) -> None:
     model = flm.rewire(backbone, lambda layer, path: Plus(layer), where="query", freeze=True)
-    text = flm.tree_view(model, original=backbone)
+    text = flm.tree_view(model, beside=backbone)
     lines = text.splitlines()
     total = sum(int(np.prod(v.shape)) for v in model.variables)
     new = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
@@ -491,26 +490,6 @@ def test_tree_view_counts_and_marks(backbone: Any) -> None:
         - len([x for x in model.layers if isinstance(x, keras.layers.InputLayer)])
         + 1
     )
-
-
-def test_plot_marks_what_changed(backbone: Any, tmp_path: Path) -> None:
-    model = flm.rewire(backbone, lambda layer, path: Plus(layer), where="decoder_1/attention/query")
-    dot = flm.plot(model, tmp_path / "a.dot", depth=2, original=backbone).read_text()
-    assert dot.count("#ffd58a") == 1  # query of decoder_1
-    assert dot.count("#fff3d6") == 2  # its attention, its decoder
-    assert "Plus" in dot
-    assert "Plus" not in flm.plot(model, tmp_path / "b.dot", depth=1).read_text()
-    if _has_dot():
-        assert "<svg" in flm.plot(model, tmp_path / "c.svg", depth=0).read_text()
-        assert flm.plot(model, tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(ValueError, match="received .*picture.gif"):
-        flm.plot(model, tmp_path / "picture.gif")
-
-
-def _has_dot() -> bool:
-    import shutil
-
-    return shutil.which("dot") is not None
 
 
 # Activations
