@@ -7,6 +7,7 @@ A *part* is a layer, or a function `(x, inputs) -> x` that may use the block's o
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import keras
@@ -19,7 +20,23 @@ Inputs: TypeAlias = dict[str, Nested]
 PartFunction: TypeAlias = Callable[[Tensor, Inputs], Tensor]
 Part: TypeAlias = keras.layers.Layer | PartFunction
 Product: TypeAlias = Callable[[Inputs], Tensor]  # of an `AttentionDotProduct`'s inputs
-Shapes: TypeAlias = Mapping[str, "tuple[int, ...] | Shapes"]  # what is kept of one token
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of one token, in a dtype of its own.
+
+    Args:
+        shape: Of it.
+        dtype: The name of that in which the layer computes it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+# What is kept of one token; shapes alone are in the dtype that the model computes in.
+Shapes: TypeAlias = Mapping[str, "tuple[int, ...] | Kept | Shapes"]
 
 
 def apply_parts(parts: Sequence[Part], x: Tensor, inputs: Inputs) -> Tensor:
@@ -96,4 +113,4 @@ def attention(
         merge = keras.layers.Reshape((-1, math.prod(attended.shape[2:])), name="merge_heads")
         return {"x": output(merge(attended)), "cache": cache}
 
-    return CompositeLayer(body, name="attention")
+    return CompositeLayer(body, name="attention", autocast=False)  # a cache keeps its dtypes

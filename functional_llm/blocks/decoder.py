@@ -51,7 +51,7 @@ def _layer(name: str, step: Callable[[Tensor, _Apply], Tensor]) -> CompositeLaye
 
         return {"x": step(inputs["x"], apply), "cache": caches}
 
-    return CompositeLayer(body, name=name)
+    return CompositeLayer(body, name=name, autocast=False)  # a cache keeps its dtypes
 
 
 def parallel(

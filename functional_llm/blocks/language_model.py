@@ -10,7 +10,14 @@ from typing import TypeAlias
 import keras
 from keras import ops
 
-from functional_llm.blocks.attention import Inputs, Part, PartFunction, Shapes, apply_parts
+from functional_llm.blocks.attention import (
+    Inputs,
+    Kept,
+    Part,
+    PartFunction,
+    Shapes,
+    apply_parts,
+)
 from functional_llm.blocks.rope import Rope, rotation
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import Nested, Tensor
@@ -39,7 +46,7 @@ def causal_lm(
     hidden_dim: int,
     layer_types: Mapping[str, LayerType],
     layers: Sequence[tuple[str, CompositeLayer]],
-    keeps: Shapes,
+    keeps: Shapes | Sequence[Shapes],
     final_norm: Part,
     tie_word_embeddings: bool,
     head_bias: bool = False,
@@ -53,7 +60,8 @@ def causal_lm(
         hidden_dim: D.
         layer_types: Name of a type -> what its layers share.
         layers: Decoder layers in order, each with the name of its type.
-        keeps: What each layer keeps of a token in the cache.
+        keeps: What all layers keep of a token in the cache, or what each of them keeps: in a dtype
+            of its own where it is a `Kept`, nothing where it is an empty dict.
         final_norm: Part before the head.
         tie_word_embeddings: Whether the head is the transposed embedding.
         head_bias: Whether a head of its own adds a bias.
@@ -66,10 +74,11 @@ def causal_lm(
         cache holds, for each type of layers, the positions in its slots and what each layer keeps.
     """
     used = {kind: layer_types[kind] for kind in dict.fromkeys(kind for kind, _ in layers)}
-    names = {kind: [layer.name for other, layer in layers if other == kind] for kind in used}
-    inputs = make_inputs(
-        {kind: (used[kind].window, dict.fromkeys(names[kind], keeps)) for kind in used}
-    )
+    all_keep = [keeps] * len(layers) if isinstance(keeps, Mapping) else keeps
+    kept: dict[str, dict[str, Shapes]] = {kind: {} for kind in used}
+    for (kind, layer), own in zip(layers, all_keep, strict=True):
+        kept[kind][layer.name] = own
+    inputs = make_inputs({kind: (used[kind].window, kept[kind]) for kind in used})
     embedding = keras.layers.ReversibleEmbedding(
         vocabulary_size, hidden_dim, name="token_embedding"
     )
@@ -106,10 +115,11 @@ def make_inputs(groups: Mapping[str, tuple[int | None, Shapes]]) -> Inputs:
     """
     dtype = keras.config.dtype_policy().compute_dtype
 
-    def make(name: str, slots: int | None, shape: tuple[int, ...] | Shapes) -> Nested:
-        if isinstance(shape, Mapping):
-            return {key: make(f"{name}_{key}", slots, inner) for key, inner in shape.items()}
-        return keras.Input((slots, *shape), dtype=dtype, name=name, optional=True)
+    def make(name: str, slots: int | None, own: tuple[int, ...] | Kept | Shapes) -> Nested:
+        if isinstance(own, Mapping):
+            return {key: make(f"{name}_{key}", slots, inner) for key, inner in own.items()}
+        kept = own if isinstance(own, Kept) else Kept(own, dtype)
+        return keras.Input((slots, *kept.shape), dtype=kept.dtype, name=name, optional=True)
 
     cache = {}
     for kind, (slots, shapes) in groups.items():
@@ -148,8 +158,9 @@ def shared_inputs(
     )
     shared = {"positions": positions, "mask": mask}
     if layer_type.rope is not None:
-        segments = inputs["segment_ids"]
-        shared["rotation"] = rotation(positions, layer_type.rope, segments, kind)
+        turned = rotation(positions, layer_type.rope, inputs["segment_ids"], kind)
+        dtype = keras.config.dtype_policy().compute_dtype
+        shared["rotation"] = {key: ops.cast(x, dtype) for key, x in turned.items()}
     return shared, kept
 
 

@@ -129,8 +129,12 @@ class KVCacheLookup(keras.layers.Layer):
     """Joins what was computed for the new tokens with what the cache holds of earlier ones.
 
     The token at position p belongs in slot p modulo the number of slots, so that a cache with fewer
-    slots than tokens is a ring, which keeps the latest ones. Padding is not stored.
+    slots than tokens is a ring, which keeps the latest ones. Padding is not stored. Each leaf stays
+    in its dtype.
     """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"autocast": False, **kwargs})
 
     def call(self, inputs: Mapping[str, Nested]) -> tuple[Nested, Nested]:
         """Looks up and stores.

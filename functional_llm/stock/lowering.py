@@ -314,7 +314,8 @@ class Lowering:
 
 
 def _without_positions(group: dict[str, Nested]) -> dict[str, Nested]:
-    return {name: kept for name, kept in group.items() if name != "positions"}
+    """Returns what the layers of a group keep, those that keep something."""
+    return {name: kept for name, kept in group.items() if name != "positions" and kept != {}}
 
 
 def _positions(token_ids: Tensor, length: Tensor, cache: Tensor) -> list[Tensor]:
