@@ -113,7 +113,7 @@ def within_groups(
 
 @keras.saving.register_keras_serializable("functional_llm")
 class ScoreCorrection(CompositeLayer):
-    """Adds to each expert's score what training has found to balance the choices; it has no gradient.
+    """Adds to each expert's score what balances the choices; training finds it, by no gradient.
 
     Args:
         **kwargs: Of `keras.layers.Layer`.
@@ -131,12 +131,12 @@ class ScoreCorrection(CompositeLayer):
 
 
 def activated(activation: str) -> Gate:
-    """activation(gate) * up, for a key of `ACTIVATIONS`."""
+    """Joins them as activation(gate) * up, for a key of `ACTIVATIONS`."""
     return lambda gate, up: ACTIVATIONS[activation](gate) * up
 
 
 def clamped(alpha: float, limit: float) -> Gate:
-    """gate * sigmoid(alpha * gate) * (up + 1), both within the limit.
+    """Joins them as gate * sigmoid(alpha * gate) * (up + 1), both within the limit.
 
     Reference:
         [gpt-oss](https://arxiv.org/abs/2508.10925), section 2.2.
