@@ -7,6 +7,7 @@ A *part* is a layer, or a function `(x, inputs) -> x` that may use the block's o
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import keras
@@ -97,3 +98,25 @@ def attention(
         return {"x": output(merge(attended)), "cache": cache}
 
     return CompositeLayer(body, name="attention")
+
+
+@dataclass(frozen=True)
+class BesideX:
+    """A layer as a part that also takes other inputs of the block.
+
+    Args:
+        layer: Layer from a dict with `x` and these inputs.
+        names: Of the inputs.
+    """
+
+    layer: CompositeLayer
+    names: Sequence[str]
+
+    @property
+    def name(self) -> str:
+        """The layer's name."""
+        return str(self.layer.name)
+
+    def __call__(self, x: Tensor, inputs: Inputs) -> Tensor:
+        """Returns what the layer makes of `x` and the inputs."""
+        return self.layer({"x": x, **{name: inputs[name] for name in self.names}})

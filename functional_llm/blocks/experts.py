@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import keras
 from keras import ops
 
-from functional_llm.blocks.attention import Inputs
+from functional_llm.blocks.attention import BesideX, Inputs
 from functional_llm.blocks.mlp import ACTIVATIONS
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import Tensor
@@ -159,7 +159,7 @@ def expert_mlp(
     use_bias: bool = False,
     weighs_inputs: bool = False,
     shared: Callable[[Tensor], Tensor] | None = None,
-) -> "BesideX":
+) -> BesideX:
     """down(gate(gate(x), up(x))) of the experts chosen, weighted and summed.
 
     Args:
@@ -208,25 +208,3 @@ def gated(mlp: CompositeLayer) -> Callable[[Tensor], Tensor]:
     """
     gate = keras.layers.Dense(1, use_bias=False, name="shared_gate")
     return lambda x: ops.sigmoid(gate(x)) * mlp(x)
-
-
-@dataclass(frozen=True)
-class BesideX:
-    """A layer as a part that also takes other inputs of the block.
-
-    Args:
-        layer: Layer from a dict with `x` and these inputs.
-        names: Of the inputs.
-    """
-
-    layer: CompositeLayer
-    names: Sequence[str]
-
-    @property
-    def name(self) -> str:
-        """The layer's name."""
-        return str(self.layer.name)
-
-    def __call__(self, x: Tensor, inputs: Inputs) -> Tensor:
-        """Returns what the layer makes of `x` and the inputs."""
-        return self.layer({"x": x, **{name: inputs[name] for name in self.names}})
