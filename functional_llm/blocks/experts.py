@@ -14,7 +14,12 @@ from functional_llm.blocks.attention import BesideX, Inputs
 from functional_llm.blocks.mlp import ACTIVATIONS
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import Tensor
-from functional_llm.layers.experts import ExpertCombine, ExpertDense, ExpertDispatch
+from functional_llm.layers.experts import (
+    ExpertCombine,
+    ExpertDense,
+    ExpertDispatch,
+    ExpertScores,
+)
 
 Scores: TypeAlias = Callable[[Tensor], Tensor]  # a part of a router, from scores to scores
 Gate: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # what joins the outputs of gate and up
@@ -42,10 +47,7 @@ class Router:
 
     def __call__(self, x_BTD: Tensor) -> dict[str, Tensor]:
         """Returns `experts` (B, T, k) int32 and their `weights` (B, T, k)."""
-        # Scores that differ by less than bfloat16 tells apart choose other experts.
-        dense = keras.layers.Dense(
-            self.num_experts, use_bias=self.use_bias, dtype="float32", name="router"
-        )
+        dense = ExpertScores(self.num_experts, use_bias=self.use_bias, name="router")
         scores = _apply(self.scores, dense(x_BTD))
         _, experts = ops.top_k(_apply(self.choice, scores), self.num_chosen)
         weights = ops.take_along_axis(scores, experts, axis=-1)

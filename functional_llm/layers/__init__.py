@@ -2,12 +2,17 @@
 
 May import: graph, kernels.
 
-Offers: `AttentionMask`, `KVCacheLookup`, `AttentionDotProduct`; `ExpertDispatch`, `ExpertDense`,
-`ExpertCombine`; `make_cache` and what works on caches; `complete_inputs`.
+Offers: `AttentionMask`, `KVCacheLookup`, `AttentionDotProduct`; `ExpertScores`, `ExpertDispatch`,
+`ExpertDense`, `ExpertCombine`; `make_cache` and what works on caches; `complete_inputs`.
 """
 
 from functional_llm.layers.attention import AttentionDotProduct, AttentionMask, KVCacheLookup
-from functional_llm.layers.experts import ExpertCombine, ExpertDense, ExpertDispatch
+from functional_llm.layers.experts import (
+    ExpertCombine,
+    ExpertDense,
+    ExpertDispatch,
+    ExpertScores,
+)
 
 __all__ = [
     "AttentionDotProduct",
@@ -15,5 +20,6 @@ __all__ = [
     "ExpertCombine",
     "ExpertDense",
     "ExpertDispatch",
+    "ExpertScores",
     "KVCacheLookup",
 ]

@@ -10,7 +10,7 @@ Shapes: B batch, T tokens, D in, F out, E experts, k experts chosen for each tok
 """
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax
 import keras
@@ -21,6 +21,27 @@ from functional_llm.kernels import ExpertFacts, ExpertKernel, choose_experts, ex
 
 PACKAGE = "functional_llm"
 _PARTS = ("members", "experts", "order", "places", "begins", "ends", "kernel")
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class ExpertScores(keras.layers.Dense):
+    """The Dense that gives each expert a score: in float32, whatever the model's precision.
+
+    Scores that differ by less than bfloat16 or int8 tell apart choose other experts. So `quantize`
+    leaves it as it is, and "all" linear layers of an adapter are those beside it.
+
+    Args:
+        num_experts: E.
+        **kwargs: Of `keras.layers.Dense`.
+    """
+
+    def __init__(self, num_experts: int, **kwargs: Any) -> None:
+        super().__init__(num_experts, **{"dtype": "float32", **kwargs})
+        self.num_experts = num_experts
+
+    def get_config(self) -> JSON:
+        config = super().get_config()
+        return {"num_experts": config.pop("units"), **config}
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -175,10 +196,6 @@ class ExpertDense(keras.layers.EinsumDense):
             config.pop(name)
         own = {"num_experts": self.num_experts, "units": self.units, "use_bias": self.use_bias}
         return {**config, **own}
-
-    @classmethod
-    def from_config(cls, config: JSON) -> Self:
-        return cls(**config)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)

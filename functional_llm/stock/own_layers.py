@@ -13,7 +13,12 @@ from functional_llm.layers.attention import (
     DescribedMask,
     KVCacheLookup,
 )
-from functional_llm.layers.experts import ExpertCombine, ExpertDense, ExpertDispatch
+from functional_llm.layers.experts import (
+    ExpertCombine,
+    ExpertDense,
+    ExpertDispatch,
+    ExpertScores,
+)
 from functional_llm.layers.long_texts import IsLongText
 from functional_llm.stock.lowering import register_lowering
 
@@ -58,6 +63,7 @@ register_lowering(AttentionMask, _lower_mask)
 register_lowering(DescribedMask, _lower_mask)
 register_lowering(AttentionDotProduct, _lower_product)
 register_lowering(KVCacheLookup, _lower_lookup)
+register_lowering(ExpertScores, keras.layers.Dense)
 register_lowering(ExpertDispatch, _lower_dispatch)
 register_lowering(ExpertDense, keras.layers.EinsumDense, lambda inputs: inputs["x"])
 register_lowering(ExpertCombine, ExpertCombine.call)
