@@ -84,7 +84,11 @@ def _ernie() -> BesideX:
 
 _LOCAL = {"num_local_experts": E, "num_experts_per_tok": K, "intermediate_size": F}
 _OWN = {"num_experts": E, "num_experts_per_tok": K, "moe_intermediate_size": F}
-_DEEP = {"n_routed_experts": E, "num_experts_per_tok": K, "moe_intermediate_size": F}
+_DEEP: dict[str, Any] = {
+    "n_routed_experts": E,
+    "num_experts_per_tok": K,
+    "moe_intermediate_size": F,
+}
 _DEEP |= {"n_group": 4, "topk_group": 2, "n_shared_experts": 2, "routed_scaling_factor": 2.5}
 
 # Transformers' module and block, its numbers, and ours.

@@ -27,6 +27,10 @@ CASES: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
 D, F = 7, 6
 KERNELS = {kernel.name: kernel for kernel in expert_kernels()}
 OTHERS = [name for name in KERNELS if name != "every"]
+EVERYWHERE = (
+    "padding",
+    "more_experts_than_tokens",
+)  # the others are for the walk, by far the oddest
 
 
 def _arrays(name: str, seed: int = 0) -> dict[str, Any]:
@@ -74,7 +78,7 @@ def _values_and_gradients(name: str, case: str, seed: int = 0) -> dict[str, np.n
 def test_kernels_equal_the_definition(case: str) -> None:
     expected = _values_and_gradients("every", case)
     limit = 3e-2 if CASES[case][4].get("dtype") else 1e-5
-    for name in OTHERS:
+    for name in OTHERS if case in EVERYWHERE else ["walk"]:
         received = _values_and_gradients(name, case)
         for key, value in expected.items():
             difference = np.abs(received[key] - value).max() / max(1.0, np.abs(value).max())
@@ -93,3 +97,71 @@ def test_the_definition_is_a_sum_over_the_chosen() -> None:
             expected[b, t] += weight * inner @ numbers["down"][expert]
     received = _compute(KERNELS["every"], arrays["factors"], arrays["experts"])
     np.testing.assert_allclose(received, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropped", ["weights", "bias", "experts"])
+def test_the_comparison_sees_what_is_dropped(dropped: str) -> None:
+    arrays = _arrays("padding")
+    factors, experts = arrays["factors"], arrays["experts"]
+    right = _compute(KERNELS["walk"], factors, experts)
+    if dropped == "experts":
+        experts = jnp.roll(experts, 1, axis=1)
+    else:
+        factors = {**factors, dropped: jnp.roll(factors[dropped], 1, axis=0)}
+    assert np.abs(_compute(KERNELS["walk"], factors, experts) - right).max() > 1e-2
+
+
+def test_kernels_can_be_mapped() -> None:
+    two = [_arrays("some", seed) for seed in (0, 1)]
+    experts = jnp.stack([x["experts"] for x in two])
+    factors = jax.tree.map(lambda *x: jnp.stack(x), *(x["factors"] for x in two))
+    received = jax.jit(jax.vmap(lambda f, e: _compute(KERNELS["walk"], f, e)))(factors, experts)
+    for row, x in zip(received, two, strict=True):
+        expected = _compute(KERNELS["every"], x["factors"], x["experts"])
+        np.testing.assert_allclose(row, expected, atol=1e-5)
+
+
+def test_memory_of_many_tokens_has_no_copy_of_the_matrices() -> None:
+    tokens, experts, k, size = 256, 16, 2, 128
+
+    def run(x: Any, kernel: Any, chosen: Any) -> Any:
+        walk = KERNELS["walk"]
+        routing = walk.route(chosen, experts)
+        return walk.collect(walk.multiply(walk.spread(x, routing), kernel, routing), routing)
+
+    shapes = ((1, tokens, size), (experts, size, size))
+    x, kernel = (jax.ShapeDtypeStruct(shape, "float32") for shape in shapes)
+    chosen = jax.ShapeDtypeStruct((1, tokens, k), "int32")
+    analysis: Any = jax.jit(run).lower(x, kernel, chosen).compile().memory_analysis()
+    assert analysis.temp_size_in_bytes < 6 * tokens * k * size * 4
+    assert analysis.temp_size_in_bytes < tokens * k * size * size * 4 / 20  # gathered
+
+
+CPU = ExpertFacts(platform="cpu", tokens=512, choices=4, experts=32)
+
+
+@pytest.mark.parametrize(
+    ("facts", "kernel", "reason"),
+    [
+        (CPU, "walk", "32 experts for a token, and 4 are chosen"),
+        (replace(CPU, tokens=1), "one_by_one", "first choice"),
+        (replace(CPU, tokens=1, choices=32), "every", "32 rows are more than 16"),
+        (replace(CPU, platform="other", tokens=0), "every", "needs JAX"),
+        (replace(CPU, platform="gpu", tokens=8), "gathered", "this is gpu"),
+        (replace(CPU, platform="gpu", tokens=64), "every", "more than the experts"),
+        (replace(CPU, platform="gpu"), "tiles", "not ragged"),
+        (replace(CPU, platform="tpu"), "ragged", "not walk"),
+    ],
+)
+def test_the_choice_and_its_reason(facts: ExpertFacts, kernel: str, reason: str) -> None:
+    chosen, why = choose_experts(facts)
+    assert chosen.name == kernel
+    assert reason in why
+
+
+def test_a_kernel_can_be_asked_for_if_it_can() -> None:
+    assert choose_experts(CPU, "tiles")[0].name == "tiles"
+    with pytest.raises(ValueError, match="'walk' cannot compute this, because it needs JAX"):
+        choose_experts(replace(CPU, platform="other"), "walk")
+    with pytest.raises(ValueError, match="Expected a kernel of experts of .*'tiles'"):
+        choose_experts(CPU, "grouped")

@@ -7,9 +7,9 @@ says so. Layers that a config names have one MLP. Reference:
 
 from dataclasses import dataclass
 
-from functional_llm.backbones import llama, qwen2, qwen3
+from functional_llm.backbones import llama, qwen3
 from functional_llm.backbones.family import Family
-from functional_llm.backbones.transforms import Row
+from functional_llm.backbones.transforms import Rows
 from functional_llm.blocks.experts import Router, activated, expert_mlp, normalized, softmax
 from functional_llm.blocks.language_model import Graph
 from functional_llm.graph.composite import CompositeLayer
@@ -49,7 +49,7 @@ def build_decoder(config: Config, index: int) -> CompositeLayer:
 
 def complete_keys(keys: JSON) -> JSON:
     """Adds Transformers' defaults for keys that a `config.json` leaves out."""
-    own = {
+    own: JSON = {
         "num_key_value_heads": 4,
         "num_experts": 128,
         "num_experts_per_tok": 8,
@@ -78,7 +78,7 @@ def complete_keys(keys: JSON) -> JSON:
 
 
 _EXPERTS = "model.layers.{}.mlp.experts[.{expert}]"
-EXPERTS: list[Row] = [
+EXPERTS: Rows = [
     ("model.layers.{}.mlp.gate.weight", "decoder_{}/mlp/router/kernel", "transpose"),
     *(
         (f"{_EXPERTS}.{part}_proj.weight", f"decoder_{{}}/mlp/experts_{part}/kernel", "transpose")
@@ -105,6 +105,6 @@ FAMILY = Family(
     config_constants=qwen3.FAMILY.config_constants,
     complete_keys=complete_keys,
     written_keys=qwen3.FAMILY.written_keys,
-    weights=[*qwen3.FAMILY.weights, *EXPERTS],
+    weights=[*llama.WEIGHTS, *qwen3.QK_NORMS, *EXPERTS],
     ignored=qwen3.FAMILY.ignored,
 )

@@ -37,8 +37,10 @@ def route(experts_BTk: jax.Array, num_experts: int, largest: int) -> Routing:
     in_order = flat[order]
     ends = jnp.searchsorted(in_order, jnp.arange(num_experts), side="right").astype("int32")
     begins = jnp.concatenate([jnp.zeros(1, "int32"), ends[:-1]])
-    places = jnp.zeros(count, "int32").at[order].set(
-        jnp.arange(count, dtype="int32"), unique_indices=True
+    places = (
+        jnp.zeros(count, "int32")
+        .at[order]
+        .set(jnp.arange(count, dtype="int32"), unique_indices=True)
     )
     places = jnp.where(flat < num_experts, places, count + empty)
     order = jnp.where(in_order < num_experts, order, count)

@@ -143,9 +143,7 @@ class ExpertDense(keras.layers.EinsumDense):
         **kwargs: Of `keras.layers.EinsumDense`.
     """
 
-    def __init__(
-        self, num_experts: int, units: int, use_bias: bool = False, **kwargs: Any
-    ) -> None:
+    def __init__(self, num_experts: int, units: int, use_bias: bool = False, **kwargs: Any) -> None:
         bias_axes = "ef" if use_bias else None
         shape = (None, num_experts, units)
         super().__init__("bted,edf->btef", shape, bias_axes=bias_axes, **kwargs)

@@ -229,8 +229,8 @@ def attach(
         make: A subclass of `Adapter`, or `make(layer, path, adapter_name=..., gate=...)`, which
             returns the Adapter for a layer.
         targets: Which layers, as for `select`, or `"all"` for every Dense and EinsumDense except
-            those that make the model's output, experts and their routers. Of the layers that match, only these two kinds,
-            embeddings, and adapters of such layers count.
+            those that make the model's output, experts and their routers. Of the layers that
+            match, only these two kinds, embeddings, and adapters of such layers count.
         adapter_name: Another name for each adapter in one model.
         **options: What else `make` gets: options of the subclass, or `dtype`. A dict has one for
             each pattern of paths: `rank={"query": 16, "value": 4}`.

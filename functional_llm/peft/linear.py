@@ -42,7 +42,9 @@ class Linear:
     """
 
     takes_integers = False  # whether its inputs choose rows of the matrix
-    stack: tuple[int, ...] = ()  # of an expert layer, (E,): what else its matrices' shapes begin with
+    stack: tuple[
+        int, ...
+    ] = ()  # of an expert layer, (E,): what else its matrices' shapes begin with
 
     def __init__(self, layer: Layer) -> None:
         if not isinstance(layer, LINEAR_LAYERS):
@@ -142,7 +144,7 @@ class Linear:
 
 
 class ExpertLinear(Linear):
-    """A view of an `ExpertDense`: matrices (E, in, out), biases (E, out); inputs come with routing."""
+    """A view of an `ExpertDense`: matrices (E, in, out), biases (E, out), inputs with routing."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer

@@ -69,7 +69,10 @@ class LoRA(Adapter):
 
     def make_weights(self, linear: Linear) -> None:
         start = uniform(linear.in_size**-0.5, self.seed)  # as in PEFT
-        sizes = (*linear.stack, linear.in_size, self.rank), (*linear.stack, self.rank, linear.out_size)
+        sizes = (
+            (*linear.stack, linear.in_size, self.rank),
+            (*linear.stack, self.rank, linear.out_size),
+        )
         self.a = self.add_weight(sizes[0], start, name="lora_a")
         self.b = self.add_weight(sizes[1], zeros, name="lora_b")
         self.a0 = self.b0 = None
