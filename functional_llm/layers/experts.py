@@ -174,7 +174,7 @@ class ExpertDense(keras.layers.EinsumDense):
     def quantized_call(self, inputs: Mapping[str, Nested], training: bool | None = None) -> Tensor:
         """The same with a kernel of int8, which is divided by a scale for each output."""
         scale_EF = ops.reshape(self.kernel_scale, (self.num_experts, self.units))
-        x = multiply_rows(inputs, self._kernel)
+        x = multiply_rows(inputs, self.kernel)
         x = ops.divide(x, ops.cast(values_of_rows(inputs, scale_EF), x.dtype))
         return self._finish(x, inputs)
 
