@@ -12,7 +12,7 @@ from functional_llm.backbones import llama, qwen2
 from functional_llm.backbones.family import DecoderConfig, Family
 from functional_llm.backbones.keras_hub import llamas
 from functional_llm.blocks.attention import attention, heads
-from functional_llm.blocks.decoder import pre_norm
+from functional_llm.blocks.decoder import NamedPart, pre_norm
 from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.blocks.norm import rms_norm
@@ -35,10 +35,10 @@ def build(config: Config) -> Graph:
     return llama.build_stack(config, build_decoder, config.layer_types, config.sliding_window)
 
 
-def build_decoder(config: Config, name: str) -> CompositeLayer:
-    """Returns one decoder layer."""
+def build_decoder(config: Config, name: str, mlp: NamedPart | None = None) -> CompositeLayer:
+    """Returns one decoder layer. Its MLP is gated, unless it is given."""
     norm = partial(rms_norm, config.layer_norm_epsilon)
-    mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation)
+    mlp = mlp or gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation)
     return pre_norm(name, norm, self_attention(config, config.attention_bias), mlp)
 
 

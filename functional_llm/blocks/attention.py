@@ -114,3 +114,25 @@ def attention(
         return {"x": output(merge(attended)), "cache": cache}
 
     return CompositeLayer(body, name="attention", autocast=False)  # a cache keeps its dtypes
+
+
+@dataclass(frozen=True)
+class BesideX:
+    """A layer as a part that also takes other inputs of the block.
+
+    Args:
+        layer: Layer from a dict with `x` and these inputs.
+        names: Of the inputs.
+    """
+
+    layer: CompositeLayer
+    names: Sequence[str]
+
+    @property
+    def name(self) -> str:
+        """The layer's name."""
+        return str(self.layer.name)
+
+    def __call__(self, x: Tensor, inputs: Inputs) -> Tensor:
+        """Returns what the layer makes of `x` and the inputs."""
+        return self.layer({"x": x, **{name: inputs[name] for name in self.names}})

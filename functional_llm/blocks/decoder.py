@@ -3,9 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from functional_llm.blocks.attention import Inputs, Part, apply_parts
+from functional_llm.blocks.attention import BesideX, Inputs, Part, apply_parts
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import Nested, Tensor
+
+NamedPart: TypeAlias = CompositeLayer | BesideX  # named "attention" or "mlp"
 
 
 def decoder(name: str, branches: Sequence[Sequence[Part]]) -> CompositeLayer:
@@ -55,7 +57,7 @@ def _layer(name: str, step: Callable[[Tensor, _Apply], Tensor]) -> CompositeLaye
 
 
 def parallel(
-    name: str, norms: Sequence[Part], attention: CompositeLayer, mlp: CompositeLayer
+    name: str, norms: Sequence[Part], attention: CompositeLayer, mlp: NamedPart
 ) -> CompositeLayer:
     """A decoder layer whose branches see the same input: x + attention(norm(x)) + mlp(norm(x)).
 
@@ -63,7 +65,7 @@ def parallel(
         name: Name of the layer.
         norms: One norm that both branches share, or that of the attention and that of the MLP.
         attention: Layer named "attention".
-        mlp: Layer named "mlp".
+        mlp: Layer or part named "mlp".
 
     Reference:
         [GPT-J](https://github.com/kingoflolz/mesh-transformer-jax), with one norm;
@@ -78,7 +80,7 @@ def parallel(
 
 
 def post_norm(
-    name: str, norm: Callable[[str], Part], attention: CompositeLayer, mlp: CompositeLayer
+    name: str, norm: Callable[[str], Part], attention: CompositeLayer, mlp: NamedPart
 ) -> CompositeLayer:
     """A decoder layer with a norm behind each sum: norm(x + attention(x)), as in 2017.
 
@@ -86,7 +88,7 @@ def post_norm(
         name: Name of the layer.
         norm: Makes a norm of a given name.
         attention: Layer named "attention".
-        mlp: Layer named "mlp".
+        mlp: Layer or part named "mlp".
 
     Reference:
         [Attention Is All You Need](https://arxiv.org/abs/1706.03762).
@@ -101,7 +103,7 @@ def post_norm(
 
 
 def norm_behind_branches(
-    name: str, norm: Callable[[str], Part], attention: CompositeLayer, mlp: CompositeLayer
+    name: str, norm: Callable[[str], Part], attention: CompositeLayer, mlp: NamedPart
 ) -> CompositeLayer:
     """A decoder layer with a norm at the end of each branch: x + norm(attention(x)).
 
@@ -109,7 +111,7 @@ def norm_behind_branches(
         name: Name of the layer.
         norm: Makes a norm of a given name.
         attention: Layer named "attention".
-        mlp: Layer named "mlp".
+        mlp: Layer or part named "mlp".
 
     Reference:
         [OLMo 2](https://arxiv.org/abs/2501.00656).
@@ -118,7 +120,7 @@ def norm_behind_branches(
 
 
 def pre_norm(
-    name: str, norm: Callable[[str], Part], attention: CompositeLayer, mlp: CompositeLayer
+    name: str, norm: Callable[[str], Part], attention: CompositeLayer, mlp: NamedPart
 ) -> CompositeLayer:
     """A decoder layer with a norm before its attention, and one before its MLP.
 
@@ -126,13 +128,13 @@ def pre_norm(
         name: Name of the layer.
         norm: Makes a norm of a given name.
         attention: Layer named "attention".
-        mlp: Layer named "mlp".
+        mlp: Layer or part named "mlp".
     """
     return decoder(name, [[norm(f"{part.name}_norm"), part] for part in (attention, mlp)])
 
 
 def sandwich(
-    name: str, norm: Callable[[str], Part], attention: CompositeLayer, mlp: CompositeLayer
+    name: str, norm: Callable[[str], Part], attention: CompositeLayer, mlp: NamedPart
 ) -> CompositeLayer:
     """A decoder layer with norms on both sides of its attention and of its MLP.
 
@@ -140,10 +142,10 @@ def sandwich(
         name: Name of the layer.
         norm: Makes a norm of a given name.
         attention: Layer named "attention".
-        mlp: Layer named "mlp".
+        mlp: Layer or part named "mlp".
     """
 
-    def branch(part: CompositeLayer) -> list[Part]:
+    def branch(part: NamedPart) -> list[Part]:
         return [norm(f"{part.name}_norm"), part, norm(f"{part.name}_post_norm")]
 
     return decoder(name, [branch(attention), branch(mlp)])

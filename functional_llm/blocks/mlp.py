@@ -29,7 +29,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def gated_mlp(
-    intermediate_dim: int, hidden_dim: int, activation: str, use_bias: bool = False
+    intermediate_dim: int,
+    hidden_dim: int,
+    activation: str,
+    use_bias: bool = False,
+    name: str = "mlp",
 ) -> CompositeLayer:
     """down(activation(gate(x)) * up(x)), each a Dense.
 
@@ -38,6 +42,7 @@ def gated_mlp(
         hidden_dim: Width of the result.
         activation: A key of `ACTIVATIONS`.
         use_bias: Whether the three Dense layers have a bias.
+        name: Of the layer.
 
     Reference:
         [GLU Variants Improve Transformer](https://arxiv.org/abs/2002.05202).
@@ -49,7 +54,7 @@ def gated_mlp(
     def body(x: Tensor) -> Tensor:
         return down(ACTIVATIONS[activation](gate(x)) * up(x))
 
-    return CompositeLayer(body, name="mlp")
+    return CompositeLayer(body, name=name)
 
 
 def mlp(

@@ -1,6 +1,6 @@
 """Edits: functions from one graph to another that are neither adapters nor formats.
 
-May import: graph, stock.
+May import: graph, layers, stock.
 
 Offers: `quantize`.
 """

@@ -19,9 +19,10 @@ from functional_llm.graph.keras_values import uninitialized
 from functional_llm.graph.rewiring import rewire
 from functional_llm.graph.selection import Where, select, walk
 from functional_llm.graph.types import Layer, Tensor
+from functional_llm.layers.experts import ExpertDense, ExpertScores
 from functional_llm.stock.lowering import register_lowering
 
-_QUANTIZABLE = (keras.layers.Dense, keras.layers.Embedding)
+_QUANTIZABLE = (keras.layers.Dense, keras.layers.Embedding, ExpertDense)
 
 
 @keras.saving.register_keras_serializable("functional_llm")
@@ -92,7 +93,7 @@ def quantize(model: keras.Model, mode: str = "int8", where: Where | None = None)
     if mode != "int8":
         raise ValueError(f"Expected mode 'int8'. Received: {mode!r}.")
     found = dict(walk(model)) if where is None else select(model, where)
-    layers = {path: layer for path, layer in found.items() if isinstance(layer, _QUANTIZABLE)}
+    layers = {path: layer for path, layer in found.items() if _is_quantizable(layer)}
     if adapted := [path for path, layer in walk(model) if hasattr(layer, "adapter_weights")]:
         raise ValueError(
             f"Expected a model without adapters. Received one with adapters at "
@@ -132,6 +133,10 @@ def with_uninitialized_int8(model: keras.Model, paths: Collection[str]) -> keras
     return rewire(model, _uninitialized_int8, where=lambda _, path: path in paths)
 
 
+def _is_quantizable(layer: Layer) -> bool:
+    return isinstance(layer, _QUANTIZABLE) and not isinstance(layer, ExpertScores)
+
+
 def _quantize_layer(layer: Layer, path: str) -> Layer:
     """Keras's `layer.quantize` collects garbage at each call, and takes ten times as long."""
     new = _uninitialized_int8(layer, path)
@@ -143,11 +148,12 @@ def _quantize_layer(layer: Layer, path: str) -> Layer:
         if variable.dtype != "int8":
             variable.assign(ops.copy(original))  # training one would delete the other's array
             continue
-        axis = -1 if variable.name == "embeddings" else 0
+        axis = -1 if variable.name == "embeddings" else -2
         value, scale = keras.quantizers.abs_max_quantize(original, axis=axis, to_numpy=True)
         variable.assign(value)
         scales = (x for x in new.weights if x.name == f"{variable.name}_scale")
-        next(scales).assign(ops.squeeze(scale, axis))
+        scale_of = next(scales)
+        scale_of.assign(ops.reshape(scale, scale_of.shape))
     return new
 
 

@@ -52,6 +52,8 @@ IRRELEVANT |= frozenset(
     """attention_probs_dropout_prob classifier_dropout activation_dropout dropout embedding_dropout
     hidden_dropout_prob init_std layerdrop residual_dropout""".split()
 )
+# How routers of experts are trained.
+IRRELEVANT |= frozenset("output_router_logits router_aux_loss_coef router_jitter_noise".split())
 # Keys for generating, which versions of Transformers before 5 wrote into this file.
 IRRELEVANT |= frozenset(
     """assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens

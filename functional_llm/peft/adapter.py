@@ -19,6 +19,7 @@ from functional_llm.graph.freezing import freeze_variables
 from functional_llm.graph.rewiring import rewire, shared_copy
 from functional_llm.graph.selection import Where, matches, select, walk
 from functional_llm.graph.types import JSON, Layer, Tensor
+from functional_llm.layers.experts import ExpertDense, ExpertScores
 from functional_llm.peft.initializers import ones
 from functional_llm.peft.linear import LINEAR_LAYERS, MATRIX_LAYERS, Linear, view
 
@@ -48,6 +49,7 @@ class Adapter(keras.layers.Layer):
     """
 
     peft_type: str | None = None  # PEFT's name of the method; `None` if PEFT does not know it
+    changes_experts = False  # whether the method knows matrices (E, in, out)
 
     def __init__(
         self,
@@ -138,6 +140,11 @@ class Adapter(keras.layers.Layer):
         has_matrix = isinstance(self.origin, MATRIX_LAYERS)
         linear: Any = view(self.origin, bool(self.reverse)) if has_matrix else None
         self.linear = linear
+        if linear is not None and linear.stack and not self.changes_experts:
+            raise ValueError(
+                f"'{self.name}' holds a matrix for each expert, which {type(self).__name__} does "
+                "not know how to change. Expected LoRA there, or targets without experts."
+            )
         if self.gate is None:
             self.gate = make_gate()
         self.make_weights(linear)
@@ -222,8 +229,8 @@ def attach(
         make: A subclass of `Adapter`, or `make(layer, path, adapter_name=..., gate=...)`, which
             returns the Adapter for a layer.
         targets: Which layers, as for `select`, or `"all"` for every Dense and EinsumDense except
-            those that make the model's output. Of the layers that match, only these two kinds,
-            embeddings, and adapters of such layers count.
+            those that make the model's output, experts and their routers. Of the layers that
+            match, only these two kinds, embeddings, and adapters of such layers count.
         adapter_name: Another name for each adapter in one model.
         **options: What else `make` gets: options of the subclass, or `dtype`. A dict has one for
             each pattern of paths: `rank={"query": 16, "value": 4}`.
@@ -304,6 +311,9 @@ def find_targets(model: keras.Model, targets: Where) -> dict[str, Layer]:
     """Returns the layers, by path, that `targets` (as for `attach`) stands for."""
     if isinstance(targets, str) and targets == "all":
         found = {path: x for path, x in walk(model) if not _is_head(model, path, x)}
+        # PEFT's "all-linear" has neither experts nor routers, which are no Linear there.
+        others = (ExpertDense, ExpertScores)
+        found = {path: x for path, x in found.items() if not isinstance(origin_of(x), others)}
         kinds: tuple[type, ...] = LINEAR_LAYERS
     else:
         found, kinds = select(model, targets), MATRIX_LAYERS

@@ -74,11 +74,13 @@ def save_adapter(
     classes = sorted({type(x).__name__ for _, x in method or beside})
     if len(classes) > 1:
         raise ValueError(f"Adapter '{adapter_name}' mixes {classes}. Expected one class.")
-    if not method or method[0][1].peft_type is None:
+    # PEFT has one module for all experts' gate and up, which is not written yet.
+    has_experts = any(x.linear is not None and x.linear.stack for _, x in method)
+    if not method or method[0][1].peft_type is None or has_experts:
         if method and beside:
             raise ValueError(
                 f"Adapter '{adapter_name}' has layers that are retrained beside {classes}, which "
-                "PEFT does not know. Give them an `adapter_name` of their own."
+                "PEFT does not know, or beside experts. Give them an `adapter_name` of their own."
             )
         config, tensors = _to_paths(dict(adapters), named)
     else:

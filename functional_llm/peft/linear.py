@@ -7,7 +7,8 @@ import keras
 from keras import ops
 
 from functional_llm.graph.keras_private import quantized_embeddings
-from functional_llm.graph.types import Layer, Tensor
+from functional_llm.graph.types import Layer, Nested, Tensor
+from functional_llm.layers.experts import ExpertDense, multiply_rows
 
 LINEAR_LAYERS = (keras.layers.Dense, keras.layers.EinsumDense)
 MATRIX_LAYERS = (*LINEAR_LAYERS, keras.layers.Embedding)
@@ -26,7 +27,7 @@ def view(layer: Layer, reverse: bool = False) -> "Linear":
     """
     if isinstance(layer, keras.layers.Embedding):
         return TiedHead(layer) if reverse else Lookup(layer)
-    return Linear(layer)
+    return ExpertLinear(layer) if isinstance(layer, ExpertDense) else Linear(layer)
 
 
 class Linear:
@@ -41,6 +42,9 @@ class Linear:
     """
 
     takes_integers = False  # whether its inputs choose rows of the matrix
+    stack: tuple[
+        int, ...
+    ] = ()  # of an expert layer, (E,): what else its matrices' shapes begin with
 
     def __init__(self, layer: Layer) -> None:
         if not isinstance(layer, LINEAR_LAYERS):
@@ -84,7 +88,11 @@ class Linear:
 
     def prepare(self, x: Tensor, dtype: str) -> Tensor:
         """Returns the layer's input in the dtype in which changes are computed."""
-        return x if self.takes_integers else ops.cast(x, dtype)
+        return x if self.takes_integers else self.on_values(x, lambda v: ops.cast(v, dtype))
+
+    def on_values(self, x: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns the layer's input with its numbers changed by a function."""
+        return fn(x)
 
     def product(self, x: Tensor) -> Tensor:
         """Returns what the layer returns, without the bias."""
@@ -126,13 +134,50 @@ class Linear:
         # Copies: training donates a variable's array, which another variable must not hold.
         new.kernel.assign(ops.copy(self.as_kernel(kernel)))
         if bias is not None:
-            if math.prod(new.bias.shape) != self.out_size:
+            if math.prod(new.bias.shape) != math.prod(bias.shape):
                 raise ValueError(
                     f"The bias of '{self.layer.name}' has shape {tuple(new.bias.shape)}, and the "
                     f"change to it {self.out_size} numbers. Expected a bias over all output axes."
                 )
             new.bias.assign(ops.copy(ops.reshape(bias, new.bias.shape)))
         return new
+
+
+class ExpertLinear(Linear):
+    """A view of an `ExpertDense`: matrices (E, in, out), biases (E, out), inputs with routing."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.stack = (layer.num_experts,)
+        self.in_size, self.out_size = layer.kernel.shape[1:]
+
+    def kernel(self) -> Tensor:
+        """Returns the matrices (E, in, out), float32."""
+        kernel = ops.cast(self.layer.kernel, "float32")
+        if self.layer.quantization_mode != "int8":
+            return kernel
+        scale = ops.cast(self.layer.kernel_scale, "float32")
+        return kernel / ops.reshape(scale, (*self.stack, 1, self.out_size))
+
+    def bias(self) -> Tensor | None:
+        """Returns the biases (E, out), float32; `None` if there are none."""
+        return None if self.layer.bias is None else ops.cast(self.layer.bias, "float32")
+
+    def apply(self, x: Nested, matrix: Tensor) -> Tensor:
+        """Returns what the layer would return with other matrices (E, in, out) and no bias."""
+        return multiply_rows(x, matrix)
+
+    def apply_factors(self, x: Nested, left: Tensor, right: Tensor) -> Tensor:
+        """Returns `apply` of the products of two matrices for each expert."""
+        return multiply_rows({**x, "x": multiply_rows(x, left)}, right)
+
+    def on_values(self, x: Nested, fn: Callable[[Tensor], Tensor]) -> Nested:
+        """Returns the layer's input with its rows changed by a function."""
+        return {**x, "x": fn(x["x"])}
+
+    def as_kernel(self, matrix: Tensor) -> Tensor:
+        """Returns matrices (E, in, out) in the shape of the layer's kernel."""
+        return matrix
 
 
 class Lookup(Linear):

@@ -21,6 +21,7 @@ class LoRA(Adapter):
     """`W + alpha / R * A B`, B zero at first. For the options see `lora`."""
 
     peft_type = "LORA"
+    changes_experts = True
 
     rank: int = 8
     alpha: float = 16
@@ -54,6 +55,11 @@ class LoRA(Adapter):
                 f"Expected a rank from 1 to {limit} for '{path}', a matrix {linear.in_size} x "
                 f"{linear.out_size}. Received: {rank!r}."
             )
+        if linear.stack and kwargs.get("init", cls.init) != "zeros":
+            raise ValueError(
+                f"Expected init 'zeros' for the experts at '{path}': other ways to begin decompose "
+                f"one matrix. Received: {kwargs['init']!r}."
+            )
         return cls(layer, **{**kwargs, "seed": seed_for(path, seed)})
 
     @property
@@ -63,8 +69,12 @@ class LoRA(Adapter):
 
     def make_weights(self, linear: Linear) -> None:
         start = uniform(linear.in_size**-0.5, self.seed)  # as in PEFT
-        self.a = self.add_weight((linear.in_size, self.rank), start, name="lora_a")
-        self.b = self.add_weight((self.rank, linear.out_size), zeros, name="lora_b")
+        sizes = (
+            (*linear.stack, linear.in_size, self.rank),
+            (*linear.stack, self.rank, linear.out_size),
+        )
+        self.a = self.add_weight(sizes[0], start, name="lora_a")
+        self.b = self.add_weight(sizes[1], zeros, name="lora_b")
         self.a0 = self.b0 = None
         if self.init != "zeros":
             matrix = ops.convert_to_numpy(linear.kernel())
@@ -78,7 +88,7 @@ class LoRA(Adapter):
         """Returns A and B of the plain LoRA that this amounts to; of rank 2 R with PiSSA."""
         if self.a0 is None or self.b0 is None:
             return self.a, self.b
-        return ops.concatenate([self.a, self.a0], 1), ops.concatenate([self.b, -self.b0], 0)
+        return ops.concatenate([self.a, self.a0], -1), ops.concatenate([self.b, -self.b0], -2)
 
     def kernel_change(self) -> Tensor:
         a, b = self.factors()
@@ -91,7 +101,8 @@ class LoRA(Adapter):
         """Returns the inputs, some of them dropped in training; never those of an embedding."""
         if self.dropout_layer is None or self.linear.takes_integers:
             return x
-        return self.dropout_layer(x, training=training)
+        dropout = self.dropout_layer
+        return self.linear.on_values(x, lambda v: dropout(v, training=training))
 
     def low_rank_product(self, x: Tensor) -> Tensor:
         """Returns `alpha / R * x A B`."""

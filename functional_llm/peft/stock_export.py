@@ -3,9 +3,9 @@
 import keras
 from keras import ops
 
-from functional_llm.graph.types import Layer, Tensor
+from functional_llm.graph.types import Layer, Nested, Tensor
 from functional_llm.peft.adapter import Adapter
-from functional_llm.peft.linear import Linear, Lookup
+from functional_llm.peft.linear import ExpertLinear, Linear, Lookup
 from functional_llm.peft.retrained import Retrained
 from functional_llm.stock.lowering import indices, register_lowering
 
@@ -47,6 +47,14 @@ class _ProbedLinear(Linear):
         return (*(1,) * (others - 1), rows, *sizes)
 
 
+class _ProbedExperts(ExpertLinear):
+    """The same of experts, whose matrices no method needs that changes them."""
+
+    def __init__(self, linear: ExpertLinear, layer: Layer, x: Nested) -> None:
+        vars(self).update(vars(linear))
+        self.layer = layer
+
+
 class _ProbedLookup(Lookup):
     """The same of an embedding: what it returns for all tokens is its matrix."""
 
@@ -65,13 +73,20 @@ class _ProbedLookup(Lookup):
         return super().apply(x, matrix) if self.takes_integers else ops.matmul(x, matrix)
 
 
+_PROBED: dict[type, type] = {
+    Lookup: _ProbedLookup,
+    ExpertLinear: _ProbedExperts,
+    Linear: _ProbedLinear,
+}
+
+
 def _lower_adapter(
     adapter: Adapter, x: Tensor, training: bool | None = None, reverse: bool = False
 ) -> Tensor:
     """Calls the method's own code; whether the adapter is active stays as it is now."""
-    if not isinstance(adapter.linear, (_ProbedLinear, _ProbedLookup)):  # as after the first call
-        probed = _ProbedLookup if isinstance(adapter.linear, Lookup) else _ProbedLinear
-        adapter.linear = probed(adapter.linear, adapter.place(adapter.linear.layer), x)
+    if not isinstance(adapter.linear, tuple(_PROBED.values())):  # as after the first call
+        kinds = (probed for kind, probed in _PROBED.items() if isinstance(adapter.linear, kind))
+        adapter.linear = next(kinds)(adapter.linear, adapter.place(adapter.linear.layer), x)
     kwargs = {"reverse": True} if reverse else {}
     return type(adapter).call(adapter, x, training=training, **kwargs)
 

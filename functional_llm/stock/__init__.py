@@ -4,3 +4,5 @@ May import: files, graph, tokenizers, kernels, layers, backbones, formats.
 
 Offers: `register_lowering`, `Lowering`, `.keras` files, StableHLO, SavedModels from text to text.
 """
+
+import functional_llm.stock.own_layers  # noqa: F401  (which registers them)

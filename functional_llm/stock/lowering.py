@@ -19,25 +19,19 @@ from keras import ops, tree
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.keras_private import calls, freeze_layer_only, set_untracked
 from functional_llm.graph.keras_values import has_value
-from functional_llm.graph.own_weights import OwnWeight
 from functional_llm.graph.rewiring import shared_copy
 from functional_llm.graph.selection import inner_graph, inner_layers
 from functional_llm.graph.types import Layer, Nested, Tensor
-from functional_llm.kernels import Mask
-from functional_llm.layers.attention import (
-    AttentionDotProduct,
-    AttentionMask,
-    DescribedMask,
-    KVCacheLookup,
-)
-from functional_llm.layers.long_texts import IsLongText
 
 Lower: TypeAlias = Callable[..., Nested]  # (layer, *args, **kwargs) -> outputs
 _Body: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
 _LOWERINGS: dict[type, Lower | type] = {}
+_FIRST: dict[type, Callable[[Nested], Nested]] = {}
 
 
-def register_lowering(cls: type, lower: Lower | type) -> None:
+def register_lowering(
+    cls: type, lower: Lower | type, first: Callable[[Nested], Nested] | None = None
+) -> None:
     """Registers how a layer of your own is written with stock layers and `keras.ops`.
 
     ```python
@@ -52,8 +46,11 @@ def register_lowering(cls: type, lower: Lower | type) -> None:
             like the layer in the model, but its own weights are symbolic tensors, which stock
             layers hold and train; the layers in it can be called. `lower` may also be the stock
             class that `cls` derives from, if that class needs nothing but the layer's attributes.
+        first: What that stock class takes of the first argument of a call, if it is not all of it.
     """
     _LOWERINGS[cls] = lower
+    if first is not None:
+        _FIRST[cls] = first
 
 
 class Lowering:
@@ -111,7 +108,14 @@ class Lowering:
                 f"with stock layers and ops: `functional_llm.register_lowering({name}, fn)`, where "
                 f"`fn(layer, *args, **kwargs)` returns the outputs; `{name}.call` may do."
             )
-        return tree.flatten(self.place(operation, path)(*args, **kwargs))
+        return tree.flatten(self._stock(operation, path)(*args, **kwargs))
+
+    def _stock(self, operation: keras.Operation, path: str) -> Callable[..., Nested]:
+        """Returns what calls the stock layer that stands for one, as that one is called."""
+        placed, first = self.place(operation, path), _FIRST.get(type(operation))
+        if first is None:
+            return placed
+        return lambda x, **kwargs: placed(first(x), **kwargs)
 
     def place(self, operation: keras.Operation, path: str) -> keras.Operation:
         """Returns a shared copy of a stock operation, frozen if its weights are frozen here."""
@@ -125,7 +129,9 @@ class Lowering:
             new = self._places[id(operation)] = shared_copy(operation)
             stock_class = _lowering_for(operation)
             if stock_class is not None:
+                build_config = new.get_build_config()
                 new.__class__ = stock_class
+                set_untracked(new, "get_build_config", lambda: build_config)
             variables = getattr(operation, "variables", ())
             if variables:
                 # A loaded weight's path is its layer's name, and torch needs them to be different.
@@ -238,7 +244,7 @@ class Lowering:
     def _callable(self, layer: Layer, path: str) -> Callable[..., Nested]:
         if _is_stock(layer) or isinstance(_lowering_for(layer), type):
             if inner_layers(layer) is None:
-                return self.place(layer, path)
+                return self._stock(layer, path)
 
         def call(*args: Nested, **kwargs: Nested) -> Nested:
             lower = _lowering_for(layer)
@@ -355,41 +361,3 @@ def _lowering_for(operation: keras.Operation) -> Lower | type | None:
 def _is_stock(operation: keras.Operation) -> bool:
     is_lambda = isinstance(operation, keras.layers.Lambda)  # is code, which is no stock to load
     return type(operation).__module__.startswith("keras.") and not is_lambda
-
-
-def _lower_lookup(layer: Layer, inputs: dict[str, Nested]) -> tuple[list[Tensor], Nested]:
-    """Returns what the queries see: the cache with the new tokens behind it, and the new tokens."""
-    new = inputs["new"]
-    pairs = zip(tree.flatten(inputs["cache"]), tree.flatten(new), strict=True)
-    return [ops.concatenate(pair, axis=1) for pair in pairs], new
-
-
-def _lower_mask(layer: Layer, inputs: Nested) -> Nested:
-    """Returns the mask as one boolean tensor: made once for all layers that share it.
-
-    Beside it are the positions, which slopes need.
-    """
-    outputs = layer.call(inputs)
-    if not isinstance(outputs, dict):
-        return outputs
-    mask = Mask.from_tensors(outputs)
-    positions = (mask.query_positions, mask.slot_positions)
-    return Mask(*positions, mask=mask.visible()).to_tensors()
-
-
-def _lower_product(layer: AttentionDotProduct, inputs: dict[str, Nested]) -> Tensor:
-    """Returns the attention in its explicit form."""
-    explicit = shared_copy(layer)
-    explicit.kernel = "explicit"
-    mask = Mask.from_tensors(inputs["mask"])
-    if not layer.facts(inputs).has_slopes and mask.mask is not None:
-        inputs = {**inputs, "mask": mask.mask}  # in which everything else is, too
-    return explicit.call(inputs)
-
-
-register_lowering(AttentionMask, _lower_mask)
-register_lowering(DescribedMask, _lower_mask)
-register_lowering(AttentionDotProduct, _lower_product)
-register_lowering(KVCacheLookup, _lower_lookup)
-register_lowering(IsLongText, IsLongText.call)
-register_lowering(OwnWeight, lambda layer, inputs: layer.variable)

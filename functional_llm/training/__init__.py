@@ -1,11 +1,12 @@
 """Training: datasets, packing, the loss, and the loop around Keras's own `fit`.
 
-May import: files, graph, xla, kernels, tokenizers.
+May import: files, graph, xla, kernels, tokenizers, layers.
 
-Offers: `train`, `LossModel`, `make_examples`, `pack`; for data that do not fit into memory,
-`stream_records`, `interleave`, `StreamedRows`.
+Offers: `train`, `LossModel`, `make_examples`, `pack`, `balance_experts`; for data that do
+not fit into memory, `stream_records`, `interleave`, `StreamedRows`.
 """
 
+from functional_llm.training.balancing import balance_experts
 from functional_llm.training.callbacks import (
     Checkpoints,
     History,
@@ -59,6 +60,7 @@ __all__ = [
     "StreamedBatches",
     "StreamedRows",
     "TensorBoard",
+    "balance_experts",
     "check_length",
     "check_resume",
     "compile_model",

@@ -11,12 +11,13 @@ ONE_OF_EACH_KIND takes 20 s more. `make nightly` takes all for all (tests/nightl
 
 from typing import Any
 
-from configs import layer_norm, llama_kin, sandwich
+from configs import experts, layer_norm, llama_kin, sandwich
 
 CONFIGS: dict[str, dict[str, Any]] = {
     **llama_kin.CONFIGS,
     **sandwich.CONFIGS,
     **layer_norm.CONFIGS,
+    **experts.CONFIGS,
 }
 # The first config of each family, for what no config changes.
 ONE_OF_EACH_FAMILY = list({x["model_type"]: name for name, x in reversed(CONFIGS.items())}.values())
@@ -36,4 +37,5 @@ ONE_OF_EACH_KIND = [
     "gpt_neox_no_biases_tied",  # tensors fused in groups, one for each head
     "phi3_long_texts",  # fused tensors, transposed; a RoPE that depends on the longest row
     "bloom_five_heads",  # ALiBi
+    "qwen3_moe_some_dense",  # experts
 ]

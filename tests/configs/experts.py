@@ -1,0 +1,36 @@
+"""Experts: a router chooses some MLPs of many for each token."""
+
+from typing import Any
+
+from configs.common import LLAMA
+
+_QWEN3_MOE = {
+    **LLAMA,
+    "model_type": "qwen3_moe",
+    "head_dim": 20,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3_moe_some_dense": {**_QWEN3_MOE, "mlp_only_layers": [1]},
+    "qwen3_moe_more_experts_than_tokens": {
+        **_QWEN3_MOE,
+        "num_experts": 40,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 1,
+        "norm_topk_prob": False,
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+    },
+    "qwen3_moe_all_chosen": {
+        **_QWEN3_MOE,
+        "num_experts": 3,
+        "num_experts_per_tok": 3,
+        "decoder_sparse_step": 2,
+        "attention_bias": True,
+    },
+}
