@@ -26,13 +26,13 @@ def main() -> None:
     attention, original = (
         model.get_layer("decoder_0").get_layer("attention") for model in (lora_backbone, backbone)
     )
-    flm.plot(attention, REPOSITORY / "docs" / "lora_attention.svg", beside=original)
+    flm.plot(attention, REPOSITORY / "docs" / "lora_attention.svg", original=original)
     chromium = find_chromium()
     if chromium is None:
         raise RuntimeError("Expected a Chromium on the PATH, or in FLM_CHROMIUM.")
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "model.html"
-        flm.explore(lora_backbone, page, beside=backbone)
+        flm.explore(lora_backbone, page, original=backbone)
         with Browser(chromium, page, size=(1180, 900)) as browser:
             browser.press("n")
             browser.run("document.querySelector('#graph').scrollTop = 150")

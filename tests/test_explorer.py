@@ -29,7 +29,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     edited = flm.rewire(edited, call=lambda layer, path, x, **_: x, where="decoder_5/mlp")
     written = {
         "model": flm.explore(model, folder / "model.html"),
-        "edited": flm.explore(edited, folder / "edited.html", beside=model),
+        "edited": flm.explore(edited, folder / "edited.html", original=model),
     }
     return {name: page.path for name, page in written.items() if page.path is not None}
 

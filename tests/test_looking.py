@@ -309,7 +309,7 @@ def test_changes_of_calls_and_of_what_is_gone(make: Make) -> None:
     without = flm.rewire(model, call=lambda layer, path, x, **_: x, where="decoder_1/mlp")
     found = find_changes(without, model)
     assert "mlp" in found.removed["decoder_1"] and found.kinds["decoder_1"] == "inside"
-    assert "- mlp" in flm.tree_view(without, beside=model)
+    assert "- mlp" in flm.tree_view(without, original=model)
 
 
 def test_changes_of_a_config_and_of_connections() -> None:
@@ -358,7 +358,7 @@ def test_pictures_fit_a_screen(make: Make, tmp_path: Path) -> None:
         "closed": flm.plot(model, tmp_path / "a.svg", depth=0),
         "open": flm.plot(model, tmp_path / "b.svg", depth=9),
         "shapes": flm.plot(model, tmp_path / "c.svg", depth=9, shapes=True),
-        "adapted": flm.plot(lora, tmp_path / "d.svg", depth=2, beside=model),
+        "adapted": flm.plot(lora, tmp_path / "d.svg", depth=2, original=model),
         "alternating": flm.plot(gemma, tmp_path / "e.svg"),
     }.items():
         assert _svg_width(drawn) < 1600, name
@@ -370,11 +370,11 @@ def test_pictures_fit_a_screen(make: Make, tmp_path: Path) -> None:
 def test_plot_marks_what_changed(make: Make, tmp_path: Path) -> None:
     model = make(LLAMA)
     lora = flm.peft.lora(model, rank=2, targets="decoder_1/attention/query")
-    dot = flm.plot(lora, tmp_path / "a.dot", depth=2, beside=model).read_text(encoding="utf-8")
+    dot = flm.plot(lora, tmp_path / "a.dot", depth=2, original=model).read_text(encoding="utf-8")
     assert dot.count('fillcolor="#ffd58a"') == 1  # the query of decoder_1
     assert dot.count('fillcolor="#fff3d6"') == 2  # its attention, its decoder
     assert "LoRA" in dot and "other than in the original" in dot
-    same = flm.plot(model, tmp_path / "b.dot", beside=model).read_text(encoding="utf-8")
+    same = flm.plot(model, tmp_path / "b.dot", original=model).read_text(encoding="utf-8")
     assert "the same as the original" in same and "#ffd58a" not in same
 
 
@@ -438,7 +438,7 @@ def test_any_graph_can_be_looked_at(make: Make, tmp_path: Path) -> None:
     ]
     for model in models:
         for drawn in (
-            flm.plot(model, tmp_path / "a.dot", depth=9, shapes=True, beside=model),
+            flm.plot(model, tmp_path / "a.dot", depth=9, shapes=True, original=model),
             flm.explore(model, tmp_path / "a.html").path,
         ):
             assert drawn is not None and drawn.stat().st_size > 100
@@ -460,7 +460,7 @@ def _data(page: Page) -> Any:
 def test_a_page_holds_its_data_and_asks_for_nothing(make: Make, tmp_path: Path) -> None:
     model = make(LLAMA, num_hidden_layers=30)
     lora = flm.peft.lora(model, rank={f"decoder_{i}/**": i % 12 + 1 for i in range(30)})
-    page = flm.explore(lora, tmp_path / "model.html", beside=model)
+    page = flm.explore(lora, tmp_path / "model.html", original=model)
     assert page.path is not None and page.path.read_text(encoding="utf-8") == page.html
     assert len(page.html) < 1_000_000  # thirty layers, none like its neighbour
     assert len(flm.explore(model).html) < 100_000  # all alike

@@ -476,7 +476,7 @@ def test_what_matches_nothing(backbone: Any, where: Any, message: str) -> None:
 
 def test_tree_view_counts_and_marks(backbone: Any) -> None:
     model = flm.rewire(backbone, lambda layer, path: Plus(layer), where="query", freeze=True)
-    text = flm.tree_view(model, beside=backbone)
+    text = flm.tree_view(model, original=backbone)
     lines = text.splitlines()
     total = sum(int(np.prod(v.shape)) for v in model.variables)
     new = sum(int(np.prod(v.shape)) for v in model.trainable_variables)

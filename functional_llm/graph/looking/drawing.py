@@ -26,7 +26,7 @@ def plot(
     model: Layer,
     to_file: str | Path,
     depth: int = 1,
-    beside: Layer | None = None,
+    original: Layer | None = None,
     open: str | Iterable[str] = (),
     shapes: bool = False,
 ) -> Path:
@@ -40,7 +40,7 @@ def plot(
         model: A functional model or a built CompositeLayer.
         to_file: The picture to write: `.svg`, `.png`, `.pdf`, or `.dot`.
         depth: How many levels of layers to open: 0 draws the outermost graph only.
-        beside: The model that this one was rewired from: what is new is green, what is other
+        original: The model that this one was rewired from: what is new is green, what is other
             orange, what has such inside pale, and the names of what is gone are red.
         open: Patterns of paths, as of `select`, of more layers to open; those around them open too.
         shapes: Whether arrows say shapes and dtypes; `·` is a size that may change.
@@ -58,7 +58,7 @@ def plot(
     kind = to_file.suffix.lstrip(".")
     if kind not in ("svg", "png", "pdf", "dot"):
         raise ValueError(f"Expected a file .svg, .png, .pdf or .dot, received {to_file}.")
-    box = outline(model, beside)
+    box = outline(model, original)
     opened = _opened(box, [open] if isinstance(open, str) else list(open))
     try:
         import pydot
@@ -72,7 +72,7 @@ def plot(
     picture.set_edge_defaults(fontname="sans-serif", fontsize="9", arrowsize="0.6", color="#444444")
     if box.level is not None and box.level.boxes:
         _Drawing(pydot, depth, opened, shapes).level(box.level, picture)
-    if beside is not None:
+    if original is not None:
         picture.set_label(_legend(box))
         picture.set_labelloc("b")
     try:

@@ -39,7 +39,7 @@ class Page:
         )
 
 
-def explore(model: Layer, to_file: str | Path | None = None, beside: Layer | None = None) -> Page:
+def explore(model: Layer, to_file: str | Path | None = None, original: Layer | None = None) -> Page:
     """Writes a page in which the graph of a model can be opened, searched and compared.
 
     One file of HTML that needs no network. Layers with a graph inside open and close; equal layers
@@ -49,7 +49,7 @@ def explore(model: Layer, to_file: str | Path | None = None, beside: Layer | Non
     Args:
         model: A functional model or a built CompositeLayer.
         to_file: The file to write, `.html`; `None` to write none.
-        beside: The model that this one was rewired from.
+        original: The model that this one was rewired from.
 
     Returns:
         The page. A notebook shows it in place.
@@ -61,27 +61,27 @@ def explore(model: Layer, to_file: str | Path | None = None, beside: Layer | Non
     path = None if to_file is None else Path(to_file)
     if path is not None and path.suffix not in (".html", ".htm"):
         raise ValueError(f"Expected a file .html, received {path}.")
-    page = Page(_html(page_data(model, beside)), path)
+    page = Page(_html(page_data(model, original)), path)
     if path is not None:
         path.write_text(page.html, encoding="utf-8")
     return page
 
 
-def page_data(model: Layer, beside: Layer | None = None) -> JSON:
+def page_data(model: Layer, original: Layer | None = None) -> JSON:
     """Returns what the page knows of a model, as JSON.
 
     Args:
         model: A functional model or a built CompositeLayer.
-        beside: The model that this one was rewired from.
+        original: The model that this one was rewired from.
     """
-    root = outline(model, beside)
+    root = outline(model, original)
     data: JSON = {"model": _box(root), "beside": None}
-    if beside is not None:
-        trainable = {id(v) for v in beside.trainable_variables}
-        sizes = {id(v): v for v in beside.variables}
+    if original is not None:
+        trainable = {id(v) for v in original.trainable_variables}
+        sizes = {id(v): v for v in original.variables}
         numbers = [(v.shape, key in trainable) for key, v in sizes.items()]
         weights = [Weight("", tuple(shape), "", trains) for shape, trains in numbers]
-        data["beside"] = {"name": beside.name, "numbers": _numbers(weights)}
+        data["beside"] = {"name": original.name, "numbers": _numbers(weights)}
     return data
 
 

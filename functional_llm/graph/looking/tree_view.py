@@ -7,13 +7,13 @@ from functional_llm.graph.selection import walk
 from functional_llm.graph.types import Layer
 
 
-def tree_view(model: Layer, depth: int | None = None, beside: Layer | None = None) -> str:
+def tree_view(model: Layer, depth: int | None = None, original: Layer | None = None) -> str:
     """Returns the layers of a model as an indented list, with counts of their weights.
 
     Args:
         model: A functional model or a built CompositeLayer.
         depth: How deep to go; `None` for all levels.
-        beside: The model that this one was rewired from: marks what is new or another with `+`,
+        original: The model that this one was rewired from: marks what is new or another with `+`,
             what has something such inside with `*`, and what only the original has with `-`.
 
     Returns:
@@ -24,7 +24,7 @@ def tree_view(model: Layer, depth: int | None = None, beside: Layer | None = Non
         TypeError: If a model has no graph.
         ValueError: If it has none yet.
     """
-    changes = find_changes(model, beside)
+    changes = find_changes(model, original)
     trainable = {id(v) for v in model.trainable_variables}
     lines = [_line(model, "", "", trainable), *_removed("  ", changes.removed.get(""))]
     for path, layer in walk(model, composites=True):
