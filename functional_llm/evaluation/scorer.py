@@ -303,10 +303,10 @@ def _progress(total: int) -> Iterator[Any]:
     began, displays = time.monotonic(), list[Display]()
 
     def tell(done: int) -> None:
-        if not displays and done < total and time.monotonic() - began > _QUIET_SECONDS:
-            displays.append(make_display(total, done, "Scoring", "row"))
         for display in displays:
             display.show(done, {})
+        if not displays and done < total and time.monotonic() - began > _QUIET_SECONDS:
+            displays.append(make_display(total, done, "Scoring", "row"))
 
     try:
         yield tell
