@@ -21,7 +21,12 @@ from functional_llm.graph.selection import select, walk
 from functional_llm.kernels import AttentionFacts, AttentionKernel, Mask, register_attention
 from functional_llm.layers.attention import AttentionDotProduct, AttentionMask, KVCacheLookup
 from functional_llm.layers.cache import make_cache
-from functional_llm.layers.explaining import attention_choices, explain_attention
+from functional_llm.layers.explaining import (
+    attention_choices,
+    expert_choices,
+    explain_attention,
+    explain_experts,
+)
 from functional_llm.presets import Backbone, TextGenerator, Tokenizer
 from functional_llm.presets.family_table import list_families
 from functional_llm.presets.keras_hub import from_keras_hub, to_keras_hub
@@ -52,7 +57,9 @@ __all__ = [
     "TextGenerator",
     "Tokenizer",
     "attention_choices",
+    "expert_choices",
     "explain_attention",
+    "explain_experts",
     "explore",
     "from_keras_hub",
     "list_families",

@@ -119,3 +119,11 @@ def test_frozen_experts_stay_while_the_rest_trains(backbone: Any) -> None:
         v.path for v in model.variables if np.abs(np.array(v.value) - before[v.path]).max() > 0
     }
     assert moved == {path for path in before if "experts_" not in path}
+
+
+def test_the_kernel_is_explained(backbone: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    ((path, kernel, reason),) = flm.expert_choices(backbone, 2, 100)
+    assert (path, kernel) == ("decoder_0/mlp/dispatch", "walk")
+    assert "400 rows are more than 16" in reason
+    flm.explain_experts(backbone, 1, 1)
+    assert "one_by_one: decoder_0/mlp/dispatch" in capsys.readouterr().out
