@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import functional_llm as flm
-from functional_llm.edits.quantization import quantized_paths
+from functional_llm.edits.quantization import quantized_modes
 from tiny import TEXTS, save_tiny
 
 MESSAGES = [{"role": "user", "content": "The quick"}]
@@ -55,7 +55,7 @@ def test_adapters_however_they_are_given(tiny: Path, adapter: Path, tmp_path: Pa
     assert np.abs(logits(tiny, [adapter, other]) - expected).max() > 1e-2
     assert np.abs(logits(tiny, [adapter], dtype="bfloat16") - expected).max() < 0.3
     small = flm.TextGenerator.from_preset(adapter, quantize="int8")
-    assert quantized_paths(small.backbone)
+    assert quantized_modes(small.backbone)
     for given, message in (
         ([adapter, adapter], "one is given twice"),
         ([adapter, f"{adapter.parent}/../{adapter.parent.name}/one"], "given twice"),

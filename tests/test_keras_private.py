@@ -164,11 +164,11 @@ def test_a_layer_is_frozen_and_its_variables_are_not() -> None:
     assert layer.kernel.trainable and layer.trainable_variables == []
 
 
-def test_quantized_embeddings_are_the_integers() -> None:
+def test_quantized_matrix_is_the_integers() -> None:
     layer = layers.Embedding(5, 4)
     layer.build(None)
     layer.quantize("int8")
-    assert page.quantized_embeddings(layer) is next(v for v in layer.weights if v.dtype == "int8")
+    assert page.quantized_matrix(layer) is next(v for v in layer.weights if v.dtype == "int8")
 
 
 def test_a_copy_of_a_state_is_tracked_as_the_original_is() -> None:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 import functional_llm as flm
+from configs import CONFIGS
 from functional_llm.stock import lowering
-from tiny import save_tiny
+from reference import save_reference
+from tiny import save_tiny, save_tokenizer
 
 IDS = np.random.default_rng(0).integers(3, 250, (2, 7)).astype("int32")
 SMOLLM2 = "smollm2_135m_instruct"
@@ -127,6 +129,23 @@ def test_peft_page(
     loaded = flm.peft.load_adapter(names["backbone"], "row_scale")
     np.testing.assert_allclose(logits_of(loaded), logits_of(names["mine"]), atol=1e-5)
     assert np.abs(logits_of(loaded) - base).max() > 1e-2
+
+
+def test_quantizing_page(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    size = save_tokenizer(tmp_path)
+    wide = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": size}
+    save_reference({**CONFIGS["llama_grouped"], **wide}, tmp_path)
+    names = run(blocks(repository / "docs" / "quantizing.md"), tmp_path, {})
+    base = logits_of(names["backbone"])
+    for name, most in (("small", 0.05), ("smaller", 0.3)):
+        error = np.abs(logits_of(names[name]) - base).mean()
+        assert 0 < error < most * base.std()
+    np.testing.assert_array_equal(logits_of(names["smaller"]), logits_of(names["loaded"]))
+    losses = names["history"].history["loss"]
+    assert losses[-1] < losses[0]
+    again = flm.peft.load_adapter(names["backbone"], tmp_path / "adapter")
+    assert np.abs(logits_of(again) - base).max() > 0
 
 
 def test_activations_page(repository: Path, folder: Path) -> None:

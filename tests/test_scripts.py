@@ -16,7 +16,7 @@ import pytest
 import functional_llm as flm
 from functional_llm.commands.loading import announce, introduce
 from functional_llm.commands.main import COMMANDS
-from functional_llm.edits.quantization import quantized_paths
+from functional_llm.edits.quantization import quantized_modes
 from tiny import save_tiny
 
 
@@ -213,7 +213,7 @@ def test_matrices_of_bytes(
     assert run(repository, monkeypatch, name, *options, "--quantize", "int8") == 0
     assert capsys.readouterr().out.strip()
     (backbone,) = backbones
-    assert quantized_paths(backbone)
+    assert quantized_modes(backbone)
 
 
 @pytest.mark.parametrize(("name", "code"), [("generate", 130), ("chat", 0)])

@@ -39,8 +39,14 @@ ADAPTERS: dict[str, Callable[[Any], Any]] = {
 ADAPTED = "qwen2_tied"  # it has biases
 TRAINED_FULLY = "gpt2_tied"
 # On all three backends; the others take turns, and `make nightly` takes all.
-EVERYWHERE = ("lora", "lora_under_dora", "int8")
-QUANTIZED = {"int8": ADAPTED, "int8_soft_caps": "gemma2_soft_caps"}
+EVERYWHERE = ("lora", "lora_under_dora", "int8", "int4")
+# The config, the mode, and the layers.
+QUANTIZED: dict[str, tuple[str, str, Any]] = {
+    "int8": (ADAPTED, "int8", None),
+    "int8_soft_caps": ("gemma2_soft_caps", "int8", None),
+    "int4": (ADAPTED, "int4/4", None),
+    "int4_embeddings": ("gpt2_tied", "int4/4", [keras.layers.Dense, keras.layers.Embedding]),
+}
 EDITS = [*ADAPTERS, *QUANTIZED]
 
 
@@ -112,11 +118,11 @@ def edited_files(
     stock_keras: dict[str, StockKeras],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, StockFile]:
-    """One of each method, and of models in int8."""
+    """One of each method, and of quantised models."""
     base = flm.Backbone.from_preset(checkpoint(ADAPTED))
     models = {name: _with_noise(make(base)) for name, make in ADAPTERS.items()}
-    for name, original in QUANTIZED.items():
-        models[name] = flm.quantize(flm.Backbone.from_preset(checkpoint(original)))
+    for name, (original, mode, where) in QUANTIZED.items():
+        models[name] = flm.quantize(flm.Backbone.from_preset(checkpoint(original)), mode, where)
     folder = tmp_path_factory.mktemp("stock")
     training = dict.fromkeys(QUANTIZED, "") | dict.fromkeys(ADAPTERS, "briefly") | {"lora": "fully"}
     return {

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from functional_llm.commands.options import (
     DTYPES,
+    QUANTIZED,
     above_zero,
     add_adapters,
     add_preset,
@@ -49,6 +50,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     targets = "layers by name or path: query decoder_*/mlp/*; or all (what is usual for the method)"
     add("--targets", nargs="+", metavar="TARGET", help=targets)
     add("--dtype", choices=DTYPES, default="float32", help="of the model's numbers")
+    below = "the model under the adapter takes a byte a number, or half of one"
+    add("--quantize", choices=QUANTIZED, help=below)
     add("--length", type=positive, default=512, help="tokens of a row; longer examples are cut")
     add("--no-packing", dest="packing", action="store_false", help="an example a row")
     small = "3; more of small data, for at least 60 steps"
@@ -88,6 +91,11 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         parser.error("--method full has no adapter: save `merged` or `keras`")
     if arguments.method == "full" and arguments.dtype in ("bfloat16", "float16"):
         parser.error(f"steps are lost in {arguments.dtype} weights: use --dtype mixed_bfloat16")
+    if arguments.quantize and arguments.method == "full":
+        parser.error("--quantize: integers do not train: choose a --method with adapters")
+    if arguments.quantize and arguments.save == "merged":
+        keep = "save the adapter, which fits the model as it was, or `keras`"
+        parser.error(f"--quantize: a directory holds no integers: {keep}")
 
 
 def _add_data(add: Callable[..., None]) -> None:
@@ -134,6 +142,8 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
     found = {name: getattr(arguments, name) for name in names}
     one = arguments.dataset[0] if len(arguments.dataset) == 1 else arguments.dataset
     found |= {"dataset": one, "evaluate_on": arguments.evaluate_on}
+    if arguments.quantize:
+        found["quantize"] = arguments.quantize
     if arguments.adapter:
         found["adapter"] = list(arguments.adapter)
     if arguments.streaming:

@@ -71,11 +71,8 @@ class Model:
         from functional_llm.presets import Backbone
         from functional_llm.presets.adapted import with_adapters
 
-        backbone: Any = Backbone.from_preset(self.base, dtype=self._arguments.dtype)
-        if mode := getattr(self._arguments, "quantize", None):
-            from functional_llm.edits.quantization import quantize
-
-            backbone = quantize(backbone, mode)
+        mode = getattr(self._arguments, "quantize", None)
+        backbone: Any = Backbone.from_preset(self.base, dtype=self._arguments.dtype, quantize=mode)
         return with_adapters(backbone, self.adapters)
 
     def load_generator(self, tokenizer: "Tokenizer") -> "TextGenerator":

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+QUANTIZED = ("int8", "int4")
 DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 DEFAULT_PRESET = "smollm2_135m_instruct"
 HANDLES = "preset name, directory in Hugging Face layout, .gguf or .keras file, hf://org/name"
@@ -44,13 +45,13 @@ def add_precision(parser: argparse.ArgumentParser, quantize: bool = True) -> Non
     """Adds the options that say in which numbers the model is loaded."""
     parser.add_argument("--dtype", choices=DTYPES[:3], default="float32", help="(%(default)s)")
     if quantize:
-        explanation = "a byte a number; fastest with --dtype bfloat16"
-        parser.add_argument("--quantize", choices=["int8"], help=explanation)
+        explanation = "a byte a number, or half of one; int8 is fastest with --dtype bfloat16"
+        parser.add_argument("--quantize", choices=QUANTIZED, help=explanation)
 
 
 def check_model(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Checks the options that name the model, as far as no file is opened for it."""
-    if getattr(arguments, "quantize", None) and arguments.dtype == "float16":
+    if getattr(arguments, "quantize", None) and arguments.dtype in ("float16", "mixed_float16"):
         parser.error("--quantize leaves the range of float16: use --dtype bfloat16")
     check_adapters(parser, arguments)
     if arguments.preset is None and not arguments.adapter:

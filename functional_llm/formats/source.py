@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -13,6 +13,7 @@ from functional_llm.backbones.family import Family, ModelConfig
 from functional_llm.backbones.transforms import Rows
 from functional_llm.formats.tensor_source import TensorSource, with_originals
 from functional_llm.formats.weight_table import (
+    Target,
     Tensor,
     check_copies,
     check_source,
@@ -33,11 +34,11 @@ class Edits:
     """What was changed in a model since its family's `build` made it.
 
     Args:
-        quantized: Paths of the layers that hold int8.
+        quantized: Path of each layer that holds integers -> its mode, as of `flm.quantize`.
         adapters: The adapters, as `functional_llm.peft` describes them, in the order of attaching.
     """
 
-    quantized: Sequence[str] = ()
+    quantized: Mapping[str, str] = field(default_factory=dict)
     adapters: Sequence[JSON] = ()
 
 
@@ -54,6 +55,7 @@ class Source(ABC):
 
     suffix: ClassVar[str]  # of a file in this format; empty for a directory
     words: ClassVar[str]  # what the format is called in messages
+    has_tensors: ClassVar[bool] = True  # whether `load` takes targets, for tensors one at a time
 
     def __init__(self, path: Path, families: Mapping[str, Family]) -> None:
         self.path = path
@@ -121,14 +123,18 @@ class Source(ABC):
             folder: An existing folder.
         """
 
-    def load(self, model: keras.Model) -> None:
+    def load(self, model: keras.Model, targets: Sequence[Target] | None = None) -> None:
         """Streams the weights into a model that its family built, edited as `edits` says.
+
+        Args:
+            model: The model.
+            targets: What stands for its variables; by default they do.
 
         Raises:
             ValueError: If files and model differ: every missing and unknown tensor and every wrong
                 shape is named.
         """
-        variables = model.variables
+        variables = model.variables if targets is None else targets
         shapes = shapes_of(variables)
         tensors = expand_table(self.rows, shapes, self.config.num_layers)
         # A file may hold the head though it is the embedding: beside it, or in its place.
@@ -138,7 +144,7 @@ class Source(ABC):
         ignored = [*self.ignored, *copies]
         check_source(tensors, shapes, source, ignored)
         load_weights(variables, tensors, source, _progress_bar)
-        check_copies(copies, variables, tensors, source)
+        check_copies(copies, source)
 
 
 def known_family(name: object, where: str, families: Mapping[str, _Named]) -> _Named:

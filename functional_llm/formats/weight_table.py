@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import numpy as np
@@ -103,7 +103,26 @@ class Tensor:
 HEAD = "lm_head.weight"  # what all families call a head that is not the embedding
 
 
-def shapes_of(variables: Iterable[keras.Variable]) -> dict[str, tuple[int, ...]]:
+class Target(Protocol):
+    """What a tensor is loaded into: a variable, or what makes something else of the values."""
+
+    @property
+    def path(self) -> str:
+        """The path of the variable."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the values."""
+
+    @property
+    def dtype(self) -> str:
+        """The dtype to read them in."""
+
+    def assign(self, value: np.ndarray) -> object:
+        """Takes the values."""
+
+
+def shapes_of(variables: Iterable[Target]) -> dict[str, tuple[int, ...]]:
     """Returns variable path -> shape."""
     return {variable.path: tuple(variable.shape) for variable in variables}
 
@@ -239,31 +258,20 @@ def _without_numbers(name: str) -> str:
     return _NUMBER.sub("", name)
 
 
-def check_copies(
-    copies: Mapping[str, str],
-    variables: Sequence[keras.Variable],
-    tensors: Sequence[Tensor],
-    source: TensorSource,
-) -> None:
-    """Checks that tensors which are not loaded equal the variables that stand for them.
+def check_copies(copies: Mapping[str, str], source: TensorSource) -> None:
+    """Checks that tensors which are not loaded equal those that stand for them.
 
     Args:
         copies: Name of a tensor that may be there -> name of the loaded tensor that it must equal.
-        variables: All variables of the model, loaded.
-        tensors: From `expand_table`.
         source: The checkpoint.
 
     Raises:
         ValueError: If a tensor is no copy.
     """
-    by_path = {variable.path: variable for variable in variables}
-    by_name = {tensor.name: by_path[tensor.paths[0]] for tensor in tensors}
     for name, original in copies.items():
         if name not in source.shapes:
             continue
-        variable = by_name[original]
-        expected = keras.ops.convert_to_numpy(variable.value)
-        if not np.array_equal(expected, source.read(name, variable.dtype)):
+        if not np.array_equal(source.read(original, "float32"), source.read(name, "float32")):
             raise ValueError(
                 f"The config ties {stored_name(source, name)!r} to "
                 f"{stored_name(source, original)!r}: expected equal tensors, received "
@@ -273,7 +281,7 @@ def check_copies(
 
 
 def load_weights(
-    variables: Sequence[keras.Variable],
+    variables: Sequence[Target],
     tensors: Sequence[Tensor],
     source: TensorSource,
     progress: Callable[[Iterator[Any], int], Iterator[Any]] = lambda items, total: items,

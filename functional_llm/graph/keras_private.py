@@ -278,12 +278,13 @@ def freeze_layer_only(layer: Layer) -> None:
     set_untracked(layer, "_trainable", False)
 
 
-def quantized_embeddings(layer: Layer) -> keras.Variable:
-    """Returns the int8 matrix of an Embedding.
+def quantized_matrix(layer: Layer) -> keras.Variable:
+    """Returns the integers of a quantised Dense or Embedding as they are stored.
 
-    The public `embeddings` adds the LoRA of Keras, without regard to the scale of the integers.
+    The public `kernel` and `embeddings` unpack int4, and add the LoRA of Keras without regard to
+    the scale of the integers.
     """
-    return layer._embeddings
+    return layer._embeddings if isinstance(layer, keras.layers.Embedding) else layer._kernel
 
 
 # Arguments and attributes.

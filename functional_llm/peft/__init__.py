@@ -1,6 +1,6 @@
 """PEFT: parameter-efficient fine-tuning, graph in and graph out.
 
-May import: files, graph, layers, formats, stock.
+May import: files, graph, layers, formats, stock, edits.
 
 Offers: `lora`, `dora`, `svf`, `ia3`, `bitfit`, `attach` for a method of your own; `retrain` and
 `train_tokens` for what trains beside one; `merge`, `unmerge`; `save_adapter`, `load_adapter`,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import keras
 from keras import ops
 
-from functional_llm.graph.keras_private import quantized_embeddings
+from functional_llm.edits.quantized_layers import dequantized
 from functional_llm.graph.types import Layer, Nested, Tensor
 from functional_llm.layers.experts import ExpertDense, multiply_rows
 
@@ -61,9 +61,7 @@ class Linear:
 
     def kernel(self) -> Tensor:
         """Returns the matrix (in, out), float32."""
-        kernel = ops.cast(self.layer.kernel, "float32")
-        if self.layer.quantization_mode == "int8":
-            kernel = kernel / ops.cast(self.layer.kernel_scale, "float32")
+        kernel = ops.cast(dequantized(self.layer, "kernel"), "float32")
         return ops.reshape(ops.transpose(kernel, self._axes[1]), (self.in_size, self.out_size))
 
     def bias(self) -> Tensor | None:
@@ -122,7 +120,7 @@ class Linear:
             activation: The layer's activation.
         """
         config = self.layer.get_config()
-        if self.layer.quantization_mode is not None:  # int8 would round small changes away
+        if self.layer.quantization_mode is not None:  # integers would round small changes away
             config["dtype"] = self.layer.dtype_policy.name.rpartition("_from_")[2]
         if bias is not None and isinstance(self.layer, keras.layers.Dense):
             config["use_bias"] = True
@@ -191,10 +189,7 @@ class Lookup(Linear):
 
     def kernel(self) -> Tensor:
         """Returns the matrix (in, out), float32."""
-        if self.layer.quantization_mode != "int8":
-            return ops.cast(self.layer.embeddings, "float32")
-        scale = ops.cast(self.layer.embeddings_scale, "float32")
-        return ops.cast(quantized_embeddings(self.layer), "float32") / ops.expand_dims(scale, 1)
+        return ops.cast(dequantized(self.layer, "embeddings"), "float32")
 
     def bias(self) -> None:
         """An embedding has none."""

@@ -33,7 +33,7 @@ from functional_llm.peft.adapter import REVERSED
 from functional_llm.peft.adapter_files import load_adapter
 from functional_llm.peft.names import Names
 from functional_llm.presets.dtypes import dtype_policy
-from functional_llm.presets.edits import apply_edits
+from functional_llm.presets.edits import apply_edits, load_into, quantized
 from functional_llm.presets.publishing import Publishable
 from functional_llm.presets.sources import (
     adapter_folder,
@@ -165,7 +165,11 @@ class Backbone(
 
     @classmethod
     def from_preset(
-        cls, handle: str | Path, dtype: str = "float32", load_weights: bool = True
+        cls,
+        handle: str | Path,
+        dtype: str = "float32",
+        load_weights: bool = True,
+        quantize: str | None = None,
     ) -> Self:
         """Loads a model: config, graph, and weights streamed straight into `dtype`.
 
@@ -176,6 +180,8 @@ class Backbone(
             dtype: `"float32"`, `"bfloat16"` or `"float16"`, or weights in float32 and sums in
                 another with `"mixed_bfloat16"` or `"mixed_float16"`.
             load_weights: `False` for random weights; a preset's files are not fetched then.
+            quantize: `"int8"` or `"int4"`, as for `flm.quantize`: each tensor is rounded as it is
+                read. See docs/quantizing.md for what stays exact.
 
         Returns:
             A Backbone.
@@ -183,20 +189,24 @@ class Backbone(
         Raises:
             RuntimeError: With another backend than JAX.
             ValueError: At an unknown preset or family, a config key or tensor that is unknown,
-                missing or of a wrong shape, or a damaged file. All differences are named.
+                missing or of a wrong shape, or a damaged file (all differences are named);
+                or at what `flm.quantize` refuses.
             FileNotFoundError: If the path has no such files.
         """
         require_jax("Backbone.from_preset")
         if not load_weights:
             family, config, edits = read_numbers(handle)
-            return apply_edits(cls._build(family, config, dtype), edits, has_values=True)
+            backbone = apply_edits(cls._build(family, config, dtype), edits, has_values=True)
+            return quantized(backbone, quantize)
         if (folder := adapter_folder(handle)) is not None:
-            return load_adapter(cls.from_preset(base_handle(folder), dtype), folder)
+            return load_adapter(
+                cls.from_preset(base_handle(folder), dtype, quantize=quantize), folder
+            )
         source = open_source(handle)
         with uninitialized():
             backbone = cls._build(source.family, source.config, dtype)
         backbone = apply_edits(backbone, source.edits, has_values=False)
-        source.load(backbone)
+        backbone = load_into(source, backbone, quantize)
         backbone.preset = str(handle)
         return backbone
 

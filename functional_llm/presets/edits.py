@@ -4,8 +4,14 @@ import keras
 import numpy as np
 
 from functional_llm.backbones.family import Family
-from functional_llm.edits.quantization import quantized_paths, with_uninitialized_int8
-from functional_llm.formats.source import Edits
+from functional_llm.edits.quantization import (
+    choose_modes,
+    quantize,
+    quantized_modes,
+    to_load,
+    with_uninitialized,
+)
+from functional_llm.formats.source import Edits, Source
 from functional_llm.graph.equality import same_graph
 from functional_llm.peft.adapter import origin_of
 from functional_llm.peft.serialization import adapters_to_config, attach_from_config
@@ -20,7 +26,7 @@ def edits_of(model: keras.Model, plain: keras.Model) -> Edits | None:
     """
     if not same_graph(model, plain, origin_of):
         return None
-    return Edits(quantized=quantized_paths(model, origin_of), adapters=adapters_to_config(model))
+    return Edits(quantized=quantized_modes(model, origin_of), adapters=adapters_to_config(model))
 
 
 def apply_edits(model: keras.Model, edits: Edits, has_values: bool) -> keras.Model:
@@ -31,13 +37,34 @@ def apply_edits(model: keras.Model, edits: Edits, has_values: bool) -> keras.Mod
         edits: From `Source.edits`.
         has_values: Whether the model's variables have values.
     """
-    model = with_uninitialized_int8(model, edits.quantized)
+    model = with_uninitialized(model, edits.quantized)
     if not has_values:
         adapted = {layer for adapter in edits.adapters for layer in adapter["layers"]}
         for variable in model.variables:
             if variable.path.rpartition("/")[0] in adapted:  # methods look at what they adapt
                 variable.assign(np.zeros(variable.shape, "float32"))
     return attach_from_config(model, edits.adapters)
+
+
+def quantized(model: keras.Model, mode: str | None) -> keras.Model:
+    """Returns `flm.quantize` of a model; the model itself without a mode."""
+    return model if mode is None else quantize(model, mode)
+
+
+def load_into(source: Source, model: keras.Model, mode: str | None) -> keras.Model:
+    """Returns a model with its weights, which are quantised as they are read.
+
+    Args:
+        source: The files.
+        model: From `apply_edits`, without values.
+        mode: As for `flm.quantize`; `None` for the weights as they are.
+    """
+    if mode is None or not source.has_tensors:
+        source.load(model)
+        return quantized(model, mode)
+    new = with_uninitialized(model, choose_modes(model, mode))
+    source.load(new, to_load(new, model))
+    return new
 
 
 def check_unedited(model: keras.Model, family: Family, plain: keras.Model) -> None:
@@ -52,6 +79,13 @@ def check_unedited(model: keras.Model, family: Family, plain: keras.Model) -> No
         ValueError: If the graph has other weights, as with adapters that are not merged, or layers
             that were dropped (all are named), or it was rewired in another way.
     """
+    if modes := quantized_modes(model):
+        raise ValueError(
+            f"Expected a model in floating point: a directory holds no integers. Received "
+            f"{len(modes)} quantised layers ({', '.join(list(modes)[:3])} ...). Save it as a "
+            ".keras file with `save`. Of an adapter trained on it, save the adapter "
+            "(`flm.peft.save_adapter`): it can be merged into the model that was not quantised."
+        )
     expected = {v.path: tuple(v.shape) for v in plain.variables}
     received = {v.path: tuple(v.shape) for v in model.variables}
     problems = [

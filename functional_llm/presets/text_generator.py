@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Self, Unpack
 
-from functional_llm.edits.quantization import quantize as quantized
 from functional_llm.generation import samplers
 from functional_llm.generation.chat import Chat
 from functional_llm.generation.programs import Announce
@@ -48,7 +47,8 @@ class TextGenerator(Generator):  # noqa: D101
                 each a weight, by which its change is multiplied. Without `handle`, the base is the
                 one that the first names.
             dtype: As for `Backbone.from_preset`.
-            quantize: `"int8"` for a base of one byte a number, as of `flm.quantize`.
+            quantize: `"int8"` or `"int4"`, for a base of a byte a number or half of one: as of
+                `flm.quantize`.
             announce: As for `TextGenerator`.
 
         Returns:
@@ -62,9 +62,7 @@ class TextGenerator(Generator):  # noqa: D101
         """
         base, folders = split_handle(handle, adapter)
         tokenizer = Tokenizer.from_preset(tokenizer_handle(base, folders))
-        backbone: Any = Backbone.from_preset(base, dtype)
-        if quantize is not None:
-            backbone = quantized(backbone, quantize)
+        backbone: Any = Backbone.from_preset(base, dtype, quantize=quantize)
         return cls(with_adapters(backbone, folders), tokenizer, announce)
 
     def warm_up(

@@ -12,6 +12,7 @@ from functional_llm.backbones.family import Family, ModelConfig
 from functional_llm.formats.hf_config import decode_config, encode_config
 from functional_llm.formats.source import Edits, Source, known_family
 from functional_llm.formats.tensor_source import TensorSource
+from functional_llm.formats.weight_table import Target
 from functional_llm.graph.types import JSON
 from functional_llm.stock.keras_file import (
     read_description,
@@ -30,6 +31,7 @@ class KerasModelFile(Source):
 
     suffix = ".keras"
     words = "a .keras file"
+    has_tensors = False
 
     @cached_property
     def _description(self) -> JSON:
@@ -54,12 +56,15 @@ class KerasModelFile(Source):
     @property
     def edits(self) -> Edits:
         description = self._description
-        return Edits(quantized=description.get("quantized", []), adapters=description["adapters"])
+        quantized = description.get("quantized", {})
+        if isinstance(quantized, list):  # as it was before there was int4
+            quantized = dict.fromkeys(quantized, "int8")
+        return Edits(quantized=quantized, adapters=description["adapters"])
 
     def open_tensors(self, names: Sequence[str]) -> TensorSource:
         raise NotImplementedError("Keras finds the weights by their places in the stock graph.")
 
-    def load(self, model: keras.Model) -> None:
+    def load(self, model: keras.Model, targets: Sequence[Target] | None = None) -> None:
         load_keras_weights(self.path, model)
 
     def read_tokenizer(self, cls: type[_Tokenizer]) -> _Tokenizer:
@@ -117,7 +122,7 @@ def write_keras_model(
             "family": family.model_type,
             "edited": edits is None,
             "config": encode_config(config),
-            "quantized": [] if edits is None else list(edits.quantized),
+            "quantized": {} if edits is None else dict(edits.quantized),
             "adapters": [] if edits is None else list(edits.adapters),
         }
     files = {file.name: file.read_bytes() for file in tokenizer_files.iterdir()}
