@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 export PROMPT
 
 .DELETE_ON_ERROR:
-.PHONY: help generate test nightly test-versions mutation bench docs lint types clean
+.PHONY: help generate test nightly test-versions mutation bench docs notebooks lint types clean
 
 help:
 	@echo "make generate   write text with the default preset (PROMPT='...' to choose the prompt)"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-versions  run quick tests with the oldest and newest versions (PYTHONS='python3.13')"
 	@echo "make bench      measure against KerasHub, Transformers, ... (BENCH_ARGS='--help' for choices)"
 	@echo "make docs       build the documentation's site into site/"
+	@echo "make notebooks  run the notebooks and keep what they print and draw"
 	@echo "make lint       ruff: rules and format"
 	@echo "make types      mypy"
 	@echo "make clean      remove $(VENV), and the other environments"
@@ -89,6 +90,9 @@ bench: $(BENCH_VENV)/installed
 
 docs: $(VENV)/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+notebooks: $(VENV)/installed-dev
+	$(BIN)/python -m jupyter execute --inplace notebooks/*.ipynb
 
 lint: $(VENV)/installed-dev
 	$(BIN)/python -m ruff check .

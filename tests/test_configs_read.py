@@ -480,7 +480,6 @@ def test_no_config_at_all(tmp_path: Path) -> None:
         ),
         ("stablelm_quarter_of_each_head", {"head_dim": 8}, "num_attention_heads, 16, .* 8"),
         ("stablelm_quarter_of_each_head", {"rope_pct": 0.5}, "rope_pct and partial_rotary_factor"),
-        ("stablelm_quarter_of_each_head", {"qk_layernorm": True}, "qk_layernorm=True"),
         ("gptj_half_of_each_head", {"rotary_dim": 13}, "rotary_dim of at most n_embd / n_head"),
         ("nemotron_half_of_each_head", {"num_key_value_heads": None}, "a value for num_key_value"),
         ("cohere2_full_layer_first", {"sliding_window": None}, "a value for sliding_window"),
