@@ -56,12 +56,13 @@ def test_adapters_however_they_are_given(tiny: Path, adapter: Path, tmp_path: Pa
     assert np.abs(logits(tiny, [adapter], dtype="bfloat16") - expected).max() < 0.3
     small = flm.TextGenerator.from_preset(adapter, quantize="int8")
     assert quantized_modes(small.backbone)
-    for given, message in (
+    wrong: list[tuple[Any, str]] = [
         ([adapter, adapter], "one is given twice"),
         ([adapter, f"{adapter.parent}/../{adapter.parent.name}/one"], "given twice"),
         (tiny, "it has no adapter_config.json"),
         ("nope", "received nope: it has no adapter_config.json"),
-    ):
+    ]
+    for given, message in wrong:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             flm.TextGenerator.from_preset(tiny, given)
     with pytest.raises(ValueError, match="a handle of a model, or an adapter; received neither"):
@@ -139,7 +140,7 @@ def test_a_warm_up_compiles_all_that_a_prompt_needs(tiny: Path) -> None:
 
 def test_a_chat_of_a_generator(generator: Any) -> None:
     chat = generator.chat("Be brief.", max_new_tokens=8, stop="\n", seed=1, top_k=3)
-    assert isinstance(chat, flm.Chat) and chat.generator is generator
+    assert isinstance(chat, flm.Chat) and id(chat.generator) == id(generator)
     assert chat.messages == [{"role": "system", "content": "Be brief."}]
     first = flm.Chat(generator, "Be brief.", max_new_tokens=8, stop="\n", seed=1, top_k=3)
     assert "".join(chat.say("The quick")) == "".join(first.say("The quick"))

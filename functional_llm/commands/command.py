@@ -52,7 +52,7 @@ class Command:
 
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = say
+                warnings.showwarning = say  # type: ignore[assignment]
                 self.run(arguments)
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             notes = getattr(error, "__notes__", ())
