@@ -63,7 +63,8 @@ def _source_rows(handle: str) -> list[tuple[str, str]]:
     rows += [("sizes", ", ".join(f"{x:,} {name}" for name, x in sizes.items() if x is not None))]
     rows += [("context", f"{config.max_sequence_length:,} tokens")]
     if edits.quantized:
-        rows += [("int8", f"{len(edits.quantized)} layers")]
+        modes = ", ".join(sorted(set(edits.quantized.values())))
+        rows += [("quantised", f"{len(edits.quantized)} layers, in {modes}")]
     if edits.adapters:
         rows += [("adapters", ", ".join(x["adapter_name"] for x in edits.adapters))]
     return rows

@@ -33,9 +33,10 @@ def run(arguments: argparse.Namespace) -> None:
     check_writable(arguments.output.parent if is_file(arguments.output) else arguments.output)
     model = Model(arguments)
     if quantized := read_numbers(model.base)[2].quantized:
+        modes = " and ".join(sorted(set(quantized.values())))
         raise ValueError(
             f"Expected a base of floats to merge into. Received: {model.base}, {len(quantized)} "
-            "layers of which hold int8, in which small changes are lost. Give the model that it "
+            f"layers of which hold {modes}, in which small changes are lost. Give the model that it "
             "was quantised from: --preset."
         )
     tokenizer = model.load_tokenizer()
