@@ -36,8 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
         modes = " and ".join(sorted(set(quantized.values())))
         raise ValueError(
             f"Expected a base of floats to merge into. Received: {model.base}, {len(quantized)} "
-            f"layers of which hold {modes}, in which small changes are lost. Give the model that it "
-            "was quantised from: --preset."
+            f"layers of which hold {modes}, in which small changes are lost. Give the model that "
+            "it was quantised from: --preset."
         )
     tokenizer = model.load_tokenizer()
     merged = peft.merge(model.load(), keep=False)
