@@ -42,8 +42,9 @@ def quantize(model: keras.Model, mode: str = "int8", where: Where | None = None)
     `scale = 127 / max(abs(column))` (absmax quantisation, section 2 of
     [LLM.int8()](https://arxiv.org/abs/2208.07339)). In int4, each group of inputs to a channel gets
     the grid `(integer - zero) * scale` with the smallest squares of errors; embeddings and the head
-    stay int8 then, unless `where` says which layers; matrices of experts always do. A stock file of
-    the model multiplies float32 by int8, which JAX refuses if `jax_numpy_dtype_promotion` is "strict".
+    are int8 then, unless `where` says which layers; matrices of experts always are. A stock file
+    of the model multiplies float32 by int8, which JAX refuses if `jax_numpy_dtype_promotion` is
+    "strict".
 
     Quantised weights do not train. Adapters can be attached on top; merging them turns the layers
     under them back to the original precision.
