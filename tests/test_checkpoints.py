@@ -1,6 +1,7 @@
 """Checkpoints as others write them, made by program: what Transformers reads exactly, we do."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,11 +71,18 @@ def _bare(one: Any) -> Tensors:
 
 
 def _half_bare(one: Any) -> Tensors:
-    names = sorted(one.tensors)
+    # All experts of a layer alike: Transformers stacks them in the order of their whole names.
+    groups = sorted({_without_numbers(x) for x in one.tensors})
     return {
-        x if i % 2 else x.removeprefix(one.family.base_prefix): one.tensors[x]
-        for i, x in enumerate(names)
+        x
+        if groups.index(_without_numbers(x)) % 2
+        else x.removeprefix(one.family.base_prefix): one.tensors[x]
+        for x in sorted(one.tensors)
     }
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"(?<=experts)\.\d+(?=\.)", "", name)
 
 
 def _prefix_on_all(one: Any) -> Tensors:

@@ -7,7 +7,7 @@ says so. Layers that a config names have one MLP. Reference:
 
 from dataclasses import dataclass
 
-from functional_llm.backbones import llama, qwen3
+from functional_llm.backbones import llama, qwen3, stacks
 from functional_llm.backbones.family import Family
 from functional_llm.backbones.transforms import Rows
 from functional_llm.blocks.experts import Router, activated, expert_mlp, normalized, softmax
@@ -30,7 +30,7 @@ class Config(qwen3.Config):
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
     layers = [(kind, build_decoder(config, i)) for i, kind in enumerate(config.layer_types)]
-    return llama.build_around(config, layers, llama.one_rope(config, config.sliding_window))
+    return stacks.build_around(config, layers, stacks.one_rope(config, config.sliding_window))
 
 
 def build_decoder(config: Config, index: int) -> CompositeLayer:
@@ -64,7 +64,7 @@ def complete_keys(keys: JSON) -> JSON:
     step, count, experts = (
         keys[name] for name in ("decoder_sparse_step", "num_experts_per_tok", "num_experts")
     )
-    if step < 1 or not 1 <= count <= experts:
+    if step < 1 or experts is None or not 1 <= count <= experts:
         raise ValueError(
             "config.json: expected a decoder_sparse_step of at least 1, and num_experts_per_tok "
             f"from 1 to num_experts. Received: {step}, {count} and {experts}."
@@ -103,6 +103,7 @@ FAMILY = Family(
     },
     config_aliases={"num_local_experts": "num_experts"},
     config_constants=qwen3.FAMILY.config_constants,
+    config_nulls=["num_experts"],  # of which Transformers makes no model
     complete_keys=complete_keys,
     written_keys=qwen3.FAMILY.written_keys,
     weights=[*llama.WEIGHTS, *qwen3.QK_NORMS, *EXPERTS],
