@@ -1,4 +1,4 @@
-"""A model for lm-evaluation-harness, which `pip install 'functional-llm[eval]'` brings.
+"""A model for lm-evaluation-harness, which `pip install lm-eval` brings.
 
 Importing this file imports the harness, and makes it know the model as `functional_llm`:
 
@@ -39,7 +39,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"This needs lm-evaluation-harness. Received: {error}. Install it with "
-        "`pip install 'functional-llm[eval]'`."
+        "`pip install lm-eval`."
     ) from error
 
 _LOG = logging.getLogger(__name__)
