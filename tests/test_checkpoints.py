@@ -44,7 +44,7 @@ def one(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def write(folder: Path, config: Config, tensors: Tensors) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    arrays = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    arrays = {name: np.asarray(x, order="C") for name, x in tensors.items()}
     safetensors.numpy.save_file(arrays, folder / "model.safetensors", {"format": "pt"})
     return folder
 
