@@ -92,7 +92,7 @@ docs: $(VENV)/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 notebooks: $(VENV)/installed-dev
-	$(BIN)/python -m jupyter execute --inplace notebooks/*.ipynb
+	PYTHONWARNINGS='ignore:IProgress not found' $(BIN)/python -m jupyter execute --inplace notebooks/*.ipynb
 
 lint: $(VENV)/installed-dev
 	$(BIN)/python -m ruff check .

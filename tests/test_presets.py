@@ -124,7 +124,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 10000.0}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "model_type is 'mamba'. Known families: bloom, cohere"),
+        ({"model_type": "mamba"}, "model_type is 'mamba'. Known families: apertus, bloom"),
         ({"model_type": "absent"}, "model_type is None"),
         ({"model_type": ["llama"]}, "model_type is ['llama']"),
         ({"sliding_window": 7}, "does not handle: sliding_window=7"),

@@ -15,6 +15,7 @@ from configs import CONFIGS
 from functional_llm.edits.quantization import quantized_modes
 from functional_llm.edits.quantized_layers import dequantized
 from functional_llm.edits.rounding import round_to_int4
+from functional_llm.layers.experts import ExpertDense
 from nightly import FAMILIES_AND_KINDS, one_of_each_kind
 from reference import make_reference, save_reference
 from tiny import save_tokenizer
@@ -100,7 +101,7 @@ def test_int4_leaves_what_is_of_tokens_in_int8(backbone: Any) -> None:
     assert {path for path, mode in modes.items() if mode == "int8"} == {
         path
         for path, layer in flm.select(backbone, EVERYTHING).items()
-        if isinstance(layer, keras.layers.Embedding) or path == "head"
+        if isinstance(layer, keras.layers.Embedding | ExpertDense) or path == "head"
     }
     assert set(modes.values()) == {"int8", "int4/4"}
 

@@ -61,7 +61,7 @@ class _Comparison:
         for path, layer in self._before.items():
             if inner_layers(layer) is None:
                 self._owners |= {id(v): path for v in layer.variables}
-        self._trainable = {id(v) for v in model.trainable_variables}
+        self._training = {id(v) for v in model.trainable_variables}
         self._changes = Changes()
 
     def run(self) -> Changes:
@@ -109,7 +109,7 @@ class _Comparison:
             self._changes.lines[path] = lines
 
     def _weights(self, layer: Layer, old: Layer) -> list[str]:
-        now, before = weights_of(layer, self._trainable), weights_of(old, ())
+        now, before = weights_of(layer, self._training), weights_of(old, ())
         if not self._shares:
             return [] if _plain(now) == _plain(before) else _weight_lines(now, before)
         ids, old_ids = {id(v) for v in layer.weights}, {id(v) for v in old.weights}

@@ -45,7 +45,7 @@ def outline(model: Layer, beside: Layer | None = None) -> Box:
 class _Outline:
     def __init__(self, changes: Changes, trainable: set[int]) -> None:
         self._changes = changes
-        self._trainable = trainable
+        self._training = trainable
 
     def layer(self, layer: Layer, path: str) -> Box:
         has_graph = inner_layers(layer) is not None
@@ -57,7 +57,7 @@ class _Outline:
             change=self._changes.kinds.get(path, "") if path else "",
             lines=self._changes.lines.get(path, []),
             removed=self._changes.removed.get(path, []),
-            weights=weights_of(layer, self._trainable),
+            weights=weights_of(layer, self._training),
             quantization=quantization_of(layer),
             config=config_of(layer),
         )
