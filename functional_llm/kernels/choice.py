@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 from functional_llm.kernels import splash
 from functional_llm.kernels.blockwise import attend_in_blocks
+from functional_llm.kernels.choosing import choose
 from functional_llm.kernels.cudnn import attend_causally, attend_masked
 from functional_llm.kernels.explicit import attend_explicitly
 from functional_llm.kernels.mask import Tensor
@@ -97,15 +98,7 @@ def choose_attention(facts: AttentionFacts, name: str | None = None) -> tuple[At
     Raises:
         ValueError: If there is no kernel of this name, or it cannot compute this.
     """
-    if name is not None:
-        return _asked_for(facts, name), "it was asked for"
-    passed: list[str] = []
-    for kernel in _kernels:
-        reason = kernel.obstacle(facts) or kernel.loses(facts)
-        if reason is None:
-            return kernel, "; ".join(passed) or "it is the first choice"
-        passed.append(f"not {kernel.name}, because {reason}")
-    raise ValueError(f"No attention kernel can compute this: {'; '.join(passed)}.")
+    return choose(_kernels, facts, "attention kernel", name)
 
 
 def register_attention(kernel: AttentionKernel) -> None:
@@ -129,21 +122,6 @@ def register_attention(kernel: AttentionKernel) -> None:
 def attention_kernels() -> Sequence[AttentionKernel]:
     """Returns the kernels, the first choice first."""
     return tuple(_kernels)
-
-
-def _asked_for(facts: AttentionFacts, name: str) -> AttentionKernel:
-    kernel = next((kernel for kernel in _kernels if kernel.name == name), None)
-    if kernel is None:
-        raise ValueError(
-            f"Expected an attention kernel of {[k.name for k in _kernels]}, received {name!r}."
-        )
-    reason = kernel.obstacle(facts)
-    if reason is not None:
-        raise ValueError(
-            f"The attention kernel {name!r} cannot compute this, because {reason}. Ask for another "
-            "one, or for none: then the best that can is taken."
-        )
-    return kernel
 
 
 def _first(*conditions: tuple[bool, str]) -> str | None:

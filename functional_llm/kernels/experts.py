@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from functional_llm.kernels import every_expert, few_experts, sorted_experts
+from functional_llm.kernels.choosing import choose
 from functional_llm.kernels.every_expert import Routing, Tensor
 
 _FEW_ROWS = 16  # on CPUs: below, sorting costs more than it saves
@@ -71,35 +72,12 @@ def choose_experts(facts: ExpertFacts, name: str | None = None) -> tuple[ExpertK
     Raises:
         ValueError: If there is no kernel of this name, or it cannot compute this.
     """
-    if name is not None:
-        return _asked_for(facts, name), "it was asked for"
-    passed: list[str] = []
-    for kernel in _KERNELS:
-        reason = kernel.obstacle(facts) or kernel.loses(facts)
-        if reason is None:
-            return kernel, "; ".join(passed) or "it is the first choice"
-        passed.append(f"not {kernel.name}, because {reason}")
-    raise ValueError(f"No kernel of experts can compute this: {'; '.join(passed)}.")
+    return choose(_KERNELS, facts, "kernel of experts", name)
 
 
 def expert_kernels() -> Sequence[ExpertKernel]:
     """Returns the kernels, the first choice first."""
     return _KERNELS
-
-
-def _asked_for(facts: ExpertFacts, name: str) -> ExpertKernel:
-    kernel = next((kernel for kernel in _KERNELS if kernel.name == name), None)
-    if kernel is None:
-        raise ValueError(
-            f"Expected a kernel of experts of {[k.name for k in _KERNELS]}, received {name!r}."
-        )
-    reason = kernel.obstacle(facts)
-    if reason is not None:
-        raise ValueError(
-            f"The kernel of experts {name!r} cannot compute this, because {reason}. Ask for "
-            "another one, or for none: then the best that can is taken."
-        )
-    return kernel
 
 
 def _needs_jax(facts: ExpertFacts) -> str | None:
