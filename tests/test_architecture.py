@@ -30,6 +30,7 @@ ROOMS = (
     "generation",
     "training",
     "presets",
+    "sharding",
     "evaluation",
     "commands",
 )

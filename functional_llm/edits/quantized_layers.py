@@ -14,6 +14,7 @@ from keras import ops
 from functional_llm.edits.rounding import round_to_int4, round_to_int8
 from functional_llm.graph.keras_private import quantized_matrix
 from functional_llm.graph.keras_values import uninitialized
+from functional_llm.graph.placing import assign
 from functional_llm.graph.types import Layer, Tensor
 from functional_llm.kernels.int4 import dequantize_int4, look_up_int4, multiply_int4
 from functional_llm.layers.experts import ExpertDense
@@ -125,7 +126,7 @@ def set_matrix(layer: Layer, name: str, value: np.ndarray) -> None:
     if value.ndim == 3:  # of experts
         stacks = zip(*(round_to_int8(matrix) for matrix in value), strict=True)
         for key, stack in zip((name, f"{name}_scale"), stacks, strict=True):
-            variables[key].assign(np.reshape(np.stack(stack), variables[key].shape))
+            assign(variables[key], np.reshape(np.stack(stack), variables[key].shape))
         return
     matrix_KN = value.T if name == "embeddings" else value
     size = group_size(str(mode_of(layer)))
@@ -140,7 +141,7 @@ def set_matrix(layer: Layer, name: str, value: np.ndarray) -> None:
         axis = 0 if name == "reverse_embeddings" else -1
         parts[""] = keras.quantizers.pack_int4(np.ascontiguousarray(parts[""]), axis=axis)[0]
     for suffix, part in parts.items():
-        variables[name + suffix].assign(part)
+        assign(variables[name + suffix], part)
 
 
 def dequantized(layer: Layer, name: str) -> Tensor:
