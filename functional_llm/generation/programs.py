@@ -19,6 +19,7 @@ import numpy as np
 
 from functional_llm.generation.results import Stats
 from functional_llm.generation.samplers import Sampler, needs_keys
+from functional_llm.graph.placing import place_rows
 from functional_llm.graph.precision import full_float32
 from functional_llm.layers.cache import Cache, fill_cache, grow_cache, make_cache, num_slots
 from functional_llm.xla.rewriter import compiler_options, optimize_for_cpu, optimize_for_gpu
@@ -77,6 +78,13 @@ class DecodeState(NamedTuple):
     keys: jax.Array | None
     cache: Cache
     mask: jax.Array | None = None
+
+
+def _on_devices(prompt: Prompt) -> Prompt:
+    """Returns a prompt each of whose rows is where the weights that read it are."""
+    of_rows = ("tokens", "positions", "last", "row_ids", "keys", "mask")
+    data = {name: getattr(prompt, name) for name in of_rows}
+    return prompt._replace(**place_rows(data, len(prompt.last)))
 
 
 class _Call(NamedTuple):
@@ -145,6 +153,7 @@ class CompiledPrograms:
         With `stop_ids`, those of the decode loop that will follow, the loop is compiled at the same
         time: it makes no pause after the first token.
         """
+        prompt = _on_devices(prompt)
         given = prompt.cache is not None, prompt.mask is not None
         row_ids = None if prompt.row_ids is None else prompt.row_ids.shape
         key = ("prefill", prompt.tokens.shape, slots, row_ids, *given)

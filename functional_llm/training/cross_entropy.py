@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from functional_llm.graph.placing import num_parts, place_rows
 from functional_llm.graph.types import Tensor
 from functional_llm.training.rematerialize import Values
 
@@ -84,7 +85,9 @@ def cross_entropy(
         [Liger Kernel](https://arxiv.org/abs/2410.10989), section 3.2, FusedLinearCrossEntropy.
     """
     batch, length, width = hidden_BTD.shape
-    parts = _num_parts(batch)
+    # Each part is sorted and computed where it lies: in one order of all of them, every device
+    # would receive all hidden states, and compute all chunks.
+    parts = num_parts(batch)
     total = batch // parts * length
     if chunk_size is None:
         chunk_size = choose_chunk_size(jax.default_backend(), head.output.shape[-1], total)
@@ -115,24 +118,9 @@ def cross_entropy(
     return loss, jnp.reshape(losses_RN, (batch, length))
 
 
-def _num_parts(batch: int) -> int:
-    """Returns R: in how many parts the rows of a batch lie on the devices.
-
-    Each part is sorted and computed where it lies. In one order for all of them, every device would
-    receive all hidden states, and compute all chunks.
-    """
-    distribution = keras.distribution.distribution()
-    parts = 1 if distribution is None else distribution.num_model_replicas
-    return parts if batch % parts == 0 else 1
-
-
 def _in_parts(x: Tensor, parts: int) -> jax.Array:
-    """Returns (B, T, ...) as (R, N, ...), each part on its devices."""
-    x = jnp.reshape(x, (parts, -1, *x.shape[2:]))
-    distribution = keras.distribution.distribution()
-    if distribution is None or parts == 1:
-        return x
-    return keras.distribution.distribute_tensor(x, distribution.get_data_layout(x.shape))
+    """Returns (B, T, ...) as (R, N, ...), each part where its rows lie."""
+    return place_rows(jnp.reshape(x, (parts, -1, *x.shape[2:])), parts)
 
 
 def _chunks(head: keras.Model, training: bool) -> Callable[[*_Arguments], tuple[jax.Array, _Rest]]:
