@@ -11,6 +11,7 @@ from functional_llm.commands.command import STARTED, Command
 from functional_llm.commands.loading import Model, make_sampler
 from functional_llm.commands.options import (
     add_adapters,
+    add_mesh,
     add_precision,
     add_preset,
     check_model,
@@ -53,6 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="of the random numbers, to get the same text again")
     add_adapters(parser)
     add_precision(parser)
+    add_mesh(parser)
     add("--stats", action="store_true", help="print load, compile, prefill and decode figures")
 
 

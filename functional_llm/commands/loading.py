@@ -71,6 +71,8 @@ class Model:
         from functional_llm.presets import Backbone
         from functional_llm.presets.adapted import with_adapters
 
+        if (axes := getattr(self._arguments, "mesh", None)) is not None:
+            distribute(self.base, axes, self._arguments.dtype)
         mode = getattr(self._arguments, "quantize", None)
         backbone: Any = Backbone.from_preset(self.base, dtype=self._arguments.dtype, quantize=mode)
         return with_adapters(backbone, self.adapters)
@@ -80,6 +82,22 @@ class Model:
         from functional_llm.presets import text_generator
 
         return text_generator.TextGenerator(self.load(), tokenizer, announce)
+
+
+def distribute(handle: str | Path, axes: str, dtype: str) -> None:
+    """Spreads what is loaded from now on over the devices.
+
+    Args:
+        handle: Of the model.
+        axes: What `flm.sharding.mesh` takes.
+        dtype: Of the weights.
+    """
+    import keras
+
+    from functional_llm import sharding
+
+    layout = sharding.layout(handle, sharding.mesh(axes), dtype=dtype)
+    keras.distribution.set_distribution(layout)
 
 
 @contextmanager

@@ -53,7 +53,10 @@ class Role:
         ends = [(self.shape[i], self.wanted[i]) for i in order]
         if len(shape) == 1:
             return [next((axis for whole, axis in ends if shape[0] == whole), None)]
-        return [axis if size == whole else None for size, (whole, axis) in zip(shape, ends, strict=False)]
+        return [
+            axis if size == whole else None
+            for size, (whole, axis) in zip(shape, ends, strict=False)
+        ]
 
 
 def _along(size: int, whole: int) -> bool:

@@ -1,0 +1,78 @@
+"""A process with eight simulated devices, which does on a mesh what another does on one device.
+
+`python sharded.py FOLDER WORKS MESH...` prints a line of JSON for each mesh, with what the works,
+"all" or some of them, have given; "-" stands for one device.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import keras
+import numpy as np
+
+import functional_llm as flm
+from quick import compile_quickly
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+IDS = np.random.default_rng(0).integers(0, 190, (8, 24)).astype("int32")
+STEPS = 20
+
+
+def train(model: flm.Backbone) -> list[float]:
+    """Returns the losses of some steps."""
+    steps = flm.training.LossModel(model, chunk_size=16)
+    steps.compile(keras.optimizers.Adam(1e-3))
+    history = steps.fit(IDS, batch_size=8, epochs=STEPS, shuffle=False, verbose=0)
+    return list(history.history["loss"])
+
+
+def flops(model: flm.Backbone) -> Any:
+    """Returns the operations that a device does in a training step."""
+    steps = flm.training.LossModel(model, chunk_size=16)
+    steps.compile(keras.optimizers.Adam(1e-3))
+    steps.optimizer.build(steps.trainable_variables)
+    weights = steps.trainable_variables, steps.non_trainable_variables
+    groups = *weights, steps.optimizer.variables, steps.metrics_variables
+    state = tuple([variable.value for variable in group] for group in groups)
+    ids = IDS
+    if (layout := keras.distribution.distribution()) is not None:
+        ids = keras.distribution.distribute_tensor(ids, layout.get_data_layout(ids.shape))
+    costs: Any = jax.jit(steps.train_step).lower(state, (ids,)).compile().cost_analysis()
+    return costs["flops"]
+
+
+def measure(folder: str, mesh: str, names: list[str]) -> dict[str, Any]:
+    """Returns what a model computes on a mesh: of the works below those with these names."""
+    keras.utils.set_random_seed(0)
+    if mesh != "-":
+        layout = flm.sharding.layout(folder, flm.sharding.mesh(mesh))
+        keras.distribution.set_distribution(layout)
+    backbone = flm.Backbone.from_preset(folder)
+    generator = flm.TextGenerator(backbone, None)
+    prompts = [row[: 3 + i].tolist() for i, row in enumerate(IDS)]
+    works: dict[str, Callable[[], Any]] = {
+        "logits": lambda: np.asarray(backbone(IDS)).tolist(),
+        "text": lambda: generator.generate_ids(prompts, max_new_tokens=6),
+        "one row": lambda: generator.generate_ids(prompts[:1], max_new_tokens=6),
+        "flops": lambda: flops(backbone),
+        "lora on int8": lambda: train(flm.peft.lora(flm.quantize(backbone, "int8"), rank=4)),
+        "lora": lambda: train(flm.peft.lora(backbone, rank=4)),
+        "all weights": lambda: train(backbone),
+        "bytes": lambda: sum(
+            v.value.addressable_shards[0].data.nbytes for v in backbone.trainable_variables
+        ),
+    }
+    return {name: work() for name, work in works.items() if name in names or "all" in names}
+
+
+if __name__ == "__main__":
+    compile_quickly(True)
+    for name in sys.argv[3:]:
+        print(json.dumps(measure(sys.argv[1], name, sys.argv[2].split(","))), flush=True)
