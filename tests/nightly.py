@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from configs import CONFIGS, ONE_OF_EACH_FAMILY, ONE_OF_EACH_KIND
+from configs import ONE_OF_EACH_FAMILY, ONE_OF_EACH_KIND
 from stock import BACKENDS
 
 # What tests that are `one_of_each_kind` run over, if not over all configs.
@@ -18,9 +18,8 @@ FAMILIES_AND_KINDS = list(dict.fromkeys([*ONE_OF_EACH_FAMILY, *ONE_OF_EACH_KIND]
 
 
 def backend_in_turn(name: str) -> str:
-    """Returns the backend that a config takes in `make test`: a family's take one after another."""
-    of_its_family = [x for x in CONFIGS if CONFIGS[x]["model_type"] == CONFIGS[name]["model_type"]]
-    return BACKENDS[of_its_family.index(name) % len(BACKENDS)]
+    """Returns the backend that the config of a family takes in `make test`: one after another."""
+    return BACKENDS[ONE_OF_EACH_FAMILY.index(name) % len(BACKENDS)]
 
 
 def _is_of_a_kind(parameters: Mapping[str, Any]) -> bool:
@@ -28,12 +27,14 @@ def _is_of_a_kind(parameters: Mapping[str, Any]) -> bool:
 
 
 def _has_its_backend(parameters: Mapping[str, Any]) -> bool:
-    return parameters["backend"] == backend_in_turn(parameters["pair"])
+    name = parameters["pair"]
+    return name in ONE_OF_EACH_FAMILY and parameters["backend"] == backend_in_turn(name)
 
 
 # What parts do, not families: `make test` takes one model of each kind, `make nightly` all.
 one_of_each_kind = pytest.mark.nightly(unless=_is_of_a_kind)
-# What a file holds is the same for all backends: `make test` takes all three for one of each kind.
+# What a file holds is the same for all backends: `make test` takes all three for one of each kind,
+# one for one of each family.
 one_backend_each = pytest.mark.nightly(unless=lambda x: _is_of_a_kind(x) or _has_its_backend(x))
 
 

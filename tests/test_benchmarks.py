@@ -191,6 +191,7 @@ def test_help_names_every_measure(repository: Path) -> None:
     assert all(name in shown.stdout.replace("\n", " ") for name in MEASURES)
 
 
+@pytest.mark.nightly
 def test_a_cpu_rule_is_measured_on_and_off(repository: Path) -> None:
     measures = ["prefill_32", "lora_step"]
     options = ["--rules", "half_rows", "--precisions", "bfloat16", "--measures", *measures]

@@ -236,6 +236,7 @@ def test_in_a_pipeline_and_a_saved_model(asked: dict[str, Any]) -> None:
 REAL = ["llama-bpe", "llama-spm", "deepseek-llm"]
 
 
+@pytest.mark.nightly
 @pytest.mark.real
 def test_conforms_with_real_vocabularies(llama_cpp_models: Path, tmp_path: Path) -> None:
     jobs, expected = {}, {}
@@ -267,6 +268,7 @@ assert "functional_llm" not in sys.modules
 """
 
 
+@pytest.mark.nightly
 def test_a_saved_model_writes_what_ours_writes(material: Path, tmp_path: Path) -> None:
     prompts = {
         "trained": ["Once upon a time", "Lily", "The dog 😀</s> said:"],

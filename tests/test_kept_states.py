@@ -93,7 +93,7 @@ def test_a_cache_has_what_each_layer_keeps() -> None:
     assert full["decoder_3"]["attention"]["value"].dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.nightly)])
 def test_chunks_through_a_cache_that_grows(dtype: str) -> None:
     model = build(dtype)
     expected = np.asarray(model(IDS), "float32")

@@ -109,6 +109,7 @@ def test_places_of_experts_and_of_layers_with_state(
         np.testing.assert_array_equal(in_file.read(name, "float32"), expected)
 
 
+@pytest.mark.nightly
 def test_greedy_text_is_the_same() -> None:
     """Cached, token by token, in one model of each class: `generate` of both."""
     prompt, total = IDS[:1, :7], 16

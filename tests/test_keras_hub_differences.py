@@ -112,6 +112,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", WRONG)
 def test_kerashub_differs_from_transformers(name: str, tmp_path: Path) -> None:
     model, changes, message = WRONG[name]
@@ -123,6 +124,7 @@ def test_kerashub_differs_from_transformers(name: str, tmp_path: Path) -> None:
         flm.to_keras_hub(ours)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "room", "message"),
     [

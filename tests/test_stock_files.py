@@ -174,7 +174,9 @@ def test_stock_keras_trains(stock_file: StockFile, backend: str) -> None:
 
 
 @pytest.mark.parametrize("pair", [TRAINED_FULLY], indirect=True)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "backend", [BACKENDS[0], *(pytest.param(x, marks=pytest.mark.nightly) for x in BACKENDS[1:])]
+)
 def test_stock_keras_saves_what_it_trained(stock_file: StockFile, backend: str) -> None:
     assert stock_file.measured(backend)["again"] < 1e-4
 

@@ -4,8 +4,8 @@ An entry is the Transformers config of a random-weight model, under a name that 
 about it, in the module of its kin. A new family or a new part joins there and gets every test.
 
 One more takes 3 s of a core (CPU seconds, two layers, programs kept from an earlier run): 1 s for
-the properties, 2 s for stock files on one backend. A family's take the three backends in turn: give
-it three. The first of a family gets what ONE_OF_EACH_FAMILY is for, too: 8 s in all. One that joins
+the properties. The first of a family gets what ONE_OF_EACH_FAMILY is for, too, a stock file on one
+backend among it: 8 s in all. One that joins
 ONE_OF_EACH_KIND takes 20 s more. `make nightly` takes all for all (tests/nightly.py).
 """
 
