@@ -161,5 +161,5 @@ def test_a_command_takes_a_mesh(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert keras.distribution.distribution() is not None
     finally:
         keras.distribution.set_distribution(None)
-    assert main([*options, "--mesh", "data=3"]) == 1
+    assert main([*options, "--mesh", "data=3"]) == 2
     assert "the number of devices, 1" in capsys.readouterr().err

@@ -3,10 +3,10 @@
 An entry is the Transformers config of a random-weight model, under a name that says what is odd
 about it, in the module of its kin. A new family or a new part joins there and gets every test.
 
-One more takes 3 s of a core (CPU seconds, two layers, programs kept from an earlier run): 1 s for
-the properties. The first of a family gets what ONE_OF_EACH_FAMILY is for, too, a stock file on one
-backend among it: 8 s in all. One that joins
-ONE_OF_EACH_KIND takes 20 s more. `make nightly` takes all for all (tests/nightly.py).
+One more takes 1 s of a core (CPU seconds, two layers, programs kept from an earlier run). The first
+of a family gets what ONE_OF_EACH_FAMILY is for, too, a stock file on one backend among it: 8 s in
+all. One that joins ONE_OF_EACH_KIND takes 20 s more. `make nightly` takes all for all
+(tests/nightly.py).
 """
 
 from collections.abc import Sequence
