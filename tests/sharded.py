@@ -1,13 +1,18 @@
 """A process with eight simulated devices, which does on a mesh what another does on one device.
 
 `python sharded.py FOLDER WORKS MESH...` prints a line of JSON for each mesh, with what the works,
-"all" or some of them, have given; "-" stands for one device.
+"all" or some of them, have given; "-" stands for one device. With "resume" for the works, it trains
+on the first mesh, and goes on with a half of that on each of them.
 """
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -72,7 +77,58 @@ def measure(folder: str, mesh: str, names: list[str]) -> dict[str, Any]:
     return {name: work() for name, work in works.items() if name in names or "all" in names}
 
 
+class Stop(keras.callbacks.Callback):
+    """Ends a run in the middle of a step after the fourth batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches = 0
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.batches += 1
+        if self.batches == 4:
+            raise KeyboardInterrupt
+
+
+def resume(folder: str, mesh: str, others: list[str]) -> dict[str, Any]:
+    """Returns losses and last weights of a run on a mesh, and of those that go on with half of it.
+
+    Args:
+        folder: Of the model.
+        mesh: Of the run.
+        others: Meshes to go on with.
+    """
+    ids = np.random.default_rng(1).integers(0, 190, (32, 24)).astype("int32")
+    places = np.tile(np.arange(24, dtype="int32"), (32, 1))
+    rows = flm.training.Rows(ids, places, np.zeros_like(ids), np.roll(ids, -1, 1))
+    settings = flm.training.Settings(steps=6, batch_size=8, checkpoint_every=3)
+
+    def run(mesh: str, output: Path, resume: bool, *callbacks: Any) -> Any:
+        keras.utils.set_random_seed(0)
+        layout = flm.sharding.layout(folder, flm.sharding.mesh(mesh))
+        keras.distribution.set_distribution(layout)
+        model = flm.Backbone.from_preset(folder)
+        history = flm.training.train(
+            model, rows, None, settings, output, resume=resume, callbacks=callbacks, say=len
+        )
+        return {
+            "losses": history.losses,
+            "weights": [np.asarray(v).tolist() for v in model.variables],
+        }
+
+    with TemporaryDirectory() as name:
+        with suppress(KeyboardInterrupt):
+            run(mesh, Path(name, "stopped"), False, Stop())
+        for other in others:
+            shutil.copytree(Path(name, "stopped"), Path(name, other))
+        results = {other: run(other, Path(name, other), True) for other in others}
+        return {"whole": run(mesh, Path(name, "whole"), False), **results}
+
+
 if __name__ == "__main__":
     compile_quickly(True)
+    if sys.argv[2] == "resume":
+        print(json.dumps(resume(sys.argv[1], sys.argv[3], sys.argv[3:])), flush=True)
+        sys.exit()
     for name in sys.argv[3:]:
         print(json.dumps(measure(sys.argv[1], name, sys.argv[2].split(","))), flush=True)

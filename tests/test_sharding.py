@@ -36,9 +36,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measured(folder: Path, works: str, *meshes: str) -> list[dict[str, Any]]:
+    """Returns what each mesh gives, in the words of sharded.py."""
     here = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
-    command = [sys.executable, str(here / "sharded.py"), str(folder), works, "-", *meshes]
+    command = [sys.executable, str(here / "sharded.py"), str(folder), works, *meshes]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -52,7 +53,7 @@ def measured(folder: Path, works: str, *meshes: str) -> list[dict[str, Any]]:
     ],
 )
 def test_a_mesh_computes_what_one_device_does(folder: Path, works: str, meshes: list[str]) -> None:
-    one, *others = measured(folder, works, *meshes)
+    one, *others = measured(folder, works, "-", *meshes)
     # A sum in another order rounds an activation to another int8.
     close = {"logits": 3e-5, "lora": 1e-5, "all weights": 1e-5, "lora on int8": 2e-3}
     for mesh, own in zip(meshes, others, strict=True):
@@ -66,6 +67,14 @@ def test_a_mesh_computes_what_one_device_does(folder: Path, works: str, meshes: 
             assert own["flops"] < 1.1 / 8 * one["flops"], mesh
         if "bytes" in own and mesh == "fsdp=8":
             assert own["bytes"] < 1.1 / 8 * one["bytes"]
+
+
+@pytest.mark.nightly
+def test_a_run_goes_on_with_another_mesh(folder: Path) -> None:
+    mesh, other = "data=4,model=2", "fsdp=8"
+    (found,) = measured(folder, "resume", mesh, other)
+    assert found[mesh] == found["whole"]  # to the last bit
+    np.testing.assert_allclose(found[other]["losses"], found["whole"]["losses"], atol=1e-5, rtol=0)
 
 
 def test_each_weight_is_split_by_what_its_layer_is_for(folder: Path) -> None:
