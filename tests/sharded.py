@@ -109,7 +109,7 @@ def resume(folder: str, mesh: str, others: list[str]) -> dict[str, Any]:
         keras.distribution.set_distribution(layout)
         model = flm.Backbone.from_preset(folder)
         history = flm.training.train(
-            model, rows, None, settings, output, resume=resume, callbacks=callbacks, say=len
+            model, rows, None, settings, output, resume=resume, callbacks=callbacks, say=str.strip
         )
         return {
             "losses": history.losses,
