@@ -90,6 +90,10 @@ class Stop(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
+def _say_nothing(line: str) -> None:
+    """Receives what is said of a run."""
+
+
 def resume(folder: str, mesh: str, others: list[str]) -> dict[str, Any]:
     """Returns losses and last weights of a run on a mesh, and of those that go on with half of it.
 
@@ -109,7 +113,14 @@ def resume(folder: str, mesh: str, others: list[str]) -> dict[str, Any]:
         keras.distribution.set_distribution(layout)
         model = flm.Backbone.from_preset(folder)
         history = flm.training.train(
-            model, rows, None, settings, output, resume=resume, callbacks=callbacks, say=str.strip
+            model,
+            rows,
+            None,
+            settings,
+            output,
+            resume=resume,
+            callbacks=callbacks,
+            say=_say_nothing,
         )
         return {
             "losses": history.losses,
