@@ -260,3 +260,16 @@ def check_windows(kinds: Sequence[str], window: int | None) -> None:
             "config.json: expected a sliding_window that is in use for layer_types with "
             "sliding_attention, received none."
         )
+
+
+def check_chosen(count: int, experts: int) -> None:
+    """Checks that there are as many experts as are chosen for a token.
+
+    Raises:
+        ValueError: If there are fewer, or none are chosen.
+    """
+    if not 1 <= count <= experts:
+        raise ValueError(
+            "config.json: expected num_experts_per_tok from 1 to num_local_experts. Received: "
+            f"{count} and {experts}."
+        )
