@@ -2,8 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
 QUANTIZATION = {
@@ -30,3 +33,13 @@ def pack_experts(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = QUANTIZATION
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def load_packed(folder: Path) -> Any:
+    """Returns Transformers' model of such a directory."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        attn_implementation="eager",
+        dtype=torch.float32,
+        quantization_config=transformers.Mxfp4Config(dequantize=True),
+    ).eval()

@@ -14,7 +14,7 @@ import functional_llm as flm
 from configs import CONFIGS
 from functional_llm.formats.mxfp4 import unpacked
 from functional_llm.formats.safetensors_reader import open_safetensors
-from mxfp4_files import pack_experts
+from mxfp4_files import load_packed, pack_experts
 from reference import reference_logits, save_reference
 
 NAME = "gpt_oss_clamped"
@@ -31,12 +31,7 @@ def test_a_model_with_mxfp4_experts_computes_as_in_transformers(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     ids = np.random.default_rng(0).integers(0, 128, (2, 40))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
-        attn_implementation="eager",
-        dtype=torch.float32,
-        quantization_config=transformers.Mxfp4Config(dequantize=True),
-    ).eval()
+    theirs = load_packed(folder)
     expected = reference_logits(theirs, ids)
     ours = flm.Backbone.from_preset(folder)
     np.testing.assert_allclose(np.asarray(ours(ids)), expected, atol=1e-4, rtol=0)
