@@ -25,9 +25,7 @@ _TRAINED = 4096  # tokens of a text, at first
 
 def _fields(x: JSON) -> JSON:
     factor, slides = x["rope_scaling_factor"], bool(x["sliding_window"])
-    scaling = YarnScaling(
-        factor=factor, original_max_sequence_length=_TRAINED, truncate=False
-    )
+    scaling = YarnScaling(factor=factor, original_max_sequence_length=_TRAINED, truncate=False)
     return {
         **window_fields(
             {"sliding_window_size": x["sliding_window"]},
