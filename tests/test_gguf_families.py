@@ -85,6 +85,8 @@ SAID: dict[str, dict[str, Any]] = {
     "apertus_default_rope": {},
     "apertus_llama3_biases_tied": {},
     "falcon_multi_query_untied": {"rope_parameters": None},
+    "granitemoe_multipliers": {},
+    "granitemoe_one_of_eighty_tied": {},
     "gpt_oss_clamped": {"swiglu_limit": 7.0},
     "gpt_oss_all_chosen_no_biases_tied": {"swiglu_limit": 7.0},
 }
