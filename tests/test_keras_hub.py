@@ -115,7 +115,7 @@ def test_greedy_text_is_the_same() -> None:
     """Cached, token by token, in one model of each class: `generate` of both."""
     prompt, total = IDS[:1, :7], 16
     names = ["llama3", "mistral", "qwen", "qwen3", "gemma2", "gemma3", "gpt2", "smollm3"]
-    for name in [*names, "bloom", "opt", "phi3"]:
+    for name in [*names, "bloom", "opt", "phi3", "gpt_oss"]:
         hub = make_hub(name)
         theirs = hub_text(hub, prompt, total)
         generator = flm.TextGenerator(flm.from_keras_hub(hub), None)
