@@ -187,6 +187,16 @@ def dense_rows(
     ]
 
 
+def gguf_expert_rows() -> list[Row]:
+    """Rows of experts as llama.cpp's converter writes them, whatever tensors they come from."""
+    parts = ("gate", "up", "down")
+    rows = (
+        dense_rows(f"model.layers.{{}}.mlp.experts.{x}_proj", f"decoder_{{}}/mlp/experts_{x}")
+        for x in parts
+    )
+    return [row for of_part in rows for row in of_part]
+
+
 def fused_rows(source: str, target: str, groups: int = 1) -> list[Row]:
     """Rows of a Linear that is the Dense layers of an attention's queries, keys and values in one.
 

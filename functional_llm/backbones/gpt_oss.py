@@ -7,16 +7,8 @@ and up by turns. Reference: [gpt-oss](https://arxiv.org/abs/2508.10925).
 
 from dataclasses import dataclass
 
-from functional_llm.backbones import llama
-from functional_llm.backbones.family import (
-    COMMON_KEYS,
-    DecoderConfig,
-    Family,
-    check_chosen,
-    check_windows,
-    complete_common_keys,
-    dense_rows,
-)
+from functional_llm.backbones import apertus, family, llama, qwen3
+from functional_llm.backbones.family import COMMON_KEYS, Family, dense_rows
 from functional_llm.backbones.keras_hub import gpt_oss as keras_hub
 from functional_llm.backbones.transforms import Rows, by_turns
 from functional_llm.blocks.attention import attending_with_sinks
@@ -30,12 +22,9 @@ from functional_llm.graph.types import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DecoderConfig):
-    """The numbers of a gpt-oss, beside those of `DecoderConfig`."""
+class Config(qwen3.Config):
+    """The numbers of a gpt-oss, beside those of a Qwen 3."""
 
-    attention_bias: bool
-    layer_types: tuple[str, ...]
-    sliding_window: int | None
     num_experts: int
     num_experts_per_token: int
     gate_alpha: float
@@ -49,66 +38,36 @@ def build(config: Config) -> Graph:
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:
     """Returns one decoder layer."""
-    self_attention = llama.build_attention(
-        config, rotary(), config.attention_bias, attending_with_sinks()
-    )
-    router = Router(
-        num_experts=config.num_experts,
-        num_chosen=config.num_experts_per_token,
-        weights=[softmax],
-        use_bias=True,
-    )
+    product = attending_with_sinks()
+    self_attention = llama.build_attention(config, rotary(), config.attention_bias, product)
+    count, chosen = config.num_experts, config.num_experts_per_token
+    router = Router(num_experts=count, num_chosen=chosen, weights=[softmax], use_bias=True)
     gate = clamped(config.gate_alpha, config.gate_limit)
     mlp = expert_mlp(router, config.intermediate_dim, config.hidden_dim, gate, use_bias=True)
     epsilon = config.layer_norm_epsilon
     return pre_norm(name, lambda part: rms_norm(epsilon, part), self_attention, mlp)
 
 
-_THETA, _TRAINED = 150000.0, 4096
-# What Transformers takes where a file says nothing of RoPE.
-_ROPE = {
-    "rope_type": "yarn",
-    "factor": 32.0,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "truncate": False,
-    "original_max_position_embeddings": _TRAINED,
-}
+_THETA = 150000.0
+# What Transformers takes where a file says nothing.
+_ROPE: JSON = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}
+_ROPE |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+_DEFAULTS: JSON = {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": _THETA}
+_DEFAULTS |= {"num_key_value_heads": 8, "head_dim": 64, "attention_bias": True}
+_DEFAULTS |= {"sliding_window": 128, "num_local_experts": 128, "num_experts_per_tok": 4}
+_DEFAULTS |= {"swiglu_alpha": 1.702, "swiglu_limit": 7.0, "activation": "silu"}
 
 
 def complete_keys(keys: JSON) -> JSON:
     """Adds Transformers' defaults for keys that a `config.json` leaves out."""
-    kinds = [
-        "full_attention" if i % 2 else "sliding_attention" for i in range(keys["num_hidden_layers"])
-    ]
-    own: JSON = {
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 131072,
-        "rope_theta": _THETA,
-        "attention_bias": True,
-        "activation": "silu",
-        "layer_types": kinds,
-        "sliding_window": 128,
-        "num_local_experts": 128,
-        "num_experts_per_tok": 4,
-        "swiglu_alpha": 1.702,
-        "swiglu_limit": 7.0,
-    }
+    kinds = ["sliding_attention", "full_attention"] * keys["num_hidden_layers"]
+    own: JSON = {"layer_types": kinds[: keys["num_hidden_layers"]], **_DEFAULTS}
     if not keys.get("rope_parameters") and not keys.get("rope_scaling"):
         own["rope_parameters"] = {**_ROPE, "rope_theta": keys.get("rope_theta", _THETA)}
-    if keys.get("head_dim", 0) is None:  # Transformers divides here
-        keys = {**keys, "head_dim": keys["hidden_size"] // keys["num_attention_heads"]}
     keys = own | keys
-    check_windows(keys["layer_types"], keys["sliding_window"])
-    check_chosen(keys["num_experts_per_tok"], keys["num_local_experts"])
-    return complete_common_keys(keys)
-
-
-def written_keys(config: Config) -> JSON:
-    """Returns what tells Transformers that RoPE is not stretched."""
-    return {} if config.rope_scaling else {"rope_scaling": {"rope_type": "default"}}
+    family.check_windows(keys["layer_types"], keys["sliding_window"])
+    family.check_chosen(keys["num_experts_per_tok"], keys["num_local_experts"])
+    return family.complete_common_keys(keys)
 
 
 def gguf_defaults(keys: JSON) -> JSON:
@@ -117,34 +76,21 @@ def gguf_defaults(keys: JSON) -> JSON:
 
 
 _LAYER, _EXPERTS = "model.layers.{}", "model.layers.{}.mlp.experts"
-_OF_EXPERTS = "decoder_{}/mlp/experts_"
+_SINKS, _MLP = "decoder_{}/attention/sinks/score", "decoder_{}/mlp"
 
 
 def weights(config: Config) -> Rows:
     """Returns the weight table."""
     turns = by_turns(config.intermediate_dim)
+    parts = (("gate_up_proj", "gate", turns), ("gate_up_proj", "up", turns))
     return [
         *(row for row in llama.WEIGHTS if ".mlp." not in row[0]),
-        (f"{_LAYER}.self_attn.sinks", "decoder_{}/attention/sinks/score", "same"),
-        *dense_rows(f"{_LAYER}.mlp.router", "decoder_{}/mlp/router"),
-        *((f"{_EXPERTS}.gate_up_proj", f"{_OF_EXPERTS}{x}/kernel", turns) for x in _GATE_UP),
-        *((f"{_EXPERTS}.gate_up_proj_bias", f"{_OF_EXPERTS}{x}/bias", turns) for x in _GATE_UP),
-        (f"{_EXPERTS}.down_proj", f"{_OF_EXPERTS}down/kernel", "same"),
-        (f"{_EXPERTS}.down_proj_bias", f"{_OF_EXPERTS}down/bias", "same"),
-    ]
-
-
-_GATE_UP = ("gate", "up")
-
-
-def gguf_rows(config: Config) -> Rows:
-    """Returns the rows of tensors that llama.cpp's converter takes apart."""
-    return [
-        (f"{_LAYER}.self_attn.sinks.weight", "decoder_{}/attention/sinks/score", "same"),
+        (f"{_LAYER}.self_attn.sinks", _SINKS, "same"),
+        *dense_rows(f"{_LAYER}.mlp.router", f"{_MLP}/router"),
         *(
-            row
-            for part in (*_GATE_UP, "down")
-            for row in dense_rows(f"{_EXPERTS}.{part}_proj", f"{_OF_EXPERTS}{part}")
+            (f"{_EXPERTS}.{name}{end}", f"{_MLP}/experts_{part}/{variable}", change)
+            for name, part, change in (*parts, ("down_proj", "down", "same"))
+            for end, variable in (("", "kernel"), ("_bias", "bias"))
         ),
     ]
 
@@ -171,13 +117,16 @@ FAMILY = Family(
     config_ignored={"experts_per_token": "num_experts_per_tok"},
     config_constants={"hidden_act": "silu"},
     complete_keys=complete_keys,
-    written_keys=written_keys,
+    written_keys=apertus.written_keys,
     weights=weights,
     ignored=llama.FAMILY.ignored,
     gguf_architecture="gpt-oss",
     gguf_keys={"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
     gguf_ignored=["expert_feed_forward_length"],
     gguf_defaults=gguf_defaults,
-    gguf_rows=gguf_rows,
+    gguf_rows=lambda config: [
+        (f"{_LAYER}.self_attn.sinks.weight", _SINKS, "same"),
+        *family.gguf_expert_rows(),
+    ],
     keras_hub=keras_hub.GPT_OSS,
 )

@@ -8,7 +8,7 @@ two tensors, gate before up. Reference:
 from dataclasses import dataclass
 
 from functional_llm.backbones import granite, llama
-from functional_llm.backbones.family import Family, check_chosen
+from functional_llm.backbones.family import Family, check_chosen, gguf_expert_rows
 from functional_llm.backbones.transforms import Rows, fused
 from functional_llm.blocks.experts import Router, activated, expert_mlp, softmax
 from functional_llm.blocks.language_model import Graph
@@ -76,12 +76,5 @@ FAMILY = Family(
     },
     gguf_defaults=granite.FAMILY.gguf_defaults,
     gguf_permuted=llama.FAMILY.gguf_permuted,
-    gguf_rows=lambda config: [
-        (
-            f"model.layers.{{}}.mlp.experts.{part}_proj.weight",
-            f"{_OF_EXPERTS}{part}/kernel",
-            "transpose",
-        )
-        for part in ("gate", "up")
-    ],
+    gguf_rows=lambda config: gguf_expert_rows(),
 )
