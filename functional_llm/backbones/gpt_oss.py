@@ -70,11 +70,6 @@ def complete_keys(keys: JSON) -> JSON:
     return family.complete_common_keys(keys)
 
 
-def gguf_defaults(keys: JSON) -> JSON:
-    """Returns that YaRN does not round, as the authors have it; llama.cpp rounds."""
-    return {"rope_scaling": {"truncate": False}} if "rope_scaling" in keys else {}
-
-
 _LAYER, _EXPERTS = "model.layers.{}", "model.layers.{}.mlp.experts"
 _SINKS, _MLP = "decoder_{}/attention/sinks/score", "decoder_{}/mlp"
 
@@ -123,7 +118,10 @@ FAMILY = Family(
     gguf_architecture="gpt-oss",
     gguf_keys={"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
     gguf_ignored=["expert_feed_forward_length"],
-    gguf_defaults=gguf_defaults,
+    # YaRN does not round, as the authors have it; llama.cpp rounds.
+    gguf_defaults=lambda keys: (
+        {"rope_scaling": {"truncate": False}} if "rope_scaling" in keys else {}
+    ),
     gguf_rows=lambda config: [
         (f"{_LAYER}.self_attn.sinks.weight", _SINKS, "same"),
         *family.gguf_expert_rows(),
