@@ -65,8 +65,12 @@ FAMILY = Family(
         "num_experts_per_tok": "num_experts_per_token",
     },
     config_constants={"mlp_bias": False},
-    # Of null experts Transformers makes no model.
-    config_nulls=("num_key_value_heads", "num_local_experts", "num_experts_per_tok"),
+    config_nulls=[  # of which, but for the first, Transformers makes no model
+        "num_key_value_heads",
+        "num_local_experts",
+        "num_experts_per_tok",
+        *granite.MULTIPLIERS.values(),
+    ],
     complete_keys=complete_keys,
     weights=WEIGHTS,
     ignored=llama.FAMILY.ignored,

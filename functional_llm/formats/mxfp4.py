@@ -19,7 +19,7 @@ from functional_llm.formats.tensor_source import TensorSource
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _BYTES, _NUMBERS = 16, 32  # of a block
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_VALUES = np.float32([*_MAGNITUDES, *(-x for x in _MAGNITUDES)])
+_VALUES = np.array([*_MAGNITUDES, *(-x for x in _MAGNITUDES)], np.float32)
 # What each byte of scales stands for; the last is no number.
 _POWERS = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))
 # The two numbers of each byte, that of its low half first: one entry, which is ten times as fast.
