@@ -12,7 +12,7 @@ Shapes: B batch, S slots, K heads, H head size.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from operator import and_
 from typing import TypeAlias
 
@@ -40,6 +40,7 @@ Axes: TypeAlias = tuple[int, ...]
 _FEW = 64  # rows of the other factor, for each of the paired axes
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["order", "dtype"])
 @dataclass(frozen=True)
 class Reordered:
     """An array of the program in another order: axis i of `array` is axis `order[i]` of that.

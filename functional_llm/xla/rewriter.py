@@ -11,7 +11,7 @@ Reference:
 """
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -110,6 +110,7 @@ class Rewriter:
         self._num_rewritten = 0
         # By id: a program, kept that its id is not used again, and what it has become.
         self._known: dict[int, tuple[Any, Any]] = {}
+        self._functions: dict[int, tuple[Any, Callable[..., list[Value]]]] = {}
 
     def run(self, program: Program, *inputs: Value) -> list[Value]:
         """Returns the results of a program, with inputs in whatever order of axes."""
@@ -129,6 +130,12 @@ class Rewriter:
             if source is not None:
                 sources[equation.outvars[0]] = source
         return [read(x) for x in jaxpr.outvars]
+
+    def call(self, program: Program, *inputs: Value) -> list[Value]:
+        """Returns what `run` does, by a function that is traced once for all calls of a program."""
+        if id(program) not in self._functions:
+            self._functions[id(program)] = program, jax.jit(partial(self.run, program))
+        return self._functions[id(program)][1](*inputs)
 
     def product(self, product: Product) -> jax.Array:
         """Returns the result of a product."""
