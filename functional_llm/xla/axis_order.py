@@ -12,7 +12,7 @@ Shapes: B batch, S slots, K heads, H head size.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import reduce
 from operator import and_
 from typing import TypeAlias
 
@@ -40,7 +40,6 @@ Axes: TypeAlias = tuple[int, ...]
 _FEW = 64  # rows of the other factor, for each of the paired axes
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["order", "dtype"])
 @dataclass(frozen=True)
 class Reordered:
     """An array of the program in another order: axis i of `array` is axis `order[i]` of that.
@@ -51,6 +50,12 @@ class Reordered:
     array: jax.Array
     order: Axes
     dtype: np.dtype
+
+    @property
+    def program_shape(self) -> jax.ShapeDtypeStruct:
+        """The shape and dtype that the program says."""
+        sizes = sorted(zip(self.order, self.array.shape, strict=True))
+        return jax.ShapeDtypeStruct([size for _, size in sizes], self.dtype)
 
     @property
     def is_bits(self) -> bool:
