@@ -1,5 +1,7 @@
 """Equal layers are traced once, and only equal ones: what is edited in one stays in that one."""
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 
 import functional_llm as flm
 from functional_llm.generation.equal_layers import trace_equal_layers_once
+from functional_llm.generation.programs import CompiledPrograms
+from functional_llm.generation.samplers import Greedy
 from functional_llm.graph.interchangeable import program_key
 from pair import compiled
 from tiny import save_tiny
@@ -100,6 +104,17 @@ def test_equal_layers_are_one_function(backbone: Any) -> None:
         if equation.params.get("name") == "CompositeLayer"
     ]
     assert len(calls) == len(_keys(backbone)) and len({id(x) for x in calls}) == 1
+
+
+def test_the_compiled_program_is_the_same(backbone: Any) -> None:
+    """A copy of the cache, say, in each step would be no other result."""
+    programs = [CompiledPrograms(backbone) for _ in range(2)]
+    kept = {name: backbone.output[name] for name in ("hidden", "cache")}
+    programs[1]._trunk = keras.Model(backbone.input, kept)
+    stops = np.array([2], "int32")
+    texts = [x.decode_shapes(2, 64, Greedy(), stops).compile()().as_text() for x in programs]
+    shared, apart = (Counter(re.findall(r"= \S+ ([a-z-]+)\(", text)) for text in texts)
+    assert shared["dynamic-update-slice"] and shared == apart
 
 
 def test_own_call_is_only_its_own(backbone: Any) -> None:

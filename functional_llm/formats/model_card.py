@@ -158,9 +158,9 @@ def _of_stock_file(card: ModelCard) -> list[tuple[str, str]]:
     there += 'model = AutoModelForCausalLM.from_pretrained("directory")\n'
     return [
         ("With functional_llm", here),
-        ("With Keras alone, on any backend", keras),
         ("With Transformers, as a directory", directory),
         ("and then", there),
+        ("With Keras alone, on any backend", keras),
     ]
 
 
