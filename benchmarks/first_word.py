@@ -1,9 +1,9 @@
 """Seconds from the start of a process to its first and its second word, in turns with Transformers.
 
 Both read the same weights: the default preset, and the directory that `save_preset` makes of it.
-What is compiled is on the disk, but for the first round, which does not count. Words come through a
-pipe. Beside the wall time stands the processor's, of all threads, which others on the machine change
-less.
+What is compiled is on the disk, but for the first round, which does not count. Words come through
+a pipe. Beside the wall time stands the processor's, of all threads, which others on the machine
+change less.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -54,13 +53,6 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--rounds", type=int, default=8, help="of turns (%(default)s)")
     add("--weights", type=Path, help="the directory, if it is there already")
-    add(
-        "--commands",
-        nargs="+",
-        metavar="COMMAND",
-        default=[],
-        help="more to time, each a line as after `python`, in which {weights} is the directory",
-    )
     return parser.parse_args()
 
 
@@ -71,20 +63,17 @@ def time_words(command: list[str]) -> list[float]:
     process = subprocess.Popen(
         [sys.executable, *command],
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
         cwd=REPOSITORY,
         env=environment,
     )
     with process:
-        assert process.stdout is not None and process.stderr is not None
         words: list[float] = []
         processor = 0.0
-        while os.read(process.stdout.fileno(), 1 << 16):
+        while process.stdout is not None and os.read(process.stdout.fileno(), 1 << 16):
             words.append(time.perf_counter() - started)
             processor = processor or _processor_seconds(process.pid)
-        message = process.stderr.read().decode()
     if process.returncode or len(words) < 2:
-        raise RuntimeError(f"{command} wrote {len(words)} words, code {process.returncode}: {message}")
+        raise RuntimeError(f"{command} wrote {len(words)} words, code {process.returncode}")
     return [words[0], words[1], words[1] - words[0], processor]
 
 

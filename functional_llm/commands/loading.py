@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from functional_llm.generation.samplers import Sampler
     from functional_llm.presets import Backbone, TextGenerator, Tokenizer
 
+_FOR_KERAS_ALONE = ("matplotlib", "pandas", "IPython", "requests")
 SAMPLER_NUMBERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -51,9 +52,9 @@ def no_search_for_garbage() -> Iterator[None]:
 def import_keras() -> None:
     """Imports Keras without packages that it imports wherever they are, for what no command does.
 
-    They are for pictures and for data frames; both take longer than all of Keras.
+    They are for pictures, data frames, notebooks and servers; together they take longer than Keras.
     """
-    unneeded = [name for name in ("matplotlib", "pandas") if name not in sys.modules]
+    unneeded = [name for name in _FOR_KERAS_ALONE if name not in sys.modules]
     sys.modules.update(dict.fromkeys(unneeded))  # type: ignore[arg-type]  # Python's own way
     try:
         importlib.import_module("keras")

@@ -85,8 +85,8 @@ def read_as_stored(
     result = np.empty(shape, float_dtype(dtype))
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
-        left = memoryview(result.reshape(-1).view(np.uint8))
-        while left:  # the system reads 2 GB at once at most
+        left: Any = result.reshape(-1).view(np.uint8)
+        while left.size:  # the system reads 2 GB at once at most
             count = file.readinto(left)
             if not count:
                 raise bad_file(path, f"the data of the tensor {name!r}", "the end of the file")

@@ -209,7 +209,9 @@ class _Run:
                     step = read_facts(self._path)["step"]
                     error.add_note(f"{self._path} has step {step}: resume from there.")
                 raise
-            self._say(f"What was trained is saved; the last evaluation failed: {_first_line(error)}")
+            self._say(
+                f"What was trained is saved; the last evaluation failed: {_first_line(error)}"
+            )
         finally:
             self._progress.close()
             for board in boards:

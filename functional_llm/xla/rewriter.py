@@ -194,9 +194,7 @@ _Form: TypeAlias = tuple[Axes, jax.ShapeDtypeStruct] | None  # of a value that i
 
 
 def _forms(values: Sequence[Value]) -> tuple[_Form, ...]:
-    return tuple(
-        (x.order, x.program_shape) if isinstance(x, Reordered) else None for x in values
-    )
+    return tuple((x.order, x.program_shape) if isinstance(x, Reordered) else None for x in values)
 
 
 def _to_arrays(values: Sequence[Value]) -> list[jax.Array]:
