@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from functional_llm.generation.equal_layers import trace_equal_layers_once
 from functional_llm.generation.results import Stats
 from functional_llm.generation.samplers import Sampler, needs_keys
 from functional_llm.graph.placing import place_rows
@@ -129,7 +130,7 @@ class CompiledPrograms:
         outputs = backbone.output
         kept = {"hidden": outputs["hidden"], "cache": outputs["cache"]}
         self.backbone = backbone
-        self._trunk = keras.Model(backbone.input, kept)
+        self._trunk = trace_equal_layers_once(keras.Model(backbone.input, kept))
         self._head = keras.Model(outputs["hidden"], outputs["logits"])
         self._variables = backbone.variables
         self.announce = announce
