@@ -105,7 +105,7 @@ EDITS: dict[str, tuple[Callable[[Any], Any], bool]] = {
     "biases": (lambda model: _moved(flm.peft.bitfit(model)), False),
     "a layer of one's own": (_halved, True),
     "a part behind the key": (_with_part("**/product/key"), False),
-    "a part behind the latent": (_with_part("**/product/latent"), False),
+    "a part behind the latent": (_with_part("**/product/latent_part"), False),
     "a part behind the heads": (_with_part("**/product/heads"), False),
     "a part behind what attends": (_with_part("**/product/dot_product"), False),
     "a part behind the product": (_with_part("**/attention/product"), True),

@@ -56,7 +56,7 @@ class LatentProduct(CompositeLayer):
             return keras.layers.Dense(self.num_heads * size, use_bias=False, name=name)
 
         query, both = inputs["query"], inputs["latent"]
-        latent = LatentPart(both.shape[-1] - self.rotary_dim, name="latent")(both)
+        latent = LatentPart(both.shape[-1] - self.rotary_dim, name="latent_part")(both)
         key = dense(query.shape[-1] - self.rotary_dim, "key")(latent)
         value = dense(self.value_dim, "value")(latent)
         heads = LatentHeads(self.rotary_dim, name="heads")
