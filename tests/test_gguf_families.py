@@ -16,6 +16,7 @@ from functional_llm.formats.gguf_model import part_of_head
 from mxfp4_files import load_packed, pack_experts
 from reference import reference_logits, save_reference
 
+_LATENT_YARN = CONFIGS["deepseek_v2_groups_yarn"]["rope_parameters"]
 # What a GGUF file cannot say is as llama.cpp takes it: the scale of scores, RoPE of local layers,
 # the activation.
 SAID: dict[str, dict[str, Any]] = {
@@ -89,6 +90,17 @@ SAID: dict[str, dict[str, Any]] = {
     "granitemoe_one_of_eighty_tied": {},
     "gpt_oss_clamped": {"swiglu_limit": 7.0},
     "gpt_oss_all_chosen_no_biases_tied": {"swiglu_limit": 7.0},
+    "deepseek_v2_groups_yarn": {
+        "rope_parameters": {**_LATENT_YARN, "mscale": 0.7, "mscale_all_dim": 0.7}
+    },
+    "deepseek_v2_greedy_direct_queries": {},
+    "deepseek_v3_groups": {},
+    "minicpm3_multipliers": {
+        "scale_emb": 12,
+        "scale_depth": 1.4,
+        "dim_model_base": 256,
+        "v_head_dim": 8,
+    },
 }
 # Those whose experts are in MXFP4, in the directory and in the GGUF file.
 PACKED = {"gpt_oss_clamped"}
@@ -98,6 +110,8 @@ WANTED: dict[str, dict[str, Any]] = {
     "mistral": {"architectures": ["Mistral3ForConditionalGeneration"]},  # else it is a Llama's
     "cohere2": {"rotary_pct": 1.0},
     "gpt_neox": {"rotary_pct": 0.35},
+    "deepseek_v2": {"scoring_func": "softmax"},
+    "deepseek_v3": {"scoring_func": "sigmoid"},
 }
 # The vocabulary is not what is tested here: the converter shall not look for one it knows.
 CONVERT = """

@@ -66,7 +66,7 @@ def test_every_family_both_ways(name: str, tmp_path: Path) -> None:
         assert np.abs(expected - base).max() > 1e-2
         np.testing.assert_allclose(np.asarray(ours(IDS)), expected, atol=1e-4)
     rng = np.random.default_rng(2)
-    value = "decoder_*/attention/value"
+    value = "decoder_*/attention/**value"  # of latents inside a layer of its own
     models = [
         flm.peft.lora(backbone, 2, 7, targets="all", init="pissa"),
         flm.peft.ia3(backbone),

@@ -30,6 +30,8 @@ PUBLISHED = sorted((Path(__file__).parent / "published_configs").glob("*.json"))
 COUNTS = {
     "bloom_560m": 559_214_592,
     "bloom_7b1": 7_069_016_064,
+    "deepseek_v2_lite": 15_706_484_224,
+    "deepseek_v2_236b": 235_741_434_880,
     "gemma_7b": 8_537_680_896,
     "gemma2_27b": 27_227_128_320,
     "gemma3_270m": 268_098_176,
@@ -77,9 +79,19 @@ def _count(family: str, config: Any) -> int:
     return sum(math.prod(variable.shape) for variable in model.variables)
 
 
+def _kinds(config: Any) -> list[str | None]:
+    """The type of each layer."""
+    if hasattr(config, "first_expert_layer"):
+        dense = config.first_expert_layer
+        return ["dense"] * dense + [None] * (config.num_layers - dense)
+    return list(getattr(config, "layer_types", [None] * config.num_layers))
+
+
 def _shortened(config: Any, kinds: Sequence[str | None]) -> Any:
     types: dict[str, Any] = {"layer_types": tuple(kinds)} if hasattr(config, "layer_types") else {}
     # Length and epsilon move no shape but those of learned positions: fewer models to build.
+    if hasattr(config, "first_expert_layer"):
+        types["first_expert_layer"] = kinds.count("dense")
     if hasattr(config, "rope_scaling"):
         types |= {"max_sequence_length": 1, "layer_norm_epsilon": 1e-6}
     return replace(config, num_layers=len(kinds), **types)
@@ -103,7 +115,7 @@ def test_a_preset_is_whole(name: str) -> None:
 def test_parameters_are_counted(name: str) -> None:
     """Layers of one type have the same size, so that two layers tell the size of all."""
     family, config = _decoded(name)
-    kinds = list(getattr(config, "layer_types", [None] * config.num_layers))
+    kinds = _kinds(config)
     first = _count(family, _shortened(config, kinds[:1]))
     sizes = {k: _count(family, _shortened(config, [kinds[0], k])) - first for k in set(kinds)}
     expected = first + sum(sizes[kind] for kind in kinds[1:])

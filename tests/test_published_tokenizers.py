@@ -41,6 +41,10 @@ O200K = (
     + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|"
     + SPACES
 )
+DEEPSEEK3 = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
+    r" ?[\p{P}\p{S}]+[\r\n]*|" + SPACES
+)
 BLOOM = " ?[^(\\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+"
 
 
@@ -136,6 +140,20 @@ BYTE_LEVEL: dict[str, tuple[str, JSON, JSON]] = {
         "mistral3",
         {"pre_tokenizer": _in_turn(_split(TEKKEN), _bytes()), "ignore_merges": True},
         {"tokenizer_class": "TokenizersBackend", **ENDS},
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            "pre_tokenizer": _in_turn(
+                _split(r"\p{N}{1,3}"),
+                _split("[一-龥\u3040-ゟ゠-ヿ]+"),
+                _split(DEEPSEEK3),
+                _bytes(),
+            ),
+            "post_processor": BOS,
+        },
+        {"tokenizer_class": "LlamaTokenizerFast", "legacy": True, "add_bos_token": True, **ENDS}
+        | {"add_eos_token": False, "eos_token": "<|end|>", "pad_token": "<|end|>"},
     ),
     "cohere": (
         "cohere",
@@ -262,6 +280,10 @@ SENTENCES: dict[str, tuple[str, JSON]] = {
     "mistral_v0.1": (
         "mistral",
         {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, **_ENDS},
+    ),
+    "minicpm3": (
+        "minicpm3",
+        {"tokenizer_class": "LlamaTokenizerFast", "legacy": True, "add_bos_token": True, **_ENDS},
     ),
     "ernie4_5": (
         "ernie4_5",

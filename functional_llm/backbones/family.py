@@ -44,14 +44,20 @@ class MultiHeadConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig(ModelConfig):
-    """The numbers of a model with grouped queries and RoPE: most families have all of them."""
+class RotaryConfig(ModelConfig):
+    """The numbers of a model with RoPE."""
 
     num_query_heads: int
-    num_key_value_heads: int
-    head_dim: int
     rope_max_wavelength: float
     rope_scaling: RopeScaling | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig(RotaryConfig):
+    """The numbers of a model with grouped queries and RoPE: most families have all of them."""
+
+    num_key_value_heads: int
+    head_dim: int
 
     @property
     def rotary_dim(self) -> int:
@@ -88,6 +94,7 @@ class Family:
 
     Args:
         model_type: Its name in the `config.json` of a checkpoint.
+        other_model_types: Names there that mean the same.
         architecture: The class of Transformers that loads such a checkpoint.
         models: The published models, in words.
         real_weights: Those of them whose real weights the tests run, beside tiny random ones.
@@ -118,7 +125,10 @@ class Family:
             `weights`, which has the names of Transformers' modules.
         gguf_architecture: Its name in GGUF files; `None` if they have none of their own.
         gguf_told_by: Key of a GGUF file, without the architecture, which tells this family from
-            the others whose files have the same architecture; `None` if no key does.
+            the others whose files have the same architecture; `None` if no key does. Or a pair of
+            a key and its value.
+        gguf_given: Keys of a GGUF file, without the architecture -> the same, where they do not
+            mean what they mean elsewhere.
         gguf_keys: Key of a GGUF file, without the architecture -> key of a `config.json`, beside
             those of a Llama.
         gguf_ignored: Keys of a GGUF file, without the architecture, of which the family has no
@@ -128,13 +138,15 @@ class Family:
         gguf_transposed: Patterns of tensors that GGUF files hold transposed.
         gguf_offset: Patterns of tensors that GGUF files hold with one added.
         gguf_rows: Config -> rows of variables that GGUF files hold in other tensors than
-            checkpoints do, or as other numbers; with the names in GGUF files.
+            checkpoints do, or as other numbers; with the names in GGUF files. Of rows for one
+            variable, those count whose tensors are there.
         gguf_values: Keys of a GGUF file that have a number for each layer: tensors of one number
             to `gguf_rows`, named by the key and the layer.
         keras_hub: How KerasHub describes such models; `None` if it has none.
     """
 
     model_type: str
+    other_model_types: Sequence[str] = ()
     architecture: str
     models: str
     real_weights: str = ""
@@ -154,7 +166,8 @@ class Family:
     base_prefix: str = "model."
     stored_prefixes: Mapping[str, str] = field(default_factory=dict)
     gguf_architecture: str | None = None
-    gguf_told_by: str | None = None
+    gguf_told_by: str | tuple[str, Any] | None = None
+    gguf_given: Callable[[JSON], JSON] = dict
     gguf_keys: Mapping[str, str] = field(default_factory=dict)
     gguf_ignored: Sequence[str] = ()
     gguf_defaults: Callable[[JSON], JSON] = _nothing

@@ -110,6 +110,11 @@ def heads_first(heads: int, size: int) -> Transform:
     )
 
 
+def transposed(other: Transform) -> Transform:
+    """Returns another transform for tensors with their last two axes swapped."""
+    return Transform(lambda x: other.forward(_transpose(x)), lambda x: _transpose(other.inverse(x)))
+
+
 def fused(groups: int = 1) -> tuple[Transform, Transform]:
     """Returns the transforms of weight and bias of a Linear that is several Dense in one.
 

@@ -109,10 +109,11 @@ class YarnScaling:
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
-            return self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
-        return self._magnitude(1.0)
+            return self.magnitude_at(self.mscale) / self.magnitude_at(self.mscale_all_dim)
+        return self.magnitude_at(1.0)
 
-    def _magnitude(self, mscale: float) -> float:
+    def magnitude_at(self, mscale: float) -> float:
+        """Returns by how much longer vectors make up for softer scores."""
         return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
 
     def frequencies(self, base: np.ndarray, max_wavelength: float) -> np.ndarray:

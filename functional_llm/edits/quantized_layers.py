@@ -35,6 +35,11 @@ class QuantizedDense(keras.layers.Dense):
         outputs = outputs if self.bias is None else ops.add(outputs, self.bias)
         return outputs if self.activation is None else self.activation(outputs)
 
+    def product_matrix(self) -> Tensor | None:
+        """Returns the matrix (in, out), float32; `None` if that is not all: see `layers.latent`."""
+        is_linear = self.activation is keras.activations.linear and self.bias is None
+        return dequantized(self, "kernel") if is_linear and not self.lora_enabled else None
+
 
 @keras.saving.register_keras_serializable("functional_llm")
 class QuantizedEmbedding(keras.layers.Embedding):

@@ -53,6 +53,7 @@ _ROPE_KEYS = {
     "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
     "rope.scaling.yarn_log_multiplier": "mscale_all_dim",
+    "rope.scaling.yarn_mscale": "mscale",  # which a family's `gguf_given` says
     "attention.temperature_scale": "llama_4_scaling_beta",
 }
 # Tensors of the first layer, one of which is there if the key is true.
@@ -98,10 +99,16 @@ class GGUFModel(Source):
     def _told_apart(self, sharing: Sequence[Family]) -> Family:
         """Returns the one of several families with an architecture whose key is in the file."""
         prefix, metadata = f"{sharing[0].gguf_architecture}.", self._file.metadata
-        there = [f for f in sharing if f.gguf_told_by and prefix + f.gguf_told_by in metadata]
+
+        def tells(told_by: str | tuple[str, Any] | None) -> bool:
+            if isinstance(told_by, tuple):
+                return metadata.get(prefix + told_by[0]) == told_by[1]
+            return told_by is not None and prefix + told_by in metadata
+
+        there = [f for f in sharing if tells(f.gguf_told_by)]
         found = there or [family for family in sharing if family.gguf_told_by is None]
         if len(found) != 1:
-            keys = {prefix + f.gguf_told_by: f.model_type for f in sharing if f.gguf_told_by}
+            keys = {_with_prefix(prefix, f): f.model_type for f in sharing if f.gguf_told_by}
             raise ValueError(
                 f"{self.path}: the architecture {prefix[:-1]!r} may be one of the families "
                 f"{[family.model_type for family in sharing]}. Expected one of the keys that tell "
@@ -115,7 +122,12 @@ class GGUFModel(Source):
 
     @property
     def rows(self) -> Rows:
-        own = list(self.family.gguf_rows(self.config))
+        shapes, layers = self._file.shapes, range(self.config.num_layers)
+
+        def is_there(source: str) -> bool:
+            return "blk." not in source or any(source.format(i) in shapes for i in layers)
+
+        own = [row for row in self.family.gguf_rows(self.config) if is_there(row[0])]
         replaced = {target for _, target, _ in own}
         return [*own, *(_as_converted(row) for row in super().rows if row[1] not in replaced)]
 
@@ -127,6 +139,12 @@ class GGUFModel(Source):
 
     def write_tokenizer(self, folder: Path) -> None:
         save_tokenizer(self.read_tokenizer(TextTokenizer), folder)
+
+
+def _with_prefix(prefix: str, family: Family) -> str:
+    """Returns the key that tells a family, in words."""
+    told_by = family.gguf_told_by
+    return f"{prefix}{told_by if isinstance(told_by, str) else '{}={}'.format(*told_by or ())}"
 
 
 def _as_converted(row: Row) -> Row:
@@ -157,6 +175,7 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
         for key, value in file.metadata.items()
         if key.startswith(prefix)
     }
+    given = family.gguf_given(given)
     given = {key: value for key, value in given.items() if key not in family.gguf_ignored}
     config = {keys[key]: given.pop(key) for key in list(given) if key in keys}
     if config.get("sliding_window") == 0:  # llama.cpp's word for none

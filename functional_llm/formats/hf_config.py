@@ -4,8 +4,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
 from typing import Any, get_args, get_type_hints
 
-from functional_llm.backbones.family import DecoderConfig, Family, ModelConfig
+from functional_llm.backbones.family import Family, ModelConfig, RotaryConfig
 from functional_llm.blocks.rope import LinearScaling
+from functional_llm.formats.float8 import is_float8
 from functional_llm.formats.mxfp4 import is_mxfp4
 from functional_llm.formats.rope_config import (
     LAYER_TYPES,
@@ -54,7 +55,10 @@ IRRELEVANT |= frozenset(
     hidden_dropout_prob init_std layerdrop residual_dropout""".split()
 )
 # How routers of experts are trained.
-IRRELEVANT |= frozenset("output_router_logits router_aux_loss_coef router_jitter_noise".split())
+IRRELEVANT |= frozenset(
+    """aux_loss_alpha ep_size output_router_logits router_aux_loss_coef router_jitter_noise
+    seq_aux""".split()
+)
 # Keys for generating, which versions of Transformers before 5 wrote into this file.
 IRRELEVANT |= frozenset(
     """assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens
@@ -86,7 +90,8 @@ def read_config(raw: Mapping[str, Any], family: Family) -> ModelConfig:
     Raises:
         ValueError: Naming every key that is missing, unknown, or has a value no part exists for.
     """
-    if is_mxfp4(raw.get(_QUANTIZATION)):  # the tensors say which of them are
+    if is_mxfp4(raw.get(_QUANTIZATION)) or is_float8(raw.get(_QUANTIZATION)):
+        # The tensors say which of them are.
         raw = {key: value for key, value in raw.items() if key != _QUANTIZATION}
     raw = _rename_aliases(raw, family)
     has_meaning = _nullable_keys(family)
@@ -288,7 +293,7 @@ def write_config(config: ModelConfig, family: Family, dtype: str) -> JSON:
         if isinstance(field, str):
             value = getattr(config, field)
             keys[key] = names[value] if field == "activation" else value
-    if isinstance(config, DecoderConfig):
+    if isinstance(config, RotaryConfig):
         if isinstance(config.rope_scaling, LinearScaling) and not _has(config, _LOCAL):
             length = config.rope_scaling.stated(config.max_sequence_length)
             keys["max_position_embeddings"] = length
@@ -327,7 +332,7 @@ def decode_config(values: Mapping[str, Any], family: Family) -> ModelConfig:
 def encode_config(config: ModelConfig) -> JSON:
     """Returns the fields of a config as JSON: what `decode_config` reads."""
     values = asdict(config)
-    if isinstance(config, DecoderConfig) and config.rope_scaling is not None:
+    if isinstance(config, RotaryConfig) and config.rope_scaling is not None:
         names = {kind: name for name, (kind, _) in SCALINGS.items()}
         values["rope_scaling"]["rope_type"] = names[type(config.rope_scaling)]
     return values

@@ -12,6 +12,7 @@ from functional_llm.backbones.family import Family, ModelConfig
 from functional_llm.backbones.wrapper import Wrapper, with_other_prefix
 from functional_llm.files.json_files import read_json, write_json
 from functional_llm.files.replacing import replaced_folder
+from functional_llm.formats.float8 import scaled_back
 from functional_llm.formats.hf_config import read_config, write_config
 from functional_llm.formats.mxfp4 import unpacked
 from functional_llm.formats.safetensors_reader import open_safetensors
@@ -74,7 +75,8 @@ class HuggingFaceDirectory(Source):
     def family(self) -> Family:
         key = "model_type" if self._wrapper is None else f"{self._wrapper.text_key}.model_type"
         where = f"{self.path / _CONFIG}: {key}"
-        return known_family(self._text.get("model_type"), where, self.families)
+        others = {name: x for x in self.families.values() for name in x.other_model_types}
+        return known_family(self._text.get("model_type"), where, {**others, **self.families})
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -85,7 +87,9 @@ class HuggingFaceDirectory(Source):
         return [*super().ignored, *(self._wrapper.ignored if self._wrapper else ())]
 
     def open_tensors(self, names: Sequence[str]) -> TensorSource:
-        source = unpacked(open_safetensors(self.path))
+        folder = open_safetensors(self.path)
+        source = unpacked(folder)
+        source = scaled_back(folder) if source is folder else source
         if self._wrapper is not None:
             source = with_names(source, self._wrapper.text_name)
         stored = self.family.stored_prefixes

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from functional_llm.backbones.family import DecoderConfig
+from functional_llm.backbones.family import RotaryConfig
 from functional_llm.blocks.rope import (
     FrequencyFactors,
     LinearScaling,
@@ -317,7 +317,7 @@ def _read_factors(factors: Any) -> FrequencyFactors:
     return FrequencyFactors(factors=tuple(factors))
 
 
-def write_rope_scaling(config: DecoderConfig, types: Mapping[str, str]) -> JSON | None:
+def write_rope_scaling(config: RotaryConfig, types: Mapping[str, str]) -> JSON | None:
     """Returns the scaling of a config as Hugging Face's `rope_scaling`.
 
     Args:

@@ -20,6 +20,7 @@ from functional_llm.graph.rewiring import rewire, shared_copy
 from functional_llm.graph.selection import Where, matches, select, walk
 from functional_llm.graph.types import JSON, Layer, Tensor
 from functional_llm.layers.experts import ExpertDense, ExpertScores
+from functional_llm.layers.latent import product_matrix
 from functional_llm.peft.initializers import ones
 from functional_llm.peft.linear import LINEAR_LAYERS, MATRIX_LAYERS, Linear, view
 
@@ -164,6 +165,15 @@ class Adapter(keras.layers.Layer):
     def call_base(self, x: Tensor, reverse: bool) -> Tensor:
         """Returns what the layer under this adapter makes of an input."""
         return self.base(x, reverse=True) if reverse else self.base(x)
+
+    def product_matrix(self) -> Tensor | None:
+        """Returns the changed matrix (in, out); `None` if that is not all: see `layers.latent`."""
+        matrix = product_matrix(self.base)
+        is_linear = self.activation is keras.activations.linear and self.bias_change() is None
+        if matrix is None or not is_linear or type(self).call is not Adapter.call:
+            return None
+        change = self.kernel_change()
+        return None if change is None else ops.cast(matrix, "float32") + self.gate * change
 
     def changes(self, reverse: bool) -> bool:
         """Whether the adapter changes a call of the embedding, or of the head that it is."""

@@ -19,6 +19,7 @@ from functional_llm.layers.experts import (
     ExpertDispatch,
     ExpertScores,
 )
+from functional_llm.layers.latent import LatentHeads, LatentPart
 from functional_llm.layers.long_texts import IsLongText
 from functional_llm.stock.lowering import register_lowering
 
@@ -67,5 +68,7 @@ register_lowering(ExpertScores, keras.layers.Dense)
 register_lowering(ExpertDispatch, _lower_dispatch)
 register_lowering(ExpertDense, keras.layers.EinsumDense, lambda inputs: inputs["x"])
 register_lowering(ExpertCombine, ExpertCombine.call)
+register_lowering(LatentHeads, LatentHeads.call)
+register_lowering(LatentPart, LatentPart.call)
 register_lowering(IsLongText, IsLongText.call)
 register_lowering(OwnWeight, lambda layer, inputs: layer.variable)
