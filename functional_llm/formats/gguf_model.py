@@ -61,6 +61,7 @@ _TOLD_BY_TENSORS = {
     "attention_out_bias": ("attn_output.bias",),
     "bias": ("attn_qkv.bias",),
     "mlp_bias": ("ffn_up.bias",),
+    "qkv_bias": ("attn_q.bias",),
     "qk_layernorm": ("attn_q_norm.weight",),
     "use_bias": ("attn_q.bias",),
     "use_qk_norm": ("attn_q_norm.weight",),
@@ -98,7 +99,7 @@ class GGUFModel(Source):
     def _told_apart(self, sharing: Sequence[Family]) -> Family:
         """Returns the one of several families with an architecture whose key is in the file."""
         prefix, metadata = f"{sharing[0].gguf_architecture}.", self._file.metadata
-        there = [f for f in sharing if f.gguf_told_by and prefix + f.gguf_told_by in metadata]
+        there = [f for f in sharing if f.gguf_told_by and metadata.get(prefix + f.gguf_told_by)]
         found = there or [family for family in sharing if family.gguf_told_by is None]
         if len(found) != 1:
             keys = {prefix + f.gguf_told_by: f.model_type for f in sharing if f.gguf_told_by}
