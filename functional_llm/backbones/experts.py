@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from functional_llm.backbones.family import DecoderConfig
+from functional_llm.backbones.family import DecoderConfig, check_chosen
 from functional_llm.backbones.transforms import Rows
 from functional_llm.blocks.attention import BesideX
 from functional_llm.blocks.experts import Router, activated, expert_mlp, normalized, softmax
@@ -16,6 +16,15 @@ class ExpertsConfig(DecoderConfig):
 
     num_experts: int
     num_experts_per_token: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseConfig(ExpertsConfig):
+    """The numbers of a model in which some layers have experts, and others one MLP."""
+
+    expert_dim: int
+    normalize_weights: bool
+    dense_layers: tuple[int, ...]
 
 
 def softmax_experts(
@@ -64,22 +73,28 @@ def expert_rows(
     ]
 
 
-def check_experts(keys: JSON, key: str = "num_experts") -> None:
-    """Checks that as many experts are chosen as there are, or fewer.
+SPARSE_KEYS: dict[str, str | type] = {
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "num_experts_per_token",
+    "moe_intermediate_size": "expert_dim",
+    "norm_topk_prob": "normalize_weights",
+    "mlp_only_layers": "dense_layers",
+    "decoder_sparse_step": int,
+}
 
-    Args:
-        keys: Of a `config.json`.
-        key: The one with the number of experts.
 
-    Raises:
-        ValueError: If there are fewer, or none.
-    """
-    count, experts = keys["num_experts_per_tok"], keys[key]
-    if experts is None or count is None or not 1 <= count <= experts:
+def complete_sparse_keys(keys: JSON) -> JSON:
+    """Adds what most models do, and names the layers with one MLP."""
+    own: JSON = {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    keys = own | keys
+    check_chosen(keys["num_experts_per_tok"], keys["num_experts"], "num_experts")
+    step, layers = keys["decoder_sparse_step"], range(keys["num_hidden_layers"])
+    if step < 1:
         raise ValueError(
-            f"config.json: expected num_experts_per_tok from 1 to {key}. Received: {count} and "
-            f"{experts}."
+            f"config.json: expected a decoder_sparse_step of at least 1, received {step}."
         )
+    dense = [i for i in layers if i in keys["mlp_only_layers"] or (i + 1) % step != 0]
+    return keys | {"mlp_only_layers": dense}
 
 
 # Key of a GGUF file -> key of a `config.json`, beside the one that has their number.

@@ -11,11 +11,10 @@ from functional_llm.backbones import llama, mistral
 from functional_llm.backbones.experts import (
     GGUF_KEYS,
     ExpertsConfig,
-    check_experts,
     expert_rows,
     softmax_experts,
 )
-from functional_llm.backbones.family import Family
+from functional_llm.backbones.family import Family, check_chosen
 from functional_llm.backbones.keras_hub import experts
 from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph
@@ -52,7 +51,7 @@ def complete_keys(keys: JSON) -> JSON:
         "num_experts_per_tok": 2,
     }
     keys = mistral.complete_keys(own | keys)
-    check_experts(keys, "num_local_experts")
+    check_chosen(keys["num_experts_per_tok"], keys["num_local_experts"])
     return keys
 
 

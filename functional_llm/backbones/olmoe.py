@@ -13,11 +13,10 @@ from functional_llm.backbones import llama, olmo2, qwen3
 from functional_llm.backbones.experts import (
     GGUF_KEYS,
     ExpertsConfig,
-    check_experts,
     expert_rows,
     softmax_experts,
 )
-from functional_llm.backbones.family import Family
+from functional_llm.backbones.family import Family, check_chosen
 from functional_llm.blocks.attention import PartFunction
 from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph
@@ -64,7 +63,7 @@ def complete_keys(keys: JSON) -> JSON:
         "clip_qkv": None,
     }
     keys = olmo2.complete_keys(own | keys)
-    check_experts(keys)
+    check_chosen(keys["num_experts_per_tok"], keys["num_experts"], "num_experts")
     return keys
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from functional_llm.backbones import llama, qwen2, stacks
 from functional_llm.backbones.experts import (
     GGUF_KEYS,
-    ExpertsConfig,
-    check_experts,
+    SPARSE_KEYS,
+    SparseConfig,
+    complete_sparse_keys,
     expert_rows,
     softmax_experts,
 )
@@ -29,15 +30,6 @@ from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
-
-
-@dataclass(frozen=True, kw_only=True)
-class SparseConfig(ExpertsConfig):
-    """The numbers of a model in which some layers have experts, and others one MLP."""
-
-    expert_dim: int
-    normalize_weights: bool
-    dense_layers: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,30 +55,6 @@ def build_decoder(config: Config, index: int) -> CompositeLayer:
     shared = gated(gated_mlp(config.shared_expert_dim, size, config.activation, name="shared"))
     mlp = softmax_experts(config, config.expert_dim, config.normalize_weights, shared)
     return qwen2.build_decoder(config, name, mlp, bias)
-
-
-SPARSE_KEYS: dict[str, str | type] = {
-    "num_experts": "num_experts",
-    "num_experts_per_tok": "num_experts_per_token",
-    "moe_intermediate_size": "expert_dim",
-    "norm_topk_prob": "normalize_weights",
-    "mlp_only_layers": "dense_layers",
-    "decoder_sparse_step": int,
-}
-
-
-def complete_sparse_keys(keys: JSON) -> JSON:
-    """Adds what most models do, and names the layers with one MLP."""
-    own: JSON = {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []}
-    keys = own | keys
-    check_experts(keys)
-    step, layers = keys["decoder_sparse_step"], range(keys["num_hidden_layers"])
-    if step < 1:
-        raise ValueError(
-            f"config.json: expected a decoder_sparse_step of at least 1, received {step}."
-        )
-    dense = [i for i in layers if i in keys["mlp_only_layers"] or (i + 1) % step != 0]
-    return keys | {"mlp_only_layers": dense}
 
 
 def complete_keys(keys: JSON) -> JSON:

@@ -7,8 +7,15 @@ says so. Layers that a config names have one MLP. Reference:
 
 from dataclasses import dataclass
 
-from functional_llm.backbones import llama, qwen2_moe, qwen3, stacks
-from functional_llm.backbones.experts import GGUF_KEYS, expert_rows, softmax_experts
+from functional_llm.backbones import llama, qwen3, stacks
+from functional_llm.backbones.experts import (
+    GGUF_KEYS,
+    SPARSE_KEYS,
+    SparseConfig,
+    complete_sparse_keys,
+    expert_rows,
+    softmax_experts,
+)
 from functional_llm.backbones.family import Family
 from functional_llm.backbones.keras_hub import experts
 from functional_llm.blocks.language_model import Graph
@@ -17,7 +24,7 @@ from functional_llm.graph.types import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(qwen2_moe.SparseConfig, qwen3.Config):
+class Config(SparseConfig, qwen3.Config):
     """The numbers of a Qwen 3 with experts, beside those of a Qwen 3."""
 
 
@@ -46,7 +53,7 @@ def complete_keys(keys: JSON) -> JSON:
     if keys.get("head_dim") is None:  # Transformers divides here, unlike in a Qwen 3
         own["head_dim"] = keys["hidden_size"] // keys["num_attention_heads"]
     keys = own | {key: x for key, x in keys.items() if key != "head_dim" or x is not None}
-    keys = qwen2_moe.complete_sparse_keys(keys)
+    keys = complete_sparse_keys(keys)
     window = keys.get("sliding_window", 4096) if keys.get("use_sliding_window") else None
     kind = "full_attention" if window is None else "sliding_attention"  # of all layers
     return qwen3.complete_keys(keys | {"layer_types": [kind] * keys["num_hidden_layers"]})
@@ -60,7 +67,7 @@ FAMILY = Family(
     build=build,
     config_keys={
         **{key: x for key, x in qwen3.FAMILY.config_keys.items() if key != "layer_types"},
-        **qwen2_moe.SPARSE_KEYS,
+        **SPARSE_KEYS,
     },
     config_aliases={"num_local_experts": "num_experts"},
     config_constants=qwen3.FAMILY.config_constants,
