@@ -123,7 +123,7 @@ def _qwen2_weights(config: Any) -> Rows:
     rows = decoder_weights("qwen_moe_transformer_decoder", "qwen_layer_norm", "%s_dense", _experts)(
         config
     )
-    return [(x.replace("/output_dense", "/_output_dense"), *others) for x, *others in rows]
+    return [(x.replace("/output_dense", "/_output_dense"), path, y) for x, path, y in rows]
 
 
 # What `_fields` reads, of all of which one spelling is written; and what is of training.
