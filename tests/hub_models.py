@@ -1,5 +1,6 @@
 """Tiny random models of KerasHub, one of each class that this library has."""
 
+import re
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,6 +13,7 @@ keras_hub = pytest.importorskip("keras_hub", reason="make .venv/installed-dev in
 
 _SIZES = {"vocabulary_size": 128, "num_layers": 2, "hidden_dim": 48, "intermediate_dim": 80}
 _HEADS = {"num_query_heads": 4, "num_key_value_heads": 2}
+_EXPERTS = {"num_experts": 6, "moe_intermediate_dim": 24}
 _GEMMA = {
     **_SIZES,
     **_HEADS,
@@ -49,11 +51,36 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         {**_SIZES, **_HEADS, "sliding_window": None, "head_dim": 10, "rope_scaling_factor": 4.0},
         "mistral",
     ),
+    "mixtral": (
+        "MixtralBackbone",
+        {**_SIZES, **_HEADS, "num_experts": 5, "sliding_window": 5},
+        "mixtral",
+    ),
     "qwen": ("QwenBackbone", {**_SIZES, **_HEADS, "tie_word_embeddings": False}, "qwen2"),
     "qwen3": (
         "Qwen3Backbone",
         {**_SIZES, **_HEADS, "head_dim": 20, "sliding_window_size": None},
         "qwen3",
+    ),
+    "qwen_moe": (
+        "QwenMoeBackbone",
+        {**_SIZES, **_HEADS, **_EXPERTS, "shared_expert_intermediate_dim": 40, "top_k": 2},
+        "qwen2_moe",
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeBackbone",
+        {
+            **_SIZES,
+            **_HEADS,
+            **_EXPERTS,
+            "head_dim": 20,
+            "top_k": 1,
+            "norm_top_k_prob": True,
+            "mlp_only_layers": [1],
+            "tie_word_embeddings": True,
+            "sliding_window_size": None,
+        },
+        "qwen3_moe",
     ),
     "gemma": ("GemmaBackbone", {**_SIZES, **_HEADS, "head_dim": 16}, "gemma"),
     "gemma2": ("GemmaBackbone", {**_GEMMA, "attention_logit_soft_cap": 2.0}, "gemma2"),
@@ -169,8 +196,12 @@ def hub_text(model: Any, prompt: np.ndarray, total: int) -> list[int]:
     return [int(x) for x in np.asarray(written["token_ids"])[0, length:]]
 
 
+# Layers that KerasHub gives no name, so that Keras counts them.
+_COUNTED = re.compile(r"(_moe_block|_moe_mlp)_\d+")
+
+
 def values(model: keras.Model) -> dict[str, np.ndarray]:
-    return {weight.path: np.asarray(weight) for weight in model.weights}
+    return {_COUNTED.sub(r"\1", weight.path): np.asarray(weight) for weight in model.weights}
 
 
 def assert_same(first: keras.Model, second: keras.Model) -> None:

@@ -31,6 +31,12 @@ SAID: dict[str, dict[str, Any]] = {
     "qwen2_yarn_multi_query": {},
     "qwen3_head_size": {},
     "qwen3_tied_multi_head": {},
+    "qwen3_moe_some_dense": {"mlp_only_layers": []},
+    "qwen2_moe_some_dense": {"mlp_only_layers": [], "norm_topk_prob": False},
+    "qwen2_moe_all_chosen_tied": {},
+    "mixtral_two_of_five": {},
+    "mixtral_all_chosen_tied": {},
+    "olmoe_multi_head": {},
     "smollm3_nope_slides": {
         "num_hidden_layers": 4,  # the last does not turn, and none has a window
         "no_rope_layers": None,

@@ -77,7 +77,6 @@ def test_presets_of_models_that_kerashub_computes_otherwise(name: str, tmp_path:
 @pytest.mark.parametrize(
     ("cls", "arguments"),
     [
-        ("Qwen3MoeBackbone", {"moe_intermediate_dim": 8, "num_experts": 4, "top_k": 2}),
         (
             "Qwen3_5Backbone",
             {
@@ -91,9 +90,7 @@ def test_presets_of_models_that_kerashub_computes_otherwise(name: str, tmp_path:
         ("RWKV7Backbone", {"hidden_size": 16, "head_size": 4}),
     ],
 )
-def test_places_of_experts_and_of_layers_with_state(
-    cls: str, arguments: dict[str, Any], tmp_path: Path
-) -> None:
+def test_places_of_layers_with_state(cls: str, arguments: dict[str, Any], tmp_path: Path) -> None:
     """The engine reads classes that no family here has yet: every weight, in file and in memory."""
     sizes = {"vocabulary_size": 32, "num_layers": 4, "intermediate_dim": 24}
     if cls != "RWKV7Backbone":
@@ -115,7 +112,8 @@ def test_greedy_text_is_the_same() -> None:
     """Cached, token by token, in one model of each class: `generate` of both."""
     prompt, total = IDS[:1, :7], 16
     names = ["llama3", "mistral", "qwen", "qwen3", "gemma2", "gemma3", "gpt2", "smollm3"]
-    for name in [*names, "bloom", "opt", "phi3", "gpt_oss"]:
+    names += ["bloom", "opt", "phi3", "gpt_oss", "mixtral", "qwen_moe", "qwen3_moe"]
+    for name in names:
         hub = make_hub(name)
         theirs = hub_text(hub, prompt, total)
         generator = flm.TextGenerator(flm.from_keras_hub(hub), None)

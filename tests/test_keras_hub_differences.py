@@ -108,6 +108,12 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
         {"sliding_window": 5},
         "windows are in the layers that have none, and a token longer",
     ),
+    "qwen3_moe_has_no_window_on_jax": ("qwen3_moe", {"sliding_window_size": 5}, "no window"),
+    "qwen3_moe_norms_of_queries_keep_their_epsilon": (
+        "qwen3_moe",
+        {"layer_norm_epsilon": 0.1},
+        "an epsilon of 1e-6",
+    ),
     "falcon_does_not_round_alibi": ("falcon", {}, "does not round ALiBi to bfloat16"),
     "falcon_norms_of_layers_keep_their_epsilon": (
         "falcon",

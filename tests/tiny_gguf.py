@@ -10,8 +10,11 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import quantize
 
 
-def save_gguf(model: Any, tokenizer: Path, path: Path, kind: Kind) -> None:
-    """Saves a Transformers Llama and a byte-level tokenizer.json, matrices quantised to `kind`."""
+def save_gguf(model: Any, tokenizer: Path, path: Path, kind: Kind, **numbers: int) -> None:
+    """Saves a Transformers Llama and a byte-level tokenizer.json, matrices quantised to `kind`.
+
+    `numbers` are keys beside the usual ones.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -23,6 +26,8 @@ def save_gguf(model: Any, tokenizer: Path, path: Path, kind: Kind) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
+    for key, number in numbers.items():
+        writer.add_uint32(f"llama.{key}", number)
     _add_tokenizer(writer, json.loads(tokenizer.read_text()))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}

@@ -285,14 +285,14 @@ def check_windows(kinds: Sequence[str], window: int | None) -> None:
         )
 
 
-def check_chosen(count: int | None, experts: int | None) -> None:
-    """Checks that there are as many experts as are chosen for a token.
+def check_chosen(count: int | None, experts: int | None, key: str = "num_local_experts") -> None:
+    """Checks that there are as many experts as are chosen for a token; `key` has their number.
 
     Raises:
         ValueError: If there are fewer, or none are chosen.
     """
     if count is None or experts is None or not 1 <= count <= experts:
         raise ValueError(
-            "config.json: expected num_experts_per_tok from 1 to num_local_experts. Received: "
-            f"{count} and {experts}."
+            f"config.json: expected num_experts_per_tok from 1 to {key}. Received: {count} and "
+            f"{experts}."
         )

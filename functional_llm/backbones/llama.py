@@ -122,6 +122,7 @@ FAMILY = Family(
     weights=WEIGHTS,
     ignored=ROPE_BUFFERS,
     gguf_architecture="llama",
+    gguf_ignored=("expert_count", "expert_used_count"),  # 0, or it is a Mixtral
     gguf_permuted={"q_proj": "num_query_heads", "k_proj": "num_key_value_heads"},
     keras_hub=llamas.LLAMA,
 )

@@ -3,13 +3,15 @@
 No norm stands before a branch. Reference: [OLMo 2](https://arxiv.org/abs/2501.00656).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import keras
 
 from functional_llm.backbones import gemma2, llama, qwen3
 from functional_llm.backbones.family import COMMON_KEYS, DecoderConfig, Family, complete_common_keys
-from functional_llm.blocks.attention import attention, heads, split_heads
+from functional_llm.blocks.attention import Part, attention, split_heads
 from functional_llm.blocks.decoder import norm_behind_branches
 from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.mlp import gated_mlp
@@ -33,30 +35,31 @@ def build(config: Config) -> Graph:
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:
     """Returns one decoder layer."""
+    norm = partial(rms_norm, config.layer_norm_epsilon)
+    mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation)
+    return norm_behind_branches(name, norm, self_attention(config, config.attention_bias), mlp)
+
+
+def self_attention(
+    config: DecoderConfig, bias: bool, projected: Sequence[Part] = ()
+) -> CompositeLayer:
+    """Returns the attention of this family and its kin.
+
+    `projected` are parts on queries, keys and values before they are split into heads.
+    """
     queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
-    epsilon, bias = config.layer_norm_epsilon, config.attention_bias
+    epsilon = config.layer_norm_epsilon
 
-    def project(num_heads: int, part: str) -> keras.layers.Layer:
-        return keras.layers.Dense(num_heads * size, use_bias=bias, name=part)
+    def parts(num_heads: int, part: str, *norms: Part) -> list[Part]:
+        project = keras.layers.Dense(num_heads * size, use_bias=bias, name=part)
+        return [project, *norms, *projected, split_heads(num_heads, size, part)]
 
-    self_attention = attention(
-        query=[
-            project(queries, "query"),
-            rms_norm(epsilon, "query_norm"),
-            split_heads(queries, size, "query"),
-            rotary(),
-        ],
-        key=[
-            project(keys, "key"),
-            rms_norm(epsilon, "key_norm"),
-            split_heads(keys, size, "key"),
-            rotary(),
-        ],
-        value=[heads(keys, size, "value", bias)],
+    return attention(
+        query=[*parts(queries, "query", rms_norm(epsilon, "query_norm")), rotary()],
+        key=[*parts(keys, "key", rms_norm(epsilon, "key_norm")), rotary()],
+        value=parts(keys, "value"),
         output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),
     )
-    mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation)
-    return norm_behind_branches(name, lambda part: rms_norm(epsilon, part), self_attention, mlp)
 
 
 def complete_keys(keys: JSON) -> JSON:

@@ -12,7 +12,7 @@ from functional_llm.backbones import llama, mistral
 from functional_llm.backbones.family import COMMON_KEYS, DecoderConfig, Family, complete_common_keys
 from functional_llm.backbones.keras_hub import llamas
 from functional_llm.blocks.attention import attention, heads
-from functional_llm.blocks.decoder import pre_norm
+from functional_llm.blocks.decoder import NamedPart, pre_norm
 from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.blocks.norm import rms_norm
@@ -34,16 +34,18 @@ def build(config: Config) -> Graph:
     return llama.build_stack(config, build_decoder, config.layer_types, config.sliding_window)
 
 
-def build_decoder(config: Config, name: str) -> CompositeLayer:
-    """Returns one decoder layer."""
+def build_decoder(
+    config: DecoderConfig, name: str, mlp: NamedPart | None = None, bias: bool = True
+) -> CompositeLayer:
+    """Returns one decoder layer. Its MLP is gated, unless it is given."""
     epsilon, size = config.layer_norm_epsilon, config.head_dim
     self_attention = attention(
-        query=[heads(config.num_query_heads, size, "query", use_bias=True), rotary()],
-        key=[heads(config.num_key_value_heads, size, "key", use_bias=True), rotary()],
-        value=[heads(config.num_key_value_heads, size, "value", use_bias=True)],
+        query=[heads(config.num_query_heads, size, "query", bias), rotary()],
+        key=[heads(config.num_key_value_heads, size, "key", bias), rotary()],
+        value=[heads(config.num_key_value_heads, size, "value", bias)],
         output=keras.layers.Dense(config.hidden_dim, use_bias=False, name="output"),
     )
-    mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation)
+    mlp = mlp or gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation)
     return pre_norm(name, lambda part: rms_norm(epsilon, part), self_attention, mlp)
 
 

@@ -8,23 +8,24 @@ says so. Layers that a config names have one MLP. Reference:
 from dataclasses import dataclass
 
 from functional_llm.backbones import llama, qwen3, stacks
+from functional_llm.backbones.experts import (
+    GGUF_KEYS,
+    SPARSE_KEYS,
+    SparseConfig,
+    complete_sparse_keys,
+    expert_rows,
+    softmax_experts,
+)
 from functional_llm.backbones.family import Family
-from functional_llm.backbones.transforms import Rows
-from functional_llm.blocks.experts import Router, activated, expert_mlp, normalized, softmax
+from functional_llm.backbones.keras_hub import experts
 from functional_llm.blocks.language_model import Graph
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(qwen3.Config):
+class Config(SparseConfig, qwen3.Config):
     """The numbers of a Qwen 3 with experts, beside those of a Qwen 3."""
-
-    num_experts: int
-    num_experts_per_token: int
-    expert_dim: int
-    normalize_weights: bool
-    dense_layers: tuple[int, ...]
 
 
 def build(config: Config) -> Graph:
@@ -37,13 +38,7 @@ def build_decoder(config: Config, index: int) -> CompositeLayer:
     """Returns the decoder layer of this number."""
     if index in config.dense_layers:
         return qwen3.build_decoder(config, f"decoder_{index}")
-    router = Router(
-        num_experts=config.num_experts,
-        num_chosen=config.num_experts_per_token,
-        scores=[softmax],
-        weights=[normalized()] if config.normalize_weights else [],
-    )
-    mlp = expert_mlp(router, config.expert_dim, config.hidden_dim, activated(config.activation))
+    mlp = softmax_experts(config, config.expert_dim, config.normalize_weights)
     return qwen3.build_decoder(config, f"decoder_{index}", mlp)
 
 
@@ -54,37 +49,15 @@ def complete_keys(keys: JSON) -> JSON:
         "num_experts": 128,
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,
-        "norm_topk_prob": False,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
     }
     if keys.get("head_dim") is None:  # Transformers divides here, unlike in a Qwen 3
         own["head_dim"] = keys["hidden_size"] // keys["num_attention_heads"]
     keys = own | {key: x for key, x in keys.items() if key != "head_dim" or x is not None}
-    step, count, experts = (
-        keys[name] for name in ("decoder_sparse_step", "num_experts_per_tok", "num_experts")
-    )
-    if step < 1 or experts is None or not 1 <= count <= experts:
-        raise ValueError(
-            "config.json: expected a decoder_sparse_step of at least 1, and num_experts_per_tok "
-            f"from 1 to num_experts. Received: {step}, {count} and {experts}."
-        )
-    layers = range(keys["num_hidden_layers"])
-    skipped = [i for i in layers if i in keys["mlp_only_layers"] or (i + 1) % step != 0]
+    keys = complete_sparse_keys(keys)
     window = keys.get("sliding_window", 4096) if keys.get("use_sliding_window") else None
     kind = "full_attention" if window is None else "sliding_attention"  # of all layers
-    patterns = {"mlp_only_layers": skipped, "layer_types": [kind for _ in layers]}
-    return qwen3.complete_keys(keys | patterns)
+    return qwen3.complete_keys(keys | {"layer_types": [kind] * keys["num_hidden_layers"]})
 
-
-_EXPERTS = "model.layers.{}.mlp.experts[.{expert}]"
-EXPERTS: Rows = [
-    ("model.layers.{}.mlp.gate.weight", "decoder_{}/mlp/router/kernel", "transpose"),
-    *(
-        (f"{_EXPERTS}.{part}_proj.weight", f"decoder_{{}}/mlp/experts_{part}/kernel", "transpose")
-        for part in ("gate", "up", "down")
-    ),
-]
 
 FAMILY = Family(
     model_type="qwen3_moe",
@@ -94,18 +67,21 @@ FAMILY = Family(
     build=build,
     config_keys={
         **{key: x for key, x in qwen3.FAMILY.config_keys.items() if key != "layer_types"},
-        "num_experts": "num_experts",
-        "num_experts_per_tok": "num_experts_per_token",
-        "moe_intermediate_size": "expert_dim",
-        "norm_topk_prob": "normalize_weights",
-        "mlp_only_layers": "dense_layers",
-        "decoder_sparse_step": int,
+        **SPARSE_KEYS,
     },
     config_aliases={"num_local_experts": "num_experts"},
     config_constants=qwen3.FAMILY.config_constants,
     config_nulls=["num_experts"],  # of which Transformers makes no model
     complete_keys=complete_keys,
     written_keys=qwen3.FAMILY.written_keys,
-    weights=[*llama.WEIGHTS, *qwen3.QK_NORMS, *EXPERTS],
+    weights=[*llama.WEIGHTS, *qwen3.QK_NORMS, *expert_rows("model.layers.{}.mlp")],
     ignored=qwen3.FAMILY.ignored,
+    gguf_architecture="qwen3moe",
+    gguf_keys={
+        "expert_count": "num_experts",
+        "expert_feed_forward_length": "moe_intermediate_size",
+        **GGUF_KEYS,
+    },
+    gguf_defaults=lambda keys: {"norm_topk_prob": True},
+    keras_hub=experts.QWEN3_MOE,
 )

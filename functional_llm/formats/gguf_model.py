@@ -62,6 +62,7 @@ _TOLD_BY_TENSORS = {
     "attention_out_bias": ("attn_output.bias",),
     "bias": ("attn_qkv.bias",),
     "mlp_bias": ("ffn_up.bias",),
+    "qkv_bias": ("attn_q.bias",),
     "qk_layernorm": ("attn_q_norm.weight",),
     "use_bias": ("attn_q.bias",),
     "use_qk_norm": ("attn_q_norm.weight",),
@@ -103,7 +104,7 @@ class GGUFModel(Source):
         def tells(told_by: str | tuple[str, Any] | None) -> bool:
             if isinstance(told_by, tuple):
                 return metadata.get(prefix + told_by[0]) == told_by[1]
-            return told_by is not None and prefix + told_by in metadata
+            return told_by is not None and bool(metadata.get(prefix + told_by))
 
         there = [f for f in sharing if tells(f.gguf_told_by)]
         found = there or [family for family in sharing if family.gguf_told_by is None]

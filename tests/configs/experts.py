@@ -21,6 +21,33 @@ _GRANITEMOE = {
     "num_local_experts": 5,
     "num_experts_per_tok": 2,
 }
+_MIXTRAL = {
+    **LLAMA,
+    "model_type": "mixtral",
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+}
+_QWEN2_MOE = {
+    **LLAMA,
+    "model_type": "qwen2_moe",
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 28,
+}
+_OLMOE = {
+    **LLAMA,
+    "model_type": "olmoe",
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_moe_some_dense": {**_QWEN3_MOE, "mlp_only_layers": [1]},
@@ -58,5 +85,57 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "hidden_act": "gelu",
         "head_dim": 12,
+    },
+    "mixtral_two_of_five": {**_MIXTRAL, "head_dim": 12},
+    "mixtral_one_of_ninety_slides": {
+        **_MIXTRAL,
+        "num_local_experts": 90,  # more than a row has tokens
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 1,
+        "sliding_window": 5,
+    },
+    "mixtral_all_chosen_tied": {
+        **_MIXTRAL,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 3,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    },
+    "qwen2_moe_some_dense": {**_QWEN2_MOE, "mlp_only_layers": [0], "norm_topk_prob": True},
+    "qwen2_moe_one_of_ninety_slides": {
+        **_QWEN2_MOE,
+        "num_experts": 90,
+        "num_experts_per_tok": 1,
+        "num_key_value_heads": 1,
+        "qkv_bias": False,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 2,
+    },
+    "qwen2_moe_all_chosen_tied": {
+        **_QWEN2_MOE,
+        "num_experts": 3,
+        "num_experts_per_tok": 3,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    },
+    "olmoe_multi_head": {**_OLMOE, "num_key_value_heads": None},
+    "olmoe_one_of_ninety_clipped": {
+        **_OLMOE,
+        "num_experts": 90,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 1,
+        "clip_qkv": 0.3,
+        "attention_bias": True,
+    },
+    "olmoe_all_chosen_tied": {
+        **_OLMOE,
+        "num_experts": 3,
+        "num_experts_per_tok": 3,
+        "num_key_value_heads": 1,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": True,
     },
 }

@@ -31,7 +31,7 @@ from functional_llm.graph.types import JSON
 # Of most of them, and of those with RoPE's positions divided by a factor.
 _HEADS = ["num_query_heads", "num_key_value_heads"]
 ARGUMENTS = dict.fromkeys([*SIZES, *_HEADS], REQUIRED) | {"layer_norm_epsilon": 1e-6}
-_ROPE_ARGUMENTS = ARGUMENTS | {"rope_max_wavelength": 10000, "rope_scaling_factor": 1.0}
+ROPE_ARGUMENTS = ARGUMENTS | {"rope_max_wavelength": 10000, "rope_scaling_factor": 1.0}
 # Name of an argument -> field of `Llama3Scaling`.
 _STRETCH = {
     "rope_frequency_adjustment_factor": "factor",
@@ -41,7 +41,7 @@ _STRETCH = {
 }
 
 
-def _fields(arguments: JSON, **fields: Any) -> JSON:
+def common_fields(arguments: JSON, **fields: Any) -> JSON:
     """Returns the fields that KerasHub does not have, and those given.
 
     The longest text is that of a published model: KerasHub states none.
@@ -75,17 +75,39 @@ def _stretch_wrong(config: Any) -> Sequence[str]:
     return ["it ignores rope_position_scaling_factor"] if ignored else []
 
 
-def _window_wrong(config: Any) -> Sequence[str]:
-    # Where JAX has an attention of its own.
+def window_wrong(config: Any) -> Sequence[str]:
+    """Returns that KerasHub has no window, where JAX has an attention of its own."""
     return ["it has no window on JAX"] if has_window(config) else []
 
 
-def _factor_argument(config: Any) -> JSON:
+def factor_argument(config: Any) -> JSON:
+    """Returns the factor on positions as most classes call it."""
     return {"rope_scaling_factor": factor(config.rope_scaling)}
 
 
-def _weights(layer: str, norm: str) -> Callable[[Any], Rows]:
-    """Returns the weights, of the kind of the decoder layers and that of the last norm."""
+def gated_mlp(place: str, path: str) -> Rows:
+    """Returns the rows of an MLP, from its place and the path of ours."""
+    return [
+        *dense(f"{place}/_feedforward_gate_dense", f"{path}/gate"),
+        *dense(f"{place}/_feedforward_intermediate_dense", f"{path}/up"),
+        *dense(f"{place}/_feedforward_output_dense", f"{path}/down"),
+    ]
+
+
+def decoder_weights(
+    layer: str,
+    norm: str,
+    projections: str = "_%s_dense",
+    mlp: Callable[[str], Rows] = lambda block: gated_mlp(block, f"{OURS}/mlp"),
+) -> Callable[[Any], Rows]:
+    """Returns the weights.
+
+    Args:
+        layer: The kind of the decoder layers.
+        norm: The kind of the last norm.
+        projections: Names of the attention's layers, with `%s` as in `attention`.
+        mlp: Place of a decoder layer -> the rows of its MLP.
+    """
     block = f"layers/{layer}_{{}}"
     attend = f"{block}/_self_attention_layer"
 
@@ -95,13 +117,11 @@ def _weights(layer: str, norm: str) -> Callable[[Any], Rows]:
             EMBEDDING,
             (HEAD, "head/kernel", "same"),
             one(f"{block}/_self_attention_layernorm", f"{OURS}/attention_norm/scale"),
-            *attention(f"{attend}/_%s_dense", *numbers),
+            *attention(f"{attend}/{projections}", *numbers),
             one(f"{attend}/_query_dense_layer_norm", f"{OURS}/attention/query_norm/scale"),
             one(f"{attend}/_key_dense_layer_norm", f"{OURS}/attention/key_norm/scale"),
             one(f"{block}/_feedforward_layernorm", f"{OURS}/mlp_norm/scale"),
-            *dense(f"{block}/_feedforward_gate_dense", f"{OURS}/mlp/gate"),
-            *dense(f"{block}/_feedforward_intermediate_dense", f"{OURS}/mlp/up"),
-            *dense(f"{block}/_feedforward_output_dense", f"{OURS}/mlp/down"),
+            *mlp(block),
             one(f"layers/{norm}", "final_norm/scale"),
         ]
 
@@ -117,59 +137,59 @@ LLAMA = KerasHub(
         "rope_position_scaling_factor": 1.0,
         "tie_word_embeddings": False,
     },
-    fields=lambda x: _fields(x, attention_bias=False, mlp_bias=False),
+    fields=lambda x: common_fields(x, attention_bias=False, mlp_bias=False),
     written=_stretch_arguments,
     wrong=_stretch_wrong,
-    weights=_weights("llama_transformer_decoder", "llama_layer_norm"),
+    weights=decoder_weights("llama_transformer_decoder", "llama_layer_norm"),
 )
 
 MISTRAL = KerasHub(
     classes=("MistralBackbone",),
-    arguments={**_ROPE_ARGUMENTS, "sliding_window": 512, "head_dim": None},
-    fields=lambda x: _fields(x, tie_word_embeddings=False),
-    written=_factor_argument,
-    weights=_weights("mistral_transformer_decoder", "mistral_layer_normalization"),
+    arguments={**ROPE_ARGUMENTS, "sliding_window": 512, "head_dim": None},
+    fields=lambda x: common_fields(x, tie_word_embeddings=False),
+    written=factor_argument,
+    weights=decoder_weights("mistral_transformer_decoder", "mistral_layer_normalization"),
 )
 
 QWEN2 = KerasHub(
     classes=("QwenBackbone",),
     arguments={
-        **_ROPE_ARGUMENTS,
+        **ROPE_ARGUMENTS,
         "tie_word_embeddings": True,
         "use_sliding_window_attention": False,
         "sliding_window_size": 32768,
     },
-    fields=lambda x: _fields(
+    fields=lambda x: common_fields(
         x, **window_fields(x, [x["use_sliding_window_attention"]] * x["num_layers"])
     ),
     written=lambda config: {
-        **_factor_argument(config),
+        **factor_argument(config),
         "use_sliding_window_attention": has_window(config),
         "sliding_window_size": config.sliding_window or 32768,
     },
-    weights=_weights("qwen_transformer_decoder", "qwen_layer_norm"),
-    wrong=_window_wrong,
+    weights=decoder_weights("qwen_transformer_decoder", "qwen_layer_norm"),
+    wrong=window_wrong,
 )
 
 QWEN3 = KerasHub(
     classes=("Qwen3Backbone",),
     arguments={
-        **_ROPE_ARGUMENTS,
+        **ROPE_ARGUMENTS,
         "head_dim": REQUIRED,
         "tie_word_embeddings": True,
         "sliding_window_size": 32768,
     },
-    fields=lambda x: _fields(
+    fields=lambda x: common_fields(
         x,
         attention_bias=False,
         **window_fields(x, [bool(x["sliding_window_size"])] * x["num_layers"]),
     ),
     written=lambda config: {
-        **_factor_argument(config),
+        **factor_argument(config),
         "sliding_window_size": config.sliding_window if has_window(config) else None,
     },
-    weights=_weights("qwen3_transformer_decoder", "qwen3_layer_norm"),
-    wrong=_window_wrong,
+    weights=decoder_weights("qwen3_transformer_decoder", "qwen3_layer_norm"),
+    wrong=window_wrong,
 )
 
 
@@ -232,7 +252,7 @@ PHI3 = KerasHub(
         "rope_scaling_type": str,
         **dict.fromkeys(_FACTORS, tuple[float, ...]),
     },
-    fields=lambda x: _fields(
+    fields=lambda x: common_fields(
         x,
         max_sequence_length=x["max_sequence_length"],
         rope_scaling=_phi3_scaling(x),
@@ -253,7 +273,7 @@ PHI3 = KerasHub(
 
 def _smollm3_fields(x: JSON) -> JSON:
     turns = [int(turn) for turn in x["rope_layer_enabled_list"]] + [1] * x["num_layers"]
-    return _fields(
+    return common_fields(
         {**x, "num_query_heads": x["num_attention_heads"]},
         max_sequence_length=x["max_position_embeddings"],
         num_query_heads=x["num_attention_heads"],
