@@ -77,9 +77,24 @@ def _count(family: str, config: Any) -> int:
     return sum(math.prod(variable.shape) for variable in model.variables)
 
 
+def _kinds(config: Any) -> list[str | None]:
+    """The type of each layer."""
+    if hasattr(config, "first_expert_layer"):
+        dense = config.first_expert_layer
+        return ["dense"] * dense + [None] * (config.num_layers - dense)
+    if hasattr(config, "expert_layers"):
+        return [None if i in config.expert_layers else "dense" for i in range(config.num_layers)]
+    return list(getattr(config, "layer_types", [None] * config.num_layers))
+
+
 def _shortened(config: Any, kinds: Sequence[str | None]) -> Any:
     types: dict[str, Any] = {"layer_types": tuple(kinds)} if hasattr(config, "layer_types") else {}
+    if hasattr(config, "expert_layers"):
+        types = {"expert_layers": tuple(i for i, kind in enumerate(kinds) if kind is None)}
+        types["layer_types"] = config.layer_types[: len(kinds)]
     # Length and epsilon move no shape but those of learned positions: fewer models to build.
+    if hasattr(config, "first_expert_layer"):
+        types["first_expert_layer"] = kinds.count("dense")
     if hasattr(config, "rope_scaling"):
         types |= {"max_sequence_length": 1, "layer_norm_epsilon": 1e-6}
     return replace(config, num_layers=len(kinds), **types)
@@ -103,7 +118,7 @@ def test_a_preset_is_whole(name: str) -> None:
 def test_parameters_are_counted(name: str) -> None:
     """Layers of one type have the same size, so that two layers tell the size of all."""
     family, config = _decoded(name)
-    kinds = list(getattr(config, "layer_types", [None] * config.num_layers))
+    kinds = _kinds(config)
     first = _count(family, _shortened(config, kinds[:1]))
     sizes = {k: _count(family, _shortened(config, [kinds[0], k])) - first for k in set(kinds)}
     expected = first + sum(sizes[kind] for kind in kinds[1:])

@@ -12,7 +12,7 @@ all. One that joins ONE_OF_EACH_KIND takes 20 s more. `make nightly` takes all f
 from collections.abc import Sequence
 from typing import Any
 
-from configs import experts, gpt_oss, layer_norm, llama_kin, sandwich
+from configs import chunked, corrected, experts, gpt_oss, layer_norm, llama_kin, sandwich
 
 CONFIGS: dict[str, dict[str, Any]] = {
     **llama_kin.CONFIGS,
@@ -20,6 +20,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **layer_norm.CONFIGS,
     **experts.CONFIGS,
     **gpt_oss.CONFIGS,
+    **corrected.CONFIGS,
+    **chunked.CONFIGS,
 }
 # The first config of each family, for what no config changes.
 ONE_OF_EACH_FAMILY = list({x["model_type"]: name for name, x in reversed(CONFIGS.items())}.values())
@@ -41,6 +43,8 @@ ONE_OF_EACH_KIND = [
     "bloom_five_heads",  # ALiBi
     "qwen3_moe_some_dense",  # experts
     "gpt_oss_clamped",  # sinks, experts with biases and a clamp, gate and up by turns
+    "llama4_chunks_then_all",  # layers that see chunks, experts in fused tensors
+    "glm4_moe_groups",  # experts in groups, scores that are corrected, a shared MLP
 ]
 
 
@@ -50,5 +54,5 @@ def without_experts(names: Sequence[str]) -> list[str]:
     There PEFT takes `gate_proj` and its kin, also of layers with one MLP, for the experts' fused
     parameters: it warns or refuses. Its own names of experts are not written here yet.
     """
-    keys = {"num_experts", "num_local_experts"}
+    keys = {"num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"}
     return [name for name in names if not keys & set(CONFIGS[name])]
