@@ -100,7 +100,8 @@ def complete_keys(keys: JSON) -> JSON:
     num_layers, step = keys["num_hidden_layers"], keys.get("interleave_moe_layer_step", 1)
     chosen, count = keys["num_experts_per_tok"], keys["num_local_experts"]
     layers = keys.get("moe_layers")
-    layers = list(range(step - 1, num_layers, step)) if layers is None and step > 0 else layers
+    if layers is None:
+        layers = list(range(step - 1, num_layers, max(step, 1)))
     if step < 1 or not 1 <= chosen <= count or not set(layers) <= set(range(num_layers)):
         raise ValueError(
             "config.json: expected an interleave_moe_layer_step of at least 1, moe_layers that are "
@@ -134,7 +135,7 @@ def gguf_defaults(keys: JSON) -> JSON:
 _MLP, _OURS = "model.layers.{}.feed_forward", "decoder_{}/mlp"
 _PARTS = ("gate", "up", "down")
 WEIGHTS: Rows = [
-    *((name.replace(".mlp.", ".feed_forward."), *rest) for name, *rest in llama.WEIGHTS),
+    *((name.replace(".mlp.", ".feed_forward."), path, x) for name, path, x in llama.WEIGHTS),
     (f"{_MLP}.router.weight", f"{_OURS}/router/kernel", "transpose"),
     (f"{_MLP}.experts.gate_up_proj", f"{_OURS}/experts_gate/kernel", "last_axis"),
     (f"{_MLP}.experts.gate_up_proj", f"{_OURS}/experts_up/kernel", "last_axis"),
