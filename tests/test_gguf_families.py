@@ -107,6 +107,27 @@ SAID: dict[str, dict[str, Any]] = {
         "dim_model_base": 256,
         "v_head_dim": 8,
     },
+    "llama4_chunks_then_all": {
+        "num_hidden_layers": 4,  # every fourth sees all; sizes of chunks are those of Scout
+        "no_rope_layer_interval": 4,
+        "attention_chunk_size": 8192,
+        "floor_scale": 8192,
+        "attn_scale": 0.1,
+    },
+    "llama4_dense_then_two_chosen_tied": {
+        "num_local_experts": 128,  # which llama.cpp takes for Maverick, without norms
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+        "layer_types": None,
+        "attn_temperature_tuning": True,
+        "attention_chunk_size": 8192,
+        "floor_scale": 8192,
+        "attn_scale": 0.1,
+    },
+    "ernie4_5_moe_two_shared_least_sum": {"moe_norm_min": 1e-12, "use_bias": False},
+    "ernie4_5_moe_one_chosen": {"moe_norm_min": 1e-12},
+    "glm4_moe_groups": {},  # these say that they have a layer more, which predicts further tokens
+    "glm4_moe_one_chosen": {"num_mtp_layers": 0},
 }
 # Those whose experts are in MXFP4, in the directory and in the GGUF file.
 PACKED = {"gpt_oss_clamped"}

@@ -41,6 +41,9 @@ CASES: dict[str, dict[str, Any]] = {
     "cache": {"kind": "cache", "sinks": True, "skips": False},
     "ring_window_cap": {"kind": "cache", "window": 6, "cap": 2.0},
     "ring_own_mask_bfloat16": {"kind": "cache", "mask": True, "dtype": "bfloat16"},
+    "chunks": {"firsts": True},
+    "chunks_packed_slopes": {"kind": "packed", "firsts": True, "slopes": True, "skips": False},
+    "ring_chunks": {"kind": "cache", "firsts": True, "sinks": True},
     "only_booleans": {"kind": "booleans", "mask": True, "sinks": True},
 }
 B, T, K, G, H, V = 2, 13, 2, 3, 5, 4
@@ -69,6 +72,8 @@ def _arrays(case: dict[str, Any], seed: int, sizes: Any = (B, T, K, G, H, V)) ->
         mask |= {"query_positions": positions, "slot_positions": slot_positions}
     if segments is not None:
         mask["segment_ids"] = segments
+    if case.get("firsts"):
+        mask["first_positions"] = positions // 5 * 5
     mask = {name: jnp.asarray(x, "int32") for name, x in mask.items()}
     if case.get("mask"):
         mask["mask"] = jnp.asarray(rng.random((batch, length, slots)) < 0.6)
@@ -136,6 +141,7 @@ def test_blocks_equal_the_definition(name: str) -> None:
         ("self_all", "query_positions"),
         ("packed", "segment_ids"),
         ("cache", "slot_positions"),
+        ("chunks", "first_positions"),
     ],
 )
 def test_the_comparison_sees_what_is_dropped(name: str, dropped: str) -> None:

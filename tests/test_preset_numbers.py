@@ -88,11 +88,16 @@ def _kinds(config: Any) -> list[str | None]:
     if hasattr(config, "first_expert_layer"):
         dense = config.first_expert_layer
         return ["dense"] * dense + [None] * (config.num_layers - dense)
+    if hasattr(config, "expert_layers"):
+        return [None if i in config.expert_layers else "dense" for i in range(config.num_layers)]
     return list(getattr(config, "layer_types", [None] * config.num_layers))
 
 
 def _shortened(config: Any, kinds: Sequence[str | None]) -> Any:
     types: dict[str, Any] = {"layer_types": tuple(kinds)} if hasattr(config, "layer_types") else {}
+    if hasattr(config, "expert_layers"):
+        types = {"expert_layers": tuple(i for i, kind in enumerate(kinds) if kind is None)}
+        types["layer_types"] = config.layer_types[: len(kinds)]
     # Length and epsilon move no shape but those of learned positions: fewer models to build.
     if hasattr(config, "first_expert_layer"):
         types["first_expert_layer"] = kinds.count("dense")

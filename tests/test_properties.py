@@ -77,11 +77,10 @@ def test_a_mask_of_ones_own_equals_the_reference_and_goes_through_the_cache(
     token_ids = TOKENS[:, :length]
     mask = np.random.default_rng(5).random((ROWS, length, length)) < 0.6
     mask |= np.eye(length, dtype=bool)  # the reference makes NaN of a token that sees nothing
-    distance = np.arange(length)[:, None] - np.arange(length)
-    causal = mask & (distance >= 0)
+    config = pair.ours.config
     by_kind = {
-        kind: torch.tensor(np.where(causal & (distance < window), 0.0, -1e30)[:, None])
-        for kind, window in _window_of_each_kind(pair.ours.config).items()
+        kind: torch.where(torch.tensor(mask & _sees(config, kind, length))[:, None], 0.0, -1e30)
+        for kind in _kinds(config)
     }
     one = next(iter(by_kind.values()))
     given: dict[str, Any] = {"attention_mask": by_kind if len(by_kind) > 1 else one}
@@ -172,6 +171,7 @@ def test_a_cache_keeps_no_more_than_its_windows_in_the_models_dtype(pair: Pair) 
     window = getattr(config, "sliding_window", None)
     for kind, group in cache.items():
         slots = window if kind == "sliding_attention" and window else 64
+        slots = config.chunk_size if kind == "chunked_attention" else slots
         assert {x.shape[:2] for x in jax.tree.leaves(group)} == {(2, slots)}
         kept = {name: x for name, x in group.items() if name != "positions"}
         assert {x.dtype.name for x in jax.tree.leaves(kept)} == {"float32"}
@@ -182,25 +182,27 @@ def test_influence(pair: Pair) -> None:
     changed, at = TOKENS.copy(), 11
     changed[:, at] = (changed[:, at] + 1) % 128
     moved = np.abs(pair.run(changed) - pair.logits).max(axis=(0, 2)) > 1e-6
-    distance = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
     expected = np.arange(LENGTH) == at
-    for window in _windows(pair.ours.config):
-        sees = (distance >= 0) & (distance < window)
+    for kind in _kinds(pair.ours.config):
+        sees = _sees(pair.ours.config, kind, LENGTH)
         expected = (sees & expected).any(axis=1)
     np.testing.assert_array_equal(moved, expected)
 
 
-def _window_of_each_kind(config: Any) -> dict[str, float]:
-    """Name of a type of layers -> how many positions a token sees in it."""
-    kinds = getattr(config, "layer_types", ["sliding_attention"] * config.num_layers)
-    return dict(zip(kinds, _windows(config), strict=True))
+def _kinds(config: Any) -> list[str]:
+    """The type of each layer."""
+    return list(getattr(config, "layer_types", ["sliding_attention"] * config.num_layers))
 
 
-def _windows(config: Any) -> list[float]:
-    """How many positions a token sees in each layer."""
-    window = getattr(config, "sliding_window", None) or np.inf
-    kinds = getattr(config, "layer_types", ["sliding_attention"] * config.num_layers)
-    return [window if kind == "sliding_attention" else np.inf for kind in kinds]
+def _sees(config: Any, kind: str, length: int) -> np.ndarray:
+    """Which tokens see which in layers of a type, (length, length)."""
+    query, slot = np.arange(length)[:, None], np.arange(length)
+    first = np.zeros_like(query)
+    if kind == "sliding_attention" and getattr(config, "sliding_window", None):
+        first = query - config.sliding_window + 1
+    if kind == "chunked_attention":
+        first = query // config.chunk_size * config.chunk_size
+    return (slot <= query) & (slot >= first)
 
 
 def test_packed_segments_do_not_see_each_other(pair: Pair) -> None:

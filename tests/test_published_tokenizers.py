@@ -92,6 +92,7 @@ BOS = {
 # Family -> its model_type, what its tokenizer.json says beside the vocabulary, and its config.
 BYTE_LEVEL: dict[str, tuple[str, JSON, JSON]] = {
     "glm4": ("glm4", {"pre_tokenizer": _in_turn(_split(CL100K), _bytes())}, FAST),
+    "glm4_moe": ("glm4_moe", {"pre_tokenizer": _in_turn(_split(CL100K), _bytes())}, FAST),
     "olmo2": ("olmo2", {"pre_tokenizer": _in_turn(_split(CL100K), _bytes())}, GPT2 | ENDS),
     "olmo3": ("olmo3", {"pre_tokenizer": _in_turn(_split(CL100K), _bytes())}, GPT2 | ENDS),
     "smollm3": (

@@ -20,6 +20,7 @@ _VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma3": ("gemma3", "gemma3_two_ropes", {"model_type": "siglip_vision_model"}),
     "ministral3": ("mistral3", "ministral3_growing_queries", {"model_type": "pixtral"}),
+    "llama4": ("llama4", "llama4_chunks_then_all", {}),
     "mistral_small": ("mistral3", "mistral_no_window_head_size", {"model_type": "pixtral"}),
 }
 

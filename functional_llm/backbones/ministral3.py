@@ -45,8 +45,9 @@ def build_decoder(config: Config, name: str) -> CompositeLayer:
     """Returns one decoder layer."""
     queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
     epsilon, scaling = config.layer_norm_epsilon, cast(QueryScaledYarn, config.rope_scaling)
+    scale = query_scale(scaling.original_max_sequence_length, scaling.query_beta)
     self_attention = attention(
-        query=[heads(queries, size, "query"), rotary(), query_scale(scaling)],
+        query=[heads(queries, size, "query"), rotary(), scale],
         key=[heads(keys, size, "key"), rotary()],
         value=[heads(keys, size, "value")],
         output=keras.layers.Dense(config.hidden_dim, use_bias=False, name="output"),

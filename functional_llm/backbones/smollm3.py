@@ -34,8 +34,12 @@ def build(config: Config) -> Graph:
     return build_around(config, layers, one_rope(config, config.sliding_window))
 
 
-def complete_keys(keys: JSON) -> JSON:
-    """Adds Transformers' defaults for keys that a `config.json` leaves out."""
+def rope_layers(keys: JSON) -> list[int]:
+    """Returns 0 for each layer without RoPE, and 1 for each with it.
+
+    Raises:
+        ValueError: If the keys do not say it of each layer.
+    """
     num_layers, interval = keys["num_hidden_layers"], keys.get("no_rope_layer_interval", 4)
     if interval < 1:
         raise ValueError(
@@ -48,7 +52,12 @@ def complete_keys(keys: JSON) -> JSON:
             f"config.json: expected no_rope_layers of {num_layers} numbers, each 0 or 1, received "
             f"{len(turns)}, the first of them {turns[:9]}."
         )
-    turns = [int(x) for x in turns[:num_layers]]
+    return [int(x) for x in turns[:num_layers]]
+
+
+def complete_keys(keys: JSON) -> JSON:
+    """Adds Transformers' defaults for keys that a `config.json` leaves out."""
+    turns = rope_layers(keys)
     window = keys.get("sliding_window") if keys.get("use_sliding_window") else None
     local = "full_attention" if window is None else "sliding_attention"
     kinds = keys.get("layer_types") or ["full_attention" if x else local for x in turns]

@@ -34,10 +34,19 @@ class LayerType:
         rope: The rotary embedding of their queries and keys; `None` for none.
         window: Number of positions a token sees, itself included; `None` for all up to itself.
             Layers with a window keep a ring of that many slots.
+        chunk: Length of the chunks that a text is cut into: a token sees those of its own chunk up
+            to itself. Such layers keep a ring of that many slots, too; `None` for no chunks.
     """
 
     rope: Rope | None = None
     window: int | None = None
+    chunk: int | None = None
+
+    @property
+    def num_slots(self) -> int | None:
+        """How many slots the layers' ring has; `None` for one slot a token."""
+        sizes = [size for size in (self.window, self.chunk) if size is not None]
+        return min(sizes, default=None)
 
 
 def causal_lm(
@@ -78,7 +87,7 @@ def causal_lm(
     kept: dict[str, dict[str, Shapes]] = {kind: {} for kind in used}
     for (kind, layer), own in zip(layers, all_keep, strict=True):
         kept[kind][layer.name] = own
-    inputs = make_inputs({kind: (used[kind].window, kept[kind]) for kind in used})
+    inputs = make_inputs({kind: (used[kind].num_slots, kept[kind]) for kind in used})
     embedding = keras.layers.ReversibleEmbedding(
         vocabulary_size, hidden_dim, name="token_embedding"
     )
@@ -147,15 +156,16 @@ def shared_inputs(
     slot_positions, kept = KVCacheLookup(name=f"{kind}_positions")(
         {"new": positions, "cache": inputs["cache"][kind]["positions"], "positions": positions}
     )
-    mask = AttentionMask(layer_type.window, name=f"{kind}_mask")(
-        {
-            "query_positions": positions,
-            "slot_positions": slot_positions,
-            "segment_ids": inputs["segment_ids"],
-            "mask": inputs["mask"][kind],
-            "in_order": inputs["in_order"],
-        }
-    )
+    parts = {
+        "query_positions": positions,
+        "slot_positions": slot_positions,
+        "segment_ids": inputs["segment_ids"],
+        "mask": inputs["mask"][kind],
+        "in_order": inputs["in_order"],
+    }
+    if layer_type.chunk is not None:
+        parts["first_positions"] = positions // layer_type.chunk * layer_type.chunk
+    mask = AttentionMask(layer_type.window, name=f"{kind}_mask")(parts)
     shared = {"positions": positions, "mask": mask}
     if layer_type.rope is not None:
         turned = rotation(positions, layer_type.rope, inputs["segment_ids"], kind)

@@ -36,6 +36,11 @@ def offset_rms_norm(epsilon: float, name: str) -> PartFunction:
     return norm
 
 
+def bare_rms_norm(epsilon: float) -> PartFunction:
+    """Root mean square norm with nothing learned."""
+    return lambda x, inputs: ops.rms_normalization(x, epsilon=epsilon)
+
+
 def layer_norm(epsilon: float, name: str) -> keras.layers.Layer:
     """Layer norm with a learned scale and bias.
 

@@ -339,22 +339,24 @@ def no_rotary() -> PartFunction:
     return lambda x, inputs: x
 
 
-def query_scale(scaling: QueryScaledYarn) -> PartFunction:
+def query_scale(length: int, beta: float, offset: int = 0) -> PartFunction:
     """Part that multiplies queries (B, T, N, H), the more the farther on they stand.
 
-    The factor of position p is 1 + beta * ln(1 + floor(p / original length)).
+    The factor of position p is 1 + beta * ln(1 + floor((p + offset) / length)).
 
     Args:
-        scaling: Its beta, and the length that the model was trained on at first.
+        length: So many positions have the same factor.
+        beta: How much the factor grows.
+        offset: By how much positions are counted higher.
 
     Reference:
-        [Llama 4](https://ai.meta.com/blog/llama-4-multimodal-intelligence/), whose models do so.
+        [Scalable-Softmax](https://arxiv.org/abs/2501.19399), from which Llama 4 has it.
     """
-    length, beta = scaling.original_max_sequence_length, scaling.query_beta
 
     def grow(x: Tensor, inputs: Inputs) -> Tensor:
         # Padding has position -1, of which there is no logarithm.
-        steps_BT11 = ops.maximum(ops.expand_dims(inputs["positions"], (2, 3)), 0) // length
+        steps_BT11 = ops.maximum(ops.expand_dims(inputs["positions"], (2, 3)), 0)
+        steps_BT11 = (steps_BT11 + offset if offset else steps_BT11) // length
         factor = 1 + beta * ops.log1p(ops.cast(steps_BT11, "float32"))
         return x * ops.cast(factor, x.dtype)
 

@@ -179,6 +179,8 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
     given = family.gguf_given(given)
     given = {key: value for key, value in given.items() if key not in family.gguf_ignored}
     config = {keys[key]: given.pop(key) for key in list(given) if key in keys}
+    if further := given.pop("nextn_predict_layers", 0):  # which llama.cpp counts with the others
+        config["num_hidden_layers"] -= further
     if config.get("sliding_window") == 0:  # llama.cpp's word for none
         config["sliding_window"] = None
     config.setdefault("vocab_size", file.shapes.get("token_embd.weight", (0,))[0])
@@ -189,9 +191,11 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
     if local in config and local not in family.config_keys:
         config["rope_parameters"] = {"sliding_attention": {"rope_theta": config.pop(local)}}
     # llama.cpp, too, tells these by the tensors.
-    for key, tensors in _TOLD_BY_TENSORS.items():
-        if key in family.config_keys:
-            config[key] = any(f"blk.0.{tensor}" in file.shapes for tensor in tensors)
+    told = {
+        key: any(f"blk.0.{tensor}" in file.shapes for tensor in tensors)
+        for key, tensors in _TOLD_BY_TENSORS.items()
+        if key in family.config_keys
+    }
     for key, tensors in _COUNTED_BY_TENSORS.items():
         if key in family.config_keys:
             config[key] = sum(f"blk.0.{tensor}" in file.shapes for tensor in tensors)
@@ -217,7 +221,7 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
         raise ValueError(
             f"{file.path} has keys that nobody handles: {sorted(prefix + key for key in given)}."
         )
-    defaults = family.gguf_defaults(config)
+    defaults = told | family.gguf_defaults(told | config)
     parts = {key: x | config[key] for key, x in defaults.items() if _are_dicts(x, config.get(key))}
     return defaults | config | parts
 

@@ -258,12 +258,14 @@ def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_layer_types(values: Mapping[str, Any]) -> None:
-    kinds = values["layer_types"]
-    unknown = sorted(set(kinds) - set(LAYER_TYPES))
+    kinds, known = values["layer_types"], set(LAYER_TYPES)
+    if "chunk_size" in values:
+        known = {"full_attention", "chunked_attention"}
+    unknown = sorted(set(kinds) - known)
     if unknown or len(kinds) != values["num_layers"]:
         raise ValueError(
             f"config.json: expected layer_types of {values['num_layers']} words out of "
-            f"{LAYER_TYPES}, received {len(kinds)}, unknown ones: {shown(unknown)}."
+            f"{sorted(known)}, received {len(kinds)}, unknown ones: {shown(unknown)}."
         )
 
 

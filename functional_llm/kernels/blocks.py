@@ -46,12 +46,14 @@ class Rows(NamedTuple):
         query: (B, K, Q, G, H).
         positions: (B, Q) int32.
         segments: (B, Q) int32, or `None`.
+        firsts: (B, Q) int32, the positions from which on they see, or `None`.
     """
 
     number: jax.Array
     query: jax.Array
     positions: jax.Array
     segments: jax.Array | None
+    firsts: jax.Array | None
 
 
 class Columns(NamedTuple):
@@ -97,6 +99,7 @@ def cut_rows(q_BTNH: jax.Array, kv_heads: int, mask: Mask, size: int) -> Rows:
         # Without positions, a token sees all that is not behind the end of the last block.
         cut(jnp.zeros((batch, length), "int32") if positions is None else positions, size, -1),
         None if mask.segment_ids is None else cut(mask.segment_ids, size),
+        None if mask.first_positions is None else cut(mask.first_positions, size),
     )
 
 
@@ -136,6 +139,8 @@ def live_blocks(rule: Rule, rows: Rows, columns: Columns, shared: Shared) -> jax
     live_IJB = ~pairs(last_query + 1, first_slot)
     if rule.window is not None:
         live_IJB &= pairs(first_query - (rule.window - 1), last_slot)
+    if rows.firsts is not None:
+        live_IJB &= pairs(ends(rows.firsts, rows.positions)[0], last_slot)
     if rows.segments is not None and columns.segments is not None:
         first_of_row, last_of_row = ends(rows.segments, rows.positions)
         first_of_column, last_of_column = ends(columns.segments, columns.positions)
@@ -173,6 +178,8 @@ def block_scores(
     seen = (column.positions >= 0)[:, None] & (distances >= 0)
     if rule.window is not None:
         seen &= distances < rule.window
+    if row.firsts is not None:
+        seen &= column.positions[:, None] >= row.firsts[:, :, None]
     if row.segments is not None and column.segments is not None:
         seen &= row.segments[:, :, None] == column.segments[:, None]
     if shared.mask is not None:

@@ -188,7 +188,7 @@ def _backward(rule: Rule, saved: Saved, d_out: jax.Array) -> tuple[Rows, Columns
         d_sinks = -(share * inner).sum((0, 1, 3))[:, None]
     none: Any = None  # what integers and booleans have for a gradient
     return (
-        Rows(none, d_query, none, none),
+        Rows(none, d_query, none, none, none),
         Columns(none, d_key, d_value, none, none),
         Shared(none, d_sinks, d_slopes),
     )

@@ -40,6 +40,7 @@ class AttentionFacts:
         has_positions: Whether the mask has positions, and with them the causal rule.
         has_segments: Whether the mask has segments.
         has_mask: Whether it has booleans of its own.
+        has_first: Whether queries see from a position of their own on.
         in_order: As in `Mask`.
         has_sinks: Whether there are sinks.
         has_slopes: Whether there are slopes.
@@ -60,6 +61,7 @@ class AttentionFacts:
     has_positions: bool = True
     has_segments: bool = False
     has_mask: bool = False
+    has_first: bool = False
     in_order: bool = False
     has_sinks: bool = False
     has_slopes: bool = False
@@ -148,6 +150,7 @@ def _of_this_order(facts: AttentionFacts) -> str | None:
         (facts.slots != facts.queries, "the slots are not the queries' tokens"),
         (facts.has_segments, "there are segments"),
         (facts.has_mask, "the mask has booleans of its own"),
+        (facts.has_first, "queries see from a position of their own on"),
         (not facts.has_positions, "the mask is not causal"),
     )
 

@@ -22,6 +22,7 @@ class Mask:
             positions up to its own. `None` together with `query_positions`: there is no such rule.
         segment_ids: (B, T) int32: a token sees its own segment. The slots are the queries' tokens.
         mask: (B, T, S) boolean: a query sees no slot at which it is `False`.
+        first_positions: (B, T) int32: a query sees no slot of a position below its own one here.
         window: How many positions a query sees, its own included.
         in_order: Whether it is certain that the slots are the queries' tokens, and that in each row
             they have the positions 0, 1, 2 ..., padding only behind them.
@@ -31,6 +32,7 @@ class Mask:
     slot_positions: Tensor | None = None
     segment_ids: Tensor | None = None
     mask: Tensor | None = None
+    first_positions: Tensor | None = None
     window: int | None = None
     in_order: bool = False
 
@@ -76,6 +78,8 @@ class Mask:
             parts += [slot_B1S >= 0, slot_B1S <= query_BT1]
             if self.window is not None:
                 parts.append(query_BT1 - slot_B1S < self.window)
+            if self.first_positions is not None:
+                parts.append(slot_B1S >= ops.expand_dims(self.first_positions, 2))
         if self.segment_ids is not None:
             parts.append(
                 ops.expand_dims(self.segment_ids, 2) == ops.expand_dims(self.segment_ids, 1)

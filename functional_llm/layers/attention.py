@@ -59,7 +59,8 @@ class AttentionMask(keras.layers.Layer):
                 `segment_ids` (B, T) int32 or `None`: a token sees only its own segment. With
                 segments, the slots must be the query tokens themselves. `mask` (B, T, S) boolean or
                 `None`: a token sees no slot at which it is `False`. `in_order` or `None`: as in
-                `Mask.to_tensors`.
+                `Mask.to_tensors`. `first_positions` (B, T) int32, may be left out: a token sees no
+                slot of a position below it.
 
         Returns:
             `Mask.to_tensors`: those inputs, and the window. Or the boolean mask (B, T, S).
@@ -119,6 +120,7 @@ def _mask_specs(batch: int | None, queries: int | None) -> dict[str, keras.Keras
         "slot_positions": keras.KerasTensor((batch, None), dtype="int32"),
         "segment_ids": keras.KerasTensor((batch, queries), dtype="int32"),
         "mask": keras.KerasTensor((batch, queries, None), dtype="bool"),
+        "first_positions": keras.KerasTensor((batch, queries), dtype="int32"),
         "window": keras.KerasTensor((None, None), dtype="int32"),
         "in_order": keras.KerasTensor((batch, queries), dtype="int32"),
     }
@@ -257,6 +259,7 @@ class AttentionDotProduct(keras.layers.Layer):
             has_positions=mask.slot_positions is not None,
             has_segments=mask.segment_ids is not None,
             has_mask=mask.mask is not None,
+            has_first=mask.first_positions is not None,
             in_order=mask.in_order,
             has_sinks=inputs.get("sinks") is not None,
             has_slopes=inputs.get("slopes", self.slopes) is not None,

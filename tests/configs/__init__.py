@@ -12,7 +12,16 @@ all. One that joins ONE_OF_EACH_KIND takes 20 s more. `make nightly` takes all f
 from collections.abc import Sequence
 from typing import Any
 
-from configs import experts, gpt_oss, latents, layer_norm, llama_kin, sandwich
+from configs import (
+    chunked,
+    corrected,
+    experts,
+    gpt_oss,
+    latents,
+    layer_norm,
+    llama_kin,
+    sandwich,
+)
 
 CONFIGS: dict[str, dict[str, Any]] = {
     **llama_kin.CONFIGS,
@@ -21,6 +30,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **experts.CONFIGS,
     **gpt_oss.CONFIGS,
     **latents.CONFIGS,
+    **corrected.CONFIGS,
+    **chunked.CONFIGS,
 }
 # The first config of each family, for what no config changes.
 ONE_OF_EACH_FAMILY = list({x["model_type"]: name for name, x in reversed(CONFIGS.items())}.values())
@@ -43,6 +54,7 @@ ONE_OF_EACH_KIND = [
     "qwen3_moe_some_dense",  # experts
     "gpt_oss_clamped",  # sinks, experts with biases and a clamp, gate and up by turns
     "deepseek_v3_groups",  # latents in the cache, a shared expert, a correction of scores
+    "llama4_chunks_then_all",  # layers that see chunks, experts in fused tensors
 ]
 
 
@@ -52,5 +64,5 @@ def without_experts(names: Sequence[str]) -> list[str]:
     There PEFT takes `gate_proj` and its kin, also of layers with one MLP, for the experts' fused
     parameters: it warns or refuses. Its own names of experts are not written here yet.
     """
-    keys = {"num_experts", "num_local_experts", "n_routed_experts"}
+    keys = {"num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"}
     return [name for name in names if not keys & set(CONFIGS[name])]
