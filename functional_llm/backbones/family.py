@@ -82,10 +82,13 @@ def _no_rows(_: Any) -> Rows:
     return ()
 
 
+_GATE_AND_UP, _ = fused()
+
+
 def expert_parameters(
     experts: str = "mlp.experts",
     router: str = "mlp.gate",
-    gate_up: str | Transform = fused()[0],
+    gate_up: str | Transform = _GATE_AND_UP,
     down: str | Transform = "transpose",
 ) -> Rows:
     """Rows of the experts and routers in Transformers' model, as most families have them.

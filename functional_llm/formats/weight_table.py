@@ -180,6 +180,17 @@ def _tensors_of(
         yield name.format(layer), Entry(kind, number, layer)
 
 
+def matrix_paths(table: Sequence[Row], num_layers: int) -> list[str]:
+    """Returns the paths of the layers with a matrix, those of experts, too."""
+    targets = [target for _, target, *_ in table if target.endswith(("/kernel", "/embeddings"))]
+    paths = (
+        target.rpartition("/")[0].format(index)
+        for target in targets
+        for index in range(num_layers if "{}" in target else 1)
+    )
+    return list(dict.fromkeys(paths))
+
+
 def module_names(table: Sequence[Row], num_layers: int) -> dict[str, str]:
     """Returns the path of each layer with a matrix -> the name of its module in checkpoints.
 

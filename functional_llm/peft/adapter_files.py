@@ -30,7 +30,8 @@ from functional_llm.peft.adapter import (
 )
 from functional_llm.peft.linear import MATRIX_LAYERS, Linear
 from functional_llm.peft.names import NamedModel, Names, to_numpy
-from functional_llm.peft.peft_format import SavedAdapter, from_peft, to_peft, why_not_peft
+from functional_llm.peft.peft_format import from_peft, to_peft, why_not_peft
+from functional_llm.peft.peft_modules import SavedAdapter
 from functional_llm.peft.peft_values import tokens_from_peft, values_from_peft, values_to_peft
 from functional_llm.peft.retrained import Retrained
 from functional_llm.peft.tokens import TrainedTokens

@@ -3,26 +3,33 @@
 Shapes: R rank. PEFT keeps matrices as torch does, (out, in).
 """
 
+import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
 from functional_llm.graph.types import JSON
-from functional_llm.peft.adapter import REVERSED, Adapter
-from functional_llm.peft.dora import DoRA, column_lengths
+from functional_llm.peft.adapter import Adapter
+from functional_llm.peft.dora import DoRA
 from functional_llm.peft.ia3 import IA3
 from functional_llm.peft.lora import LoRA
-from functional_llm.peft.names import NamedModel, to_numpy
+from functional_llm.peft.names import NamedModel
 from functional_llm.peft.peft_experts import (
     LAYOUT_VERSION,
     factors_from_peft,
-    factors_to_peft,
     is_parameter,
     parameter_name,
     wrapper_names,
+)
+from functional_llm.peft.peft_modules import (
+    CONVERT,
+    EMBEDDING_FACTORS,
+    FACTORS,
+    ModuleTensors,
+    SavedAdapter,
+    join_adapters,
+    split_adapter,
 )
 from functional_llm.peft.peft_targets import is_target, numbers_of, pattern_key, target_modules
 
@@ -48,22 +55,6 @@ _PLAIN = (None, True, False, "gaussian", "eva", "orthogonal", "mica", "true", "f
 _PART_OF_BASE = ("pissa", "olora")
 
 
-@dataclass(frozen=True)
-class SavedAdapter:
-    """One layer's adapter in a file: how to make it, and its weights by the adapter's own names."""
-
-    cls: type[Adapter]
-    options: JSON
-    weights: dict[str, np.ndarray]
-
-    def at(self, path: str) -> tuple[str, "SavedAdapter"]:
-        """Returns the path of the layer, and the adapter of it, or of the head that it is."""
-        layer = path.removesuffix(REVERSED)
-        if layer == path:
-            return path, self
-        return layer, SavedAdapter(self.cls, {**self.options, "reverse": True}, self.weights)
-
-
 # To PEFT
 
 
@@ -78,7 +69,7 @@ def to_peft(
         model: The model, and the names of its parts.
     """
     modules = {
-        module: _join([adapters.get(path) for path in paths], paths, module, model)
+        module: join_adapters([adapters.get(path) for path in paths], paths, module, model)
         for module, paths in model.paths_of.items()
         if any(path in adapters for path in paths)
     }
@@ -140,72 +131,8 @@ def why_not_peft(adapters: Mapping[str, Adapter], model: NamedModel) -> str | No
     return None
 
 
-@dataclass(frozen=True)
-class _ModuleTensors:
-    """What a file has for one module: tensors by PEFT's suffixes, and scale and rank of LoRA."""
-
-    tensors: dict[str, np.ndarray]
-    scale: float = 1.0
-    rank: int = 0
-
-
-def _join(
-    adapters: Sequence[Adapter | None], paths: list[str], module: str, model: NamedModel
-) -> _ModuleTensors:
-    """Makes one adapter for the outputs of several layers side by side (or of one)."""
-    present: list[Any] = [x for x in adapters if x is not None]
-    if isinstance(present[0], IA3):
-        return _ModuleTensors({"ia3_l": _join_ia3(adapters, paths, module, model)})
-    scale = present[0].scale
-    factors = [None if x is None else [to_numpy(f) for f in x.factors()] for x in adapters]
-    a = np.concatenate([f[0] for f in factors if f is not None], axis=-1)
-    *stack, _, rank = a.shape
-    sizes = [1] if len(paths) == 1 else [model.linear(path).out_size for path in paths]
-    blocks, row = [], 0
-    for adapter, pair, size in zip(adapters, factors, sizes, strict=True):
-        if pair is None or adapter is None:
-            blocks.append(np.zeros((*stack, rank, size), "float32"))
-            continue
-        b = pair[1] * (adapter.scale / scale)
-        blocks.append(np.zeros((*stack, rank, b.shape[-1]), "float32"))
-        blocks[-1][..., row : row + b.shape[-2], :] = b
-        row += b.shape[-2]
-    b = model.join_outputs(module, blocks)
-    if stack:
-        return _ModuleTensors(factors_to_peft(a, b, module, model), scale, rank)
-    names = _EMBEDDING_FACTORS if present[0].linear.takes_integers else _FACTORS
-    tensors = dict(zip(names, (a.T, b.T), strict=True))
-    if isinstance(present[0], DoRA):
-        lengths = [
-            column_lengths(model.linear(path).kernel()) if x is None else x.magnitude
-            for path, x in zip(paths, adapters, strict=True)
-        ]
-        tensors["lora_magnitude_vector"] = model.join_outputs(
-            module, [to_numpy(x) for x in lengths]
-        )
-    return _ModuleTensors(tensors, scale, rank)
-
-
-def _join_ia3(
-    adapters: Sequence[Adapter | None], paths: list[str], module: str, model: NamedModel
-) -> np.ndarray:
-    present = [x for x in adapters if x is not None]
-    if not any(x.scales_inputs for x in present):
-        scales = [
-            np.ones(model.linear(path).out_size, "float32") if x is None else to_numpy(x.scale)
-            for path, x in zip(paths, adapters, strict=True)
-        ]
-        return model.join_outputs(module, scales)[:, None]
-    if len(paths) > 1:
-        raise ValueError(
-            f"PEFT's files keep {paths} as one module, whose inputs cannot be scaled one by one. "
-            "Leave them out of `feedforward`."
-        )
-    return to_numpy(present[0].scale)[None, :]
-
-
 def _lora_config(
-    modules: Mapping[str, _ModuleTensors], first: LoRA, model: NamedModel, targets: JSON
+    modules: Mapping[str, ModuleTensors], first: LoRA, model: NamedModel, targets: JSON
 ) -> JSON:
     keys = {m: parameter_name(m, model) if is_parameter(m, model) else m for m in modules}
     ranks = {keys[m]: x.rank for m, x in modules.items()}
@@ -213,12 +140,18 @@ def _lora_config(
     alphas = {
         keys[m]: x.scale * (x.rank**0.5 if first.rslora else x.rank) for m, x in modules.items()
     }
+    keeps_dropout = not (first.dropout and targets["target_parameters"])
+    if not keeps_dropout:
+        warnings.warn(
+            f"lora_dropout is 0 in the file, and {first.dropout} here: PEFT has none beside "
+            "target_parameters, which it reaches experts by.",
+            stacklevel=4,
+        )
     rank, alpha = (Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
     return {
         "r": rank,
         "lora_alpha": alpha,
-        # PEFT refuses dropout beside parameters, also where nothing trains.
-        "lora_dropout": 0.0 if targets["target_parameters"] else first.dropout,
+        "lora_dropout": first.dropout if keeps_dropout else 0.0,
         "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
         "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
         "use_rslora": first.rslora,
@@ -230,13 +163,11 @@ def _lora_config(
 
 # From PEFT
 
-_FACTORS = ("lora_A.weight", "lora_B.weight")
-_EMBEDDING_FACTORS = ("lora_embedding_A", "lora_embedding_B")
-_MATRICES = {*_FACTORS, *_EMBEDDING_FACTORS}
+_MATRICES = {*FACTORS, *EMBEDDING_FACTORS}
 # What a tensor's name ends in -> the adapter's own name of the weight.
 _WEIGHT_OF_SUFFIX = {
-    **dict(zip(_FACTORS, ("lora_a", "lora_b"), strict=True)),
-    **dict(zip(_EMBEDDING_FACTORS, ("lora_a", "lora_b"), strict=True)),
+    **dict(zip(FACTORS, ("lora_a", "lora_b"), strict=True)),
+    **dict(zip(EMBEDDING_FACTORS, ("lora_a", "lora_b"), strict=True)),
     "lora_magnitude_vector": "magnitude",
     "ia3_l": "scale",
 }
@@ -274,11 +205,9 @@ def from_peft(
         whole = _read_lora(config, module, found) if is_lora else _read_ia3(found)
         paths = model.paths_of[module]
         try:
-            pieces = _split(whole, module, paths, model)
+            saved += [x.at(path) for path, x in split_adapter(whole, module, paths, model)]
         except ValueError as error:
             problems.append(f"module '{module}': {error}")
-            continue
-        saved += [piece.at(path) for path, piece in zip(paths, pieces, strict=True)]
     return saved, others, problems
 
 
@@ -298,7 +227,7 @@ def _read_experts(
     for name, factors, numbers in found:
         paths = model.paths_of.get(name, [name])
         whole = SavedAdapter(cls, {**options, **numbers}, factors)
-        saved += zip(paths, _split(whole, name, paths, model), strict=True)
+        saved += split_adapter(whole, name, paths, model)
     return saved, read, problems
 
 
@@ -352,33 +281,6 @@ def _own_weights(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def _split(
-    whole: SavedAdapter, module: str, paths: Sequence[str], model: NamedModel
-) -> list[SavedAdapter]:
-    """Returns the adapters of the layers that one fused module stands for (or one)."""
-    if len(paths) == 1:
-        return [whole]
-    sizes = [model.linear(path).out_size for path in paths]
-    if (init := whole.options.get("init", "zeros")) != "zeros":
-        raise ValueError(
-            f"init_lora_weights = {init!r} was taken from a matrix that is {len(sizes)} layers "
-            f"here; {_CONVERT}"
-        )
-    shared = "scale" if whole.options.get("scales_inputs") else "lora_a"
-    pieces: list[dict[str, np.ndarray]] = [{} for _ in sizes]
-    for name, array in whole.weights.items():
-        if name != shared and array.shape[-1] != sum(sizes):
-            raise ValueError(f"'{name}' expected {sum(sizes)} outputs, received {array.shape[-1]}")
-        is_shared = name == shared
-        arrays = [array] * len(sizes) if is_shared else model.split_outputs(module, array, sizes)
-        for piece, part in zip(pieces, arrays, strict=True):
-            piece[name] = np.ascontiguousarray(part)
-    return [SavedAdapter(whole.cls, whole.options, piece) for piece in pieces]
-
-
-_CONVERT = "save it with PEFT's `path_initial_model_for_weight_conversion`"
-
-
 def _check_keys(config: JSON, known: set[str]) -> list[str]:
     """Returns a line for each key that asks for something and that nobody reads."""
     problems = []
@@ -399,7 +301,7 @@ def _check_keys(config: JSON, known: set[str]) -> list[str]:
     elif init not in (*_PLAIN, *_PART_OF_BASE):
         problems.append(
             f"init_lora_weights = {init!r:.200} changes the base's weights in a way that is not "
-            f"in the file; {_CONVERT}"
+            f"in the file; {CONVERT}"
         )
     return problems
 

@@ -9,7 +9,6 @@ all. One that joins ONE_OF_EACH_KIND takes 20 s more. `make nightly` takes all f
 (tests/nightly.py).
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from configs import experts, gpt_oss, layer_norm, llama_kin, sandwich
@@ -42,13 +41,3 @@ ONE_OF_EACH_KIND = [
     "qwen3_moe_some_dense",  # experts
     "gpt_oss_clamped",  # sinks, experts with biases and a clamp, gate and up by turns
 ]
-
-
-def without_experts(names: Sequence[str]) -> list[str]:
-    """Returns the names without those of models with experts, for tests of PEFT's files.
-
-    There PEFT takes `gate_proj` and its kin, also of layers with one MLP, for the experts' fused
-    parameters: it warns or refuses. Its own names of experts are not written here yet.
-    """
-    keys = {"num_experts", "num_local_experts"}
-    return [name for name in names if not keys & set(CONFIGS[name])]
