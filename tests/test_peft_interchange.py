@@ -22,7 +22,11 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     theirs = pytest.importorskip("peft")
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    # PEFT's patterns count for parameters, and it says that they do not.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
+]
 
 IDS = np.random.default_rng(0).integers(0, 128, (2, 7)).astype("int32")
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -43,7 +43,10 @@ NAMES = [*FAMILIES_AND_KINDS, "llama_multi_head_tied", "llama_biases", "gpt2_unt
 def _names_of(backbone: flm.Backbone) -> dict[str, Any]:
     """Returns what the checkpoints call the embedding, two projections, the first and last norm."""
     modules = backbone.peft_names.modules
-    projections = [modules[f"decoder_0/{part}"] for part in ("attention/query", "mlp/up")]
+    # PEFT takes the names of a plain MLP for those of experts: test_peft_experts.py.
+    has_experts = any(x.endswith("experts_up") for x in modules)
+    parts = ("attention/query", "attention/output" if has_experts else "mlp/up")
+    projections = [modules[f"decoder_0/{part}"] for part in parts]
     tensors = backbone.peft_names.tensors
     norms = [x.name.rpartition(".")[0] for x in tensors if "norm/" in x.paths[0]]
     first = [name for name in norms if ".0." in name]

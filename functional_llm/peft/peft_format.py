@@ -89,8 +89,6 @@ def to_peft(
         config |= {"feedforward_modules": target_modules(scaled, model.paths_of)}
     else:
         config |= _lora_config(modules, first, model, config)
-        if config["target_parameters"]:
-            config["peft_version"] = LAYOUT_VERSION
     wrappers = wrapper_names(set(modules), model)
     tensors = {
         f"{PREFIX}{wrappers.get(module, module)}.{suffix}": np.ascontiguousarray(array)
@@ -104,10 +102,11 @@ def _targets(modules: set[str], model: NamedModel, as_parameters: bool) -> JSON:
     parameters = {x for x in modules if as_parameters and is_parameter(x, model)}
     names = {parameter_name(x, model) for x in parameters}
     known = [parameter_name(x, model) for x in model.paths_of]
-    return {
-        "target_modules": target_modules(modules - parameters, model.paths_of),
-        "target_parameters": target_modules(names, known, parts=3) or None,
-    }
+    targets: JSON = {"target_modules": target_modules(modules - parameters, model.paths_of)}
+    if names:
+        targets["target_parameters"] = target_modules(names, known, parts=3)
+        targets["peft_version"] = LAYOUT_VERSION
+    return targets
 
 
 def why_not_peft(adapters: Mapping[str, Adapter], model: NamedModel) -> str | None:
@@ -140,7 +139,7 @@ def _lora_config(
     alphas = {
         keys[m]: x.scale * (x.rank**0.5 if first.rslora else x.rank) for m, x in modules.items()
     }
-    keeps_dropout = not (first.dropout and targets["target_parameters"])
+    keeps_dropout = not (first.dropout and "target_parameters" in targets)
     if not keeps_dropout:
         warnings.warn(
             f"lora_dropout is 0 in the file, and {first.dropout} here: PEFT has none beside "
