@@ -216,7 +216,7 @@ def _read_experts(
     """Returns path and adapter of each layer of experts, the names read, and what does not fit."""
     found, read, problems = factors_from_peft(config, tensors, PREFIX, model)
     cls, options = _lora_options(config)
-    if found and (cls is DoRA or options.get("init")):
+    if read and (cls is DoRA or options.get("init")):
         problems.append(
             "the adapter has experts: expected plain LoRA, received use_dora = "
             f"{config.get('use_dora')!r} and init_lora_weights = "
