@@ -119,7 +119,7 @@ def plot_routing(
     if to_file is not None:
         _checked(to_file)
         _import_figure()
-    prompt = only_prompt(text)
+    prompt: Any = only_prompt(text)
     if tokenizer is None and (isinstance(prompt, str) or not np.size(prompt)):
         raise ValueError(
             f"Expected a TextGenerator, a `tokenizer`, or ids. Received the text {text!r:.60}."

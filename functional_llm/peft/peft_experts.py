@@ -100,18 +100,18 @@ def factors_from_peft(
             continue
         numbers = numbers_of(config, module)
         try:
-            factors = _unstack(config, *(tensors[x] for x in names), module, numbers, model)
+            factors = _unstack(config, tensors[names[0]], tensors[names[1]], module, numbers, model)
         except ValueError as error:
             problems.append(str(error))
             continue
         found.append((module, factors, numbers))
     for path, modules in _modules_of_experts(model):
-        names = [[f"{prefix}{module}.{x}" for x in _FACTORS] for module in modules]
-        if not any(x in tensors for pair in names for x in pair):
+        pairs = [[f"{prefix}{module}.{x}" for x in _FACTORS] for module in modules]
+        if not any(x in tensors for pair in pairs for x in pair):
             continue
-        read.update(x for pair in names for x in pair)
+        read.update(x for pair in pairs for x in pair)
         try:
-            found.append((path, *_stack(config, tensors, modules, names)))
+            found.append((path, *_stack(config, tensors, modules, pairs)))
         except ValueError as error:
             problems.append(f"the experts at '{path}': {error}")
     return found, read & set(tensors), problems
