@@ -44,7 +44,7 @@ def _names_of(backbone: flm.Backbone) -> dict[str, Any]:
     """Returns what the checkpoints call the embedding, two projections, the first and last norm."""
     modules = backbone.peft_names.modules
     # PEFT takes the names of a plain MLP for those of experts: test_peft_experts.py.
-    has_experts = any(x.endswith("experts_up") for x in modules)
+    has_experts = bool(backbone.peft_names.parameters)
     parts = ("attention/query", "attention/output" if has_experts else "mlp/up")
     projections = [modules[f"decoder_0/{part}"] for part in parts]
     tensors = backbone.peft_names.tensors
