@@ -166,7 +166,7 @@ def test_a_picture_of_the_experts_that_a_text_used(
     with pytest.raises(ValueError, match="at most 200 tokens"):
         flm.plot_routing(backbone, [1] * 201, by_token=True).figure()
     with pytest.raises(ValueError, match="model with experts"):
-        flm.plot_routing(keras.Sequential([keras.layers.Dense(1)]), [1])
+        flm.plot_routing(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]), [1])
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         flm.plot_routing(backbone, TOKENS[0], tmp_path / "b.png")
