@@ -91,11 +91,11 @@ def test_loading_holds_the_weights_once(tmp_path: Path) -> None:
         assert peak < 1.3 * weights + 40, lines
 
 
-@pytest.mark.parametrize("chosen", [0, 7])
-def test_more_experts_chosen_than_there_are(chosen: int, tmp_path: Path) -> None:
-    config = {**CONFIGS["qwen3_moe_some_dense"], "num_experts_per_tok": chosen}
+def test_more_experts_chosen_than_there_are(tmp_path: Path) -> None:
+    config = {**CONFIGS["qwen3_moe_some_dense"], "num_experts_per_tok": 7}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=rf"from 1 to num_experts.* {chosen} and 6"):
+    with pytest.raises(ValueError, match=r"from 1 to num_experts.* 7 and 6"):
         flm.Backbone.from_preset(tmp_path, load_weights=False)
-    with pytest.raises(ValueError, match=f"from 1 to 6 chosen experts.*: {chosen}"):
-        Router(num_experts=6, num_chosen=chosen)
+    for chosen in (0, 7):
+        with pytest.raises(ValueError, match=f"from 1 to 6 chosen experts.*: {chosen}"):
+            Router(num_experts=6, num_chosen=chosen)
