@@ -8,7 +8,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from functional_llm.backbones.transforms import Transform
 from functional_llm.formats.weight_table import Assembly, Tensor, entry_of, without_numbers
 from functional_llm.graph.selection import walk
 from functional_llm.graph.types import Layer
@@ -92,17 +91,16 @@ class NamedModel:
         self, module: str, array: np.ndarray, sizes: Sequence[int]
     ) -> list[np.ndarray]:
         """Returns the part of each layer that a fused module is, of an array (..., outputs)."""
-        return self._transform(module).parts(array, sizes, -1)
+        return self._tensor(module).transform.parts(array, sizes, -1)
 
     def join_outputs(self, module: str, arrays: Sequence[np.ndarray]) -> np.ndarray:
         """Returns the array (..., outputs) of a module, of one for each of its layers."""
         if len(arrays) == 1:
             return arrays[0]
-        return self._transform(module).whole(arrays, -1)
+        return self._tensor(module).transform.whole(arrays, -1)
 
-    def _transform(self, module: str) -> Transform:
-        tensor = self.parameters.get(module) or self.tensors[f"{module}.weight"]
-        return tensor.transform
+    def _tensor(self, module: str) -> Tensor:
+        return self.parameters.get(module) or self.tensors[f"{module}.weight"]
 
     def experts_of(self, module: str) -> list[Linear]:
         """Returns the views of the experts that a parameter holds; none if it holds no experts."""
@@ -117,7 +115,7 @@ class NamedModel:
             module: The parameter.
             inputs_first: Whether PEFT believes that the parameter is (E, in, out).
         """
-        return self._transform(module).swaps != inputs_first
+        return self._tensor(module).transform.swaps != inputs_first
 
     def entry_of(self, module: str) -> str:
         """Returns which expert a module would be that the model lacks, in words, or nothing."""
