@@ -138,7 +138,8 @@ class Family:
             Or a function of the config that returns them.
         parameters: Rows of what is a parameter in Transformers' model, and not the weight of a
             Linear: experts and routers, under the names that they have there, which need not be
-            those in checkpoints. Those of one module in its order. PEFT's adapters name them.
+            those in checkpoints. Those of one module in its order. PEFT's adapters name them. Or a
+            function of the config that returns them.
         inputs_first: Whether Transformers' class of experts says `is_transposed`.
         ignored: Patterns of tensors that checkpoints carry and that the model does not need. Or a
             function of the config that returns them.
@@ -179,7 +180,7 @@ class Family:
     written_keys: Callable[[Any], JSON] = _nothing
     rope_types: Mapping[str, str] = field(default_factory=dict)
     weights: Rows | Callable[[Any], Rows]
-    parameters: Rows = expert_parameters()
+    parameters: Rows | Callable[[Any], Rows] = expert_parameters()
     inputs_first: bool = False
     ignored: Sequence[str] | Callable[[Any], Sequence[str]] = ()
     wrappers: Sequence[Wrapper] = ()
@@ -200,6 +201,10 @@ class Family:
     def rows(self, config: ModelConfig) -> Rows:
         """Returns the weight table of a model with these numbers."""
         return self.weights(config) if callable(self.weights) else self.weights
+
+    def parameter_rows(self, config: ModelConfig) -> Rows:
+        """Returns the rows of what are parameters of a model with these numbers."""
+        return self.parameters(config) if callable(self.parameters) else self.parameters
 
     def ignored_tensors(self, config: ModelConfig) -> Sequence[str]:
         """Returns the patterns of tensors that a model with these numbers does not need."""

@@ -282,7 +282,9 @@ class Backbone(
         return Names(
             modules=self.module_names,
             tensors=tensors,
-            parameters=expand_table(family.parameters, shapes, layers, strict=False),
+            parameters=expand_table(
+                family.parameter_rows(self.config), shapes, layers, strict=False
+            ),
             inputs_first=family.inputs_first,
             tied=tied,
             base=base,
