@@ -3,6 +3,7 @@
 from functional_llm import peft, sharding, training
 from functional_llm.edits.quantization import quantize
 from functional_llm.evaluation.perplexity import Perplexity, perplexity
+from functional_llm.evaluation.routing import Routing, plot_routing
 from functional_llm.evaluation.scorer import Score, Scorer, score
 from functional_llm.formats.model_card import CardFacts
 from functional_llm.formats.upload import push_folder as push_to_hub
@@ -52,6 +53,7 @@ __all__ = [
     "Perplexity",
     "PromptCache",
     "Past",
+    "Routing",
     "Score",
     "Scorer",
     "TextGenerator",
@@ -69,6 +71,7 @@ __all__ = [
     "peft",
     "perplexity",
     "plot",
+    "plot_routing",
     "preset_names",
     "push_to_hub",
     "quantize",

@@ -1,5 +1,7 @@
 """Experts in a model: int8, adapters, capture and balance, in the graph and in its files."""
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +129,43 @@ def test_the_kernel_is_explained(backbone: Any, capsys: pytest.CaptureFixture[st
     assert "400 rows are more than 16" in reason
     flm.explain_experts(backbone, 1, 1)
     assert "one_by_one: decoder_0/mlp/dispatch" in capsys.readouterr().out
+
+
+class _Letters:
+    """A tokenizer of letters."""
+
+    add_bos = False
+
+    def encode(self, text: str, *_: bool) -> list[int]:
+        return [ord(x) - 32 for x in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(x + 32) for x in ids)
+
+
+def test_a_picture_of_the_experts_that_a_text_used(
+    backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer: Any = _Letters()
+    routing = flm.plot_routing(backbone, TOKENS[0])
+    captured = flm.capture(backbone, "decoder_*/mlp/dispatch", inputs=True)
+    chosen = np.asarray(captured(TOKENS[:1])["captured"]["decoder_0/mlp/dispatch"]["experts"])
+    expected = [[(chosen == expert).mean() for expert in range(6)]]
+    np.testing.assert_allclose(routing.shares, expected)
+    assert routing.tokens == [str(x) for x in TOKENS[0]]
+    text = "It costs $5, $6"
+    by_token = flm.plot_routing(backbone, text, tmp_path / "folder" / "a.svg", True, tokenizer)
+    assert by_token.tokens == list(text)
+    assert b"<svg" in (tmp_path / "folder" / "a.svg").read_bytes()
+    assert routing._repr_png_()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match=r"\.png, \.svg or \.pdf, received .*a\.gif"):
+        flm.plot_routing(backbone, TOKENS[0], tmp_path / "a.gif")
+    with pytest.raises(ValueError, match="TextGenerator, a `tokenizer`, or ids"):
+        flm.plot_routing(backbone, text)
+    with pytest.raises(ValueError, match="at most 200 tokens"):
+        replace(by_token, tokens=["a"] * 201).figure()
+    with pytest.raises(ValueError, match="model with experts"):
+        flm.plot_routing(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]), [1])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        flm.plot_routing(backbone, TOKENS[0], tmp_path / "b.png")

@@ -88,6 +88,32 @@ def _no_rows(_: Any) -> Rows:
     return ()
 
 
+_GATE_AND_UP, _ = fused()
+
+
+def expert_parameters(
+    experts: str = "mlp.experts",
+    router: str = "mlp.gate",
+    gate_up: str | Transform = _GATE_AND_UP,
+    down: str | Transform = "transpose",
+) -> Rows:
+    """Rows of the experts and routers in Transformers' model, as most families have them.
+
+    Args:
+        experts: The module of the experts, with `gate_up_proj` and `down_proj`.
+        router: The module of the router.
+        gate_up: Of the parameter that is gate and up.
+        down: Of the other.
+    """
+    layer, target = "model.layers.{}", "decoder_{}/mlp"
+    return (
+        (f"{layer}.{experts}.gate_up_proj", f"{target}/experts_gate/kernel", gate_up),
+        (f"{layer}.{experts}.gate_up_proj", f"{target}/experts_up/kernel", gate_up),
+        (f"{layer}.{experts}.down_proj", f"{target}/experts_down/kernel", down),
+        (f"{layer}.{router}.weight", f"{target}/router/kernel", "transpose"),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A family of models.
@@ -117,6 +143,11 @@ class Family:
             stands for the layer. Rows that name one tensor are its parts, in order. A name such as
             `experts[.{expert}].up_proj.weight` is many tensors, one for each entry of a variable.
             Or a function of the config that returns them.
+        parameters: Rows of what is a parameter in Transformers' model, and not the weight of a
+            Linear: experts and routers, under the names that they have there, which need not be
+            those in checkpoints. Those of one module in its order. PEFT's adapters name them. Or a
+            function of the config that returns them.
+        inputs_first: Whether Transformers' class of experts says `is_transposed`.
         ignored: Patterns of tensors that checkpoints carry and that the model does not need. Or a
             function of the config that returns them.
         wrappers: Checkpoints of several models that may hold one of this family.
@@ -161,6 +192,8 @@ class Family:
     written_keys: Callable[[Any], JSON] = _nothing
     rope_types: Mapping[str, str] = field(default_factory=dict)
     weights: Rows | Callable[[Any], Rows]
+    parameters: Rows | Callable[[Any], Rows] = expert_parameters()
+    inputs_first: bool = False
     ignored: Sequence[str] | Callable[[Any], Sequence[str]] = ()
     wrappers: Sequence[Wrapper] = ()
     base_prefix: str = "model."
@@ -181,6 +214,10 @@ class Family:
     def rows(self, config: ModelConfig) -> Rows:
         """Returns the weight table of a model with these numbers."""
         return self.weights(config) if callable(self.weights) else self.weights
+
+    def parameter_rows(self, config: ModelConfig) -> Rows:
+        """Returns the rows of what are parameters of a model with these numbers."""
+        return self.parameters(config) if callable(self.parameters) else self.parameters
 
     def ignored_tensors(self, config: ModelConfig) -> Sequence[str]:
         """Returns the patterns of tensors that a model with these numbers does not need."""

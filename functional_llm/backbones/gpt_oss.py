@@ -114,6 +114,10 @@ FAMILY = Family(
     complete_keys=complete_keys,
     written_keys=apertus.written_keys,
     weights=weights,
+    parameters=lambda config: family.expert_parameters(
+        router="mlp.router", gate_up=by_turns(config.intermediate_dim), down="same"
+    ),
+    inputs_first=True,
     ignored=llama.FAMILY.ignored,
     gguf_architecture="gpt-oss",
     gguf_keys={"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},

@@ -8,7 +8,12 @@ two tensors, gate before up. Reference:
 from dataclasses import dataclass
 
 from functional_llm.backbones import granite, llama
-from functional_llm.backbones.family import Family, check_chosen, gguf_expert_rows
+from functional_llm.backbones.family import (
+    Family,
+    check_chosen,
+    expert_parameters,
+    gguf_expert_rows,
+)
 from functional_llm.backbones.transforms import Rows, fused
 from functional_llm.blocks.experts import Router, activated, expert_mlp, softmax
 from functional_llm.blocks.language_model import Graph
@@ -73,6 +78,7 @@ FAMILY = Family(
     ],
     complete_keys=complete_keys,
     weights=WEIGHTS,
+    parameters=expert_parameters("block_sparse_moe.experts", "block_sparse_moe.router"),
     ignored=llama.FAMILY.ignored,
     gguf_architecture="granitemoe",
     gguf_keys={

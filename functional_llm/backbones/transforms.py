@@ -38,6 +38,11 @@ class Transform:
         whole = parts[0] if self.axis is None else self.whole(parts, self.axis)
         return np.asarray(whole, order="C")  # not `ascontiguousarray`: a number stays one
 
+    @property
+    def swaps(self) -> bool:
+        """Whether the last two axes of a tensor are those of the variable, swapped."""
+        return self.inverse(np.broadcast_to(np.float32(0), (1, 2, 3))).shape[-1] == 2
+
     def parts(self, array: np.ndarray, sizes: Sequence[int], axis: int) -> list[np.ndarray]:
         """Returns the parts that lie along an axis, as they lie along this transform's own."""
         moved = np.moveaxis(array, axis, 0)

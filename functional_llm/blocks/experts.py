@@ -45,6 +45,13 @@ class Router:
     weights: Sequence[Scores] = ()
     use_bias: bool = False
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_chosen <= self.num_experts:
+            raise ValueError(
+                f"Expected from 1 to {self.num_experts} chosen experts, as many as there are. "
+                f"Received: {self.num_chosen}."
+            )
+
     def __call__(self, x_BTD: Tensor) -> dict[str, Tensor]:
         """Returns `experts` (B, T, k) int32 and their `weights` (B, T, k)."""
         dense = ExpertScores(self.num_experts, use_bias=self.use_bias, name="router")

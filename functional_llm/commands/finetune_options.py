@@ -254,20 +254,20 @@ def facts_for_card(arguments: argparse.Namespace, settings: "Settings") -> "Card
 
 def check_targets(arguments: argparse.Namespace) -> None:
     """Raises a `ValueError` if a target describes no layer of the model: before it is loaded."""
-    from functional_llm.formats.weight_table import module_names
+    from functional_llm.formats.weight_table import matrix_paths
     from functional_llm.graph.selection import matches
     from functional_llm.presets.sources import read_numbers
 
     if arguments.targets in (None, ["all"]):
         return
     family, config, _ = read_numbers(arguments.preset)
-    paths = module_names(family.rows(config), config.num_layers)
+    paths = matrix_paths(family.rows(config), config.num_layers)
     for pattern in arguments.targets:
         if not any(matches(path, pattern) for path in paths):
             names = dict.fromkeys(path.rpartition("/")[2] for path in paths)
             raise ValueError(
                 f"--targets: no layer of {arguments.preset} matches {pattern!r}. Expected names "
-                f"({', '.join(names)}) or paths such as {next(iter(paths))}; `*` stays within a "
+                f"({', '.join(names)}) or paths such as {paths[0]}; `*` stays within a "
                 "name, `**` crosses slashes."
             )
 

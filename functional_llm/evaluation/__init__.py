@@ -2,6 +2,6 @@
 
 May import: graph, xla, tokenizers, layers, generation, training, presets.
 
-Offers: `Scorer`, `score`, `perplexity`; `lm_eval`, a model of lm-evaluation-harness, which is
-imported only where somebody asks for it.
+Offers: `Scorer`, `score`, `perplexity`, `plot_routing`; `lm_eval`, a model of
+lm-evaluation-harness, which is imported only where somebody asks for it.
 """

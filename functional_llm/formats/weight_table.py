@@ -180,6 +180,17 @@ def _tensors_of(
         yield name.format(layer), Entry(kind, number, layer)
 
 
+def matrix_paths(table: Sequence[Row], num_layers: int) -> list[str]:
+    """Returns the paths of the layers with a matrix, those of experts, too."""
+    targets = [target for _, target, *_ in table if target.endswith(("/kernel", "/embeddings"))]
+    paths = (
+        target.rpartition("/")[0].format(index)
+        for target in targets
+        for index in range(num_layers if "{}" in target else 1)
+    )
+    return list(dict.fromkeys(paths))
+
+
 def module_names(table: Sequence[Row], num_layers: int) -> dict[str, str]:
     """Returns the path of each layer with a matrix -> the name of its module in checkpoints.
 
@@ -222,11 +233,11 @@ def check_source(
         elif tuple(source.shapes[name]) != expected:
             received, stored = tuple(source.shapes[name]), stored_name(source, name)
             problems.append(f"tensor {stored!r}: expected shape {expected}, received {received}")
-    entries = {_without_numbers(tensor.name): tensor for tensor in tensors if tensor.entry}
+    entries = {without_numbers(tensor.name): tensor for tensor in tensors if tensor.entry}
     for name in sorted(set(source.shapes) - {tensor.name for tensor in tensors}):
         if not any(fnmatch(name, pattern) for pattern in ignored):
             stored = stored_name(source, name)
-            what = _entry_of(name, entries)
+            what = entry_of(name, entries)
             problems.append(
                 f"unknown tensor {stored!r} of shape {tuple(source.shapes[name])}{what}"
             )
@@ -238,14 +249,14 @@ def check_source(
         )
 
 
-def _entry_of(name: str, tensors: Mapping[str, Tensor]) -> str:
+def entry_of(name: str, tensors: Mapping[str, Tensor]) -> str:
     """Returns which entry a tensor that the model does not have would be, in words, or nothing.
 
     Args:
         name: Its name.
         tensors: Those that hold entries, by their names without numbers.
     """
-    alike = tensors.get(_without_numbers(name))
+    alike = tensors.get(without_numbers(name))
     if alike is None or alike.entry is None:
         return ""
     *layer, number = map(int, _NUMBER.findall(name))
@@ -255,7 +266,8 @@ def _entry_of(name: str, tensors: Mapping[str, Tensor]) -> str:
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def _without_numbers(name: str) -> str:
+def without_numbers(name: str) -> str:
+    """Returns the name of a tensor without the numbers of its layer and entry."""
     return _NUMBER.sub("", name)
 
 

@@ -321,7 +321,7 @@ def find_targets(model: keras.Model, targets: Where) -> dict[str, Layer]:
     """Returns the layers, by path, that `targets` (as for `attach`) stands for."""
     if isinstance(targets, str) and targets == "all":
         found = {path: x for path, x in walk(model) if not _is_head(model, path, x)}
-        # PEFT's "all-linear" has neither experts nor routers, which are no Linear there.
+        # An adapter of every expert would be as large as that of a model with as many layers.
         others = (ExpertDense, ExpertScores)
         found = {path: x for path, x in found.items() if not isinstance(origin_of(x), others)}
         kinds: tuple[type, ...] = LINEAR_LAYERS

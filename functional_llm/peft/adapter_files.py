@@ -30,7 +30,8 @@ from functional_llm.peft.adapter import (
 )
 from functional_llm.peft.linear import MATRIX_LAYERS, Linear
 from functional_llm.peft.names import NamedModel, Names, to_numpy
-from functional_llm.peft.peft_format import SavedAdapter, from_peft, to_peft
+from functional_llm.peft.peft_format import from_peft, to_peft, why_not_peft
+from functional_llm.peft.peft_modules import SavedAdapter
 from functional_llm.peft.peft_values import tokens_from_peft, values_from_peft, values_to_peft
 from functional_llm.peft.retrained import Retrained
 from functional_llm.peft.tokens import TrainedTokens
@@ -75,17 +76,16 @@ def save_adapter(
     classes = sorted({type(x).__name__ for _, x in method or beside})
     if len(classes) > 1:
         raise ValueError(f"Adapter '{adapter_name}' mixes {classes}. Expected one class.")
-    # PEFT has one module for all experts' gate and up, which is not written yet.
-    has_experts = any(x.linear is not None and x.linear.stack for _, x in method)
-    if not method or method[0][1].peft_type is None or has_experts:
-        if method and beside:
+    keyed = {f"{path}{REVERSED}" if x.reverse else path: x for path, x in method}
+    reason = why_not_peft(keyed, named) if keyed else None
+    if reason is not None or not keyed:
+        if reason is not None and beside:
             raise ValueError(
-                f"Adapter '{adapter_name}' has layers that are retrained beside {classes}, which "
-                "PEFT does not know, or beside experts. Give them an `adapter_name` of their own."
+                f"Adapter '{adapter_name}' has layers that are retrained beside {reason}. Give "
+                "them an `adapter_name` of their own."
             )
         config, tensors = _to_paths(dict(adapters), named)
     else:
-        keyed = {f"{path}{REVERSED}" if x.reverse else path: x for path, x in method}
         config, tensors = to_peft(keyed, named)
         targets = {named.modules[path] for path in keyed}
         tensors |= values_to_peft(beside, config, targets, named)

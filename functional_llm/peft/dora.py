@@ -21,6 +21,8 @@ class DoRA(LoRA):
     are those of `LoRA` without `init`.
     """
 
+    changes_experts = False
+
     def make_weights(self, linear: Linear) -> None:
         if self.init != "zeros":
             raise ValueError(f"DoRA begins with init 'zeros'. Received: {self.init!r}.")

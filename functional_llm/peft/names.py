@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from functional_llm.formats.weight_table import Assembly, Tensor
+from functional_llm.formats.weight_table import Assembly, Tensor, entry_of, without_numbers
 from functional_llm.graph.selection import walk
 from functional_llm.graph.types import Layer
 from functional_llm.peft.adapter import REVERSED, origin_of
@@ -27,6 +27,10 @@ class Names:
         modules: Path of a layer with a matrix -> name of its module; a fused module has several
             paths, in order. A path with ":reverse" behind is the head that an embedding is.
         tensors: The tensors of a checkpoint, and which variables each holds.
+        parameters: Tensors that are parameters in Transformers' model, and not weights of a Linear:
+            those of experts and routers, under the names that they have there. Those of one module
+            in its order.
+        inputs_first: Whether Transformers says of its experts that their matrices are (in, out).
         tied: Name of the tensor of a head that has none of its own, and of that which it is.
         base: What Transformers opens as the model: an id of the Hub, or a directory.
         revision: Of the id.
@@ -36,6 +40,8 @@ class Names:
 
     modules: Mapping[str, str] = field(default_factory=dict)
     tensors: Sequence[Tensor] = ()
+    parameters: Sequence[Tensor] = ()
+    inputs_first: bool = False
     tied: tuple[str, str] | None = None
     base: str | None = None
     revision: str | None = None
@@ -61,6 +67,9 @@ class NamedModel:
         for path, layer in self._layers.items():
             if isinstance(layer, MATRIX_LAYERS):
                 modules.setdefault(path, path.replace("/", "."))
+        self.parameters = {x.name.removesuffix(".weight"): x for x in self.names.parameters}
+        for module, tensor in self.parameters.items():
+            modules |= {path.rpartition("/")[0]: module for path in tensor.paths}
         self.modules = modules
         self.paths_of: dict[str, list[str]] = {}
         for path, module in modules.items():
@@ -82,13 +91,36 @@ class NamedModel:
         self, module: str, array: np.ndarray, sizes: Sequence[int]
     ) -> list[np.ndarray]:
         """Returns the part of each layer that a fused module is, of an array (..., outputs)."""
-        return self.tensors[f"{module}.weight"].transform.parts(array, sizes, -1)
+        return self._tensor(module).transform.parts(array, sizes, -1)
 
     def join_outputs(self, module: str, arrays: Sequence[np.ndarray]) -> np.ndarray:
         """Returns the array (..., outputs) of a module, of one for each of its layers."""
         if len(arrays) == 1:
             return arrays[0]
-        return self.tensors[f"{module}.weight"].transform.whole(arrays, -1)
+        return self._tensor(module).transform.whole(arrays, -1)
+
+    def _tensor(self, module: str) -> Tensor:
+        return self.parameters.get(module) or self.tensors[f"{module}.weight"]
+
+    def experts_of(self, module: str) -> list[Linear]:
+        """Returns the views of the experts that a parameter holds; none if it holds no experts."""
+        if module not in self.parameters:
+            return []
+        return [x for path in self.paths_of[module] if (x := self.linear(path)).stack]
+
+    def a_is_of_inputs(self, module: str, inputs_first: bool) -> bool:
+        """Whether PEFT's A of a parameter of experts multiplies the inputs of the matrices.
+
+        Args:
+            module: The parameter.
+            inputs_first: Whether PEFT believes that the parameter is (E, in, out).
+        """
+        return self._tensor(module).transform.swaps != inputs_first
+
+    def entry_of(self, module: str) -> str:
+        """Returns which expert a module would be that the model lacks, in words, or nothing."""
+        entries = {without_numbers(x.name): x for x in self.names.tensors if x.entry}
+        return entry_of(f"{module}.weight", entries)
 
     def assembly(self) -> Assembly:
         """Returns what puts variables together that are several tensors."""

@@ -3,20 +3,35 @@
 Shapes: R rank. PEFT keeps matrices as torch does, (out, in).
 """
 
+import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
 from functional_llm.graph.types import JSON
-from functional_llm.peft.adapter import REVERSED, Adapter
-from functional_llm.peft.dora import DoRA, column_lengths
+from functional_llm.peft.adapter import Adapter
+from functional_llm.peft.dora import DoRA
 from functional_llm.peft.ia3 import IA3
 from functional_llm.peft.lora import LoRA
-from functional_llm.peft.names import NamedModel, to_numpy
-from functional_llm.peft.peft_targets import by_pattern, is_target, target_modules
+from functional_llm.peft.names import NamedModel
+from functional_llm.peft.peft_experts import (
+    LAYOUT_VERSION,
+    factors_from_peft,
+    is_parameter,
+    parameter_name,
+    wrapper_names,
+)
+from functional_llm.peft.peft_modules import (
+    CONVERT,
+    EMBEDDING_FACTORS,
+    FACTORS,
+    ModuleTensors,
+    SavedAdapter,
+    join_adapters,
+    split_adapter,
+)
+from functional_llm.peft.peft_targets import is_target, numbers_of, pattern_key, target_modules
 
 PREFIX = "base_model.model."
 
@@ -32,28 +47,12 @@ _IRRELEVANT = {
 }
 _LORA_KEYS = {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "bias"}
 _LORA_KEYS |= {"use_rslora", "use_dora", "init_lora_weights", "trainable_token_indices"}
-_LORA_KEYS |= {"lora_bias"}
+_LORA_KEYS |= {"lora_bias", "target_parameters"}
 _IA3_KEYS = {"feedforward_modules", "init_ia3_weights"}
 # `init_lora_weights` with which the base stays as it was; those that take a part of it away, which
 # can be found again; and the others.
 _PLAIN = (None, True, False, "gaussian", "eva", "orthogonal", "mica", "true", "false")
 _PART_OF_BASE = ("pissa", "olora")
-
-
-@dataclass(frozen=True)
-class SavedAdapter:
-    """One layer's adapter in a file: how to make it, and its weights by the adapter's own names."""
-
-    cls: type[Adapter]
-    options: JSON
-    weights: dict[str, np.ndarray]
-
-    def at(self, path: str) -> tuple[str, "SavedAdapter"]:
-        """Returns the path of the layer, and the adapter of it, or of the head that it is."""
-        layer = path.removesuffix(REVERSED)
-        if layer == path:
-            return path, self
-        return layer, SavedAdapter(self.cls, {**self.options, "reverse": True}, self.weights)
 
 
 # To PEFT
@@ -70,7 +69,7 @@ def to_peft(
         model: The model, and the names of its parts.
     """
     modules = {
-        module: _join([adapters.get(path) for path in paths], paths, module, model)
+        module: join_adapters([adapters.get(path) for path in paths], paths, module, model)
         for module, paths in model.paths_of.items()
         if any(path in adapters for path in paths)
     }
@@ -83,94 +82,75 @@ def to_peft(
         "inference_mode": True,
         "fan_in_fan_out": False,
         "modules_to_save": None,
-        "target_modules": target_modules(set(modules), model.paths_of),
+        **_targets(set(modules), model, as_parameters=isinstance(first, LoRA)),
     }
     if isinstance(first, IA3):
         scaled = {m for m, x in modules.items() if x.tensors["ia3_l"].shape[0] == 1}
         config |= {"feedforward_modules": target_modules(scaled, model.paths_of)}
     else:
-        config |= _lora_config(modules, first)
+        config |= _lora_config(modules, first, model, config)
+    wrappers = wrapper_names(set(modules), model)
     tensors = {
-        f"{PREFIX}{module}.{suffix}": np.ascontiguousarray(array)
+        f"{PREFIX}{wrappers.get(module, module)}.{suffix}": np.ascontiguousarray(array)
         for module, joined in modules.items()
         for suffix, array in joined.tensors.items()
     }
     return config, tensors
 
 
-@dataclass(frozen=True)
-class _ModuleTensors:
-    """What a file has for one module: tensors by PEFT's suffixes, and the scale of LoRA."""
-
-    tensors: dict[str, np.ndarray]
-    scale: float = 1.0
-
-    @property
-    def rank(self) -> int:
-        name = "lora_A.weight" if "lora_A.weight" in self.tensors else "lora_embedding_A"
-        return self.tensors[name].shape[0]
+def _targets(modules: set[str], model: NamedModel, as_parameters: bool) -> JSON:
+    parameters = {x for x in modules if as_parameters and is_parameter(x, model)}
+    names = {parameter_name(x, model) for x in parameters}
+    known = [parameter_name(x, model) for x in model.paths_of]
+    targets: JSON = {"target_modules": target_modules(modules - parameters, model.paths_of)}
+    if names:
+        targets["target_parameters"] = target_modules(names, known, parts=3)
+        targets["peft_version"] = LAYOUT_VERSION
+    return targets
 
 
-def _join(
-    adapters: Sequence[Adapter | None], paths: list[str], module: str, model: NamedModel
-) -> _ModuleTensors:
-    """Makes one adapter for the outputs of several layers side by side (or of one)."""
-    present: list[Any] = [x for x in adapters if x is not None]
-    if isinstance(present[0], IA3):
-        return _ModuleTensors({"ia3_l": _join_ia3(adapters, paths, module, model)})
-    scale = present[0].scale
-    factors = [None if x is None else [to_numpy(f) for f in x.factors()] for x in adapters]
-    a = np.concatenate([f[0] for f in factors if f is not None], axis=1)
-    sizes = [1] if len(paths) == 1 else [model.linear(path).out_size for path in paths]
-    blocks, row = [], 0
-    for adapter, pair, size in zip(adapters, factors, sizes, strict=True):
-        if pair is None or adapter is None:
-            blocks.append(np.zeros((a.shape[1], size), "float32"))
-            continue
-        b = pair[1] * (adapter.scale / scale)
-        blocks.append(np.zeros((a.shape[1], b.shape[1]), "float32"))
-        blocks[-1][row : row + b.shape[0]] = b
-        row += b.shape[0]
-    names = _EMBEDDING_FACTORS if present[0].linear.takes_integers else _FACTORS
-    tensors = dict(zip(names, (a.T, model.join_outputs(module, blocks).T), strict=True))
-    if isinstance(present[0], DoRA):
-        lengths = [
-            column_lengths(model.linear(path).kernel()) if x is None else x.magnitude
-            for path, x in zip(paths, adapters, strict=True)
-        ]
-        tensors["lora_magnitude_vector"] = model.join_outputs(
-            module, [to_numpy(x) for x in lengths]
-        )
-    return _ModuleTensors(tensors, scale)
+def why_not_peft(adapters: Mapping[str, Adapter], model: NamedModel) -> str | None:
+    """Returns why PEFT has no such adapter; `None` if it has.
+
+    Args:
+        adapters: As for `to_peft`.
+        model: As for `to_peft`.
+    """
+    first = next(iter(adapters.values()))
+    if first.peft_type is None:
+        return "a method that PEFT does not know"
+    modules = {model.modules[path] for path in adapters}
+    unnamed = [x for x in adapters.values() if x.linear is not None and x.linear.stack]
+    if unnamed and not model.parameters:
+        return "experts, of which the model has no names in Transformers"
+    if isinstance(first, DoRA) and any(is_parameter(x, model) for x in modules):
+        return "DoRA on what PEFT reaches as parameters only, where it has LoRA alone"
+    if isinstance(first, IA3) and modules & set(model.parameters):
+        return "IA3 on routers"
+    return None
 
 
-def _join_ia3(
-    adapters: Sequence[Adapter | None], paths: list[str], module: str, model: NamedModel
-) -> np.ndarray:
-    present = [x for x in adapters if x is not None]
-    if not any(x.scales_inputs for x in present):
-        scales = [
-            np.ones(model.linear(path).out_size, "float32") if x is None else to_numpy(x.scale)
-            for path, x in zip(paths, adapters, strict=True)
-        ]
-        return model.join_outputs(module, scales)[:, None]
-    if len(paths) > 1:
-        raise ValueError(
-            f"PEFT's files keep {paths} as one module, whose inputs cannot be scaled one by one. "
-            "Leave them out of `feedforward`."
-        )
-    return to_numpy(present[0].scale)[None, :]
-
-
-def _lora_config(modules: Mapping[str, _ModuleTensors], first: Adapter) -> JSON:
-    ranks = {m: x.rank for m, x in modules.items()}
+def _lora_config(
+    modules: Mapping[str, ModuleTensors], first: LoRA, model: NamedModel, targets: JSON
+) -> JSON:
+    keys = {m: parameter_name(m, model) if is_parameter(m, model) else m for m in modules}
+    ranks = {keys[m]: x.rank for m, x in modules.items()}
     # PiSSA and fused modules raise the rank, and the scale stays.
-    alphas = {m: x.scale * (x.rank**0.5 if first.rslora else x.rank) for m, x in modules.items()}
+    alphas = {
+        keys[m]: x.scale * (x.rank**0.5 if first.rslora else x.rank) for m, x in modules.items()
+    }
+    keeps_dropout = not (first.dropout and "target_parameters" in targets)
+    if not keeps_dropout:
+        warnings.warn(
+            f"lora_dropout is 0 in the file, and {first.dropout} here: PEFT has none beside "
+            "target_parameters, which it reaches experts by.",
+            stacklevel=4,
+        )
     rank, alpha = (Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": first.dropout,
+        "lora_dropout": first.dropout if keeps_dropout else 0.0,
         "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
         "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
         "use_rslora": first.rslora,
@@ -182,13 +162,11 @@ def _lora_config(modules: Mapping[str, _ModuleTensors], first: Adapter) -> JSON:
 
 # From PEFT
 
-_FACTORS = ("lora_A.weight", "lora_B.weight")
-_EMBEDDING_FACTORS = ("lora_embedding_A", "lora_embedding_B")
-_MATRICES = {*_FACTORS, *_EMBEDDING_FACTORS}
+_MATRICES = {*FACTORS, *EMBEDDING_FACTORS}
 # What a tensor's name ends in -> the adapter's own name of the weight.
 _WEIGHT_OF_SUFFIX = {
-    **dict(zip(_FACTORS, ("lora_a", "lora_b"), strict=True)),
-    **dict(zip(_EMBEDDING_FACTORS, ("lora_a", "lora_b"), strict=True)),
+    **dict(zip(FACTORS, ("lora_a", "lora_b"), strict=True)),
+    **dict(zip(EMBEDDING_FACTORS, ("lora_a", "lora_b"), strict=True)),
     "lora_magnitude_vector": "magnitude",
     "ia3_l": "scale",
 }
@@ -212,27 +190,48 @@ def from_peft(
     problems = _check_keys(config, _LORA_KEYS if is_lora else _IA3_KEYS)
     if problems:
         return [], {}, problems
-    grouped, others, problems = _group_tensors(tensors, model.paths_of)
+    saved, read, problems = _read_experts(config, tensors, model) if is_lora else ([], set(), [])
+    grouped, others, more = _group_tensors(
+        {name: x for name, x in tensors.items() if name not in read}, model
+    )
+    problems += more
     problems += [
         f"module '{module}' is one of the adapter's targets, and has no tensors"
         for module in model.paths_of
         if module not in grouped and is_target(config, module)
     ]
-    saved: list[tuple[str, SavedAdapter]] = []
     for module, found in grouped.items():
         whole = _read_lora(config, module, found) if is_lora else _read_ia3(found)
         paths = model.paths_of[module]
         try:
-            pieces = _split(whole, module, paths, model)
+            saved += [x.at(path) for path, x in split_adapter(whole, module, paths, model)]
         except ValueError as error:
             problems.append(f"module '{module}': {error}")
-            continue
-        saved += [piece.at(path) for path, piece in zip(paths, pieces, strict=True)]
     return saved, others, problems
 
 
+def _read_experts(
+    config: JSON, tensors: Mapping[str, np.ndarray], model: NamedModel
+) -> tuple[list[tuple[str, SavedAdapter]], set[str], list[str]]:
+    """Returns path and adapter of each layer of experts, the names read, and what does not fit."""
+    found, read, problems = factors_from_peft(config, tensors, PREFIX, model)
+    cls, options = _lora_options(config)
+    if read and (cls is DoRA or options.get("init")):
+        problems.append(
+            "the adapter has experts: expected plain LoRA, received use_dora = "
+            f"{config.get('use_dora')!r} and init_lora_weights = "
+            f"{config.get('init_lora_weights')!r:.200}"
+        )
+    saved = []
+    for name, factors, numbers in found:
+        paths = model.paths_of.get(name, [name])
+        whole = SavedAdapter(cls, {**options, **numbers}, factors)
+        saved += split_adapter(whole, name, paths, model)
+    return saved, read, problems
+
+
 def _group_tensors(
-    tensors: Mapping[str, np.ndarray], modules: Collection[str]
+    tensors: Mapping[str, np.ndarray], model: NamedModel
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray], list[str]]:
     """Returns module -> suffix -> tensor, the other tensors, and what does not fit."""
     grouped: dict[str, dict[str, np.ndarray]] = {}
@@ -243,24 +242,28 @@ def _group_tensors(
             problems.append(f"unknown tensor '{name}' of shape {array.shape}")
         elif suffix is None:
             others[name.removeprefix(PREFIX)] = array
-        elif (module := name.removeprefix(PREFIX).removesuffix(f".{suffix}")) in modules:
+        elif (module := name.removeprefix(PREFIX).removesuffix(f".{suffix}")) in model.paths_of:
             grouped.setdefault(module, {})[suffix] = array
         else:
-            problems.append(f"the model has no module '{module}'")
+            problems.append(f"the model has no module '{module}'{model.entry_of(module)}")
     return grouped, others, list(dict.fromkeys(problems))
 
 
 def _read_lora(config: JSON, module: str, tensors: Mapping[str, np.ndarray]) -> SavedAdapter:
-    cls = DoRA if config.get("use_dora") else LoRA
+    cls, options = _lora_options(config)
+    numbers = numbers_of(config, pattern_key(config, module))
+    return SavedAdapter(cls, {**options, **numbers}, _own_weights(tensors))
+
+
+def _lora_options(config: JSON) -> tuple[type[LoRA], JSON]:
+    """Returns the class and those of its options that all layers share."""
     options = {
-        "rank": by_pattern(config.get("rank_pattern"), module, config.get("r", 8)),
-        "alpha": by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)),
         "dropout": config.get("lora_dropout", 0.0),
         "rslora": bool(config.get("use_rslora")),
     }
     if config.get("init_lora_weights") in _PART_OF_BASE:  # the tensors stand beside what is left
         options["init"] = config["init_lora_weights"]
-    return SavedAdapter(cls, options, _own_weights(tensors))
+    return (DoRA if config.get("use_dora") else LoRA), options
 
 
 def _read_ia3(tensors: Mapping[str, np.ndarray]) -> SavedAdapter:
@@ -275,33 +278,6 @@ def _own_weights(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         _WEIGHT_OF_SUFFIX[suffix]: array.T if suffix in _MATRICES else array.reshape(-1)
         for suffix, array in tensors.items()
     }
-
-
-def _split(
-    whole: SavedAdapter, module: str, paths: Sequence[str], model: NamedModel
-) -> list[SavedAdapter]:
-    """Returns the adapters of the layers that one fused module stands for (or one)."""
-    if len(paths) == 1:
-        return [whole]
-    sizes = [model.linear(path).out_size for path in paths]
-    if (init := whole.options.get("init", "zeros")) != "zeros":
-        raise ValueError(
-            f"init_lora_weights = {init!r} was taken from a matrix that is {len(sizes)} layers "
-            f"here; {_CONVERT}"
-        )
-    shared = "scale" if whole.options.get("scales_inputs") else "lora_a"
-    pieces: list[dict[str, np.ndarray]] = [{} for _ in sizes]
-    for name, array in whole.weights.items():
-        if name != shared and array.shape[-1] != sum(sizes):
-            raise ValueError(f"'{name}' expected {sum(sizes)} outputs, received {array.shape[-1]}")
-        is_shared = name == shared
-        arrays = [array] * len(sizes) if is_shared else model.split_outputs(module, array, sizes)
-        for piece, part in zip(pieces, arrays, strict=True):
-            piece[name] = np.ascontiguousarray(part)
-    return [SavedAdapter(whole.cls, whole.options, piece) for piece in pieces]
-
-
-_CONVERT = "save it with PEFT's `path_initial_model_for_weight_conversion`"
 
 
 def _check_keys(config: JSON, known: set[str]) -> list[str]:
@@ -324,14 +300,14 @@ def _check_keys(config: JSON, known: set[str]) -> list[str]:
     elif init not in (*_PLAIN, *_PART_OF_BASE):
         problems.append(
             f"init_lora_weights = {init!r:.200} changes the base's weights in a way that is not "
-            f"in the file; {_CONVERT}"
+            f"in the file; {CONVERT}"
         )
     return problems
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), (str, list)),
-    **dict.fromkeys(("modules_to_save",), (list,)),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), (list,)),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
     "layers_to_transform": (int, list),
     "trainable_token_indices": (list, dict),

@@ -11,6 +11,8 @@ _Targets: TypeAlias = str | list[str] | None
 
 def is_target(config: JSON, module: str) -> bool:
     """Whether PEFT puts an adapter on a module."""
+    if is_parameter_target(config, f"{module}.weight"):
+        return True
     named = _is_named(config.get("target_modules"), module)
     if not named or _is_named(config.get("exclude_modules"), module):
         return False
@@ -23,6 +25,17 @@ def is_target(config: JSON, module: str) -> bool:
     found = [re.match(rf"(?:^|.*?\.){x}\.(\d+)\.", module) for x in patterns]
     numbers = [numbers] if isinstance(numbers, int) else numbers
     return any(x is not None and int(x[1]) in numbers for x in found)
+
+
+def is_parameter_target(config: JSON, parameter: str) -> bool:
+    """Whether PEFT puts an adapter on a parameter, by its full name."""
+    return _is_named(list(config.get("target_parameters") or ()), parameter)
+
+
+def pattern_key(config: JSON, module: str) -> str:
+    """Returns the name by which PEFT looks for a module in patterns of ranks and alphas."""
+    parameter = f"{module}.weight"
+    return parameter if is_parameter_target(config, parameter) else module
 
 
 def is_to_save(config: JSON, tensor: str) -> bool:
@@ -53,10 +66,28 @@ def by_pattern(patterns: Mapping[str, float] | None, module: str, default: float
     return default
 
 
-def target_modules(modules: set[str], known: Iterable[str]) -> list[str]:
-    """Returns the last name if all modules that end in it are meant, else full names."""
+def numbers_of(config: JSON, key: str) -> JSON:
+    """Returns rank and alpha of what PEFT calls `key` in patterns."""
+    return {
+        "rank": by_pattern(config.get("rank_pattern"), key, config.get("r", 8)),
+        "alpha": by_pattern(config.get("alpha_pattern"), key, config.get("lora_alpha", 8)),
+    }
+
+
+def target_modules(modules: set[str], known: Iterable[str], parts: int = 1) -> list[str]:
+    """Returns the last parts of a name if all modules that end in them are meant, else full names.
+
+    Args:
+        modules: Those meant.
+        known: All.
+        parts: How many parts.
+    """
+
+    def end(name: str) -> str:
+        return ".".join(name.split(".")[-parts:])
+
     known, targets = set(known), []
-    for last in sorted({name.rpartition(".")[2] for name in modules}):
-        same = {name for name in known if name.rpartition(".")[2] == last}
+    for last in sorted(set(map(end, modules))):
+        same = {name for name in known if end(name) == last}
         targets += [last] if same <= modules else sorted(same & modules)
     return targets

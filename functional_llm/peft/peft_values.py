@@ -9,7 +9,8 @@ from functional_llm.formats.weight_table import Assembly
 from functional_llm.graph.types import JSON
 from functional_llm.peft.adapter import Adapter
 from functional_llm.peft.names import NamedModel, to_numpy
-from functional_llm.peft.peft_format import PREFIX, SavedAdapter
+from functional_llm.peft.peft_format import PREFIX
+from functional_llm.peft.peft_modules import SavedAdapter
 from functional_llm.peft.peft_targets import is_to_save
 from functional_llm.peft.retrained import Retrained
 from functional_llm.peft.tokens import TrainedTokens

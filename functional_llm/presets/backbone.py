@@ -275,17 +275,17 @@ class Backbone(
         family = self._family()
         if family is None:
             return Names()
-        tensors = expand_table(
-            family.rows(self.config),
-            shapes_of(self.variables),
-            self.config.num_layers,
-            strict=False,
-        )
+        shapes, layers = shapes_of(self.variables), self.config.num_layers
+        tensors = expand_table(family.rows(self.config), shapes, layers, strict=False)
         tied = tied_head(tensors) if self.config.tie_word_embeddings else None
         base, revision = (None, None) if self.preset is None else base_name(self.preset)
         return Names(
             modules=self.module_names,
             tensors=tensors,
+            parameters=expand_table(
+                family.parameter_rows(self.config), shapes, layers, strict=False
+            ),
+            inputs_first=family.inputs_first,
             tied=tied,
             base=base,
             revision=revision,

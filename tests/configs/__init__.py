@@ -9,7 +9,6 @@ all. One that joins ONE_OF_EACH_KIND takes 20 s more. `make nightly` takes all f
 (tests/nightly.py).
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from configs import (
@@ -56,13 +55,3 @@ ONE_OF_EACH_KIND = [
     "deepseek_v3_groups",  # latents in the cache, a shared expert, a correction of scores
     "llama4_chunks_then_all",  # layers that see chunks, experts in fused tensors
 ]
-
-
-def without_experts(names: Sequence[str]) -> list[str]:
-    """Returns the names without those of models with experts, for tests of PEFT's files.
-
-    There PEFT takes `gate_proj` and its kin, also of layers with one MLP, for the experts' fused
-    parameters: it warns or refuses. Its own names of experts are not written here yet.
-    """
-    keys = {"num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"}
-    return [name for name in names if not keys & set(CONFIGS[name])]
