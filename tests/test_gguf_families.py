@@ -89,6 +89,8 @@ SAID: dict[str, dict[str, Any]] = {
     "granitemoe_one_of_eighty_tied": {},
     "gpt_oss_clamped": {"swiglu_limit": 7.0},
     "gpt_oss_all_chosen_no_biases_tied": {"swiglu_limit": 7.0},
+    "lfm2_wide_kernel": {},
+    "lfm2_old_keys": {},
 }
 # Those whose experts are in MXFP4, in the directory and in the GGUF file.
 PACKED = {"gpt_oss_clamped"}

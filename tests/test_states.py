@@ -3,6 +3,8 @@
 The law is each row alone, without padding.
 """
 
+import functools
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 import functional_llm as flm
+from configs import CONFIGS
 from functional_llm.blocks.attention import attention, heads, key_value_shapes
 from functional_llm.blocks.convolution import convolution_shapes, gated_convolution
 from functional_llm.blocks.decoder import pre_norm
@@ -21,6 +24,7 @@ from functional_llm.blocks.norm import rms_norm
 from functional_llm.blocks.rope import Rope, rotary
 from functional_llm.generation.prompt_cache import PromptCache
 from functional_llm.layers.cache import can_truncate, make_cache, token_sizes, truncate_cache
+from functional_llm.presets.dtypes import dtype_policy
 from pair import compiled
 
 V, D, WIDTH, LENGTH = 64, 32, 4, 24
@@ -55,7 +59,8 @@ def _build(kinds: list[str]) -> flm.Backbone:
     model = flm.Backbone(inputs, outputs)
     random = np.random.default_rng(1)
     for variable in model.variables:
-        variable.assign(variable + 0.2 * random.normal(size=variable.shape))
+        noise = 0.2 * random.normal(size=variable.shape)
+        variable.assign((np.asarray(variable, "float32") + noise).astype(variable.dtype))
     return model
 
 
@@ -98,7 +103,8 @@ def test_segments_are_read_alone(backbone: flm.Backbone, expected: np.ndarray) -
     inputs = {"token_ids": IDS, "positions": positions, "segment_ids": segments}
     logits = np.asarray(backbone(inputs))
     for begin, end in zip(ends, ends[1:], strict=False):
-        _near(logits[:, begin:end], backbone(IDS[:, begin:end]))
+        alone = np.roll(IDS, -begin, axis=1)  # what follows a text moves nothing in it
+        _near(logits[:, begin:end], np.asarray(backbone(alone))[:, : end - begin])
     positions[:, 7] = -1  # a segment that is padding, and its place between others
     inputs["positions"] = positions
     padded = np.asarray(backbone(inputs))
@@ -116,11 +122,8 @@ def test_a_finished_row_keeps_its_state(backbone: flm.Backbone) -> None:
 
 
 def test_states_are_float32_and_of_one_slot() -> None:
-    keras.config.set_dtype_policy("bfloat16")
-    try:
+    with dtype_policy("bfloat16"):
         model = _build(["conv", "full_attention"])
-    finally:
-        keras.config.set_dtype_policy("float32")
     cache = make_cache(model, 2, 16)
     assert cache["conv"]["decoder_0"]["convolution"]["inputs"].shape == (2, 1, WIDTH - 1, D)
     assert cache["conv"]["decoder_0"]["convolution"]["inputs"].dtype == "float32"
@@ -129,9 +132,14 @@ def test_states_are_float32_and_of_one_slot() -> None:
 
 
 def _greedy(model: flm.Backbone, ids: list[int], count: int) -> list[int]:
+    run = _program(model)
     for _ in range(count):
-        ids = [*ids, int(np.argmax(np.asarray(model(np.array([ids])))[0, -1]))]
+        padded = np.array([[*ids, *[0] * (32 - len(ids))]], "int32")
+        ids = [*ids, int(np.argmax(run(padded)[0, len(ids) - 1]))]
     return ids[-count:]
+
+
+_program = functools.cache(compiled)
 
 
 def test_generation(backbone: flm.Backbone) -> None:
@@ -232,7 +240,7 @@ def test_the_stock_file(backbone: flm.Backbone, expected: np.ndarray, tmp_path: 
             new[row, left[row] : left[row] + counts[row]] = own
         begins = (filled - left).astype("int32")
         lengths = {"cache_length": begins, "new_length": np.add(left, counts).astype("int32")}
-        result = decoder({"token_ids": new, **lengths, **kept})
+        result = decoder.predict_on_batch({"token_ids": new, **lengths, **kept})
         at = begins[:, None] + np.arange(length)
         for slots, update in zip(
             keras.tree.flatten(kept["cache"]),
@@ -247,3 +255,33 @@ def test_the_stock_file(backbone: flm.Backbone, expected: np.ndarray, tmp_path: 
             _near(result["logits"][row, here], right)
         filled += counts
     assert (filled == LENGTH).all()
+
+
+def _lfm2(folder: Path, **changes: Any) -> Any:
+    config = {**CONFIGS["lfm2_old_keys"], **changes}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return flm.Backbone.from_preset(folder, load_weights=False).config
+
+
+def test_biases_equal_those_of_transformers(tmp_path: Path) -> None:
+    from reference import reference_logits, save_reference
+
+    reference = save_reference({**CONFIGS["lfm2_untied"], "conv_bias": True}, tmp_path)
+    backbone = flm.Backbone.from_preset(tmp_path)
+    assert backbone.config.convolution_bias
+    np.testing.assert_allclose(backbone(IDS), reference_logits(reference, IDS), atol=1e-4, rtol=0)
+
+
+def test_lists_of_layers_that_do_not_fit(tmp_path: Path) -> None:
+    assert _lfm2(tmp_path / "0").layer_types == ("conv", "full_attention")
+    assert _lfm2(tmp_path / "1").intermediate_dim == 80  # int(2 / 3 * 100), in sixteens
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"full_attn_idxs": [1, 2]}, "full_attn_idxs from 0 to 1, for there are 2 layers"),
+        ({"layer_types": ["full_attention"] * 2}, "layer_types and full_attn_idxs to say the"),
+        ({"full_attn_idxs": None, "layer_types": ["conv"]}, "layer_types of 2 words"),
+        ({"full_attn_idxs": None, "layer_types": ["conv", "mamba"]}, "unknown ones"),
+    ]
+    for i, (changes, message) in enumerate(cases):
+        with pytest.raises(ValueError, match=message):
+            _lfm2(tmp_path / f"bad_{i}", **changes)

@@ -1,6 +1,6 @@
 """Hugging Face's `config.json` to our frozen configs and back."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, get_args, get_type_hints
 
@@ -8,7 +8,6 @@ from functional_llm.backbones.family import DecoderConfig, Family, ModelConfig
 from functional_llm.blocks.rope import LinearScaling
 from functional_llm.formats.mxfp4 import is_mxfp4
 from functional_llm.formats.rope_config import (
-    LAYER_TYPES,
     SCALINGS,
     check_value,
     known,
@@ -110,7 +109,7 @@ def read_config(raw: Mapping[str, Any], family: Family) -> ModelConfig:
         known_keys = {key: x for key, x in full.items() if key not in _CONSTANTS or key in values}
         values |= read_rope(rope, known_keys, _has(family.config_class, _LOCAL))
     if "layer_types" in values:
-        _check_layer_types(values)
+        _check_layer_types(values, family.layer_types)
     config = family.config_class(**_with_tuples(values))
     _check_heads(config, family)
     return config
@@ -252,13 +251,13 @@ def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(x) if isinstance(x, list) else x for key, x in values.items()}
 
 
-def _check_layer_types(values: Mapping[str, Any]) -> None:
+def _check_layer_types(values: Mapping[str, Any], known: Sequence[str]) -> None:
     kinds = values["layer_types"]
-    unknown = sorted(set(kinds) - set(LAYER_TYPES))
+    unknown = sorted(set(kinds) - set(known))
     if unknown or len(kinds) != values["num_layers"]:
         raise ValueError(
             f"config.json: expected layer_types of {values['num_layers']} words out of "
-            f"{LAYER_TYPES}, received {len(kinds)}, unknown ones: {shown(unknown)}."
+            f"{known}, received {len(kinds)}, unknown ones: {shown(unknown)}."
         )
 
 

@@ -33,7 +33,7 @@ class CausalConvolution(keras.layers.Layer):
         self.kernel = self.add_weight((self.width, channels), "glorot_uniform", name="kernel")
         self.bias = self.add_weight((channels,), "zeros", name="bias") if self.use_bias else None
 
-    def call(self, inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    def call(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convolves.
 
         Args:

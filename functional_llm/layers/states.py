@@ -30,7 +30,7 @@ class PaddingLast(keras.layers.Layer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{"autocast": False, **kwargs})
 
-    def call(self, inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    def call(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Moves.
 
         Args:
@@ -52,7 +52,7 @@ class PaddingLast(keras.layers.Layer):
         places_BT = ops.where(is_token_BT, token_BT, token_BT[:, -1:] + padding_BT) - 1
         sources_BT = ops.argsort(places_BT, axis=1)
 
-        def move(x_BT: Tensor | None) -> Tensor | None:
+        def move(x_BT: Tensor) -> Tensor:
             return None if x_BT is None else ops.take_along_axis(x_BT, sources_BT, axis=1)
 
         return {**{name: move(x) for name, x in moved.items()}, "places": places_BT}

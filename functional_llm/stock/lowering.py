@@ -284,7 +284,8 @@ class Lowering:
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
         length = keras.Input((), dtype="int32", name="cache_length")
         tensors = {id(model.input["token_ids"]): token_ids}
-        states, groups = [], []  # names of the types of layers
+        states: list[str] = []  # names of types of layers
+        groups: list[str] = []
         for kind in model.input["cache"]:
             (groups if kind in model.input.get("mask", [kind]) else states).append(kind)
         cache = self._cache_inputs(groups, "cache", tensors)

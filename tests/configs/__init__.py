@@ -12,7 +12,7 @@ all. One that joins ONE_OF_EACH_KIND takes 20 s more. `make nightly` takes all f
 from collections.abc import Sequence
 from typing import Any
 
-from configs import experts, gpt_oss, layer_norm, llama_kin, sandwich
+from configs import experts, gpt_oss, layer_norm, llama_kin, sandwich, states
 
 CONFIGS: dict[str, dict[str, Any]] = {
     **llama_kin.CONFIGS,
@@ -20,6 +20,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **layer_norm.CONFIGS,
     **experts.CONFIGS,
     **gpt_oss.CONFIGS,
+    **states.CONFIGS,
 }
 # The first config of each family, for what no config changes.
 ONE_OF_EACH_FAMILY = list({x["model_type"]: name for name, x in reversed(CONFIGS.items())}.values())
@@ -41,6 +42,7 @@ ONE_OF_EACH_KIND = [
     "bloom_five_heads",  # ALiBi
     "qwen3_moe_some_dense",  # experts
     "gpt_oss_clamped",  # sinks, experts with biases and a clamp, gate and up by turns
+    "lfm2_wide_kernel",  # a state in the place of keys and values
 ]
 
 
