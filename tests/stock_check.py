@@ -37,6 +37,9 @@ def decode(decoder, token_ids, expected):
     cache = tree.map_structure(
         lambda x: np.zeros((batch, 2 * length, *x.shape[2:]), "float32"), decoder.input["cache"]
     )
+    states = tree.map_structure(
+        lambda x: np.zeros((batch, *x.shape[1:]), "float32"), decoder.input.get("state", {})
+    )
     filled, worst = np.zeros(batch, "int32"), 0.0
     for count in counts:
         new = np.zeros((batch, counts.max()), "int32")
@@ -45,9 +48,11 @@ def decode(decoder, token_ids, expected):
             here = slice(padding[i], padding[i] + count[i])
             new[i, here] = token_ids[i, filled[i] : filled[i] + count[i]]
         begins = (filled - padding).astype("int32")
-        result = decoder.predict_on_batch(
-            {"token_ids": new, "cache_length": begins, "cache": cache}
-        )
+        inputs = {"token_ids": new, "cache_length": begins, "cache": cache}
+        if states:
+            inputs |= {"state": states, "new_length": (padding + count).astype("int32")}
+        result = decoder.predict_on_batch(inputs)
+        states = result.get("state", {})
         at = begins[:, None] + np.arange(new.shape[1])  # below 0: slots at the end, never seen
         pairs = zip(tree.flatten(cache), tree.flatten(result["cache_update"]), strict=True)
         for kept, update in pairs:

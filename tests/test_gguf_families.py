@@ -128,6 +128,8 @@ SAID: dict[str, dict[str, Any]] = {
     "ernie4_5_moe_one_chosen": {"moe_norm_min": 1e-12},
     "glm4_moe_groups": {},  # these say that they have a layer more, which predicts further tokens
     "glm4_moe_one_chosen": {"num_mtp_layers": 0},
+    "lfm2_wide_kernel": {},
+    "lfm2_old_keys": {},
 }
 # Those whose experts are in MXFP4, in the directory and in the GGUF file.
 PACKED = {"gpt_oss_clamped"}

@@ -135,6 +135,8 @@ class Family:
             may not say different things.
         complete_keys: Given keys -> all keys, with the values that absent and outdated keys mean,
             and the fields that no key gives.
+        layer_types: The words in a config's `layer_types`: what most layers of a family with one
+            type are, and the other type, of layers that see a window or keep a state.
         config_constants: Key -> the one value for which the graph is right.
         written_keys: Config -> what Transformers needs in a `config.json` beside `config_keys`.
         rope_types: RoPE's types in files of the family -> what they mean here, where that is not
@@ -187,6 +189,7 @@ class Family:
     config_aliases: Mapping[str, str] = field(default_factory=dict)
     config_nulls: Sequence[str] = ("num_key_value_heads",)
     config_ignored: Mapping[str, str] = field(default_factory=dict)
+    layer_types: Sequence[str] = ("full_attention", "sliding_attention")
     complete_keys: Callable[[JSON], JSON]
     config_constants: Mapping[str, Any] = field(default_factory=dict)
     written_keys: Callable[[Any], JSON] = _nothing

@@ -155,6 +155,7 @@ FAMILY = Family(
     models="Llama 4 Scout, Maverick",
     config_class=Config,
     build=build,
+    layer_types=("full_attention", "chunked_attention"),
     config_keys={
         **COMMON_KEYS,
         "intermediate_size": "expert_dim",

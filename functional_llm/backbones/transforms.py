@@ -73,6 +73,8 @@ def _transpose(array: np.ndarray) -> np.ndarray:
 TRANSFORMS = {
     "same": Transform(_same, _same),
     "transpose": Transform(_transpose, _transpose),
+    # PyTorch's convolutions with a kernel for each channel: (out, 1, width).
+    "depthwise": Transform(lambda x: x[:, 0].T, lambda x: x.T[:, None]),
     "last_axis": Transform(_same, _same, axis=-1),
     # llama.cpp's files of state space models have the number whose logarithm others have.
     "log_of_negative": Transform(lambda x: np.log(-x), lambda x: -np.exp(x), computes=True),

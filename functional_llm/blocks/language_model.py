@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, S slots, W positions of a window, D model, V vocabula
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import keras
@@ -22,6 +22,7 @@ from functional_llm.blocks.rope import Rope, rotation
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import Nested, Tensor
 from functional_llm.layers.attention import AttentionMask, KVCacheLookup
+from functional_llm.layers.states import PaddingBack, PaddingLast, StatePosition
 
 Graph: TypeAlias = tuple[dict[str, Nested], dict[str, Nested]]  # symbolic inputs and outputs
 
@@ -43,17 +44,24 @@ class LayerType:
     chunk: int | None = None
 
     @property
-    def num_slots(self) -> int | None:
-        """How many slots the layers' ring has; `None` for one slot a token."""
+    def slots(self) -> int | None:
+        """How many slots such layers keep; `None` for one for each token."""
         sizes = [size for size in (self.window, self.chunk) if size is not None]
         return min(sizes, default=None)
+
+
+@dataclass(frozen=True)
+class StateType:
+    """Layers of one type that keep a state of all tokens so far: their cache has one slot."""
+
+    slots: int = field(default=1, init=False)
 
 
 def causal_lm(
     *,
     vocabulary_size: int,
     hidden_dim: int,
-    layer_types: Mapping[str, LayerType],
+    layer_types: Mapping[str, LayerType | StateType],
     layers: Sequence[tuple[str, CompositeLayer]],
     keeps: Shapes | Sequence[Shapes],
     final_norm: Part,
@@ -69,8 +77,9 @@ def causal_lm(
         hidden_dim: D.
         layer_types: Name of a type -> what its layers share.
         layers: Decoder layers in order, each with the name of its type.
-        keeps: What all layers keep of a token in the cache, or what each of them keeps: in a dtype
-            of its own where it is a `Kept`, nothing where it is an empty dict.
+        keeps: What all layers keep of a token in the cache, or what each of them keeps; in a dtype
+            of its own where it is a `Kept`, nothing where it is an empty dict. Of a `StateType`,
+            the states.
         final_norm: Part before the head.
         tie_word_embeddings: Whether the head is the transposed embedding.
         head_bias: Whether a head of its own adds a bias.
@@ -87,19 +96,22 @@ def causal_lm(
     kept: dict[str, dict[str, Shapes]] = {kind: {} for kind in used}
     for (kind, layer), own in zip(layers, all_keep, strict=True):
         kept[kind][layer.name] = own
-    inputs = make_inputs({kind: (used[kind].num_slots, kept[kind]) for kind in used})
+    inputs = make_inputs(used, kept)
+    read = _with_padding_last(inputs) if _has_states(used) else inputs
     embedding = keras.layers.ReversibleEmbedding(
         vocabulary_size, hidden_dim, name="token_embedding"
     )
-    x = apply_parts(embedding_parts, embedding(inputs["token_ids"]), inputs)
+    x = apply_parts(embedding_parts, embedding(read["token_ids"]), read)
     shared, cache = {}, {}
     for kind, layer_type in used.items():
-        shared[kind], slot_positions = shared_inputs(kind, layer_type, inputs)
+        shared[kind], slot_positions = shared_inputs(kind, layer_type, read)
         cache[kind] = {"positions": slot_positions}
     for kind, layer in layers:
         result = layer({"x": x, "cache": inputs["cache"][kind][layer.name], **shared[kind]})
         x, cache[kind][layer.name] = result["x"], result["cache"]
-    hidden = apply_parts([final_norm], x, inputs)
+    hidden = apply_parts([final_norm], x, read)
+    if _has_states(used):
+        hidden = PaddingBack(name="padding_back")({"x": hidden, "places": read["places"]})
     if tie_word_embeddings:
         logits = embedding(hidden, reverse=True)
     else:
@@ -108,15 +120,29 @@ def causal_lm(
     return inputs, {"logits": logits, "hidden": hidden, "cache": cache}
 
 
-def make_inputs(groups: Mapping[str, tuple[int | None, Shapes]]) -> Inputs:
+def _has_states(types: Mapping[str, LayerType | StateType]) -> bool:
+    return any(isinstance(x, StateType) for x in types.values())
+
+
+def _with_padding_last(inputs: Inputs) -> Inputs:
+    """Returns the inputs with all padding behind the tokens, and `places` to move it back."""
+    names = ("token_ids", "positions", "segment_ids", "in_order")
+    moved = PaddingLast(name="padding_last")({name: inputs[name] for name in names})
+    return {**inputs, **moved}
+
+
+def make_inputs(
+    types: Mapping[str, LayerType | StateType], kept: Mapping[str, Mapping[str, Shapes]]
+) -> Inputs:
     """Returns the symbolic inputs of a language model.
 
     Args:
-        groups: Name of a type -> number of slots (`None` for any), and what its layers keep.
+        types: Name of a type -> the type.
+        kept: Name of a type -> what each of its layers keeps.
 
     Returns:
         `token_ids` and `positions` (B, T) int32; `segment_ids` (B, T) int32, optional; `mask`,
-        optional, (B, T, S) boolean for each type; `in_order`, optional: the very tensor
+        optional, (B, T, S) boolean for types that attend; `in_order`, optional: the very tensor
         `positions` if it is certain that in each row they are 0, 1, 2 ..., padding only behind them
         (`Mask.to_tensors`); `cache`,
         optional, for each type: `positions` (B, S) int32, the position of the token in each slot,
@@ -131,17 +157,18 @@ def make_inputs(groups: Mapping[str, tuple[int | None, Shapes]]) -> Inputs:
         return keras.Input((slots, *kept.shape), dtype=kept.dtype, name=name, optional=True)
 
     cache = {}
-    for kind, (slots, shapes) in groups.items():
-        name = f"cache_{kind}_positions"
+    for kind, layer_type in types.items():
+        name, slots = f"cache_{kind}_positions", layer_type.slots
         positions = keras.Input((slots,), dtype="int32", name=name, optional=True)
-        cache[kind] = {"positions": positions, **make("cache", slots, shapes)}
+        cache[kind] = {"positions": positions, **make("cache", slots, kept[kind])}
     return {
         "token_ids": keras.Input((None,), dtype="int32", name="token_ids"),
         "positions": keras.Input((None,), dtype="int32", name="positions"),
         "segment_ids": keras.Input((None,), dtype="int32", name="segment_ids", optional=True),
         "mask": {
             kind: keras.Input((None, None), dtype="bool", name=f"mask_{kind}", optional=True)
-            for kind in groups
+            for kind, layer_type in types.items()
+            if isinstance(layer_type, LayerType)
         },
         "in_order": keras.Input((None,), dtype="int32", name="in_order", optional=True),
         "cache": cache,
@@ -149,10 +176,15 @@ def make_inputs(groups: Mapping[str, tuple[int | None, Shapes]]) -> Inputs:
 
 
 def shared_inputs(
-    kind: str, layer_type: LayerType, inputs: Inputs
+    kind: str, layer_type: LayerType | StateType, inputs: Inputs
 ) -> tuple[dict[str, Nested], Tensor]:
     """Returns what layers of a type receive beside `x`, and their cache's positions afterwards."""
     positions = inputs["positions"]
+    if isinstance(layer_type, StateType):
+        before = inputs["cache"][kind]["positions"]
+        tag = StatePosition(name=f"{kind}_positions")({"positions": positions, "cache": before})
+        shared = {name: inputs[name] for name in ("positions", "segment_ids")}
+        return {**shared, "state_position": before}, tag
     slot_positions, kept = KVCacheLookup(name=f"{kind}_positions")(
         {"new": positions, "cache": inputs["cache"][kind]["positions"], "positions": positions}
     )

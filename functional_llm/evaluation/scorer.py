@@ -219,7 +219,7 @@ class Scorer:
                 most = tokens_CL.shape[1] + batch.tokens.shape[1]
                 new = self._run(tokens_CL, positions_CL)["cache"]
                 slots = capped_num_slots(self.backbone, most)
-                cache = fill_cache(self.backbone, new, jnp.asarray(positions_CL), slots)
+                cache = fill_cache(self.backbone, new, slots)
                 cache = jax.tree.map(lambda x: x[owners_B], cache)
             hidden_BTD = self._run(batch.tokens, batch.positions, cache)["hidden"]
             return self._score_tokens(hidden_BTD, jnp.asarray(batch.labels))

@@ -17,7 +17,6 @@ from functional_llm.backbones.family import Family, ModelConfig
 from functional_llm.backbones.transforms import Row, Rows
 from functional_llm.formats.gguf_file import GGUFFile, open_gguf
 from functional_llm.formats.hf_config import read_config
-from functional_llm.formats.rope_config import LAYER_TYPES
 from functional_llm.formats.source import Source, known_family
 from functional_llm.formats.tensor_reader import float_dtype
 from functional_llm.formats.tensor_source import TensorSource
@@ -186,7 +185,11 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
     config.setdefault("vocab_size", file.shapes.get("token_embd.weight", (0,))[0])
     config["tie_word_embeddings"] = "output.weight" not in file.shapes
     if "layer_types" in config:  # whether each layer has a window
-        config["layer_types"] = [LAYER_TYPES[bool(slides)] for slides in config["layer_types"]]
+        config["layer_types"] = [family.layer_types[bool(x)] for x in config["layer_types"]]
+    heads = config.get("num_key_value_heads")
+    if isinstance(heads, list):  # none in layers that keep a state
+        config["layer_types"] = [family.layer_types[x == 0] for x in heads]
+        (config["num_key_value_heads"],) = set(heads) - {0} or {0}
     local = "rope_local_base_freq"  # a key of Gemma 3 alone
     if local in config and local not in family.config_keys:
         config["rope_parameters"] = {"sliding_attention": {"rope_theta": config.pop(local)}}

@@ -1,6 +1,6 @@
 """Hugging Face's `config.json` to our frozen configs and back."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, get_args, get_type_hints
 
@@ -9,7 +9,6 @@ from functional_llm.blocks.rope import LinearScaling
 from functional_llm.formats.float8 import is_float8
 from functional_llm.formats.mxfp4 import is_mxfp4
 from functional_llm.formats.rope_config import (
-    LAYER_TYPES,
     SCALINGS,
     check_value,
     known,
@@ -115,7 +114,7 @@ def read_config(raw: Mapping[str, Any], family: Family) -> ModelConfig:
         known_keys = {key: x for key, x in full.items() if key not in _CONSTANTS or key in values}
         values |= read_rope(rope, known_keys, _has(family.config_class, _LOCAL))
     if "layer_types" in values:
-        _check_layer_types(values)
+        _check_layer_types(values, family.layer_types)
     config = family.config_class(**_with_tuples(values))
     _check_heads(config, family)
     return config
@@ -257,15 +256,13 @@ def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(x) if isinstance(x, list) else x for key, x in values.items()}
 
 
-def _check_layer_types(values: Mapping[str, Any]) -> None:
-    kinds, known = values["layer_types"], set(LAYER_TYPES)
-    if "chunk_size" in values:
-        known = {"full_attention", "chunked_attention"}
-    unknown = sorted(set(kinds) - known)
+def _check_layer_types(values: Mapping[str, Any], known: Sequence[str]) -> None:
+    kinds = values["layer_types"]
+    unknown = sorted(set(kinds) - set(known))
     if unknown or len(kinds) != values["num_layers"]:
         raise ValueError(
             f"config.json: expected layer_types of {values['num_layers']} words out of "
-            f"{sorted(known)}, received {len(kinds)}, unknown ones: {shown(unknown)}."
+            f"{known}, received {len(kinds)}, unknown ones: {shown(unknown)}."
         )
 
 

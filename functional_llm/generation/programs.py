@@ -296,7 +296,7 @@ class CompiledPrograms:
                 last_BT = jnp.take_along_axis(jnp.asarray(prompt.mask), last_B11, axis=1)[:, 0]
             logits_BV, cache = self._forward(weights, inputs, prompt.last)
             if prompt.cache is None:  # the graph returned what it keeps of the prompt's tokens
-                cache = fill_cache(self.backbone, cache, prompt.positions, slots)
+                cache = fill_cache(self.backbone, cache, slots)
             seen_BV = self._seen(prompt)
             step = jnp.asarray(prompt.step)
             token_B, seen_BV = _sample(sampler, logits_BV, prompt.keys, step, seen_BV)

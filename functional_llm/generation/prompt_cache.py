@@ -6,7 +6,13 @@ from itertools import takewhile
 
 import jax
 
-from functional_llm.layers.cache import Cache, can_truncate, latest_position, truncate_cache
+from functional_llm.layers.cache import (
+    Cache,
+    can_truncate,
+    latest_position,
+    states_of,
+    truncate_cache,
+)
 
 
 @dataclass
@@ -16,10 +22,13 @@ class PromptCache:
     Args:
         ids: The tokens so far, prompts and answers.
         cache: The cache that holds them; `None` before the first turn.
+        states: The states at the end of the last prompt. States cannot go back: where a turn agrees
+            with the prompt before, but not with all of its answer, it goes on from these.
     """
 
     ids: list[int] = field(default_factory=list)
     cache: Cache | None = None
+    states: Cache = field(default_factory=dict)
 
     def reuse(
         self, row: Sequence[int], turning_lengths: Sequence[int] = ()
@@ -37,13 +46,28 @@ class PromptCache:
         """
         pairs = zip(self.ids, row[:-1], strict=False)
         known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        cache, self.ids, self.cache = self.cache, list(row), None
-        if cache is None or known == 0 or not can_truncate(cache, known):
+        cache, states, self.ids, self.cache, self.states = (
+            self.cache,
+            self.states,
+            list(row),
+            None,
+            {},
+        )
+        if cache is None:
             return 0, None
-        held = int(latest_position(cache)[0]) + 1 if turning_lengths else 0
+        held = int(latest_position(cache)[0]) + 1
         if any((held > length) != (len(row) > length) for length in turning_lengths):
             return 0, None
-        return known, truncate_cache(cache, known)
+        kept = int(latest_position(states)[0]) + 1 if states else 0
+        candidates = [(known, cache), (kept, {**cache, **states})]
+        for length, own in candidates:
+            if 0 < length <= known and can_truncate(own, length):
+                return length, truncate_cache(own, length)
+        return 0, None
+
+    def keep_states(self, cache: Cache) -> None:
+        """Takes copies of the states, at the end of the prompt."""
+        self.states = jax.tree.map(lambda x: x.copy(), states_of(cache))
 
     def keep(self, cache: Cache) -> None:
         """Takes the cache back after a turn, unless the turn was interrupted while it was written.

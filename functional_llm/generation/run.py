@@ -157,6 +157,8 @@ class Run:
         token_B, self._state = self._programs.prefill(
             slots, self._weights, prompt, request.sampler, request.stop_ids if left > 1 else None
         )
+        if self._prompt_cache is not None:
+            self._prompt_cache.keep_states(self._state.cache)
         return np.asarray(token_B)[:, None]
 
     def _decode(self, positions: Sequence[int]) -> np.ndarray:
@@ -168,9 +170,10 @@ class Run:
         request, state = self._request, self._state
         fitting = max(1, int(min(request.seconds / self._token_seconds, request.most)))
         limit = min(fitting, request.max_new_tokens - self._written)
-        # A cache grows when it is full, and is doubled then.
+        # A cache grows when it is full, and is doubled then, unless all of it are full rings.
         taken, slots = max(positions), num_slots(state.cache)
-        limit = min(limit, slots - taken if taken < slots else slots)
+        if self._num_slots(slots + 1) > slots:
+            limit = min(limit, slots - taken if taken < slots else slots)
         until_long = [turn - p for p in positions for turn in self._turns if p < turn]
         limit = min([limit, *until_long])
         self._state = state = state._replace(cache=self._grown(state.cache, taken + limit))

@@ -2,7 +2,8 @@
 
 A cache holds a group for each type of layers: `positions`, the position of the token in each slot
 (-1 if the slot is empty), and what each layer keeps. A group whose layers see a window is a ring
-of that many slots. The token at position p belongs in slot p modulo the number of slots.
+of that many slots. The token at position p belongs in slot p modulo the number of slots. A group
+whose layers keep a state is a ring of one slot, which holds the state after its last token.
 
 Shapes: B batch, T new tokens, S slots.
 """
@@ -50,18 +51,23 @@ def token_sizes(model: keras.Model, tokens: int) -> int:
     return total
 
 
-def fill_cache(model: keras.Model, new: Cache, positions_BT: Tensor, num_slots: int) -> Cache:
+def fill_cache(model: keras.Model, new: Cache, num_slots: int) -> Cache:
     """Returns a cache with what a model, called without one, returned of its tokens to be kept.
 
     Args:
         model: As for `make_cache`.
         new: The model's output "cache".
-        positions_BT: Positions of the tokens, -1 for padding.
         num_slots: As for `make_cache`.
     """
-    empty = make_cache(model, positions_BT.shape[0], num_slots)
     store = jax.jit(store_tokens)  # traced once for all layers
-    return tree.map_structure(lambda x, slots: store(x, slots, positions_BT), new, empty)
+
+    def fill(group: Group, empty: Group) -> Group:
+        positions = group["positions"]
+        return tree.map_structure(lambda x, slots: store(x, slots, positions), group, empty)
+
+    rows = next(iter(new.values()))["positions"].shape[0]
+    empty = make_cache(model, rows, num_slots)
+    return {kind: fill(group, empty[kind]) for kind, group in new.items()}
 
 
 def num_slots(cache: Cache) -> int:
@@ -84,7 +90,8 @@ def latest_position(cache: Cache) -> Tensor:
 def can_truncate(cache: Cache, length: int) -> bool:
     """Whether the cache, truncated to `length` tokens, holds all that the next token may see.
 
-    A group with a slot for every token always does. A ring has lost what was overwritten since.
+    A group with a slot for every token always does. A ring has lost what was overwritten since, and
+    a state holds its last token only together with all before.
     """
     for group in cache.values():
         positions_BS = group["positions"]
@@ -95,8 +102,24 @@ def can_truncate(cache: Cache, length: int) -> bool:
     return True
 
 
+def states_of(cache: Cache) -> Cache:
+    """Returns the groups of one slot: those of states, which cannot go back by themselves."""
+    return {kind: group for kind, group in cache.items() if group["positions"].shape[1] == 1}
+
+
 def truncate_cache(cache: Cache, length: int) -> Cache:
-    """Returns the cache without the tokens at positions from `length` on."""
+    """Returns the cache without the tokens at positions from `length` on.
+
+    Raises:
+        ValueError: If it does not hold all that the next token may see: see `can_truncate`.
+    """
+    if not can_truncate(cache, length):
+        tokens = int(ops.max(latest_position(cache))) + 1
+        raise ValueError(
+            f"Expected a cache that can be cut to {length} tokens. Received one whose rings, or "
+            f"states, have gone on since: they are at {tokens} tokens. "
+            "Read the text again, or keep the cache of an earlier call."
+        )
 
     def truncate(group: Group) -> Group:
         positions_BS = group["positions"]

@@ -69,8 +69,9 @@ def complete_inputs(
 
     Raises:
         ValueError: If a key is unknown, a shape or a dtype is wrong, token ids are out of range,
-            positions are not in order though `in_order` says so, or a cache comes together with
-            segment ids.
+            positions are not in order though `in_order` says so, a cache comes together with
+            segment ids or is another model's, or layers with a state get what they cannot follow: a
+            mask of one's own, or positions that go back.
     """
     given = dict(inputs) if isinstance(inputs, dict) else {"token_ids": inputs}
     expected = [*specs, *_PADDING_MASKS]
@@ -88,6 +89,9 @@ def complete_inputs(
         _check_numbers(name, given.get(name), token_ids)
     _check_cache(cache, specs["cache"], token_ids.shape[0])
     positions = _positions(token_ids, cache, given.get("positions"), _padding_mask(given))
+    # Layers that keep a state have no mask.
+    for kind in set(specs["cache"]) - set(specs.get("mask", specs["cache"])):
+        _check_states(kind, given, positions)
     complete = {
         "token_ids": token_ids,
         "positions": positions,
@@ -217,6 +221,54 @@ def _check_cache(cache: Cache | None, spec: Nested, batch: int | None) -> None:
             f"Expected a cache of `make_cache` or of an earlier call, for {batch} rows, "
             f"received one for {rows} with the keys {sorted(cache)}."
         )
+    expected = {path: _shape(x) for path, x in tree.flatten_with_path(spec)}
+    received = {path: _shape(x) for path, x in tree.flatten_with_path(cache)}
+    for path in sorted({*expected, *received}, key=str):
+        shape, own = expected.get(path), received.get(path)
+        if shape is None or own is None or not _fits(own, rows, shape):
+            raise ValueError(
+                f"Expected a cache of this model, received another one's: for {'/'.join(path)} the "
+                f"shape {own} in the place of {shape}."
+            )
+
+
+def _fits(shape: tuple[int | None, ...], rows: int | None, spec: tuple[int | None, ...]) -> bool:
+    """Whether a leaf of a cache is one that `make_cache` makes."""
+    if (len(shape), shape[0], shape[2:]) != (len(spec), rows, spec[2:]):
+        return False
+    slots, most = shape[1], spec[1]  # a ring may have fewer slots than its window
+    return slots is None or most is None or 0 < slots <= most
+
+
+def _check_states(kind: str, given: Mapping[str, Nested], positions_BT: Tensor) -> None:
+    """Checks what layers that keep a state of all tokens cannot follow."""
+    if given.get("mask") is not None:
+        raise ValueError(
+            f"Expected no mask: layers of the type '{kind}' keep a state of all tokens before, and "
+            "cannot leave some out. Say what is padding by `attention_mask`, and which tokens are "
+            "texts of their own by `segment_ids`."
+        )
+    values, cache, segments = _values(positions_BT), given.get("cache"), given.get("segment_ids")
+    if values is None or values.shape[0] is None:
+        return
+    tags = np.full(len(values), -1)
+    if cache is not None:
+        tag_B1 = _values(cache[kind]["positions"])
+        tags = tags if tag_B1 is None else tag_B1[:, 0]
+    segments = None if segments is None else _values(segments)
+    for i, row in enumerate(values):
+        is_token = row >= 0
+        texts = np.zeros(is_token.sum()) if segments is None else segments[i][is_token]
+        steps, same = np.diff(row[is_token]), np.diff(texts) == 0
+        goes_back = is_token.any() and row[is_token][0] <= tags[i]
+        if goes_back or (steps[same] <= 0).any():
+            begin = tags[i] + 1
+            raise ValueError(
+                f"Expected positions that rise in each row, from {begin} on, for the states of "
+                f"the type '{kind}' have absorbed the tokens before: they cannot go back. Received "
+                f"{row} in row {i}. Read the text again, or keep the cache of an earlier "
+                "call."
+            )
 
 
 def _shape(x: Nested) -> tuple[int | None, ...]:

@@ -64,7 +64,13 @@ class Lowering:
     - `cache`: what each decoder layer keeps, as a nested dict of (B, S, ...) arrays,
 
     and returns `logits` (B, T, V) and `cache_update` (B, T, ...), which belongs into the slots from
-    `cache_length` to `cache_length + T - 1`.
+    `cache_length` to `cache_length + T - 1`. The decoder of a model with layers that keep a state
+    also takes
+
+    - `new_length`: (B,) int32, behind how many of a row's new tokens there is padding only,
+    - `state`: what those layers keep, (B, 1, ...) arrays, zeros before the first token,
+
+    and returns `state`, which takes the place of the one before.
 
     Args:
         original: A Backbone, or any functional model with its inputs and outputs.
@@ -278,64 +284,92 @@ class Lowering:
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
         length = keras.Input((), dtype="int32", name="cache_length")
         tensors = {id(model.input["token_ids"]): token_ids}
-        cache: dict[str, Nested] = {}
-        for kept in map(_without_positions, model.input["cache"].values()):
-            for path, spec in tree.flatten_with_path(kept):
-                name = "_".join(("cache", *map(str, path)))
-                tensors[id(spec)] = keras.Input(
-                    (None, *spec.shape[2:]), dtype=spec.dtype, name=name
-                )
-            cache |= tree.map_structure(lambda spec: tensors[id(spec)], kept)
-        positions, slots = _positions(token_ids, length, tree.flatten(cache)[0])
+        states: list[str] = []  # names of types of layers
+        groups: list[str] = []
+        for kind in model.input["cache"]:
+            (groups if kind in model.input.get("mask", [kind]) else states).append(kind)
+        cache = self._cache_inputs(groups, "cache", tensors)
+        inputs = {"token_ids": token_ids, "cache_length": length, "cache": cache}
+        if states:
+            inputs["new_length"] = keras.Input((), dtype="int32", name="new_length")
+            inputs["state"] = self._cache_inputs(states, "state", tensors)
+        positions, slots, tag = _positions(token_ids, length, *tree.flatten(cache)[:1])
+        if states:
+            positions = _without_padding(positions, inputs["new_length"])
         tensors[id(model.input["positions"])] = positions
-        tensors |= {id(group["positions"]): slots for group in model.input["cache"].values()}
+        for kind, group in model.input["cache"].items():
+            tensors[id(group["positions"])] = tag if kind in states else slots
         outputs = tree.pack_sequence_as(model.output, self._run(model, tensors, ""))
-        update: dict[str, Nested] = {}
-        for kept in map(_without_positions, outputs["cache"].values()):
-            update |= kept
-        others = {key: x for key, x in outputs.items() if key not in ("hidden", "cache")}
-        return keras.Model(
-            {"token_ids": token_ids, "cache_length": length, "cache": cache},
-            {**others, "cache_update": update},
-            name="decoder",
-        )
+        results = {key: x for key, x in outputs.items() if key not in ("hidden", "cache")}
+        results["cache_update"] = _merged(outputs["cache"], groups)
+        if states:
+            results["state"] = _merged(outputs["cache"], states)
+        return keras.Model(inputs, results, name="decoder")
+
+    def _cache_inputs(
+        self, kinds: list[str], prefix: str, tensors: dict[int, Tensor]
+    ) -> dict[str, Nested]:
+        """Returns inputs for what layers of some types keep, in the places of the original's."""
+        kept = _merged(self._original.input["cache"], kinds)
+        for path, spec in tree.flatten_with_path(kept):
+            slots = spec.shape[1] if prefix == "state" else None
+            name = "_".join((prefix, *map(str, path)))
+            tensors[id(spec)] = keras.Input((slots, *spec.shape[2:]), dtype=spec.dtype, name=name)
+        return tree.map_structure(lambda spec: tensors[id(spec)], kept)
 
     def _around(self, decoder: keras.Model) -> keras.Model:
-        """Returns the model that passes a cache without slots to the decoder."""
+        """Returns the model that passes a cache without slots, and empty states, to the decoder."""
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
-        nothing = token_ids[:, :0]
+        nothing, first = token_ids[:, :0], token_ids[:, :1]
         empty: dict[object, Tensor] = {}
 
         def make(spec: keras.KerasTensor) -> Tensor:
-            sizes = spec.shape[2:]
-            if (sizes, spec.dtype) not in empty:
-                x = ops.expand_dims(nothing, tuple(range(2, 2 + len(sizes))))
-                empty[sizes, spec.dtype] = ops.cast(ops.tile(x, (1, 1, *sizes)), spec.dtype)
-            return empty[sizes, spec.dtype]
+            sizes, begin = spec.shape[2:], nothing if spec.shape[1] is None else first * 0
+            key = (spec.shape[1], sizes, spec.dtype)
+            if key not in empty:
+                x = ops.expand_dims(begin, tuple(range(2, 2 + len(sizes))))
+                empty[key] = ops.cast(ops.tile(x, (1, 1, *sizes)), spec.dtype)
+            return empty[key]
 
-        cache = tree.map_structure(make, decoder.input["cache"])
         length = ops.cast(ops.sum(nothing, axis=1), "int32")
-        result = decoder({"token_ids": token_ids, "cache_length": length, "cache": cache})
-        return keras.Model(token_ids, result["logits"], name=self._original.name)
+        inputs = {"token_ids": token_ids, "cache_length": length}
+        inputs["cache"] = tree.map_structure(make, decoder.input["cache"])
+        if "state" in decoder.input:
+            inputs["state"] = tree.map_structure(make, decoder.input["state"])
+            inputs["new_length"] = ops.sum(ops.ones_like(token_ids), axis=1)
+        return keras.Model(token_ids, decoder(inputs)["logits"], name=self._original.name)
 
 
-def _without_positions(group: dict[str, Nested]) -> dict[str, Nested]:
-    """Returns what the layers of a group keep, those that keep something."""
-    return {name: kept for name, kept in group.items() if name != "positions" and kept != {}}
+def _merged(cache: dict[str, Nested], kinds: list[str]) -> dict[str, Nested]:
+    """Returns what the layers of some types keep, those that keep something."""
+    groups = [group.items() for kind, group in cache.items() if kind in kinds]
+    return {
+        name: kept for name, kept in itertools.chain(*groups) if name != "positions" and kept != {}
+    }
 
 
-def _positions(token_ids: Tensor, length: Tensor, cache: Tensor) -> list[Tensor]:
-    """Returns the positions of the new tokens (B, T), and of those in the slots (B, S)."""
+def _positions(token_ids: Tensor, length: Tensor, cache: Tensor | None = None) -> list[Tensor]:
+    """Returns the positions of tokens: new (B, T), in slots (B, S), the last one there (B, 1).
+
+    Without a cache, S is T.
+    """
+    given = [token_ids, length, token_ids if cache is None else cache]
     inputs = [
-        keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x.name)
-        for x in (token_ids, length, cache)
+        keras.Input(batch_shape=x.shape, dtype=x.dtype, name=name)
+        for x, name in zip(given, ("token_ids", "cache_length", "slots"), strict=True)
     ]
     length_B1 = ops.expand_dims(inputs[1], 1)
-    rest = (0,) * (len(cache.shape) - 2)
+    rest = (0,) * (len(given[2].shape) - 2)
     slot_BS = _count(inputs[2][(slice(None), slice(None), *rest)])
     slots_BS = ops.where(slot_BS < length_B1, slot_BS, -1)
-    outputs = [_count(inputs[0]) + length_B1, slots_BS]
-    return keras.Model(inputs, outputs, name="positions")([token_ids, length, cache])
+    outputs = [_count(inputs[0]) + length_B1, slots_BS, length_B1 - 1]
+    return keras.Model(inputs, outputs, name="positions")(given)
+
+
+def _without_padding(positions_BT: Tensor, new_length_B: Tensor) -> Tensor:
+    """Returns the positions, -1 behind the first `new_length` of each row."""
+    is_new_BT = _count(positions_BT) < ops.expand_dims(new_length_B, 1)
+    return ops.where(is_new_BT, positions_BT, -1)
 
 
 def _count(x_BN: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from functional_llm.layers.attention import (
     DescribedMask,
     KVCacheLookup,
 )
+from functional_llm.layers.convolution import CausalConvolution
 from functional_llm.layers.experts import (
     ExpertCombine,
     ExpertDense,
@@ -21,6 +22,7 @@ from functional_llm.layers.experts import (
 )
 from functional_llm.layers.latent import LatentHeads, LatentPart
 from functional_llm.layers.long_texts import IsLongText
+from functional_llm.layers.states import PaddingBack, PaddingLast, StateLookup, StatePosition
 from functional_llm.stock.lowering import register_lowering
 
 
@@ -60,6 +62,12 @@ def _lower_dispatch(layer: ExpertDispatch, inputs: dict[str, Nested]) -> dict[st
     return {**outputs, "routing": {**outputs["routing"], "kernel": None}}
 
 
+def _lower_padding_last(layer: Layer, inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """Returns the inputs as they are: padding is behind all tokens, or before a row's first."""
+    names = ("token_ids", "positions", "segment_ids")
+    return {**{name: inputs[name] for name in names}, "places": None}
+
+
 register_lowering(AttentionMask, _lower_mask)
 register_lowering(DescribedMask, _lower_mask)
 register_lowering(AttentionDotProduct, _lower_product)
@@ -70,5 +78,10 @@ register_lowering(ExpertDense, keras.layers.EinsumDense, lambda inputs: inputs["
 register_lowering(ExpertCombine, ExpertCombine.call)
 register_lowering(LatentHeads, LatentHeads.call)
 register_lowering(LatentPart, LatentPart.call)
+register_lowering(PaddingLast, _lower_padding_last)
+register_lowering(PaddingBack, PaddingBack.call)
+register_lowering(StatePosition, StatePosition.call)
+register_lowering(StateLookup, StateLookup.call)
+register_lowering(CausalConvolution, CausalConvolution.call)
 register_lowering(IsLongText, IsLongText.call)
 register_lowering(OwnWeight, lambda layer, inputs: layer.variable)

@@ -39,12 +39,15 @@ class TextModel(tf.Module):
         super().__init__()
         self._tokenizer = tokenizer.as_tf(add_bos=tokenizer.add_bos, parse_special=True)
         self._weights = [variable.value for variable in decoder.variables]
-        self._cache = [(x.shape[2:], x.dtype) for x in tree.flatten(decoder.input["cache"])]
+        self._cache, self._states = (
+            [(x.shape[2:], x.dtype) for x in tree.flatten(decoder.input.get(name, {}))]
+            for name in ("cache", "state")
+        )
         self._stop_ids = tf.constant(sorted(tokenizer.stop_token_ids), tf.int32)
         self._count = max_new_tokens
         self._context = context
         # As a function: a SavedModel would keep a layer's other functions, too.
-        self._decode = lambda tokens_BT, length_B, cache: _call(decoder, tokens_BT, length_B, cache)
+        self._decode = lambda *inputs: _call(decoder, *inputs)
 
     @tf.function(
         autograph=False, input_signature=[tf.TensorSpec([None], tf.string, name="prompts")]
@@ -76,15 +79,19 @@ class TextModel(tf.Module):
         """Returns the new ids (C, B), -1 behind the end of a row."""
         batch = tf.shape(tokens_BT)[0]
         nothing = [tf.zeros([batch, 0, *sizes], dtype) for sizes, dtype in self._cache]
-        logits_BTV, update = self._decode(tokens_BT, tf.zeros_like(lengths_B), nothing)
+        empty = [tf.zeros([batch, 1, *sizes], dtype) for sizes, dtype in self._states]
+        begin_B = tf.zeros_like(lengths_B)
+        logits_BTV, update, state = self._decode(tokens_BT, begin_B, lengths_B, nothing, empty)
         free = [[0, 0], [0, self._count]]
         cache = [tf.pad(x, free + [[0, 0]] * (len(x.shape) - 2)) for x in update]
         token_B = _choose(tf.gather(logits_BTV, lengths_B - 1, batch_dims=1))
         new_CB = tf.concat([token_B[None], tf.fill([self._count - 1, batch], -1)], 0)
 
-        def step(i: Any, token_B: Any, done_B: Any, new_CB: Any, *cache: Any) -> tuple[Any, ...]:
-            at_B = lengths_B + i
-            logits_B1V, update = self._decode(token_B[:, None], at_B, cache)
+        def step(i: Any, token_B: Any, done_B: Any, new_CB: Any, *kept: Any) -> tuple[Any, ...]:
+            at_B, one_B = lengths_B + i, tf.ones_like(lengths_B)
+            cache, state = kept[: len(self._cache)], kept[len(self._cache) :]
+            inputs = (token_B[:, None], at_B, one_B, cache, state)
+            logits_B1V, update, state = self._decode(*inputs)
             places_B2 = tf.stack([tf.range(batch), at_B], axis=1)
             cache = tuple(
                 tf.tensor_scatter_nd_update(kept, places_B2, new[:, 0])
@@ -93,12 +100,12 @@ class TextModel(tf.Module):
             token_B = _choose(logits_B1V[:, 0])
             shown_B = tf.where(done_B, -1, token_B)
             new_CB = tf.tensor_scatter_nd_update(new_CB, [[i + 1]], shown_B[None])
-            return i + 1, token_B, done_B | self._is_end(token_B), new_CB, *cache
+            return i + 1, token_B, done_B | self._is_end(token_B), new_CB, *cache, *state
 
         def goes_on(i: Any, token_B: Any, done_B: Any, *_: Any) -> Any:
             return (i + 1 < self._count) & ~tf.reduce_all(done_B)
 
-        start = (tf.constant(0), token_B, self._is_end(token_B), new_CB, *cache)
+        start = (tf.constant(0), token_B, self._is_end(token_B), new_CB, *cache, *state)
         shapes = [x.shape for x in start]
         shapes[3] = tf.TensorShape([self._count, None])
         return tf.while_loop(goes_on, step, start, shape_invariants=tuple(shapes))[3]
@@ -107,11 +114,18 @@ class TextModel(tf.Module):
         return tf.reduce_any(token_B[:, None] == self._stop_ids[None], axis=1)
 
 
-def _call(decoder: keras.Model, tokens_BT: Any, length_B: Any, cache: Any) -> tuple[Any, Any]:
-    cache = tree.pack_sequence_as(decoder.input["cache"], list(cache))
-    inputs = {"token_ids": tokens_BT, "cache_length": length_B, "cache": cache}
+def _call(
+    decoder: keras.Model, tokens_BT: Any, length_B: Any, new_B: Any, cache: Any, state: Any
+) -> tuple[Any, Any, Any]:
+    """Returns logits, what belongs into the cache, and states."""
+    inputs = {"token_ids": tokens_BT, "cache_length": length_B}
+    inputs["cache"] = tree.pack_sequence_as(decoder.input["cache"], list(cache))
+    if state:
+        inputs["state"] = tree.pack_sequence_as(decoder.input["state"], list(state))
+        inputs["new_length"] = new_B
     result = decoder(inputs, training=False)
-    return result["logits"], tree.flatten(result["cache_update"])
+    states = tree.flatten(result.get("state", {}))
+    return result["logits"], tree.flatten(result["cache_update"]), states
 
 
 def _sizes(prompts: Any, lengths_B: Any) -> tuple[Any, Any]:

@@ -20,6 +20,7 @@ from configs import (
     layer_norm,
     llama_kin,
     sandwich,
+    states,
 )
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -31,6 +32,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **latents.CONFIGS,
     **corrected.CONFIGS,
     **chunked.CONFIGS,
+    **states.CONFIGS,
 }
 # The first config of each family, for what no config changes.
 ONE_OF_EACH_FAMILY = list({x["model_type"]: name for name, x in reversed(CONFIGS.items())}.values())
@@ -54,4 +56,5 @@ ONE_OF_EACH_KIND = [
     "gpt_oss_clamped",  # sinks, experts with biases and a clamp, gate and up by turns
     "deepseek_v3_groups",  # latents in the cache, a shared expert, a correction of scores
     "llama4_chunks_then_all",  # layers that see chunks, experts in fused tensors
+    "lfm2_wide_kernel",  # a state in the place of keys and values
 ]

@@ -1,0 +1,55 @@
+"""Short convolutions in the place of attention.
+
+Shapes: B batch, T tokens, D model, W width of the kernel.
+"""
+
+import keras
+from keras import ops
+
+from functional_llm.blocks.attention import Inputs, Kept, Shapes
+from functional_llm.graph.composite import CompositeLayer
+from functional_llm.graph.types import Nested
+from functional_llm.layers.convolution import CausalConvolution
+from functional_llm.layers.states import StateLookup
+
+
+def convolution_shapes(width: int, hidden_dim: int) -> Shapes:
+    """Returns what a decoder layer with one `gated_convolution` keeps: W - 1 of its inputs."""
+    return {"convolution": {"inputs": Kept((width - 1, hidden_dim), "float32")}}
+
+
+def gated_convolution(width: int, hidden_dim: int, use_bias: bool = False) -> CompositeLayer:
+    """A short causal convolution between two gates: output(after * convolution(before * x)).
+
+    Args:
+        width: W.
+        hidden_dim: D.
+        use_bias: Whether the projections and the convolution add biases.
+
+    Returns:
+        Layer from `{"x": (B, T, D), "positions", "segment_ids", "state_position", "cache"}` to
+        `{"x": (B, T, D), "cache": {"inputs"}}`.
+
+    Reference:
+        [LFM2](https://arxiv.org/abs/2511.23404).
+    """
+
+    def body(inputs: Inputs) -> dict[str, Nested]:
+        project = keras.layers.Dense(3 * hidden_dim, use_bias=use_bias, name="input")
+        before, after, x = ops.split(project(inputs["x"]), 3, axis=-1)
+        shapes = {"inputs": (width - 1, hidden_dim)}
+        names = ("cache", "state_position", "positions")
+        begin = StateLookup(shapes, name="state_lookup")({name: inputs[name] for name in names})
+        result = CausalConvolution(width, use_bias, name="convolution")(
+            {
+                "x": before * x,
+                "state": begin["inputs"],
+                "positions": inputs["positions"],
+                "segment_ids": inputs["segment_ids"],
+            }
+        )
+        output = keras.layers.Dense(hidden_dim, use_bias=use_bias, name="output")
+        cache = {"inputs": ops.expand_dims(result["state"], 1)}
+        return {"x": output(after * result["x"]), "cache": cache}
+
+    return CompositeLayer(body, name="convolution", autocast=False)  # a cache keeps its dtypes

@@ -1,0 +1,38 @@
+"""States in the place of keys and values."""
+
+from typing import Any
+
+from configs.common import LLAMA
+
+_LFM2 = {
+    **{key: x for key, x in LLAMA.items() if key != "rope_parameters"},
+    "model_type": "lfm2",
+    "rope_theta": 10000.0,
+    "layer_types": ["conv", "full_attention"],
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "lfm2_wide_kernel": {
+        **_LFM2,
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "conv_L_cache": 5,
+        "block_auto_adjust_ff_dim": False,
+    },
+    "lfm2_untied": {
+        **_LFM2,
+        "layer_types": ["full_attention", "conv"],
+        "block_multiple_of": 8,
+        "block_ffn_dim_multiplier": 1.3,
+        "tie_word_embeddings": False,
+    },
+    "lfm2_old_keys": {
+        **{key: x for key, x in _LFM2.items() if key != "layer_types"},
+        "full_attn_idxs": [1],
+        "block_ff_dim": 100,
+        "block_multiple_of": 16,
+        "conv_L_cache": 2,
+        "tie_embedding": True,
+        "num_key_value_heads": 1,
+    },
+}
