@@ -25,7 +25,9 @@ from functional_llm.edits.quantized_layers import (
     make_uninitialized,
     mode_of,
     set_matrix,
+    takes_grids,
 )
+from functional_llm.formats.grid import Grid
 from functional_llm.graph.backend import require_jax
 from functional_llm.graph.rewiring import rewire
 from functional_llm.graph.selection import Where, select, walk
@@ -202,8 +204,13 @@ class QuantizedMatrix:
         """The path of the variable."""
         return self.variable.path
 
-    def assign(self, value: np.ndarray) -> None:
-        """Rounds the floats and lets them go."""
+    @property
+    def takes_grids(self) -> bool:
+        """Whether it takes integers of a file as they are."""
+        return takes_grids(self.layer)
+
+    def assign(self, value: np.ndarray | Grid) -> None:
+        """Rounds the floats and lets them go; the integers of a grid stay."""
         set_matrix(self.layer, self.variable.name, value)
 
 
