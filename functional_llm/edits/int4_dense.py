@@ -17,7 +17,8 @@ from functional_llm.graph.keras_private import quantized_matrix, set_packed_kern
 from functional_llm.graph.keras_values import has_value, uninitialized
 from functional_llm.graph.types import JSON, Layer, Tensor
 from functional_llm.kernels.int4 import multiply_int4
-from functional_llm.stock.lowering import StockLayers, register_lowering
+from functional_llm.stock.lowering import register_lowering
+from functional_llm.stock.several_layers import StockLayers
 
 _LEAST = -8  # the integer of a group's least number, which is the offset
 

@@ -10,6 +10,7 @@ On CPUs with instructions for it, several rows of inputs are rounded to bfloat16
 `Int8AsHalf`.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -112,6 +113,28 @@ def choose_modes(model: keras.Model, mode: str, where: Where | None = None) -> d
     }
     _check_groups(layers, modes)
     return modes
+
+
+def quantized_bytes(model: keras.Model, mode: str, width: int) -> int:
+    """Returns how many bytes the weights of a model would take, were it quantised.
+
+    Args:
+        model: A functional model, whose variables need no values.
+        mode: As for `quantize`.
+        width: Bytes of a number that is not quantised.
+
+    Raises:
+        ValueError: As `quantize`.
+    """
+    layers = dict(walk(model))
+    new = {
+        path: make_uninitialized(layers[path], x) for path, x in choose_modes(model, mode).items()
+    }
+    quantized = {id(variable) for path in new for variable in layers[path].variables}
+    variables = [x for x in model.variables if id(x) not in quantized]
+    variables += [variable for layer in new.values() for variable in layer.variables]
+    narrow = {"int8": 1, "float16": 2}  # whatever the rest is in
+    return sum(math.prod(x.shape) * narrow.get(x.dtype, width) for x in variables)
 
 
 def check_mode(mode: object) -> str:

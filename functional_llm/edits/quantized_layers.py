@@ -136,7 +136,7 @@ def set_matrix(layer: Layer, name: str, value: np.ndarray | Grid) -> None:
 def _rounded(layer: Layer, name: str, value: np.ndarray | Grid) -> dict[str, np.ndarray]:
     """Returns what a layer's variables hold of a matrix: end of a variable's name -> value."""
     size = group_size(str(mode_of(layer)))
-    if isinstance(layer, Int4Dense):
+    if isinstance(layer, Int4Dense) or isinstance(value, Grid):
         grid = value if isinstance(value, Grid) else round_to_int4(value, size)
         if not np.isfinite(grid.offset).all():
             raise ValueError(

@@ -10,9 +10,8 @@ Shapes: B batch, T new tokens, S slots of the cache, V vocabulary.
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import keras
 from keras import ops, tree
@@ -23,37 +22,12 @@ from functional_llm.graph.keras_values import has_value
 from functional_llm.graph.rewiring import shared_copy
 from functional_llm.graph.selection import inner_graph, inner_layers
 from functional_llm.graph.types import Layer, Nested, Tensor
+from functional_llm.stock.several_layers import Copies, InStockLayers, StockLayers
 
 Lower: TypeAlias = Callable[..., Nested]  # (layer, *args, **kwargs) -> outputs
-_Copies: TypeAlias = list[tuple[keras.Variable, keras.Variable]]  # own, and the stock layer's
 _Body: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
-_LOWERINGS: dict[type, "Lower | type | StockLayers"] = {}
+_LOWERINGS: dict[type, Lower | type | StockLayers] = {}
 _FIRST: dict[type, Callable[[Nested], Nested]] = {}
-
-
-class InStockLayers(Protocol):
-    """Stock layers that stand for one: called as it is, with the bias that it has.
-
-    `copies` are the variables of the layer, and those of the stock layers that hold their values.
-    """
-
-    bias: keras.Variable | None
-    layers: Sequence[Layer]
-    copies: _Copies
-
-    def __call__(self, x: Tensor, **kwargs: Nested) -> Tensor:
-        """Returns the outputs for symbolic inputs."""
-
-
-@dataclass(frozen=True)
-class StockLayers:
-    """A lowering to stock layers that hold the weights in another way than the layer.
-
-    Args:
-        make: `make(layer, name)` returns them; names of layers begin with `name`.
-    """
-
-    make: Callable[[Any, str], InStockLayers]
 
 
 def register_lowering(
@@ -112,7 +86,7 @@ class Lowering:
         self._names: set[str] = set()
         self._called_twice: set[int] = set()
         # A custom layer's weights are copied into stock layers, perhaps in another shape.
-        self.copies: _Copies = []
+        self.copies: Copies = []
         self.model = self._around(self._decoder())
 
     def copy_back(self) -> None:
