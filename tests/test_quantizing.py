@@ -99,7 +99,7 @@ def test_int4_takes_half_a_byte_a_number_and_is_what_stock_keras_makes_of_it(
 
 
 def test_int4_leaves_what_is_of_tokens_in_int8(backbone: Any) -> None:
-    """And what is of experts."""
+    """And what is of experts, and what is int8 already."""
     modes = quantized_modes(flm.quantize(backbone, "int4/4"))
     assert {path for path, mode in modes.items() if mode == "int8"} == {
         path
@@ -107,6 +107,9 @@ def test_int4_leaves_what_is_of_tokens_in_int8(backbone: Any) -> None:
         if isinstance(layer, keras.layers.Embedding | ExpertDense) or path == "head"
     }
     assert set(modes.values()) == {"int8", "int4/4"}
+    first = quantized_modes(flm.quantize(backbone, "int8", where="decoder_0/**"))
+    both = flm.quantize(flm.quantize(backbone, "int8", where="decoder_0/**"), "int4/4")
+    assert quantized_modes(both) == modes | first
 
 
 @some_families
