@@ -5,6 +5,7 @@ from typing import Any
 
 import gguf
 import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from functional_llm.edits.quantization import quantized_modes
 from functional_llm.edits.quantized_layers import dequantized
 from functional_llm.edits.rounding import round_to_int4, round_to_int4_with_zeros
 from functional_llm.formats.grid import Grid
+from functional_llm.kernels.int4 import multiply_int4
 from functional_llm.layers.experts import ExpertDense
 from nightly import FAMILIES_AND_KINDS, one_of_each_kind
 from reference import make_reference, save_reference
@@ -180,6 +182,21 @@ def test_gradients_pass_what_is_rounded(backbone: Any, mode: str, least: float) 
     plain, quantized = gradient(backbone), gradient(flm.quantize(backbone, mode))
     cosine = plain @ quantized / np.linalg.norm(plain) / np.linalg.norm(quantized)
     assert cosine > least
+
+
+@pytest.mark.parametrize("take", [lambda fn: fn, jax.grad])
+def test_one_matrix_of_int4_is_in_floats_at_a_time(take: Any) -> None:
+    size, count = 256, 10
+    matrix = jnp.zeros((size, size // 2), "int8"), *jnp.ones((2, size // 32, size), "float16")
+
+    def loss(x: Any, matrices: Any) -> Any:
+        for matrix in matrices:
+            x = jnp.tanh(multiply_int4(x, *matrix))
+        return x.sum()
+
+    program = jax.jit(take(loss)).lower(jnp.ones((8, size)), [matrix] * count).compile()
+    floats = 4 * size * size
+    assert program.memory_analysis().temp_size_in_bytes < 3 * floats  # of ten
 
 
 def test_a_large_input_leaves_the_others_their_bits() -> None:

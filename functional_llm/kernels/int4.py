@@ -8,11 +8,13 @@ Shapes: ... any, K inputs, N outputs, M bytes for N outputs, G numbers in a grou
 """
 
 import math
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+_Matrix: TypeAlias = tuple[jax.Array, ...]  # packed integers, scales, offsets
 # Rows that are multiplied one by one, each with a sum that is written out, on CPUs.
 _FEW = 4
 _LEAST = -8  # of the integers
@@ -37,7 +39,7 @@ def look_up_int4(
     return rows.reshape(*tokens.shape, -1)
 
 
-@jax.checkpoint  # the gradient makes the matrix again, which would wait in memory otherwise
+@jax.custom_vjp  # the gradient makes the matrix again, which would wait in memory otherwise
 def multiply_int4(
     x_K: jax.Array, packed_KM: jax.Array, scale_RN: jax.Array, offset_RN: jax.Array
 ) -> jax.Array:
@@ -50,20 +52,50 @@ def multiply_int4(
         offset_RN: Floats.
     """
     rows = math.prod(x_K.shape[:-1])
-    halves = _halves(scale_RN), _halves(offset_RN)
     if rows <= _FEW and jax.default_backend() == "cpu":
+        halves = _halves(scale_RN), _halves(offset_RN)
         x_rows = x_K.reshape(rows, -1).astype(jnp.float32)
         even, odd = (
             jnp.stack([_sum_row(x, packed_KM, half, scale, offset) for x in x_rows])
             for half, scale, offset in zip(range(2), *halves, strict=True)
         )
     else:
-        even, odd = (
-            jnp.matmul(x_K, _dequantized(half, scale, offset).astype(x_K.dtype))
-            for half, scale, offset in zip(_unpacked(packed_KM), *halves, strict=True)
-        )
+        floats = _float_halves(x_K, packed_KM, scale_RN, offset_RN)
+        even, odd = (jnp.matmul(x_K, half) for half in floats)
     product = _interleaved(even, odd, scale_RN.shape[1]).astype(x_K.dtype)
     return product.reshape(*x_K.shape[:-1], -1)
+
+
+def _multiply_forward(x_K: jax.Array, *matrix: jax.Array) -> tuple[jax.Array, _Matrix]:
+    return multiply_int4(x_K, *matrix), matrix
+
+
+def _multiply_backward(
+    matrix: _Matrix, gradient_N: jax.Array
+) -> tuple[jax.Array, None, None, None]:
+    halves = _halves(gradient_N.reshape(-1, gradient_N.shape[-1]))
+    floats = _float_halves(gradient_N, *matrix)
+    even, odd = (jnp.matmul(half, x_KM.T) for half, x_KM in zip(halves, floats, strict=True))
+    return (even + odd).reshape(*gradient_N.shape[:-1], -1), None, None, None
+
+
+multiply_int4.defvjp(_multiply_forward, _multiply_backward)
+
+
+def _float_halves(
+    x: jax.Array, packed_KM: jax.Array, scale_RN: jax.Array, offset_RN: jax.Array
+) -> list[jax.Array]:
+    """Returns the even and the odd columns of a matrix for a product with `x`, in its dtype.
+
+    XLA makes for CPUs what depends on weights alone as early as it can, all float matrices of a
+    model at once. So the integers depend on `x` here, by a zero that XLA does not know to be one.
+    """
+    if jax.default_backend() == "cpu":
+        first = x[(0,) * x.ndim].astype(jnp.float32)
+        bits = lax.bitcast_convert_type(first, jnp.int32) & jnp.int32(127)
+        packed_KM = packed_KM + jnp.minimum(bits, jnp.int32(0)).astype(jnp.int8)
+    halves = zip(_unpacked(packed_KM), _halves(scale_RN), _halves(offset_RN), strict=True)
+    return [_dequantized(*half).astype(x.dtype) for half in halves]
 
 
 def _unpacked(packed: jax.Array) -> list[jax.Array]:
