@@ -196,7 +196,8 @@ def test_one_matrix_of_int4_is_in_floats_at_a_time(take: Any) -> None:
 
     program = jax.jit(take(loss)).lower(jnp.ones((8, size)), [matrix] * count).compile()
     floats = 4 * size * size
-    assert program.memory_analysis().temp_size_in_bytes < 3 * floats  # of ten
+    memory = program.memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < 3 * floats  # of ten
 
 
 def test_a_large_input_leaves_the_others_their_bits() -> None:
