@@ -1,6 +1,6 @@
 """The public names: `functional_llm` offers them as its own."""
 
-from functional_llm import peft, training
+from functional_llm import peft, sharding, training
 from functional_llm.edits.quantization import quantize
 from functional_llm.evaluation.perplexity import Perplexity, perplexity
 from functional_llm.evaluation.scorer import Score, Scorer, score
@@ -79,6 +79,7 @@ __all__ = [
     "score",
     "select",
     "to_keras_hub",
+    "sharding",
     "training",
     "tree_view",
     "shared_copy",

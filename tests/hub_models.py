@@ -95,6 +95,18 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "phi3",
     ),
+    "gpt_oss": (
+        "GptOssBackbone",
+        {
+            **_SIZES,
+            **_HEADS,
+            "head_dim": 10,
+            "num_experts": 5,
+            "rope_scaling_factor": 32.0,
+            "sliding_window": None,
+        },
+        "gpt_oss",
+    ),
     "smollm3": (
         "SmolLM3Backbone",
         {
@@ -125,7 +137,8 @@ IDS = np.random.default_rng(0).integers(0, 128, (2, 24)).astype("int32")
 def make_hub(name: str, **changes: Any) -> Any:
     """Returns a random KerasHub backbone; every weight is shaken, so that each counts."""
     kind, arguments, _ = (MODELS | ONE_WAY)[name]
-    model = getattr(keras_hub.models, kind)(**{**arguments, **changes})
+    with promoting():
+        model = getattr(keras_hub.models, kind)(**{**arguments, **changes})
     generator = np.random.default_rng(1)
     for weight in model.trainable_weights:
         scale = 0.3 if "query" in weight.path or "key" in weight.path else 0.1

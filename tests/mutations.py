@@ -147,6 +147,32 @@ def _narrower(window: int | None) -> int | None:
     return None if window is None else window - 1
 
 
+@_on("gpt_oss_clamped", LOGITS)
+def no_sinks(patch: pytest.MonkeyPatch) -> None:
+    from functional_llm.layers.attention import AttentionDotProduct
+
+    _replace_inputs(patch, AttentionDotProduct, lambda layer, inputs: {**inputs, "sinks": None})
+
+
+@_on("gpt_oss_clamped", LOGITS)
+def experts_that_are_not_clamped(patch: pytest.MonkeyPatch) -> None:
+    from functional_llm.blocks.experts import clamped
+
+    _replace(patch, clamped, lambda alpha, limit: clamped(alpha, 20.0 * limit))
+
+
+@_on("gpt_oss_clamped", LOGITS)
+def yarn_that_rounds(patch: pytest.MonkeyPatch) -> None:
+    from functional_llm.blocks.rope import YarnScaling
+
+    right = YarnScaling.frequencies
+
+    def wrong(scaling: YarnScaling, *args: Any) -> Any:
+        return right(dataclasses.replace(scaling, truncate=True), *args)
+
+    patch.setattr(YarnScaling, "frequencies", wrong)
+
+
 @_on("mistral_window", LOGITS, INFLUENCE)
 def window_wider_by_one(patch: pytest.MonkeyPatch) -> None:
     from functional_llm.layers.attention import AttentionMask

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +313,20 @@ def test_what_is_said_of_a_model(
     assert "LORA, rank 3, alpha" in said and f"base  {tiny}" in said and "(unknown" not in said
     backbone: Any = flm.Backbone.from_preset(tiny)
     assert f"{backbone.count_params():,}" in said
+
+
+def test_generate_imports_what_it_needs(tiny: Path) -> None:
+    options = ["generate", "--preset", str(tiny), "--max-new-tokens", "1"]
+    code = (
+        "import sys; sys.argv[0] = 'functional-llm'; from functional_llm.commands.main import main;"
+        f"main({options!r}); print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    imported = {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    assert {"jax", "keras", "functional_llm"} <= imported
+    others = {"tensorflow", "torch", "transformers", "keras_hub", "datasets", "matplotlib"}
+    assert not imported & (others | {"pandas", "peft", "trl", "lm_eval", "IPython", "requests"})
 
 
 def test_a_list_of_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ import tokenizers
 import functional_llm as flm
 from configs import CONFIGS
 from functional_llm.formats.gguf_model import part_of_head
+from mxfp4_files import load_packed, pack_experts
 from reference import reference_logits, save_reference
 
 # What a GGUF file cannot say is as llama.cpp takes it: the scale of scores, RoPE of local layers,
@@ -84,7 +85,13 @@ SAID: dict[str, dict[str, Any]] = {
     "apertus_default_rope": {},
     "apertus_llama3_biases_tied": {},
     "falcon_multi_query_untied": {"rope_parameters": None},
+    "granitemoe_multipliers": {},
+    "granitemoe_one_of_eighty_tied": {},
+    "gpt_oss_clamped": {"swiglu_limit": 7.0},
+    "gpt_oss_all_chosen_no_biases_tied": {"swiglu_limit": 7.0},
 }
+# Those whose experts are in MXFP4, in the directory and in the GGUF file.
+PACKED = {"gpt_oss_clamped"}
 # Old keys, which the converter wants.
 WANTED: dict[str, dict[str, Any]] = {
     "gpt2": {"n_ctx": 512},
@@ -131,7 +138,11 @@ def converted(llama_cpp: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     )
     for name, changes in SAID.items():
         folder = tmp_path_factory.mktemp(name)
-        models[name] = (save_reference({**CONFIGS[name], **changes}, folder), folder)
+        model = save_reference({**CONFIGS[name], **changes}, folder)
+        if name in PACKED:
+            pack_experts(folder)
+            model = load_packed(folder)
+        models[name] = (model, folder)
         tokenizer.save(str(folder / "tokenizer.json"))
         if wanted := WANTED.get(CONFIGS[name]["model_type"]):
             config = json.loads((folder / "config.json").read_text())

@@ -103,6 +103,11 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
         "no window",
     ),
     "qwen3_has_no_window_on_jax": ("qwen3", {"sliding_window_size": 5}, "no window"),
+    "gpt_oss_has_its_windows_in_the_other_layers": (
+        "gpt_oss",
+        {"sliding_window": 5},
+        "windows are in the layers that have none, and a token longer",
+    ),
     "falcon_does_not_round_alibi": ("falcon", {}, "does not round ALiBi to bfloat16"),
     "falcon_norms_of_layers_keep_their_epsilon": (
         "falcon",

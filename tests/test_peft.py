@@ -21,12 +21,20 @@ from pair import compiled
 from reference import save_reference
 
 IDS = np.random.default_rng(0).integers(0, 128, (2, 9)).astype("int32")
+
+
+def _ia3(model: Any, **kwargs: Any) -> Any:
+    if not any(path.endswith("/down") for path, _ in flm.walk(model)):  # experts in all layers
+        kwargs |= {"targets": ["key", "value"], "feedforward": []}
+    return flm.peft.ia3(model, **kwargs)
+
+
 METHODS: dict[str, Any] = {
     "lora": lambda model, **kw: flm.peft.lora(model, 3, 5, targets="all", **kw),
     "pissa": lambda model, **kw: flm.peft.lora(model, 3, 5, init="pissa", **kw),
     "dora": lambda model, **kw: flm.peft.dora(model, 3, 5, **kw),
     "svf": lambda model, **kw: flm.peft.svf(model, targets="all", **kw),
-    "ia3": lambda model, **kw: flm.peft.ia3(model, **kw),
+    "ia3": _ia3,
     "bitfit": lambda model, **kw: flm.peft.bitfit(model, **kw),
 }
 

@@ -35,6 +35,8 @@ COUNTS = {
     "gemma3_270m": 268_098_176,
     "gpt2_xl": 1_557_611_200,
     "gpt_neox_20b": 20_554_567_680,
+    "gpt_oss_20b": 20_914_757_184,
+    "gpt_oss_120b": 116_829_156_672,
     "llama2_7b": 6_738_415_616,
     "llama3.1_8b": 8_030_261_248,
     "llama3.2_1b": 1_235_814_400,
@@ -141,6 +143,11 @@ def test_every_family_has_a_published_config() -> None:
         ("nemotron_mini_4b_instruct", {"kv_channels": 64}, "kv_channels=64 and no head_dim"),
         ("phi4_mini_instruct", {"full_attn_mod": 2}, "full_attn_mod=2"),
         ("llama3.2_1b", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("gpt_oss_20b", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ("gpt_oss_20b", {"experts_per_token": 2}, "experts_per_token=2 and num_experts_per_tok=4"),
+        ("gpt_oss_20b", {"num_local_experts": 3}, "from 1 to num_local_experts. Received: 4 and 3"),
+        ("gpt_oss_20b", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("granite3.1_1b_a400m_instruct", {"num_local_experts": None}, "Received: 8 and None"),
     ],
 )
 def test_published_keys_with_other_values_are_refused(

@@ -32,6 +32,15 @@ TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
     r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + SPACES
 )
+ENDING = CONTRACTIONS.replace(")|", ")?|")
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    + ENDING
+    + r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    + ENDING
+    + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|"
+    + SPACES
+)
 BLOOM = " ?[^(\\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+"
 
 
@@ -90,6 +99,12 @@ BYTE_LEVEL: dict[str, tuple[str, JSON, JSON]] = {
         FAST | {"bos_token": None, "eos_token": "<|end|>"},
     ),
     "granite": ("granite", {"pre_tokenizer": _in_turn(DIGITS, _bytes(True))}, GPT2 | ENDS),
+    "granitemoe": ("granitemoe", {"pre_tokenizer": _in_turn(DIGITS, _bytes(True))}, GPT2 | ENDS),
+    "gpt_oss": (
+        "gpt_oss",
+        {"pre_tokenizer": _in_turn(_split(O200K), _bytes())},
+        FAST | {"bos_token": "<|user|>", "eos_token": "<|end|>", "pad_token": "<|endoftext|>"},
+    ),
     "seed_oss": (
         "seed_oss",
         {"pre_tokenizer": _in_turn(_split(SEED), _bytes())},
@@ -363,3 +378,38 @@ def test_templates_of_llama_cpps_own_test(llama_cpp: Path) -> None:
                 as_expected.add(case["name"])
     assert len(as_expected) >= 22
     assert {"phi-4", "ChatGLM4", "CohereForAI/c4ai-command-r-plus"} <= as_expected
+
+
+@pytest.mark.real
+def test_the_template_of_gpt_oss(llama_cpp: Path) -> None:
+    """Harmony as OpenAI published it: channels, reasoning, a call of a tool and its answer."""
+    render = transformers.utils.chat_template_utils.render_jinja_template
+    text = (llama_cpp / "models/templates/openai-gpt-oss-120b.jinja").read_text("utf-8")
+    call = {"name": "weather", "arguments": {"city": "Oslo"}}
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "description": "A city."}},
+        "required": ["city"],
+    }
+    tool = {"name": "weather", "description": "The weather.", "parameters": parameters}
+    messages: list[JSON] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi.", "thinking": "A greeting."},
+        {"role": "user", "content": "The weather?"},
+        {
+            "role": "assistant",
+            "thinking": "A call.",
+            "tool_calls": [{"type": "function", "function": call}],
+        },
+        {"role": "tool", "content": {"sky": "grey"}},
+        {"role": "assistant", "content": "Grey.", "thinking": "So it is."},
+    ]
+    for given, asks in ((messages[:2], True), (messages[:6], True), (messages, False)):
+        variables: JSON = {"add_generation_prompt": asks, "reasoning_effort": "low"}
+        tools = [{"type": "function", "function": tool}]
+        (theirs,), _ = render([given], tools=tools, chat_template=text, **variables)
+        ours = ChatTemplate(text).render_marked(given, tools=tools, **variables).text
+        assert ours == theirs
+        assert "Reasoning: low" in ours and "namespace functions" in ours
+        assert ours.endswith("<|start|>assistant" if asks else "Grey.<|return|>")

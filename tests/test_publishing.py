@@ -1,5 +1,6 @@
 """Model cards, whose snippets run; uploads to a Hub on 127.0.0.1."""
 
+import json
 import os
 import re
 import subprocess
@@ -50,6 +51,18 @@ def test_the_head_says_what_the_hub_reads(tiny: Path, tmp_path: Path) -> None:
     assert (head["base_model"], head["library_name"]) == ("Qwen/Qwen2.5-3B", "peft")
     assert set(head["tags"]) >= {"functional_llm", "lora", "base_model:adapter:Qwen/Qwen2.5-3B"}
     assert "LoRA, rank 2, alpha 16, on q_proj, v_proj" in card.text
+
+
+def test_a_card_beside_a_stock_file(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = flm.Backbone.from_preset(tiny)
+    (tmp_path / "saved").mkdir()
+    backbone.save(tmp_path / "saved" / "model.keras")
+    backbone.write_card(tmp_path / "saved" / "model.keras", FACTS)
+    assert ModelCard.load(tmp_path / "saved" / "README.md").data.library_name == "keras"
+    names = _run_snippets(tmp_path / "saved", monkeypatch)
+    _check(names, np.asarray(backbone(IDS)), IDS)
 
 
 def test_only_a_card_of_ours_is_written_anew(tiny: Path, tmp_path: Path) -> None:
@@ -136,7 +149,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 PUSH = """
-import functional_llm as flm, sys
+import functional_llm as flm, numpy as np, sys
+from functional_llm.commands.main import main
 backbone = flm.Backbone.from_preset(sys.argv[1])
 def push(kind, repository="someone/tiny"):
     if kind == "model":
@@ -144,6 +158,12 @@ def push(kind, repository="someone/tiny"):
     if kind == "adapter":
         model = flm.peft.lora(backbone, rank=2, seed=3)
         return flm.peft.push_to_hub(model, repository, message="First")
+    if kind == "command":
+        return main(["push", sys.argv[3], repository, "--private"])
+    if kind == "load":
+        alone = flm.Backbone.from_preset(f"hf://{repository}")
+        onto = flm.TextGenerator.from_preset(sys.argv[1], adapter=f"hf://{repository}").backbone
+        return [model(np.array([[1, 7, 30]])).tolist() for model in (alone, onto)]
     return flm.push_to_hub(sys.argv[3], repository)
 try:
     print(push(*sys.argv[2].split(",")))
@@ -195,6 +215,21 @@ def test_a_folder_goes_to_the_hub_without_its_checkpoint(
     _push(hub, tiny, "folder", tmp_path / "a")
     assert hub.repo["README.md"] == b"mine"
     assert not any(name.startswith("training") for name in hub.repo)
+
+
+def test_an_adapter_goes_to_the_hub_by_command_and_comes_back(
+    hub: Server, tiny: Path, tmp_path: Path
+) -> None:
+    model = _lora(tiny)
+    for variable in model.trainable_variables:
+        variable.assign(np.random.default_rng(0).normal(size=variable.shape) * 0.3)
+    flm.peft.save_adapter(model, tmp_path / "a")
+    assert _push(hub, tiny, "command", tmp_path / "a").startswith(f"Uploaded to {hub.url}/{REPO}.")
+    assert hub.created[0]["visibility"] == "private" and "adapter_config.json" in hub.repo
+    loaded = json.loads(_push(hub, tiny, "load"))
+    expected = np.asarray(model(np.array([[1, 7, 30]])))
+    for logits in loaded:
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,16 @@ def dense_rows(
     ]
 
 
+def gguf_expert_rows() -> list[Row]:
+    """Rows of experts as llama.cpp's converter writes them, whatever tensors they come from."""
+    parts = ("gate", "up", "down")
+    rows = (
+        dense_rows(f"model.layers.{{}}.mlp.experts.{x}_proj", f"decoder_{{}}/mlp/experts_{x}")
+        for x in parts
+    )
+    return [row for of_part in rows for row in of_part]
+
+
 def fused_rows(source: str, target: str, groups: int = 1) -> list[Row]:
     """Rows of a Linear that is the Dense layers of an attention's queries, keys and values in one.
 
@@ -259,4 +269,17 @@ def check_windows(kinds: Sequence[str], window: int | None) -> None:
         raise ValueError(
             "config.json: expected a sliding_window that is in use for layer_types with "
             "sliding_attention, received none."
+        )
+
+
+def check_chosen(count: int | None, experts: int | None) -> None:
+    """Checks that there are as many experts as are chosen for a token.
+
+    Raises:
+        ValueError: If there are fewer, or none are chosen.
+    """
+    if count is None or experts is None or not 1 <= count <= experts:
+        raise ValueError(
+            "config.json: expected num_experts_per_tok from 1 to num_local_experts. Received: "
+            f"{count} and {experts}."
         )

@@ -4,14 +4,15 @@ Reference: [Granite 3.0](https://github.com/ibm-granite/granite-3.0-language-mod
 them from [Power Scheduler](https://arxiv.org/abs/2408.13359).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import keras
 
 from functional_llm.backbones import llama
-from functional_llm.backbones.family import Family
+from functional_llm.backbones.family import DecoderConfig, Family
 from functional_llm.backbones.stacks import build_around, one_rope
-from functional_llm.blocks.attention import attention, heads
+from functional_llm.blocks.attention import Part, attention, heads
 from functional_llm.blocks.decoder import decoder
 from functional_llm.blocks.language_model import Graph, scale
 from functional_llm.blocks.mlp import gated_mlp
@@ -23,19 +24,38 @@ from functional_llm.layers.attention import AttentionDotProduct
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(llama.Config):
-    """The numbers of a Granite, beside those of a Llama."""
+class MultipliedConfig(DecoderConfig):
+    """The numbers of a Granite and its kin, beside those of `DecoderConfig`."""
 
+    attention_bias: bool
     embedding_multiplier: float
     attention_multiplier: float
     residual_multiplier: float
     logits_scaling: float  # a divisor
 
 
+@dataclass(frozen=True, kw_only=True)
+class Config(MultipliedConfig):
+    """The numbers of a Granite, beside those of its kin."""
+
+    mlp_bias: bool
+
+
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
+
+    def build_mlp() -> CompositeLayer:
+        width, inner = config.hidden_dim, config.intermediate_dim
+        return gated_mlp(inner, width, config.activation, config.mlp_bias)
+
+    return build_stack(config, build_mlp)
+
+
+def build_stack(config: MultipliedConfig, build_mlp: Callable[[], Part]) -> Graph:
+    """Returns the graph, for this family and its kin; `build_mlp` makes the MLP of a layer."""
     layers = [
-        ("full_attention", build_decoder(config, f"decoder_{i}")) for i in range(config.num_layers)
+        ("full_attention", build_decoder(config, f"decoder_{i}", build_mlp()))
+        for i in range(config.num_layers)
     ]
     return build_around(
         config,
@@ -46,7 +66,7 @@ def build(config: Config) -> Graph:
     )
 
 
-def build_decoder(config: Config, name: str) -> CompositeLayer:
+def build_decoder(config: MultipliedConfig, name: str, mlp: Part) -> CompositeLayer:
     """Returns one decoder layer."""
     queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
     epsilon, bias = config.layer_norm_epsilon, config.attention_bias
@@ -57,7 +77,6 @@ def build_decoder(config: Config, name: str) -> CompositeLayer:
         output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),
         product=AttentionDotProduct(config.attention_multiplier, name="dot_product"),
     )
-    mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation, config.mlp_bias)
     scaled = scale(config.residual_multiplier)
     return decoder(
         name,

@@ -22,7 +22,7 @@ from functional_llm.backbones.family import (
 )
 from functional_llm.backbones.keras_hub import llamas
 from functional_llm.backbones.stacks import build_around, one_rope
-from functional_llm.blocks.attention import PartFunction, attention, heads
+from functional_llm.blocks.attention import PartFunction, Product, attention, heads
 from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.mlp import gated_mlp
@@ -60,7 +60,9 @@ def build_decoder(
     return pre_norm(name, lambda part: rms_norm(epsilon, part), self_attention, mlp)
 
 
-def build_attention(config: DecoderConfig, rotate: PartFunction, bias: bool) -> CompositeLayer:
+def build_attention(
+    config: DecoderConfig, rotate: PartFunction, bias: bool, product: Product | None = None
+) -> CompositeLayer:
     """Returns the attention of a decoder layer, for this family and its kin."""
     queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
     return attention(
@@ -68,6 +70,7 @@ def build_attention(config: DecoderConfig, rotate: PartFunction, bias: bool) -> 
         key=[heads(keys, size, "key", bias), rotate],
         value=[heads(keys, size, "value", bias)],
         output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),
+        product=product,
     )
 
 

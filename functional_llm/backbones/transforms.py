@@ -122,3 +122,12 @@ def fused(groups: int = 1) -> tuple[Transform, Transform]:
         Transform(_transpose, _transpose, axis=-2, groups=groups),
         Transform(_same, _same, axis=-1, groups=groups),
     )
+
+
+def by_turns(size: int) -> Transform:
+    """Returns the transform of tensors whose last axis has a column of each part by turns.
+
+    Args:
+        size: How many columns a part has.
+    """
+    return Transform(_same, _same, axis=-1, groups=size)

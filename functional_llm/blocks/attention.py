@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import keras
+from keras import ops
 
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import Nested, Tensor
@@ -94,7 +95,7 @@ def attention(
         value: Parts from (B, T, D) to (B, T, K, V); V is the head size of the values.
         output: Layer from (B, T, N * V) to (B, T, D).
         product: What attends: an `AttentionDotProduct`, which is the default, or a function that
-            calls one with more inputs, such as sinks.
+            calls one with more inputs, such as `attending_with_sinks`.
 
     Returns:
         Layer from `{"x": (B, T, D), "positions", "mask", "rotation", "cache"}` to
@@ -114,6 +115,28 @@ def attention(
         return {"x": output(merge(attended)), "cache": cache}
 
     return CompositeLayer(body, name="attention", autocast=False)  # a cache keeps its dtypes
+
+
+@keras.saving.register_keras_serializable("functional_llm")
+class Sinks(CompositeLayer):
+    """A learned score for each query head that counts in its softmax, for nothing to be seen.
+
+    From queries (B, T, N, H), of which it takes their number, to (N,).
+
+    Reference:
+        [gpt-oss](https://arxiv.org/abs/2508.10925), section 2.3.
+    """
+
+    def functional_build(self, inputs: Tensor) -> Tensor:
+        self.score = self.add_weight((inputs.shape[2],), "zeros", name="score")
+        # A weight by itself is no node of a graph: the zero makes it one.
+        return ops.zeros_like(inputs[0, 0, :, 0]) + self.score
+
+
+def attending_with_sinks() -> Product:
+    """Returns what attends with `Sinks`, for `attention`."""
+    sinks, attend = Sinks(name="sinks"), AttentionDotProduct(name="dot_product")
+    return lambda inputs: attend({**inputs, "sinks": sinks(inputs["query"])})
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from functional_llm.commands.command import Command
 from functional_llm.commands.loading import Model, make_sampler
 from functional_llm.commands.options import (
     add_adapters,
+    add_mesh,
     add_precision,
     add_preset,
     check_model,
@@ -45,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="of the random numbers")
     add_adapters(parser)
     add_precision(parser)
+    add_mesh(parser)
     add("--stats", action="store_true", help="after each turn, how much the cache spared")
 
 

@@ -92,6 +92,7 @@ def save_result(model: Any, tokenizer: Any, arguments: argparse.Namespace, facts
     merged = model if arguments.method == "full" else peft.merge(model)
     if arguments.save == "keras":
         merged.save(output / "model.keras", tokenizer=tokenizer)
+        merged.write_card(output / "model.keras", facts)
         return f"--preset {output / 'model.keras'}"
     merged.save_preset(output, tokenizer, facts=facts)
     return f"--preset {output}"

@@ -16,6 +16,7 @@ from functional_llm.commands.options import (
     QUANTIZED,
     above_zero,
     add_adapters,
+    add_mesh,
     add_preset,
     check_model,
     not_negative,
@@ -52,6 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, default="float32", help="of the model's numbers")
     below = "the model under the adapter takes a byte a number, or half of one"
     add("--quantize", choices=QUANTIZED, help=below)
+    add_mesh(parser)
     add("--length", type=positive, default=512, help="tokens of a row; longer examples are cut")
     add("--no-packing", dest="packing", action="store_false", help="an example a row")
     small = "3; more of small data, for at least 60 steps"

@@ -4,13 +4,15 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from functional_llm.commands.command import STARTED, Command
-from functional_llm.commands.loading import Model, make_sampler
+from functional_llm.commands.loading import Model, make_sampler, no_search_for_garbage
 from functional_llm.commands.options import (
     add_adapters,
+    add_mesh,
     add_precision,
     add_preset,
     check_model,
@@ -53,6 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="of the random numbers, to get the same text again")
     add_adapters(parser)
     add_precision(parser)
+    add_mesh(parser)
     add("--stats", action="store_true", help="print load, compile, prefill and decode figures")
 
 
@@ -77,7 +80,9 @@ def run(arguments: argparse.Namespace) -> None:
         stop=arguments.stop,
         seed=arguments.seed,
     )
-    first = write(pieces)
+    with no_search_for_garbage():
+        begun = list(islice(pieces, 1))  # which traces programs
+    first = write(chain(begun, pieces))
     if arguments.stats:
         print_stats(generator.stats, loaded, first)
 

@@ -1,6 +1,8 @@
 """What the options of `options.py` describe: samplers, tokenizers, models."""
 
 import argparse
+import gc
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from functional_llm.generation.samplers import Sampler
     from functional_llm.presets import Backbone, TextGenerator, Tokenizer
 
+_FOR_KERAS_ALONE = ("matplotlib", "pandas", "IPython", "requests")
 SAMPLER_NUMBERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -31,6 +34,35 @@ def introduce(preset: str | Path) -> None:
         print(f"{preset}: {read_preset(str(preset))['description']}", file=sys.stderr)
 
 
+@contextmanager
+def no_search_for_garbage() -> Iterator[None]:
+    """Nothing that is made inside is looked through for garbage, then or later.
+
+    Imports and graphs make a million objects that stay. Python would look at all of them again and
+    again: a tenth of the time to the first word.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def import_keras() -> None:
+    """Imports Keras without packages that it imports wherever they are, for what no command does.
+
+    They are for pictures, data frames, notebooks and servers; together they take longer than Keras.
+    """
+    unneeded = [name for name in _FOR_KERAS_ALONE if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(unneeded))  # type: ignore[arg-type]  # Python's own way
+    try:
+        importlib.import_module("keras")
+    finally:
+        for name in unneeded:
+            del sys.modules[name]
+
+
 class Model:
     """The model that options name: its base and its adapters, loaded when they are asked for.
 
@@ -42,7 +74,9 @@ class Model:
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        from functional_llm.presets.adapted import split_handle
+        with no_search_for_garbage():
+            import_keras()
+            from functional_llm.presets.adapted import split_handle
 
         self.base, self.adapters = split_handle(arguments.preset, arguments.adapter or None)
         self._arguments = arguments
@@ -71,15 +105,35 @@ class Model:
         from functional_llm.presets import Backbone
         from functional_llm.presets.adapted import with_adapters
 
+        if (axes := getattr(self._arguments, "mesh", None)) is not None:
+            distribute(self.base, axes, self._arguments.dtype)
         mode = getattr(self._arguments, "quantize", None)
-        backbone: Any = Backbone.from_preset(self.base, dtype=self._arguments.dtype, quantize=mode)
-        return with_adapters(backbone, self.adapters)
+        dtype = self._arguments.dtype
+        with no_search_for_garbage():
+            backbone: Any = Backbone.from_preset(self.base, dtype=dtype, quantize=mode)
+            return with_adapters(backbone, self.adapters)
 
     def load_generator(self, tokenizer: "Tokenizer") -> "TextGenerator":
         """Returns a generator with the model."""
         from functional_llm.presets import text_generator
 
         return text_generator.TextGenerator(self.load(), tokenizer, announce)
+
+
+def distribute(handle: str | Path, axes: str, dtype: str) -> None:
+    """Spreads what is loaded from now on over the devices.
+
+    Args:
+        handle: Of the model.
+        axes: What `flm.sharding.mesh` takes.
+        dtype: Of the weights.
+    """
+    import keras
+
+    from functional_llm import sharding
+
+    layout = sharding.layout(handle, sharding.mesh(axes), dtype=dtype)
+    keras.distribution.set_distribution(layout)
 
 
 @contextmanager

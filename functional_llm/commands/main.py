@@ -15,6 +15,7 @@ COMMANDS = {
     "finetune": "train an adapter, or all weights, on a dataset",
     "merge": "fold adapters into their base: a directory that Transformers loads",
     "convert": "read one format, write another",
+    "push": "upload a model or an adapter to the Hugging Face Hub",
     "score": "log-probabilities, accuracy and perplexity on a file",
     "info": "sizes, formats, memory and attention of a model",
 }

@@ -49,6 +49,16 @@ def add_precision(parser: argparse.ArgumentParser, quantize: bool = True) -> Non
         parser.add_argument("--quantize", choices=QUANTIZED, help=explanation)
 
 
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that spreads the model over several devices."""
+    parser.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="spread over all devices, as data=4,model=2: data splits the rows of a batch, fsdp "
+        "these and the weights, model heads and MLPs, experts the experts (one device)",
+    )
+
+
 def check_model(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Checks the options that name the model, as far as no file is opened for it."""
     if getattr(arguments, "quantize", None) and arguments.dtype in ("float16", "mixed_float16"):

@@ -10,6 +10,7 @@ from functional_llm.commands.command import Command
 from functional_llm.commands.loading import Model
 from functional_llm.commands.options import (
     add_adapters,
+    add_mesh,
     add_precision,
     add_preset,
     check_model,
@@ -29,6 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_preset(parser)
     add_adapters(parser)
     add_precision(parser)
+    add_mesh(parser)
     add(
         "--data",
         required=True,

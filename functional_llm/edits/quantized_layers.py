@@ -18,6 +18,7 @@ from functional_llm.edits.rounding import (
 from functional_llm.formats.grid import SIZE, Grid
 from functional_llm.graph.keras_private import quantized_matrix
 from functional_llm.graph.keras_values import uninitialized
+from functional_llm.graph.placing import assign
 from functional_llm.graph.types import Layer, Tensor
 from functional_llm.kernels.int4 import dequantize_int4, look_up_int4
 from functional_llm.layers.experts import ExpertDense
@@ -130,7 +131,7 @@ def set_matrix(layer: Layer, name: str, value: np.ndarray | Grid) -> None:
     variables = {variable.name: variable for variable in layer.weights}
     for suffix, part in parts.items():
         variable = variables[name + suffix]
-        variable.assign(np.reshape(part, variable.shape))
+        assign(variable, np.reshape(part, variable.shape))
 
 
 def _rounded(layer: Layer, name: str, value: np.ndarray | Grid) -> dict[str, np.ndarray]:

@@ -199,7 +199,13 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
         raise ValueError(
             f"{file.path} has keys that nobody handles: {sorted(prefix + key for key in given)}."
         )
-    return family.gguf_defaults(config) | config
+    defaults = family.gguf_defaults(config)
+    parts = {key: x | config[key] for key, x in defaults.items() if _are_dicts(x, config.get(key))}
+    return defaults | config | parts
+
+
+def _are_dicts(*values: object) -> bool:
+    return all(isinstance(value, dict) for value in values)
 
 
 def part_of_head(part: int, whole: int) -> float:

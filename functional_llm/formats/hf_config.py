@@ -6,6 +6,7 @@ from typing import Any, get_args, get_type_hints
 
 from functional_llm.backbones.family import DecoderConfig, Family, ModelConfig
 from functional_llm.blocks.rope import LinearScaling
+from functional_llm.formats.mxfp4 import is_mxfp4
 from functional_llm.formats.rope_config import (
     LAYER_TYPES,
     SCALINGS,
@@ -85,6 +86,8 @@ def read_config(raw: Mapping[str, Any], family: Family) -> ModelConfig:
     Raises:
         ValueError: Naming every key that is missing, unknown, or has a value no part exists for.
     """
+    if is_mxfp4(raw.get(_QUANTIZATION)):  # the tensors say which of them are
+        raw = {key: value for key, value in raw.items() if key != _QUANTIZATION}
     raw = _rename_aliases(raw, family)
     has_meaning = _nullable_keys(family)
     given = {key: value for key, value in raw.items() if value is not None or key in has_meaning}
@@ -116,6 +119,7 @@ def read_config(raw: Mapping[str, Any], family: Family) -> ModelConfig:
 # Sizes that are not guessed, though Transformers has a number for each: that of one model.
 _NO_DEFAULT = {"vocabulary_size", "num_layers", "hidden_dim", "num_heads", "num_query_heads"}
 _LOCAL = "local_rope_max_wavelength"
+_QUANTIZATION = "quantization_config"
 _ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters"}
 
 

@@ -13,6 +13,7 @@ from functional_llm.backbones.wrapper import Wrapper, with_other_prefix
 from functional_llm.files.json_files import read_json, write_json
 from functional_llm.files.replacing import replaced_folder
 from functional_llm.formats.hf_config import read_config, write_config
+from functional_llm.formats.mxfp4 import unpacked
 from functional_llm.formats.safetensors_reader import open_safetensors
 from functional_llm.formats.safetensors_writer import WEIGHT_FILES, write_safetensors
 from functional_llm.formats.source import Source, known_family
@@ -84,7 +85,7 @@ class HuggingFaceDirectory(Source):
         return [*super().ignored, *(self._wrapper.ignored if self._wrapper else ())]
 
     def open_tensors(self, names: Sequence[str]) -> TensorSource:
-        source: TensorSource = open_safetensors(self.path)
+        source = unpacked(open_safetensors(self.path))
         if self._wrapper is not None:
             source = with_names(source, self._wrapper.text_name)
         stored = self.family.stored_prefixes

@@ -46,6 +46,7 @@ class ModelCard:
         base: The model that it was made of: an id of the Hub, or a path.
         licence: Of the base.
         adapter: Words for the kind of adapter: `"LoRA, rank 8"`; `None` for a model.
+        stock_file: Name of the `.keras` file in the folder, if the model is one.
         is_peft: Whether PEFT knows the adapter.
         facts: What else there is to say.
         tags: Of the Hub, beside `functional_llm`.
@@ -55,6 +56,7 @@ class ModelCard:
     base: str | None = None
     licence: str | None = None
     adapter: str | None = None
+    stock_file: str | None = None
     is_peft: bool = True
     facts: CardFacts = field(default_factory=CardFacts)
     tags: Sequence[str] = ()
@@ -66,7 +68,7 @@ class ModelCard:
             data = ", ".join(self.facts.datasets)
             parts += ["## How it was made", self.facts.method, f"Data: {data}." if data else ""]
         parts += [_table(self.facts.losses), _LOADING]
-        for words, code in _snippets(self):
+        for words, code in _snippets(self) if self.stock_file is None else _of_stock_file(self):
             parts += [f"{words}:", f"```python\n{code}```"]
         return _signed("\n\n".join(part for part in parts if part) + "\n\n")
 
@@ -81,7 +83,8 @@ class ModelCard:
         relation = "adapter" if self.adapter else "finetune" if is_trained else None
         known = self.licence in _LICENCES
         library = "peft" if self.adapter is not None and self.is_peft else None
-        library = "transformers" if self.adapter is None else library
+        if self.adapter is None:
+            library = "transformers" if self.stock_file is None else "keras"
         tags = ["functional_llm", "keras", *self.tags]
         if base and library == "peft":
             tags.append(f"base_model:adapter:{base}")
@@ -141,6 +144,24 @@ def _snippets(card: ModelCard) -> list[tuple[str, str]]:
         there = "from transformers import AutoModelForCausalLM\n\n" + auto.format('"merged"')
         pairs += [("With Transformers, as a merged model", head), ("and then", there)]
     return [*pairs, ("With Keras alone, on any backend", stock), ("and then, anywhere", stock_2)]
+
+
+def _of_stock_file(card: ModelCard) -> list[tuple[str, str]]:
+    """Returns words and code for each library that can load a `.keras` file."""
+    name = json.dumps(f"{card.name}/{card.stock_file}")
+    here = f"import functional_llm as flm\n\ngenerator = flm.TextGenerator.from_preset({name})\n"
+    here += 'print(generator.generate("Once upon a time", max_new_tokens=8))\n'
+    keras = f"import keras\n\nmodel = keras.saving.load_model({name})\n"
+    directory = "import functional_llm as flm  # once\n\n"
+    directory += f'flm.Backbone.from_preset({name}).save_preset("directory")\n'
+    there = "from transformers import AutoModelForCausalLM\n\n"
+    there += 'model = AutoModelForCausalLM.from_pretrained("directory")\n'
+    return [
+        ("With functional_llm", here),
+        ("With Transformers, as a directory", directory),
+        ("and then", there),
+        ("With Keras alone, on any backend", keras),
+    ]
 
 
 def _table(losses: Mapping[str, float]) -> str:

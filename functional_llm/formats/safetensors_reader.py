@@ -16,6 +16,8 @@ from functional_llm.files.json_files import parse_json_object
 from functional_llm.formats.tensor_reader import (
     bad_file,
     find_entry,
+    float_dtype,
+    read_as_stored,
     read_blocks,
     some,
     stored_dtype,
@@ -79,6 +81,8 @@ class SafetensorsFolder:
                 "Use a checkpoint that is not quantised."
             )
         stored = stored_dtype(_FLOATS[entry.stored])
+        if stored == float_dtype(dtype):
+            return read_as_stored(entry.path, name, entry.offset, entry.shape, dtype)
         return read_blocks(
             entry.path,
             name,

@@ -67,6 +67,33 @@ def read_blocks(
     return result
 
 
+def read_as_stored(
+    path: Path, name: str, offset: int, shape: tuple[int, ...], dtype: str
+) -> np.ndarray:
+    """Reads a stretch of a file that holds numbers of the wanted dtype: straight into the array.
+
+    Args:
+        path: As for `read_blocks`, the others too.
+        name: Name of the tensor.
+        offset: Where its bytes begin.
+        shape: Its shape.
+        dtype: Of the file and of the array.
+
+    Raises:
+        ValueError: If the file has become shorter.
+    """
+    result = np.empty(shape, float_dtype(dtype))
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        left: Any = result.reshape(-1).view(np.uint8)
+        while left.size:  # the system reads 2 GB at once at most
+            count = file.readinto(left)
+            if not count:
+                raise bad_file(path, f"the data of the tensor {name!r}", "the end of the file")
+            left = left[count:]
+    return result
+
+
 def float_dtype(dtype: str) -> np.dtype:
     """Returns the NumPy dtype named `float32`, `float16` or `bfloat16`; others are a ValueError."""
     if dtype not in _DTYPES:

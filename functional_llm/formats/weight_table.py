@@ -26,6 +26,7 @@ from functional_llm.backbones.transforms import TRANSFORMS, Row, Transform
 from functional_llm.formats.grid import SIZE, Grid
 from functional_llm.formats.tensor_reader import float_dtype
 from functional_llm.formats.tensor_source import TensorSource, read_grid, stored_name
+from functional_llm.graph.placing import assign
 
 _NUMBERED = re.compile(r"\[(.*?)\{(\w+)\}(.*?)\]")  # in the names of rows
 
@@ -317,7 +318,11 @@ def load_weights(
     with ThreadPoolExecutor(max_workers=1) as reader:  # reads one ahead of the assignment
         for tensor, arrays in progress(_one_ahead(reader, read, tensors), len(tensors)):
             for path, array in assembly.add(tensor, arrays):
-                by_path[path].assign(array)
+                target = by_path[path]
+                if isinstance(target, keras.Variable):
+                    assign(target, array)
+                else:
+                    target.assign(array)
 
 
 def _read_grids(

@@ -17,8 +17,10 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from functional_llm.generation.equal_layers import trace_equal_layers_once
 from functional_llm.generation.results import Stats
 from functional_llm.generation.samplers import Sampler, needs_keys
+from functional_llm.graph.placing import place_rows
 from functional_llm.graph.precision import full_float32
 from functional_llm.layers.cache import Cache, fill_cache, grow_cache, make_cache, num_slots
 from functional_llm.xla.rewriter import compiler_options, optimize_for_cpu, optimize_for_gpu
@@ -79,6 +81,13 @@ class DecodeState(NamedTuple):
     mask: jax.Array | None = None
 
 
+def _on_devices(prompt: Prompt) -> Prompt:
+    """Returns a prompt each of whose rows is where the weights that read it are."""
+    of_rows = ("tokens", "positions", "last", "row_ids", "keys", "mask")
+    data = {name: getattr(prompt, name) for name in of_rows}
+    return prompt._replace(**place_rows(data, len(prompt.last)))
+
+
 class _Call(NamedTuple):
     """A program, and what it is to be called with.
 
@@ -121,7 +130,7 @@ class CompiledPrograms:
         outputs = backbone.output
         kept = {"hidden": outputs["hidden"], "cache": outputs["cache"]}
         self.backbone = backbone
-        self._trunk = keras.Model(backbone.input, kept)
+        self._trunk = trace_equal_layers_once(keras.Model(backbone.input, kept))
         self._head = keras.Model(outputs["hidden"], outputs["logits"])
         self._variables = backbone.variables
         self.announce = announce
@@ -145,6 +154,7 @@ class CompiledPrograms:
         With `stop_ids`, those of the decode loop that will follow, the loop is compiled at the same
         time: it makes no pause after the first token.
         """
+        prompt = _on_devices(prompt)
         given = prompt.cache is not None, prompt.mask is not None
         row_ids = None if prompt.row_ids is None else prompt.row_ids.shape
         key = ("prefill", prompt.tokens.shape, slots, row_ids, *given)

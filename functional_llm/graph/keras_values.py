@@ -32,6 +32,8 @@ def uninitialized() -> Iterator[None]:
         yield
     for variable in global_state.get_global_attribute("uninitialized_variables") or ():
         variable._initializer = no_value
+        if keras.backend.backend() == "jax":  # of the distribution that is set, as for any other
+            variable._initialize_layout()
     global_state.set_global_attribute("uninitialized_variables", [])
 
 

@@ -10,6 +10,7 @@ Shapes: B batch, T new tokens, S slots.
 import math
 from typing import TypeAlias
 
+import jax
 import keras
 import numpy as np
 from keras import ops, tree
@@ -59,7 +60,8 @@ def fill_cache(model: keras.Model, new: Cache, positions_BT: Tensor, num_slots: 
         num_slots: As for `make_cache`.
     """
     empty = make_cache(model, positions_BT.shape[0], num_slots)
-    return tree.map_structure(lambda x, slots: store_tokens(x, slots, positions_BT), new, empty)
+    store = jax.jit(store_tokens)  # traced once for all layers
+    return tree.map_structure(lambda x, slots: store(x, slots, positions_BT), new, empty)
 
 
 def num_slots(cache: Cache) -> int:

@@ -17,6 +17,7 @@ from functional_llm.files.replacing import replaced_folder, share
 from functional_llm.formats.model_card import CardFacts, ModelCard, write_card
 from functional_llm.formats.safetensors_reader import open_safetensors
 from functional_llm.formats.upload import push_saved
+from functional_llm.graph.placing import assign
 from functional_llm.graph.selection import walk
 from functional_llm.graph.types import JSON, Layer, Tensor
 from functional_llm.peft.adapter import (
@@ -226,7 +227,7 @@ def load_adapter(
     _raise_at(lines, folder, config)
     for _, adapter, values in own:
         for name, variable in adapter.adapter_weights.items():
-            variable.assign(values[name])
+            assign(variable, values[name])
     _raise_at([line for one in own for line in _check_fingerprint(*one)], folder, config)
     if not has_fingerprints and any(_has_fingerprint(adapter) for _, adapter, _ in own):
         warnings.warn(

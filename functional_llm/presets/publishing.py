@@ -1,6 +1,7 @@
 """What writes a Backbone: as a stock file, as a directory, as a repository of the Hub."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,16 @@ class Publishable:
         with tempfile.TemporaryDirectory() as files:
             self._write_tokenizer(tokenizer, Path(files))
             write_keras_model(self, path, family, self.config, edits, Path(files))
+
+    def write_card(self, file: str | Path, facts: CardFacts | None = None) -> None:
+        """Writes a model card (README.md) beside a `.keras` file from `save`.
+
+        Args:
+            file: The file. A card beside it that this library did not write stays.
+            facts: As for `save_preset`.
+        """
+        folder = Path(file).parent
+        write_card(replace(self._card(folder, facts), stock_file=Path(file).name), folder)
 
     def _write_tokenizer(self, tokenizer: TextTokenizer | None, folder: Path) -> None:
         if tokenizer is not None:

@@ -1,6 +1,8 @@
 """The cross-entropy of a language model's head, computed without ever holding all its logits.
 
-Shapes: B batch, T tokens, N = B * T tokens in a row, C tokens of a chunk, D model, V vocabulary.
+Shapes: B batch, T tokens, R parts of the batch, each on devices of its own (1 without a
+distribution), N = B * T / R tokens of a part in a row, C tokens of a chunk, X chunks, D model,
+V vocabulary.
 """
 
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from functional_llm.graph.placing import num_parts, place_rows
 from functional_llm.graph.types import Tensor
 from functional_llm.training.rematerialize import Values
 
@@ -27,8 +30,8 @@ _FEWEST = 512  # and what CPUs take, where the products of 512 rows are as fast 
 _MOST = 8192
 _TILE = 128  # rows
 
-# The head's trainable values, hidden states (X, C, D) of X chunks, the head's other values, labels
-# and weights (X, C).
+# The head's trainable values, hidden states (X, R, C, D), the head's other values, labels and
+# weights (X, R, C).
 _Arguments: TypeAlias = tuple[Values, jax.Array, Values, jax.Array, jax.Array]
 # Of the scan over chunks. Each adds to the sum of the head's gradients and renews its states.
 _Carry: TypeAlias = tuple[Values, Values]
@@ -70,44 +73,60 @@ def cross_entropy(
     pass only scales them. The losses of the tokens have no gradients.
 
     Args:
-        head: Functional model from hidden states (1, C, D) to logits (1, C, V).
+        head: Functional model from hidden states (R, C, D) to logits (R, C, V).
         hidden_BTD: Hidden states.
         labels_BT: Integers; negative for tokens without a label, whose loss is 0.
         weights_BT: Factors of the tokens' losses in the sum.
-        chunk_size: C, the tokens whose logits exist at a time; `None` for `choose_chunk_size`.
+        chunk_size: C, the tokens of a part whose logits exist at a time; `None` for
+            `choose_chunk_size`.
         training: Whether dropout in the head is active.
 
     Reference:
         [Liger Kernel](https://arxiv.org/abs/2410.10989), section 3.2, FusedLinearCrossEntropy.
     """
     batch, length, width = hidden_BTD.shape
-    total = batch * length
+    # Each part is sorted and computed where it lies: in one order of all of them, every device
+    # would receive all hidden states, and compute all chunks.
+    parts = num_parts(batch)
+    total = batch // parts * length
     if chunk_size is None:
         chunk_size = choose_chunk_size(jax.default_backend(), head.output.shape[-1], total)
     size = min(chunk_size, total)
-    labels_N = jnp.reshape(jnp.asarray(labels_BT, "int32"), total)
+    labels_RN = _in_parts(jnp.asarray(labels_BT, "int32"), parts)
     # Tokens with a label first: the chunks after them have nothing to compute.
-    order_N = jnp.argsort(labels_N < 0, stable=True)
-    padding = (0, -total % size)
-    padded_N = jnp.pad(order_N, padding)
-    hidden_XCD = jnp.reshape(hidden_BTD, (total, width))[padded_N].reshape(-1, size, width)
-    labels_XC = jnp.pad(labels_N[order_N], padding, constant_values=-1).reshape(-1, size)
-    weights_XC = jnp.reshape(weights_BT, total)[padded_N].reshape(-1, size)
+    order_RN = jnp.argsort(labels_RN < 0, axis=1, stable=True)
+    padding = ((0, 0), (0, -total % size))
+    padded_RN = jnp.pad(order_RN, padding)
+
+    def in_chunks(x_RN: jax.Array) -> jax.Array:
+        return jnp.swapaxes(jnp.reshape(x_RN, (parts, -1, size, *x_RN.shape[2:])), 0, 1)
+
+    hidden_RND = _in_parts(hidden_BTD, parts)
+    hidden_XRCD = in_chunks(jnp.take_along_axis(hidden_RND, padded_RN[..., None], axis=1))
+    ordered_RN = jnp.take_along_axis(labels_RN, order_RN, axis=1)
+    labels_XRC = in_chunks(jnp.pad(ordered_RN, padding, constant_values=-1))
+    weights_XRC = in_chunks(jnp.take_along_axis(_in_parts(weights_BT, parts), padded_RN, axis=1))
     trainable = [variable.value for variable in head.trainable_variables]
     fixed = [variable.value for variable in head.non_trainable_variables]
-    loss, (losses_XC, state) = _chunks(head, training)(
-        trainable, hidden_XCD, fixed, labels_XC, weights_XC
+    loss, (losses_XRC, state) = _chunks(head, training)(
+        trainable, hidden_XRCD, fixed, labels_XRC, weights_XRC
     )
     for index, value in zip(_state_indices(head), state, strict=True):
         head.non_trainable_variables[index].assign(value)
-    losses_N = jnp.zeros(total, "float32").at[order_N].set(jnp.reshape(losses_XC, -1)[:total])
-    return loss, jnp.reshape(losses_N, (batch, length))
+    losses_RN = jnp.reshape(jnp.swapaxes(losses_XRC, 0, 1), (parts, -1))[:, :total]
+    losses_RN = jnp.take_along_axis(losses_RN, jnp.argsort(order_RN, axis=1), axis=1)
+    return loss, jnp.reshape(losses_RN, (batch, length))
+
+
+def _in_parts(x: Tensor, parts: int) -> jax.Array:
+    """Returns (B, T, ...) as (R, N, ...), each part where its rows lie."""
+    return place_rows(jnp.reshape(x, (parts, -1, *x.shape[2:])), parts)
 
 
 def _chunks(head: keras.Model, training: bool) -> Callable[[*_Arguments], tuple[jax.Array, _Rest]]:
     """Returns a function that runs the chunks one after the other and has its own gradients.
 
-    It returns the weighted sum of the losses; and, without gradients, each loss (X, C) and the
+    It returns the weighted sum of the losses; and, without gradients, each loss (X, R, C) and the
     head's new states. XLA leaves out the gradients that nobody asks for, such as those of a frozen
     embedding.
     """
@@ -116,47 +135,47 @@ def _chunks(head: keras.Model, training: bool) -> Callable[[*_Arguments], tuple[
     precision = config.jax_default_matmul_precision  # JAX may trace gradients when it is another
 
     def logits(
-        state: Values, fixed: Values, trainable: Values, hidden_CD: jax.Array
+        state: Values, fixed: Values, trainable: Values, hidden_RCD: jax.Array
     ) -> tuple[jax.Array, Values]:
         values = list(fixed)
         for index, value in zip(states, state, strict=True):
             values[index] = value
         with jax.default_matmul_precision(precision):
-            logits_1CV, values = head.stateless_call(
-                trainable, values, hidden_CD[None], training=training
+            logits_RCV, values = head.stateless_call(
+                trainable, values, hidden_RCD, training=training
             )
-        return logits_1CV[0].astype("float32"), [values[index] for index in states]
+        return logits_RCV.astype("float32"), [values[index] for index in states]
 
     def run(
         is_training_step: bool, *arguments: *_Arguments
     ) -> tuple[tuple[jax.Array, _Rest], tuple[Values, jax.Array | None]]:
-        trainable, hidden_XCD, fixed, labels_XC, weights_XC = arguments
+        trainable, hidden_XRCD, fixed, labels_XRC, weights_XRC = arguments
 
         def chunk(carry: _Carry, inputs: _Chunk) -> tuple[_Carry, _ChunkResult]:
-            hidden_CD, labels_C, weights_C = inputs
+            hidden_RCD, labels_RC, weights_RC = inputs
             sums, state = carry
             function = partial(logits, state, fixed)
             if not is_training_step:
-                logits_CV, state = function(trainable, hidden_CD)
-                return (sums, state), (_losses(logits_CV, labels_C, weights_C)[0], None)
-            logits_CV, pull, state = jax.vjp(function, trainable, hidden_CD, has_aux=True)
-            losses_C, gradient_CV = _losses(logits_CV, labels_C, weights_C)
-            gradients, gradient_CD = pull(gradient_CV)
-            return (jax.tree.map(jnp.add, sums, gradients), state), (losses_C, gradient_CD)
+                logits_RCV, state = function(trainable, hidden_RCD)
+                return (sums, state), (_losses(logits_RCV, labels_RC, weights_RC)[0], None)
+            logits_RCV, pull, state = jax.vjp(function, trainable, hidden_RCD, has_aux=True)
+            losses_RC, gradient_RCV = _losses(logits_RCV, labels_RC, weights_RC)
+            gradients, gradient_RCD = pull(gradient_RCV)
+            return (jax.tree.map(jnp.add, sums, gradients), state), (losses_RC, gradient_RCD)
 
         def skip(carry: _Carry, inputs: _Chunk) -> tuple[_Carry, _ChunkResult]:
-            hidden_CD, labels_C, _ = inputs
-            gradient_CD = jnp.zeros_like(hidden_CD) if is_training_step else None
-            return carry, (jnp.zeros(labels_C.shape, "float32"), gradient_CD)
+            hidden_RCD, labels_RC, _ = inputs
+            gradient_RCD = jnp.zeros_like(hidden_RCD) if is_training_step else None
+            return carry, (jnp.zeros(labels_RC.shape, "float32"), gradient_RCD)
 
         def step(carry: _Carry, inputs: _Chunk) -> tuple[_Carry, _ChunkResult]:
             return jax.lax.cond(jnp.any(inputs[1] >= 0), chunk, skip, carry, inputs)
 
         sums = jax.tree.map(jnp.zeros_like, trainable if is_training_step else [])
         carry = sums, [fixed[index] for index in states]
-        inputs = hidden_XCD, labels_XC, weights_XC
-        (sums, state), (losses_XC, gradient_XCD) = jax.lax.scan(step, carry, inputs)
-        return (jnp.sum(losses_XC * weights_XC), (losses_XC, state)), (sums, gradient_XCD)
+        inputs = hidden_XRCD, labels_XRC, weights_XRC
+        (sums, state), (losses_XRC, gradient_XRCD) = jax.lax.scan(step, carry, inputs)
+        return (jnp.sum(losses_XRC * weights_XRC), (losses_XRC, state)), (sums, gradient_XRCD)
 
     @jax.custom_vjp
     def chunks(*arguments: *_Arguments) -> tuple[jax.Array, _Rest]:
@@ -166,24 +185,24 @@ def _chunks(head: keras.Model, training: bool) -> Callable[[*_Arguments], tuple[
         gradients: tuple[Values, jax.Array], cotangents: tuple[jax.Array, _Rest]
     ) -> tuple[Values, jax.Array, None, None, None]:
         scale = cotangents[0]  # that of the sum
-        scaled, scaled_XCD = jax.tree.map(lambda x: x * scale.astype(x.dtype), gradients)
-        return scaled, scaled_XCD, None, None, None
+        scaled, scaled_XRCD = jax.tree.map(lambda x: x * scale.astype(x.dtype), gradients)
+        return scaled, scaled_XRCD, None, None, None
 
     chunks.defvjp(partial(run, True), backward)
     return chunks
 
 
 def _losses(
-    logits_CV: jax.Array, labels_C: jax.Array, weights_C: jax.Array
+    logits_RCV: jax.Array, labels_RC: jax.Array, weights_RC: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns each token's cross-entropy, and the gradient of their weighted sum."""
-    labels_C1 = labels_C[:, None]
-    picked_C = jnp.take_along_axis(logits_CV, jnp.maximum(labels_C1, 0), 1)[:, 0]
-    sums_C = jax.nn.logsumexp(logits_CV, axis=1)
-    factors_C = jnp.where(labels_C >= 0, weights_C, 0.0)
-    is_label_CV = (jnp.arange(logits_CV.shape[1], dtype="int32") == labels_C1).astype("float32")
-    gradient_CV = (jnp.exp(logits_CV - sums_C[:, None]) - is_label_CV) * factors_C[:, None]
-    return jnp.where(labels_C >= 0, sums_C - picked_C, 0.0), gradient_CV
+    labels_RC1 = labels_RC[..., None]
+    picked_RC = jnp.take_along_axis(logits_RCV, jnp.maximum(labels_RC1, 0), -1)[..., 0]
+    sums_RC = jax.nn.logsumexp(logits_RCV, axis=-1)
+    factors_RC = jnp.where(labels_RC >= 0, weights_RC, 0.0)
+    is_label_RCV = (jnp.arange(logits_RCV.shape[-1], dtype="int32") == labels_RC1).astype("float32")
+    gradient_RCV = (jnp.exp(logits_RCV - sums_RC[..., None]) - is_label_RCV) * factors_RC[..., None]
+    return jnp.where(labels_RC >= 0, sums_RC - picked_RC, 0.0), gradient_RCV
 
 
 def _state_indices(head: keras.Model) -> list[int]:

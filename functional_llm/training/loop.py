@@ -130,67 +130,120 @@ def train(
             arguments, or a step does not fit.
         OSError: If the folder cannot be made, or a checkpoint cannot be written.
     """
+    path = Path(folder) / CHECKPOINT
+    _check_trainable(backbone)
+    path.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is known at once
+    check_resume(folder, rows, held_out, settings, resume=resume, arguments=arguments)
+    _check_rows(backbone, rows, held_out)
+    if resume and not path.exists():
+        say(f"There is no checkpoint in {path.parent}: this run begins at step 0.")
+    facts = _all_arguments(settings, rows, held_out, arguments)
+    run = _Run(compile_model(backbone, settings), rows, held_out, settings, path, facts, say)
+    run.predict_memory(check_memory)
+    boards = [TensorBoard(Path(folder) / "tensorboard", run.history)] if tensorboard else []
+    return run.run(_Finish(settings.steps, run.history, save), boards, callbacks)
+
+
+class _Run:
+    """A run that goes on from its checkpoint, if there is one.
+
+    Args:
+        model: The model with its loss, compiled.
+        rows: As for `train`; the others too.
+        held_out: Data to evaluate on, or `None`.
+        settings: The hyperparameters.
+        path: Of the checkpoint.
+        facts: What must be the same in a resumed run.
+        say: Receives a line about each evaluation.
+    """
+
+    def __init__(
+        self,
+        model: LossModel,
+        rows: Rows | StreamedRows,
+        held_out: Rows | None,
+        settings: Settings,
+        path: Path,
+        facts: JSON,
+        say: Callable[[str], None],
+    ) -> None:
+        self._model, self._settings, self._path, self._say = model, settings, path, say
+        self.history = _start_or_resume(path, model, settings)
+        self._done = self.history.step * settings.accumulate
+        self._batches = batches = _make_batches(rows, settings, path, self._done)
+        self._streamed = batches if isinstance(batches, StreamedBatches) else None
+        self._validation = None if held_out is None else Batches(held_out, settings.batch_size)
+        self._progress = Progress(settings.steps, batches, self.history)
+        every = settings.checkpoint_every or settings.steps
+        self._saver = Checkpoints(path, every, self.history, facts, self._streamed)
+
+    def predict_memory(self, check: bool) -> None:
+        """Says what memory a step takes; a step that does not fit is an error, if asked for."""
+        # Kept to the end, for its program.
+        self._memory = memory = predict_memory(self._model, self._batches[self._done])
+        if memory is None:
+            return
+        self._say(memory.describe())
+        if check:
+            name = remat_name(self._settings.remat)
+            memory.check(advise(self._settings.batch_size, name, self._model.product_dtype))
+
+    def run(
+        self,
+        finish: "_Finish",
+        boards: Sequence[TensorBoard],
+        callbacks: Sequence[keras.callbacks.Callback],
+    ) -> History:
+        """Trains to the last step; returns the losses."""
+        saver = [self._saver] if self._settings.checkpoint_every else []
+        try:
+            self._fit([self.history, self._progress, *saver, finish, *boards, *callbacks])
+            if saver:
+                self._saver.save(self._model)
+            finish.run()
+            if self._streamed is not None:
+                self._say(self._streamed.describe(self.history.step * self._settings.accumulate))
+        except Exception as error:
+            if not finish.is_done:
+                if self._path.exists():
+                    step = read_facts(self._path)["step"]
+                    error.add_note(f"{self._path} has step {step}: resume from there.")
+                raise
+            self._say(
+                f"What was trained is saved; the last evaluation failed: {_first_line(error)}"
+            )
+        finally:
+            self._progress.close()
+            for board in boards:
+                board.close()
+        return self.history
+
+    def _fit(self, callbacks: list[keras.callbacks.Callback]) -> None:
+        model, validation, settings = self._model, self._validation, self._settings
+        if validation is not None and settings.evaluates_at(self.history):
+            losses = model.evaluate(validation, verbose=0, return_dict=True)
+            self.history.add_held_out(losses["token_loss"])
+            self._say(_status_line(self.history, self._progress))
+        for start, stop in settings.rounds(self.history.step):
+            part = self._batches.between(start * settings.accumulate, stop * settings.accumulate)
+            model.fit(
+                part, validation_data=validation, shuffle=False, verbose=0, callbacks=callbacks
+            )
+            self._say(_status_line(self.history, self._progress))
+
+
+def _check_trainable(backbone: keras.Model) -> None:
     if not backbone.trainable_variables:
         raise ValueError(
             "Expected trainable weights, received a model whose weights are all frozen. Freeze "
             "fewer of them, or add an adapter with `functional_llm.peft`."
         )
-    path = Path(folder) / CHECKPOINT
-    path.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is known at once
-    check_resume(folder, rows, held_out, settings, resume=resume, arguments=arguments)
-    arguments = _all_arguments(settings, rows, held_out, arguments)
+
+
+def _check_rows(backbone: keras.Model, rows: Rows | StreamedRows, held_out: Rows | None) -> None:
     for data in (rows, held_out):  # of a stream, each batch is checked
         if isinstance(data, Rows):
             check_batch(data.token_ids, data.labels, backbone.output["logits"].shape[-1])
-    model = compile_model(backbone, settings)
-    history = _start_or_resume(path, model, settings)
-    if resume and not path.exists():
-        say(f"There is no checkpoint in {path.parent}: this run begins at step 0.")
-    done = history.step * settings.accumulate
-    batches = _make_batches(rows, settings, path, done)
-    streamed = batches if isinstance(batches, StreamedBatches) else None
-    memory = predict_memory(model, batches[done])  # kept to the end, for its program
-    if memory is not None:
-        say(memory.describe())
-        if check_memory:
-            name = remat_name(settings.remat)
-            memory.check(advise(settings.batch_size, name, model.product_dtype))
-    validation = None if held_out is None else Batches(held_out, settings.batch_size)
-    progress = Progress(settings.steps, batches, history)
-    every = settings.checkpoint_every or settings.steps
-    saver = Checkpoints(path, every, history, arguments, streamed)
-    all_callbacks = [history, progress, *([saver] if settings.checkpoint_every else [])]
-    boards = [TensorBoard(Path(folder) / "tensorboard", history)] if tensorboard else []
-    finish = _Finish(settings.steps, history, save)
-    all_callbacks += [finish, *boards, *callbacks]
-    try:
-        if validation is not None and settings.evaluates_at(history):
-            history.add_held_out(
-                model.evaluate(validation, verbose=0, return_dict=True)["token_loss"]
-            )
-            say(_status_line(history, progress))
-        for start, stop in settings.rounds(history.step):
-            part = batches.between(start * settings.accumulate, stop * settings.accumulate)
-            model.fit(
-                part, validation_data=validation, shuffle=False, verbose=0, callbacks=all_callbacks
-            )
-            say(_status_line(history, progress))
-        if settings.checkpoint_every:
-            saver.save(model)
-        finish.run()
-        if streamed is not None:
-            say(streamed.describe(history.step * settings.accumulate))
-    except Exception as error:
-        if not finish.is_done:
-            if path.exists():
-                error.add_note(f"{path} has step {read_facts(path)['step']}: resume from there.")
-            raise
-        say(f"What was trained is saved; the last evaluation failed: {_first_line(error)}")
-    finally:
-        progress.close()
-        for board in boards:
-            board.close()
-    return history
 
 
 def compile_model(backbone: keras.Model, settings: Settings) -> LossModel:

@@ -52,6 +52,12 @@ class Reordered:
     dtype: np.dtype
 
     @property
+    def program_shape(self) -> jax.ShapeDtypeStruct:
+        """The shape and dtype that the program says."""
+        sizes = sorted(zip(self.order, self.array.shape, strict=True))
+        return jax.ShapeDtypeStruct([size for _, size in sizes], self.dtype)
+
+    @property
     def is_bits(self) -> bool:
         """Whether the array holds the bits of half floats."""
         return bool(self.array.dtype != self.dtype)

@@ -113,7 +113,7 @@ class InnerProgram(StepRule):
         return step.has_reordered and step.equation.primitive is jit_p
 
     def rewrite(self, step: Step, again: Again) -> list[Value]:
-        return again.run(inner_program(step.equation), *step.inputs)
+        return again.call(inner_program(step.equation), *step.inputs)
 
 
 @dataclass(frozen=True)

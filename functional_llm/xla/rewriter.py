@@ -12,11 +12,18 @@ Reference:
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import jax
 
-from functional_llm.xla.axis_order import Value, in_program_order
+from functional_llm.xla.axis_order import (
+    Axes,
+    Reordered,
+    Value,
+    from_loop_form,
+    in_program_order,
+    loop_form,
+)
 from functional_llm.xla.gpu_rules import GPU_RULES
 from functional_llm.xla.jax_private import (
     PROGRAMS,
@@ -110,6 +117,7 @@ class Rewriter:
         self._num_rewritten = 0
         # By id: a program, kept that its id is not used again, and what it has become.
         self._known: dict[int, tuple[Any, Any]] = {}
+        self._functions: dict[Any, _Function] = {}
 
     def run(self, program: Program, *inputs: Value) -> list[Value]:
         """Returns the results of a program, with inputs in whatever order of axes."""
@@ -129,6 +137,14 @@ class Rewriter:
             if source is not None:
                 sources[equation.outvars[0]] = source
         return [read(x) for x in jaxpr.outvars]
+
+    def call(self, program: Program, *inputs: Value) -> list[Value]:
+        """Returns what `run` does, by a function that is traced once for all calls of a program."""
+        forms = _forms(inputs)
+        key = id(program), *forms
+        if key not in self._functions:
+            self._functions[key] = _Function(self, program, forms)
+        return self._functions[key](inputs)
 
     def product(self, product: Product) -> jax.Array:
         """Returns the result of a product."""
@@ -172,3 +188,42 @@ class Rewriter:
 
         new = jax.make_jaxpr(run)(*closed.in_avals)
         return new if program is closed else new.jaxpr
+
+
+_Form: TypeAlias = tuple[Axes, jax.ShapeDtypeStruct] | None  # of a value that is in another order
+
+
+def _forms(values: Sequence[Value]) -> tuple[_Form, ...]:
+    return tuple((x.order, x.program_shape) if isinstance(x, Reordered) else None for x in values)
+
+
+def _to_arrays(values: Sequence[Value]) -> list[jax.Array]:
+    return [loop_form(x) if isinstance(x, Reordered) else x for x in values]
+
+
+def _from_arrays(arrays: Sequence[jax.Array], forms: Sequence[_Form]) -> list[Value]:
+    pairs = zip(arrays, forms, strict=True)
+    return [x if form is None else from_loop_form(x, *form) for x, form in pairs]
+
+
+class _Function:
+    """A program inside a program, rewritten once for all calls with inputs in these orders.
+
+    Args:
+        rewriter: What rewrites it.
+        program: The program.
+        forms: Of its inputs.
+    """
+
+    def __init__(self, rewriter: Rewriter, program: Program, forms: Sequence[_Form]) -> None:
+        self.program = program  # kept, that its id is not used again
+
+        def run(*arrays: jax.Array) -> list[jax.Array]:
+            values = rewriter.run(program, *_from_arrays(arrays, forms))
+            self._results = _forms(values)
+            return _to_arrays(values)
+
+        self._run = jax.jit(run)
+
+    def __call__(self, inputs: Sequence[Value]) -> list[Value]:
+        return _from_arrays(self._run(*_to_arrays(inputs)), self._results)

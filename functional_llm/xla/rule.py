@@ -21,6 +21,9 @@ class Again(Protocol):
     def run(self, program: Program, *inputs: Value) -> list[Value]:
         """Returns the results of a program, with inputs in whatever order of axes."""
 
+    def call(self, program: Program, *inputs: Value) -> list[Value]:
+        """Returns what `run` does, by a function that is traced once for all calls of a program."""
+
 
 class Rule(ABC):
     """One exchange. Its docstring says what XLA does without it.

@@ -3,22 +3,23 @@
 An entry is the Transformers config of a random-weight model, under a name that says what is odd
 about it, in the module of its kin. A new family or a new part joins there and gets every test.
 
-One more takes 3 s of a core (CPU seconds, two layers, programs kept from an earlier run): 1 s for
-the properties. The first of a family gets what ONE_OF_EACH_FAMILY is for, too, a stock file on one
-backend among it: 8 s in all. One that joins
-ONE_OF_EACH_KIND takes 20 s more. `make nightly` takes all for all (tests/nightly.py).
+One more takes 1 s of a core (CPU seconds, two layers, programs kept from an earlier run). The first
+of a family gets what ONE_OF_EACH_FAMILY is for, too, a stock file on one backend among it: 8 s in
+all. One that joins ONE_OF_EACH_KIND takes 20 s more. `make nightly` takes all for all
+(tests/nightly.py).
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from configs import experts, layer_norm, llama_kin, sandwich
+from configs import experts, gpt_oss, layer_norm, llama_kin, sandwich
 
 CONFIGS: dict[str, dict[str, Any]] = {
     **llama_kin.CONFIGS,
     **sandwich.CONFIGS,
     **layer_norm.CONFIGS,
     **experts.CONFIGS,
+    **gpt_oss.CONFIGS,
 }
 # The first config of each family, for what no config changes.
 ONE_OF_EACH_FAMILY = list({x["model_type"]: name for name, x in reversed(CONFIGS.items())}.values())
@@ -39,6 +40,7 @@ ONE_OF_EACH_KIND = [
     "phi3_long_texts",  # fused tensors, transposed; a RoPE that depends on the longest row
     "bloom_five_heads",  # ALiBi
     "qwen3_moe_some_dense",  # experts
+    "gpt_oss_clamped",  # sinks, experts with biases and a clamp, gate and up by turns
 ]
 
 
@@ -48,4 +50,5 @@ def without_experts(names: Sequence[str]) -> list[str]:
     There PEFT takes `gate_proj` and its kin, also of layers with one MLP, for the experts' fused
     parameters: it warns or refuses. Its own names of experts are not written here yet.
     """
-    return [name for name in names if "num_experts" not in CONFIGS[name]]
+    keys = {"num_experts", "num_local_experts"}
+    return [name for name in names if not keys & set(CONFIGS[name])]

@@ -16,6 +16,14 @@ LLAMA = {
     "eos_token_id": 2,
     "pad_token_id": None,  # the defaults of many families lie outside of so small a vocabulary
 }
+GRANITE = {
+    **LLAMA,
+    "model_type": "granite",
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.4,
+    "residual_multiplier": 0.6,
+    "logits_scaling": 1.7,
+}
 GPT2 = {
     "model_type": "gpt2",
     "vocab_size": 128,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from configs.common import LLAMA
+from configs.common import GRANITE, LLAMA
 
 _QWEN3_MOE = {
     **LLAMA,
@@ -12,6 +12,14 @@ _QWEN3_MOE = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
     "norm_topk_prob": True,
+}
+_GRANITEMOE = {
+    **GRANITE,
+    "model_type": "granitemoe",
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
 }
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -32,5 +40,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
         "decoder_sparse_step": 2,
         "attention_bias": True,
+    },
+    "granitemoe_multipliers": _GRANITEMOE,
+    "granitemoe_one_of_eighty_tied": {
+        **_GRANITEMOE,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 1,
+        "num_local_experts": 80,  # more than a row has tokens
+        "num_experts_per_tok": 1,
+        "tie_word_embeddings": True,
+    },
+    "granitemoe_all_chosen_biases": {
+        **_GRANITEMOE,
+        "num_key_value_heads": 4,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 3,
+        "attention_bias": True,
+        "hidden_act": "gelu",
+        "head_dim": 12,
     },
 }

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from configs.common import LLAMA, STRETCHED, llama
+from configs.common import GRANITE, LLAMA, STRETCHED, llama
 
 _MISTRAL = {**LLAMA, "model_type": "mistral", "sliding_window": 8}
 _QWEN2 = {**LLAMA, "model_type": "qwen2"}
@@ -12,14 +12,6 @@ _SMOLLM3 = {
     "model_type": "smollm3",
     "no_rope_layers": [1, 0],
     "tie_word_embeddings": False,
-}
-_GRANITE = {
-    **LLAMA,
-    "model_type": "granite",
-    "embedding_multiplier": 3.0,
-    "attention_multiplier": 0.4,
-    "residual_multiplier": 0.6,
-    "logits_scaling": 1.7,
 }
 _SEED_OSS = {**LLAMA, "model_type": "seed_oss", "head_dim": 20}
 _APERTUS = {**LLAMA, "model_type": "apertus", "rope_parameters": None}
@@ -130,9 +122,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1,
         "no_rope_layers": [0, 1],
     },
-    "granite_multipliers": _GRANITE,
+    "granite_multipliers": GRANITE,
     "granite_biases_tied": {
-        **_GRANITE,
+        **GRANITE,
         "num_key_value_heads": 4,
         "attention_bias": True,
         "mlp_bias": True,
@@ -140,7 +132,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "head_dim": 16,
     },
     "granite_small_multipliers_multi_query": {
-        **_GRANITE,
+        **GRANITE,
         "num_hidden_layers": 1,
         "num_key_value_heads": 1,
         "embedding_multiplier": 0.3,

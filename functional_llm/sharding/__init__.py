@@ -1,0 +1,12 @@
+"""Sharding: one model on a mesh of devices, laid out by what its layers are.
+
+May import: graph, presets.
+
+Offers: `mesh`, `layout` and the `Layout` that it returns, a `keras.distribution.ModelParallel`.
+Keras and JAX do the rest: loading, training, generation and adapters ask the layout that is set.
+"""
+
+from functional_llm.sharding.layout import Layout, layout
+from functional_llm.sharding.mesh import mesh
+
+__all__ = ["Layout", "layout", "mesh"]

@@ -1,0 +1,145 @@
+"""A process with eight simulated devices, which does on a mesh what another does on one device.
+
+`python sharded.py FOLDER WORKS MESH...` prints a line of JSON for each mesh, with what the works,
+"all" or some of them, have given; "-" stands for one device. With "resume" for the works, it trains
+on the first mesh, and goes on with a half of that on each of them.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import keras
+import numpy as np
+
+import functional_llm as flm
+from quick import compile_quickly
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+IDS = np.random.default_rng(0).integers(0, 190, (8, 24)).astype("int32")
+STEPS = 20
+
+
+def train(model: flm.Backbone) -> list[float]:
+    """Returns the losses of some steps."""
+    steps = flm.training.LossModel(model, chunk_size=16)
+    steps.compile(keras.optimizers.Adam(1e-3))
+    history = steps.fit(IDS, batch_size=8, epochs=STEPS, shuffle=False, verbose=0)
+    return list(history.history["loss"])
+
+
+def flops(model: flm.Backbone) -> Any:
+    """Returns the operations that a device does in a training step."""
+    steps = flm.training.LossModel(model, chunk_size=16)
+    steps.compile(keras.optimizers.Adam(1e-3))
+    steps.optimizer.build(steps.trainable_variables)
+    weights = steps.trainable_variables, steps.non_trainable_variables
+    groups = *weights, steps.optimizer.variables, steps.metrics_variables
+    state = tuple([variable.value for variable in group] for group in groups)
+    ids = IDS
+    if (layout := keras.distribution.distribution()) is not None:
+        ids = keras.distribution.distribute_tensor(ids, layout.get_data_layout(ids.shape))
+    costs: Any = jax.jit(steps.train_step).lower(state, (ids,)).compile().cost_analysis()
+    return costs["flops"]
+
+
+def measure(folder: str, mesh: str, names: list[str]) -> dict[str, Any]:
+    """Returns what a model computes on a mesh: of the works below those with these names."""
+    keras.utils.set_random_seed(0)
+    if mesh != "-":
+        layout = flm.sharding.layout(folder, flm.sharding.mesh(mesh))
+        keras.distribution.set_distribution(layout)
+    backbone = flm.Backbone.from_preset(folder)
+    generator = flm.TextGenerator(backbone, None)
+    prompts = [row[: 3 + i].tolist() for i, row in enumerate(IDS)]
+    works: dict[str, Callable[[], Any]] = {
+        "logits": lambda: np.asarray(backbone(IDS)).tolist(),
+        "text": lambda: generator.generate_ids(prompts, max_new_tokens=6),
+        "one row": lambda: generator.generate_ids(prompts[:1], max_new_tokens=6),
+        "flops": lambda: flops(backbone),
+        "lora on int8": lambda: train(flm.peft.lora(flm.quantize(backbone, "int8"), rank=4)),
+        "lora": lambda: train(flm.peft.lora(backbone, rank=4)),
+        "all weights": lambda: train(backbone),
+        "bytes": lambda: sum(
+            v.value.addressable_shards[0].data.nbytes for v in backbone.trainable_variables
+        ),
+    }
+    return {name: work() for name, work in works.items() if name in names or "all" in names}
+
+
+class Stop(keras.callbacks.Callback):
+    """Ends a run in the middle of a step after the fourth batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches = 0
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.batches += 1
+        if self.batches == 4:
+            raise KeyboardInterrupt
+
+
+def _say_nothing(line: str) -> None:
+    """Receives what is said of a run."""
+
+
+def resume(folder: str, mesh: str, others: list[str]) -> dict[str, Any]:
+    """Returns losses and last weights of a run on a mesh, and of those that go on with half of it.
+
+    Args:
+        folder: Of the model.
+        mesh: Of the run.
+        others: Meshes to go on with.
+    """
+    ids = np.random.default_rng(1).integers(0, 190, (32, 24)).astype("int32")
+    places = np.tile(np.arange(24, dtype="int32"), (32, 1))
+    rows = flm.training.Rows(ids, places, np.zeros_like(ids), np.roll(ids, -1, 1))
+    settings = flm.training.Settings(steps=6, batch_size=8, checkpoint_every=3)
+
+    def run(mesh: str, output: Path, resume: bool, *callbacks: Any) -> Any:
+        keras.utils.set_random_seed(0)
+        layout = flm.sharding.layout(folder, flm.sharding.mesh(mesh))
+        keras.distribution.set_distribution(layout)
+        model = flm.Backbone.from_preset(folder)
+        history = flm.training.train(
+            model,
+            rows,
+            None,
+            settings,
+            output,
+            resume=resume,
+            callbacks=callbacks,
+            say=_say_nothing,
+        )
+        return {
+            "losses": history.losses,
+            "weights": [np.asarray(v).tolist() for v in model.variables],
+        }
+
+    with TemporaryDirectory() as name:
+        with suppress(KeyboardInterrupt):
+            run(mesh, Path(name, "stopped"), False, Stop())
+        for other in others:
+            shutil.copytree(Path(name, "stopped"), Path(name, other))
+        results = {other: run(other, Path(name, other), True) for other in others}
+        return {"whole": run(mesh, Path(name, "whole"), False), **results}
+
+
+if __name__ == "__main__":
+    compile_quickly(True)
+    if sys.argv[2] == "resume":
+        print(json.dumps(resume(sys.argv[1], sys.argv[3], sys.argv[3:])), flush=True)
+        sys.exit()
+    for name in sys.argv[3:]:
+        print(json.dumps(measure(sys.argv[1], name, sys.argv[2].split(","))), flush=True)
