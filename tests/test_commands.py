@@ -302,7 +302,8 @@ def test_what_is_said_of_a_model(
         "30 layers",
         "8,192 tokens",
         "134,515,008",
-        "float32 538 MB, bfloat16 269 MB",
+        "float32 538 MB, bfloat16 269 MB, int8 (with bfloat16) 135 MB",
+        "int4 (with bfloat16) 94.8 MB",
         "46.1 kB a token",  # 30 layers x 2 x 3 heads x 64 x 4 bytes, and a position
         "decoder_0/attention/dot_product and 29 more",
     ):

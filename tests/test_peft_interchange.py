@@ -89,6 +89,23 @@ def test_every_family_both_ways(name: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(np.asarray(again(IDS)), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["int8", "int4/4"])
+def test_an_adapter_trained_on_integers_is_one_for_the_model_in_floats(
+    pair: Any, mode: str, tmp_path: Path
+) -> None:
+    ours = flm.peft.lora(flm.quantize(pair.backbone, mode), 2, 7, targets="all", seed=0)
+    ours.compile("adamw")
+    ours.fit(IDS[:, :-1], IDS[:, 1:], epochs=2, verbose=0)
+    flm.peft.save_adapter(ours, tmp_path)
+    model = theirs.PeftModel.from_pretrained(pair.make(), str(tmp_path)).eval()
+    expected = reference_logits(model, IDS)
+    in_floats = flm.peft.load_adapter(pair.backbone, tmp_path)
+    np.testing.assert_allclose(np.asarray(in_floats(IDS)), expected, atol=1e-5)
+    assert np.abs(expected - pair.base).max() > 1e-2
+    difference = np.abs(np.asarray(ours(IDS)) - expected)  # what the integers make of the base
+    assert 0 < difference.mean() < 0.2 * expected.std()
+
+
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 @pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
 def test_names_of_every_family(name: str, tmp_path: Path) -> None:

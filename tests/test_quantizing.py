@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import gguf
 import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ import functional_llm as flm
 from configs import CONFIGS
 from functional_llm.edits.quantization import quantized_modes
 from functional_llm.edits.quantized_layers import dequantized
-from functional_llm.edits.rounding import round_to_int4
+from functional_llm.edits.rounding import round_to_int4, round_to_int4_with_zeros
+from functional_llm.formats.grid import Grid
+from functional_llm.kernels.int4 import multiply_int4
 from functional_llm.layers.experts import ExpertDense
 from nightly import FAMILIES_AND_KINDS, one_of_each_kind
 from reference import make_reference, save_reference
@@ -97,7 +101,7 @@ def test_int4_takes_half_a_byte_a_number_and_is_what_stock_keras_makes_of_it(
 
 
 def test_int4_leaves_what_is_of_tokens_in_int8(backbone: Any) -> None:
-    """And what is of experts."""
+    """And what is of experts, and what is int8 already."""
     modes = quantized_modes(flm.quantize(backbone, "int4/4"))
     assert {path for path, mode in modes.items() if mode == "int8"} == {
         path
@@ -105,6 +109,9 @@ def test_int4_leaves_what_is_of_tokens_in_int8(backbone: Any) -> None:
         if isinstance(layer, keras.layers.Embedding | ExpertDense) or path == "head"
     }
     assert set(modes.values()) == {"int8", "int4/4"}
+    first = quantized_modes(flm.quantize(backbone, "int8", where="decoder_0/**"))
+    both = flm.quantize(flm.quantize(backbone, "int8", where="decoder_0/**"), "int4/4")
+    assert quantized_modes(both) == modes | first
 
 
 @some_families
@@ -177,6 +184,22 @@ def test_gradients_pass_what_is_rounded(backbone: Any, mode: str, least: float) 
     assert cosine > least
 
 
+@pytest.mark.parametrize("take", [lambda fn: fn, jax.grad])
+def test_one_matrix_of_int4_is_in_floats_at_a_time(take: Any) -> None:
+    size, count = 256, 10
+    matrix = jnp.zeros((size, size // 2), "int8"), *jnp.ones((2, size // 32, size), "float16")
+
+    def loss(x: Any, matrices: Any) -> Any:
+        for matrix in matrices:
+            x = jnp.tanh(multiply_int4(x, *matrix))
+        return x.sum()
+
+    program = jax.jit(take(loss)).lower(jnp.ones((8, size)), [matrix] * count).compile()
+    floats = 4 * size * size
+    memory = program.memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < 3 * floats  # of ten
+
+
 def test_a_large_input_leaves_the_others_their_bits() -> None:
     rng = np.random.default_rng(3)
     x, kernel = rng.normal(size=(4, 64)), rng.normal(size=(64, 32)).astype("float32")
@@ -209,56 +232,86 @@ def test_to_load_quantised_is_to_quantise_what_is_loaded(folder: Path, backbone:
             np.testing.assert_array_equal(ops.convert_to_numpy(new), ops.convert_to_numpy(old))
 
 
-def test_grids_without_an_offset_come_out_exactly() -> None:
-    # As blocks of Q4_0: float16 scales of either sign, and any integers.
-    rng = np.random.default_rng(0)
-    largest = rng.integers(1, 9, (4, 1, 50))
-    steps = np.clip(rng.integers(-8, 8, (4, 32, 50)), -largest, largest - (largest == 8))
-    scales = rng.normal(size=(4, 1, 50)).astype("float16").astype("float32")
-    matrix = (steps * scales).astype("float32").reshape(128, 50)
-    integers, found, zeros = round_to_int4(matrix, 32)
-    assert integers.min() >= -8 and integers.max() <= 7
-    steps = integers.reshape(4, 32, 50) - zeros[:, None]
-    received = (steps.astype("float32") * found[:, None]).reshape(128, 50)
-    np.testing.assert_array_equal(received, matrix)
+def _numbers(grid: Grid, size: int = 32) -> np.ndarray:
+    groups = grid.integers.reshape(len(grid.scale), size, -1).astype("float32") + 8
+    scale, offset = (x[:, None].astype("float32") for x in (grid.scale, grid.offset))
+    return (groups * scale + offset).reshape(grid.integers.shape)
 
 
-def test_grids_are_nearer_than_those_of_keras() -> None:
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1])
+def test_what_llama_cpp_has_rounded_comes_out_exactly(kind: Kind) -> None:
+    matrix = np.random.default_rng(0).normal(size=(50, 128)).astype("float32")
+    rounded = gguf.quants.dequantize(gguf.quants.quantize(matrix, kind), kind).T
+    grid = round_to_int4(rounded, 32)
+    assert grid.integers.min() == -8 and grid.integers.max() == 7
+    np.testing.assert_array_equal(_numbers(grid), rounded)
+
+
+def test_grids_are_nearer_than_those_of_keras_and_leave_small_numbers_small() -> None:
     rng = np.random.default_rng(1)
     matrix = (rng.normal(size=(64, 40)) + 2 * rng.normal(size=40)).astype("float32")
     matrix[:, 0], matrix[:, 1] = 0, 3  # one number only
+    matrix[::7, :20] = 0
 
-    def error(integers: Any, scales: Any, zeros: Any) -> float:
-        grouped = np.asarray(integers, "float32").reshape(2, 32, 40)
-        steps = grouped - np.asarray(zeros, "float32")[:, None]
-        difference = (steps * np.asarray(scales)[:, None]).reshape(64, 40) - matrix
-        return float(np.square(difference).sum())
+    def error(received: Any) -> float:
+        return float(np.square(received - matrix).sum())
 
-    own = round_to_int4(matrix, 32)
+    received = _numbers(round_to_int4(matrix, 32))
+    integers, scales, zeros = round_to_int4_with_zeros(matrix, 32)
+    steps = integers.reshape(2, 32, 40) - zeros[:, None].astype("float32")
+    with_zeros = (steps * scales[:, None]).reshape(64, 40)
     stock = keras.quantizers.abs_max_quantize_grouped_with_zero_point(matrix, 32, to_numpy=True)
-    assert error(*own) < 0.5 * error(*stock)
-    assert not own[0][:, 0].any() and error(*own) > 0
-    difference = own[0][:, 1].astype("int32") - np.repeat(own[2][:, 1], 32)
-    np.testing.assert_allclose(difference * np.repeat(own[1][:, 1], 32), 3, rtol=1e-6)
+    grouped = np.asarray(stock[0], "float32").reshape(2, 32, 40) - np.asarray(stock[2])[:, None]
+    of_keras = (grouped * np.asarray(stock[1])[:, None]).reshape(64, 40)
+    assert error(with_zeros) < 0.5 * error(of_keras)
+    assert error(received) < 1.01 * error(with_zeros)
+    np.testing.assert_allclose(received[:, 2:], with_zeros[:, 2:], atol=0.01)
+    np.testing.assert_allclose(received[:, :2], matrix[:, :2], atol=0.003)
+    np.testing.assert_allclose(received[::7, 3:20], 0, atol=0.01)
+
+
+def _random_blocks(shape: tuple[int, ...]) -> np.ndarray:
+    """Q4_K, which the gguf package does not write: all bits at random, but for two scales."""
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 256, (*shape[:-1], shape[-1] // 256, 144)).astype("uint8")
+    raw[..., :4] = rng.uniform(0.001, 0.002, (*raw.shape[:-1], 2)).astype("<f2").view("uint8")
+    return raw.reshape(*shape[:-1], -1)
 
 
 @pytest.mark.parametrize(
     ("kind", "mode", "most"),
     [
         (Kind.Q4_0, "int4", 0),
-        (Kind.Q4_1, "int4", 0.08),
+        (Kind.Q4_1, "int4", 0),
+        (Kind.Q4_K, "int4", 1e-3),
         (Kind.Q8_0, "int8", 0.02),
         (Kind.Q8_0, "int4", 0.1),
     ],
 )
-def test_matrices_of_a_gguf_file(kind: Kind, mode: str, most: float, tmp_path: Path) -> None:
+def test_matrices_of_a_gguf_file(
+    kind: Kind, mode: str, most: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_tokenizer(tmp_path)
-    config = {**CONFIGS["llama_grouped"], "hidden_size": 64, "intermediate_size": 96}
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+    config = {**CONFIGS["llama_grouped"], **sizes}
     tokenizer = flm.Tokenizer.from_preset(tmp_path)
     model = make_reference({**config, "vocab_size": tokenizer.vocabulary_size})
     path = tmp_path / "tiny.gguf"
+    if kind == Kind.Q4_K:
+        quantize = gguf.quants.quantize
+        monkeypatch.setattr(
+            "tiny_gguf.quantize",
+            lambda x, to: _random_blocks(x.shape) if to == kind else quantize(x, to),
+        )
     save_gguf(model, tmp_path / "tokenizer.json", path, kind)
     plain = flm.Backbone.from_preset(path)
+    made: list[int] = []
+
+    def round_seen(matrix: np.ndarray, size: int) -> Grid:
+        made.append(size)
+        return round_to_int4(matrix, size)
+
+    monkeypatch.setattr("functional_llm.edits.quantized_layers.round_to_int4", round_seen)
     quantized = flm.Backbone.from_preset(path, quantize=mode)
     layers = flm.select(quantized, keras.layers.Dense)
     for name, layer in flm.select(plain, keras.layers.Dense).items():
@@ -267,6 +320,7 @@ def test_matrices_of_a_gguf_file(kind: Kind, mode: str, most: float, tmp_path: P
         expected = ops.convert_to_numpy(layer.kernel)
         received = ops.convert_to_numpy(dequantized(layers[name], "kernel"))
         assert np.abs(received - expected).mean() <= most * expected.std()
+    assert len(made) == (7 if (kind, mode) == (Kind.Q8_0, "int4") else 0)  # no floats to round
 
 
 @pytest.mark.real

@@ -2,10 +2,11 @@
 
 import argparse
 import math
+from contextlib import suppress
 from typing import Any
 
 from functional_llm.commands.command import Command
-from functional_llm.commands.options import DEFAULT_PRESET, HANDLES, add_precision
+from functional_llm.commands.options import DEFAULT_PRESET, HANDLES, QUANTIZED, add_precision
 
 _CONFIG_WORDS = {
     "num_layers": "layers",
@@ -72,13 +73,14 @@ def _source_rows(handle: str) -> list[tuple[str, str]]:
 
 def _size_rows(backbone: Any) -> list[tuple[str, str]]:
     """Returns the memory of weights and cache, by dtype."""
+    from functional_llm.edits.quantization import quantized_bytes
     from functional_llm.layers.cache import token_sizes
 
-    shapes = [tuple(v.shape) for v in backbone.variables]
-    count = sum(map(math.prod, shapes))
-    # Of matrices a byte a number, and a scale for each of their outputs.
-    int8 = sum(math.prod(x) + 2 * x[-1] if len(x) > 1 else 2 * math.prod(x) for x in shapes)
-    memory = {"float32": 4 * count, "bfloat16": 2 * count, "int8 (with bfloat16)": int8}
+    count = sum(math.prod(v.shape) for v in backbone.variables)
+    memory = {"float32": 4 * count, "bfloat16": 2 * count}
+    for mode in QUANTIZED:
+        with suppress(ValueError):  # what cannot be quantised, or is already
+            memory[f"{mode} (with bfloat16)"] = quantized_bytes(backbone, mode, 2)
     context = backbone.config.max_sequence_length
     token, whole = (token_sizes(backbone, n) for n in (1, context))
     dtype = backbone.product_dtype

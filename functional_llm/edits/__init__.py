@@ -1,6 +1,6 @@
 """Edits: functions from one graph to another that are neither adapters nor formats.
 
-May import: graph, kernels, layers, stock.
+May import: graph, kernels, layers, formats, stock.
 
 Offers: `quantize`.
 """

@@ -2,14 +2,16 @@
 
 Stock Dense layers and embeddings can hold int8, with one scale for each output channel, by which
 the output is divided; and int4, two numbers in a byte, with a scale and a zero for each group of
-inputs to a channel. Everything else stays in the model's own precision, the inputs too: some
-inputs of language models are far larger than the rest, and beside those, int8 rounds the rest away
-(a perplexity of 82.5 rose by 3.5; with int8 in the matrices alone, by 0.3).
+inputs to a channel (`Int4Dense` has a float in the place of the zero). Everything else stays in the
+model's own precision, the inputs too: some inputs of language models are far larger than the rest,
+and beside those, int8 rounds the rest away (a perplexity of 82.5 rose by 3.5; with int8 in the
+matrices alone, by 0.3).
 
 On CPUs with instructions for it, several rows of inputs are rounded to bfloat16 beside int8: see
 `Int8AsHalf`.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +27,9 @@ from functional_llm.edits.quantized_layers import (
     make_uninitialized,
     mode_of,
     set_matrix,
+    takes_grids,
 )
+from functional_llm.formats.grid import Grid
 from functional_llm.graph.backend import require_jax
 from functional_llm.graph.rewiring import rewire
 from functional_llm.graph.selection import Where, select, walk
@@ -41,10 +45,11 @@ def quantize(model: keras.Model, mode: str = "int8", where: Where | None = None)
     Only weights are quantised. In int8, each output channel becomes `round(column * scale)` with
     `scale = 127 / max(abs(column))` (absmax quantisation, section 2 of
     [LLM.int8()](https://arxiv.org/abs/2208.07339)). In int4, each group of inputs to a channel gets
-    the grid `(integer - zero) * scale` with the smallest squares of errors; embeddings and the head
-    are int8 then, unless `where` says which layers; matrices of experts always are. A stock file
-    of the model multiplies float32 by int8, which JAX refuses if `jax_numpy_dtype_promotion` is
-    "strict".
+    the grid `scale * (integer + 8) + offset` that it lies on, as numbers from a GGUF file of 4 bits
+    do, or else the one with 0 on it that has the smallest squares of errors; embeddings and the
+    head are int8 then, unless `where` says which layers; matrices of experts always are. A stock
+    file of the model multiplies float32 by int8, which JAX refuses if `jax_numpy_dtype_promotion`
+    is "strict".
 
     Quantised weights do not train. Adapters can be attached on top; merging them turns the layers
     under them back to the original precision.
@@ -53,7 +58,7 @@ def quantize(model: keras.Model, mode: str = "int8", where: Where | None = None)
         model: A functional model without adapters. It stays as it is.
         mode: `"int8"`, `"int4"` in groups of 32 inputs, or `"int4/64"` in groups of 64: any even
             number that divides the inputs of each layer.
-        where: Which layers, as for `flm.select`. Defaults to all that can be.
+        where: Which layers, as for `flm.select`. Defaults to all that can be and are not yet.
 
     Raises:
         RuntimeError: With another backend than JAX.
@@ -90,7 +95,9 @@ def choose_modes(model: keras.Model, mode: str, where: Where | None = None) -> d
             f"{', '.join(adapted[:8])}: quantise first and attach them then, or merge them."
         )
     done = [path for path, layer in layers.items() if layer.quantization_mode is not None]
-    if done or not layers:
+    if where is None and len(done) < len(layers):  # the rest, as after a first call with `where`
+        layers = {path: layer for path, layer in layers.items() if path not in done}
+    elif done or not layers:
         raise ValueError(
             "Expected Dense layers and embeddings that are not quantised yet. Received: "
             f"{', '.join((done or list(found))[:8])}."
@@ -110,6 +117,28 @@ def choose_modes(model: keras.Model, mode: str, where: Where | None = None) -> d
     }
     _check_groups(layers, modes)
     return modes
+
+
+def quantized_bytes(model: keras.Model, mode: str, width: int) -> int:
+    """Returns how many bytes the weights of a model would take, were it quantised.
+
+    Args:
+        model: A functional model, whose variables need no values.
+        mode: As for `quantize`.
+        width: Bytes of a number that is not quantised.
+
+    Raises:
+        ValueError: As `quantize`.
+    """
+    layers = dict(walk(model))
+    new = {
+        path: make_uninitialized(layers[path], x) for path, x in choose_modes(model, mode).items()
+    }
+    quantized = {id(variable) for path in new for variable in layers[path].variables}
+    variables = [x for x in model.variables if id(x) not in quantized]
+    variables += [variable for layer in new.values() for variable in layer.variables]
+    narrow = {"int8": 1, "float16": 2}  # whatever the rest is in
+    return sum(math.prod(x.shape) * narrow.get(x.dtype, width) for x in variables)
 
 
 def check_mode(mode: object) -> str:
@@ -202,8 +231,13 @@ class QuantizedMatrix:
         """The path of the variable."""
         return self.variable.path
 
-    def assign(self, value: np.ndarray) -> None:
-        """Rounds the floats and lets them go."""
+    @property
+    def takes_grids(self) -> bool:
+        """Whether it takes integers of a file as they are."""
+        return takes_grids(self.layer)
+
+    def assign(self, value: np.ndarray | Grid) -> None:
+        """Rounds the floats and lets them go; the integers of a grid stay."""
         set_matrix(self.layer, self.variable.name, value)
 
 

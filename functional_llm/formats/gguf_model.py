@@ -16,6 +16,8 @@ import numpy as np
 from functional_llm.backbones.family import Family, ModelConfig
 from functional_llm.backbones.transforms import Row, Rows
 from functional_llm.formats.gguf_file import GGUFFile, open_gguf
+from functional_llm.formats.gguf_grids import read_grid
+from functional_llm.formats.grid import Grid
 from functional_llm.formats.hf_config import read_config
 from functional_llm.formats.source import Source, known_family
 from functional_llm.formats.tensor_reader import float_dtype
@@ -310,7 +312,17 @@ class _HuggingFaceView:
         if any(fnmatch(name, pattern) for pattern in self._family.gguf_offset):
             # In float32: the added one costs a narrow type most of its digits.
             return (self._file.read(self._names[name], "float32") - 1).astype(float_dtype(dtype))
-        array = self._file.read(self._names[name], dtype)
+        return self._moved(name, self._file.read(self._names[name], dtype))
+
+    def read_grid(self, name: str) -> Grid | None:
+        """Returns one tensor as the 4-bit integers of the file; `None` if it has others."""
+        if name in self._values:
+            return None
+        grid = read_grid(self._file, self._names[name])
+        return None if grid is None else grid.map(lambda array: self._moved(name, array))
+
+    def _moved(self, name: str, array: np.ndarray) -> np.ndarray:
+        """Returns an array of a tensor in Hugging Face's layout."""
         if self._is_transposed(name):
             return array.T
         for projection, num_heads in self._heads.items():

@@ -7,6 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
+from functional_llm.formats.grid import Grid, HasGrids
+
 
 class TensorSource(Protocol):
     """Named tensors that can be read one at a time."""
@@ -32,6 +34,16 @@ class _Renamed:
 
     def read(self, name: str, dtype: str) -> np.ndarray:
         return self.source.read(self.names[name], dtype)
+
+    def read_grid(self, name: str) -> Grid | None:
+        return (
+            self.source.read_grid(self.names[name]) if isinstance(self.source, HasGrids) else None
+        )
+
+
+def read_grid(source: TensorSource, name: str) -> Grid | None:
+    """Returns a tensor as the 4-bit integers of its file; `None` if it does not hold such."""
+    return source.read_grid(name) if isinstance(source, HasGrids) else None
 
 
 def stored_name(source: TensorSource, name: str) -> str:

@@ -16,15 +16,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from itertools import islice
+from itertools import islice, starmap
 from typing import Any, Protocol
 
 import keras
 import numpy as np
 
 from functional_llm.backbones.transforms import TRANSFORMS, Row, Transform
+from functional_llm.formats.grid import SIZE, Grid
 from functional_llm.formats.tensor_reader import float_dtype
-from functional_llm.formats.tensor_source import TensorSource, stored_name
+from functional_llm.formats.tensor_source import TensorSource, read_grid, stored_name
 from functional_llm.graph.placing import assign
 
 _NUMBERED = re.compile(r"\[(.*?)\{(\w+)\}(.*?)\]")  # in the names of rows
@@ -78,6 +79,11 @@ class Tensor:
         """
         return self.transform.split(array, sizes)
 
+    def split_grid(self, grid: Grid, sizes: Sequence[int]) -> list[Grid]:
+        """Returns the same of a tensor that is a grid: each of its arrays is split alike."""
+        arrays = (grid.integers, grid.scale, grid.offset)
+        return list(starmap(Grid, zip(*(self.split(x, sizes) for x in arrays), strict=True)))
+
     def join(self, values: Iterable[Any]) -> np.ndarray:
         """Returns the tensor of the variables' values, whole ones, on any device."""
         own = (x if self.entry is None else x[self.entry.number] for x in values)
@@ -119,8 +125,8 @@ class Target(Protocol):
     def dtype(self) -> str:
         """The dtype to read them in."""
 
-    def assign(self, value: np.ndarray) -> object:
-        """Takes the values."""
+    def assign(self, value: Any) -> object:
+        """Takes the values: an array, or a `Grid` if it has `takes_grids`."""
 
 
 def shapes_of(variables: Iterable[Target]) -> dict[str, tuple[int, ...]]:
@@ -310,7 +316,9 @@ def load_weights(
     by_path = {variable.path: variable for variable in variables}
     shapes = shapes_of(variables)
 
-    def read(tensor: Tensor) -> tuple[Tensor, list[np.ndarray]]:
+    def read(tensor: Tensor) -> tuple[Tensor, Sequence[Any]]:
+        if grids := _read_grids(tensor, by_path, shapes, source):
+            return tensor, grids
         dtype = by_path[tensor.paths[0]].dtype
         if not tensor.transform.computes:
             array = source.read(tensor.name, dtype)
@@ -327,6 +335,22 @@ def load_weights(
                     assign(target, array)
                 else:
                     target.assign(array)
+
+
+def _read_grids(
+    tensor: Tensor,
+    targets: Mapping[str, Target],
+    shapes: Mapping[str, tuple[int, ...]],
+    source: TensorSource,
+) -> Sequence[Grid]:
+    """Returns the values of the variables as grids, if they lie in the file as such and fit."""
+    takers = [getattr(targets[path], "takes_grids", False) for path in tensor.paths]
+    if not all(takers) or tensor.transform.computes or tensor.entry is not None:
+        return []
+    if (grid := read_grid(source, tensor.name)) is None:
+        return []
+    grids = tensor.split_grid(grid, tensor.sizes(shapes))
+    return grids if all(grid.is_grouped(SIZE) for grid in grids) else []
 
 
 class Assembly:

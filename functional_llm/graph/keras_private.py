@@ -287,6 +287,19 @@ def quantized_matrix(layer: Layer) -> keras.Variable:
     return layer._embeddings if isinstance(layer, keras.layers.Embedding) else layer._kernel
 
 
+def set_packed_kernel(layer: Layer, packed: keras.Variable, shape: tuple[int, int]) -> None:
+    """Gives a Dense that Keras takes for a quantised one its int4 kernel.
+
+    Args:
+        layer: The layer, while Keras builds it.
+        packed: Two integers in a byte.
+        shape: Of the unpacked ones.
+    """
+    layer._kernel = packed
+    layer._orig_input_dim, layer._orig_output_dim = shape
+    layer._is_quantized = True
+
+
 # Arguments and attributes.
 
 

@@ -1,25 +1,29 @@
 """Products with int4 matrices, packed as stock Keras packs them.
 
-A byte holds two neighbours of a matrix's last axis, the even one in its lower half. What stands for
-a number is `(integer - zero) * scale`, with a scale and a zero for each group of inputs.
+A byte holds two neighbours of a matrix's last axis, the even one in its lower half. A number is
+`scale * (integer + 8) + offset`, with a scale and an offset for each group of inputs, in float32;
+in tables it is `(integer - zero) * scale`.
 
 Shapes: ... any, K inputs, N outputs, M bytes for N outputs, G numbers in a group, R groups.
 """
 
 import math
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+_Matrix: TypeAlias = tuple[jax.Array, ...]  # packed integers, scales, offsets
 # Rows that are multiplied one by one, each with a sum that is written out, on CPUs.
 _FEW = 4
+_LEAST = -8  # of the integers
 _TERMS = 8
 
 
-def dequantize_int4(packed_KM: jax.Array, scale_RN: jax.Array, zero_RN: jax.Array) -> jax.Array:
-    """Returns the matrix (K, N) in the dtype of its scales."""
-    halves = zip(_unpacked(packed_KM), _halves(scale_RN), _halves(zero_RN), strict=True)
+def dequantize_int4(packed_KM: jax.Array, scale_RN: jax.Array, offset_RN: jax.Array) -> jax.Array:
+    """Returns the matrix (K, N), float32."""
+    halves = zip(_unpacked(packed_KM), _halves(scale_RN), _halves(offset_RN), strict=True)
     even, odd = (_dequantized(*half) for half in halves)
     return _interleaved(even, odd, scale_RN.shape[1])
 
@@ -35,9 +39,9 @@ def look_up_int4(
     return rows.reshape(*tokens.shape, -1)
 
 
-@jax.checkpoint  # the gradient makes the matrix again, which would wait in memory otherwise
+@jax.custom_vjp  # the gradient makes the matrix again, which would wait in memory otherwise
 def multiply_int4(
-    x_K: jax.Array, packed_KM: jax.Array, scale_RN: jax.Array, zero_RN: jax.Array
+    x_K: jax.Array, packed_KM: jax.Array, scale_RN: jax.Array, offset_RN: jax.Array
 ) -> jax.Array:
     """Returns the product of inputs (..., K) with an int4 matrix: (..., N), in the inputs' dtype.
 
@@ -45,23 +49,53 @@ def multiply_int4(
         x_K: Floats.
         packed_KM: int8.
         scale_RN: Floats. R divides K.
-        zero_RN: int8.
+        offset_RN: Floats.
     """
     rows = math.prod(x_K.shape[:-1])
-    halves = _halves(scale_RN), _halves(zero_RN)
     if rows <= _FEW and jax.default_backend() == "cpu":
+        halves = _halves(scale_RN), _halves(offset_RN)
         x_rows = x_K.reshape(rows, -1).astype(jnp.float32)
         even, odd = (
-            jnp.stack([_sum_row(x, packed_KM, half, scale, zero) for x in x_rows])
-            for half, scale, zero in zip(range(2), *halves, strict=True)
+            jnp.stack([_sum_row(x, packed_KM, half, scale, offset) for x in x_rows])
+            for half, scale, offset in zip(range(2), *halves, strict=True)
         )
     else:
-        even, odd = (
-            jnp.matmul(x_K, _dequantized(half, scale, zero).astype(x_K.dtype))
-            for half, scale, zero in zip(_unpacked(packed_KM), *halves, strict=True)
-        )
+        floats = _float_halves(x_K, packed_KM, scale_RN, offset_RN)
+        even, odd = (jnp.matmul(x_K, half) for half in floats)
     product = _interleaved(even, odd, scale_RN.shape[1]).astype(x_K.dtype)
     return product.reshape(*x_K.shape[:-1], -1)
+
+
+def _multiply_forward(x_K: jax.Array, *matrix: jax.Array) -> tuple[jax.Array, _Matrix]:
+    return multiply_int4(x_K, *matrix), matrix
+
+
+def _multiply_backward(
+    matrix: _Matrix, gradient_N: jax.Array
+) -> tuple[jax.Array, None, None, None]:
+    halves = _halves(gradient_N.reshape(-1, gradient_N.shape[-1]))
+    floats = _float_halves(gradient_N, *matrix)
+    even, odd = (jnp.matmul(half, x_KM.T) for half, x_KM in zip(halves, floats, strict=True))
+    return (even + odd).reshape(*gradient_N.shape[:-1], -1), None, None, None
+
+
+multiply_int4.defvjp(_multiply_forward, _multiply_backward)
+
+
+def _float_halves(
+    x: jax.Array, packed_KM: jax.Array, scale_RN: jax.Array, offset_RN: jax.Array
+) -> list[jax.Array]:
+    """Returns the even and the odd columns of a matrix for a product with `x`, in its dtype.
+
+    XLA makes for CPUs what depends on weights alone as early as it can, all float matrices of a
+    model at once. So the integers depend on `x` here, by a zero that XLA does not know to be one.
+    """
+    if jax.default_backend() == "cpu":
+        first = x[(0,) * x.ndim].astype(jnp.float32)
+        bits = lax.bitcast_convert_type(first, jnp.int32) & jnp.int32(127)
+        packed_KM = packed_KM + jnp.minimum(bits, jnp.int32(0)).astype(jnp.int8)
+    halves = zip(_unpacked(packed_KM), _halves(scale_RN), _halves(offset_RN), strict=True)
+    return [_dequantized(*half).astype(x.dtype) for half in halves]
 
 
 def _unpacked(packed: jax.Array) -> list[jax.Array]:
@@ -87,14 +121,14 @@ def _interleaved(even: jax.Array, odd: jax.Array, size: int) -> jax.Array:
     return both.reshape(*even.shape[:-1], -1)[..., :size]
 
 
-def _dequantized(half_KM: jax.Array, scale_RM: jax.Array, zero_RM: jax.Array) -> jax.Array:
-    groups = half_KM.reshape(len(scale_RM), -1, half_KM.shape[1])
-    steps = groups - zero_RM[:, None]  # stays within int8
-    return (steps.astype(scale_RM.dtype) * scale_RM[:, None]).reshape(half_KM.shape)
+def _dequantized(half_KM: jax.Array, scale_RM: jax.Array, offset_RM: jax.Array) -> jax.Array:
+    steps = half_KM.reshape(len(scale_RM), -1, half_KM.shape[1]) - jnp.int8(_LEAST)
+    scale, offset = (x[:, None].astype(jnp.float32) for x in (scale_RM, offset_RM))
+    return (steps.astype(jnp.float32) * scale + offset).reshape(half_KM.shape)
 
 
 def _sum_row(
-    x_K: jax.Array, packed_KM: jax.Array, half: int, scale_RM: jax.Array, zero_RM: jax.Array
+    x_K: jax.Array, packed_KM: jax.Array, half: int, scale_RM: jax.Array, offset_RM: jax.Array
 ) -> jax.Array:
     """Returns the product of one row with a half of a matrix, as XLA compiles it best for CPUs.
 
@@ -112,7 +146,7 @@ def _sum_row(
             for i in range(count)
         )
     )
-    scale = scale_RM.astype(jnp.float32)
-    shift = zero_RM.astype(jnp.float32) * x.sum((1, 2))
-    rows = [(sums * scale[:, None]).reshape(-1, scale.shape[1]), -shift * scale]
+    scale, offset = (x.astype(jnp.float32) for x in (scale_RM, offset_RM))
+    shift = (offset - _LEAST * scale) * x.sum((1, 2))
+    rows = [(sums * scale[:, None]).reshape(-1, scale.shape[1]), shift]
     return sum((jnp.ones((2, len(part))) @ part)[0] for part in rows)

@@ -21,7 +21,7 @@ class _ProbedLinear(Linear):
 
     def __init__(self, linear: Linear, layer: Layer, x: Tensor) -> None:
         vars(self).update(vars(linear))
-        self.layer = layer
+        self._original, self.layer = linear.layer, layer
         self._unit_vectors = ops.one_hot(indices(self.in_size, x), self.in_size, dtype="float32")
 
     def kernel(self) -> Tensor:
@@ -40,7 +40,7 @@ class _ProbedLinear(Linear):
 
     def _in_shape(self, rows: int) -> tuple[int, ...]:
         """Returns the shape of that many inputs; all other axes before those of a row are 1."""
-        if isinstance(self.layer, keras.layers.Dense):
+        if isinstance(self._original, keras.layers.Dense):
             return rows, self.in_size
         sizes = self._shape[: self._axes[0]]
         others = len(self.layer.equation.split(",")[0].strip().replace("...", "")) - len(sizes)

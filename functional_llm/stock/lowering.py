@@ -11,7 +11,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import keras
 from keras import ops, tree
@@ -22,15 +22,16 @@ from functional_llm.graph.keras_values import has_value
 from functional_llm.graph.rewiring import shared_copy
 from functional_llm.graph.selection import inner_graph, inner_layers
 from functional_llm.graph.types import Layer, Nested, Tensor
+from functional_llm.stock.several_layers import Copies, InStockLayers, StockLayers
 
 Lower: TypeAlias = Callable[..., Nested]  # (layer, *args, **kwargs) -> outputs
 _Body: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
-_LOWERINGS: dict[type, Lower | type] = {}
+_LOWERINGS: dict[type, Lower | type | StockLayers] = {}
 _FIRST: dict[type, Callable[[Nested], Nested]] = {}
 
 
 def register_lowering(
-    cls: type, lower: Lower | type, first: Callable[[Nested], Nested] | None = None
+    cls: type, lower: Lower | type | StockLayers, first: Callable[[Nested], Nested] | None = None
 ) -> None:
     """Registers how a layer of your own is written with stock layers and `keras.ops`.
 
@@ -45,7 +46,8 @@ def register_lowering(
         lower: `lower(layer, *args, **kwargs)` returns the outputs for symbolic inputs. `layer` is
             like the layer in the model, but its own weights are symbolic tensors, which stock
             layers hold and train; the layers in it can be called. `lower` may also be the stock
-            class that `cls` derives from, if that class needs nothing but the layer's attributes.
+            class that `cls` derives from, if that class needs nothing but the layer's attributes;
+            or `StockLayers`, if it takes several.
         first: What that stock class takes of the first argument of a call, if it is not all of it.
     """
     _LOWERINGS[cls] = lower
@@ -82,7 +84,7 @@ class Lowering:
     def __init__(self, original: keras.Model) -> None:
         self._original = original
         self._frozen = frozenset(getattr(original, "_frozen", ()))
-        self._places: dict[int, Layer] = {}  # by the identity of the original's objects
+        self._places: dict[int, Any] = {}  # by the identity of the original's objects
         self._stand_ins: dict[int, Layer] = {}
         self._given: dict[int, list[bool]] = {}  # which of a layer's outputs are not None
         self._homes: dict[int, Layer] = {}
@@ -90,7 +92,7 @@ class Lowering:
         self._names: set[str] = set()
         self._called_twice: set[int] = set()
         # A custom layer's weights are copied into stock layers, perhaps in another shape.
-        self.copies: list[tuple[keras.Variable, keras.Variable]] = []
+        self.copies: Copies = []
         self.model = self._around(self._decoder())
 
     def copy_back(self) -> None:
@@ -105,7 +107,7 @@ class Lowering:
         if inner_layers(operation) is not None:
             return self._call_graph(operation, path, args)
         lower = _lowering_for(operation)
-        if lower is not None and not isinstance(lower, type):
+        if lower is not None and not isinstance(lower, _PLACED):
             return self._call_custom(lower, operation, path, args, kwargs)
         if lower is None and not _is_stock(operation):
             name = type(operation).__name__
@@ -123,8 +125,11 @@ class Lowering:
             return placed
         return lambda x, **kwargs: placed(first(x), **kwargs)
 
-    def place(self, operation: keras.Operation, path: str) -> keras.Operation:
-        """Returns a shared copy of a stock operation, frozen if its weights are frozen here."""
+    def place(self, operation: keras.Operation, path: str) -> Layer | InStockLayers:
+        """Returns what stands for an operation here, frozen if its weights are frozen.
+
+        It is a shared copy of a stock operation.
+        """
         if self._homes.setdefault(id(operation), self._home) is not self._home:
             raise ValueError(
                 f"'{operation.name}' is used inside '{self._home.name}' and inside "
@@ -132,19 +137,29 @@ class Lowering:
                 "nested models share a layer: expected all its calls in one of them."
             )
         if id(operation) not in self._places:
-            new = self._places[id(operation)] = shared_copy(operation)
-            stock_class = _lowering_for(operation)
-            if stock_class is not None:
-                build_config = new.get_build_config()
-                new.__class__ = stock_class
-                set_untracked(new, "get_build_config", lambda: build_config)
+            new = self._places[id(operation)] = self._placed(operation, path)
             variables = getattr(operation, "variables", ())
-            if variables:
-                # A loaded weight's path is its layer's name, and torch needs them to be different.
-                new.name = self._unique(path.replace("/", "_"))
             if variables and all(id(v) in self._frozen for v in variables):
-                freeze_layer_only(new)
+                for layer in getattr(new, "layers", (new,)):
+                    freeze_layer_only(layer)
         return self._places[id(operation)]
+
+    def _placed(self, operation: keras.Operation, path: str) -> Layer | InStockLayers:
+        # A loaded weight's path is its layer's name, and torch needs them to be different.
+        name = path.replace("/", "_")
+        stock = _lowering_for(operation)
+        if isinstance(stock, StockLayers):
+            made = stock.make(operation, self._unique(name))
+            self.copies += made.copies
+            return made
+        new = shared_copy(operation)
+        if stock is not None:
+            build_config = new.get_build_config()
+            new.__class__ = stock
+            set_untracked(new, "get_build_config", lambda: build_config)
+        if getattr(operation, "variables", ()):
+            new.name = self._unique(name)
+        return new
 
     def _unique(self, name: str) -> str:
         """Returns the name, with a number behind it if a layer has the name already."""
@@ -248,7 +263,7 @@ class Lowering:
         return new
 
     def _callable(self, layer: Layer, path: str) -> Callable[..., Nested]:
-        if _is_stock(layer) or isinstance(_lowering_for(layer), type):
+        if _is_stock(layer) or isinstance(_lowering_for(layer), _PLACED):
             if inner_layers(layer) is None:
                 return self._stock(layer, path)
 
@@ -387,7 +402,10 @@ def _cast(x: Tensor, dtype: str) -> Tensor:
     return x if x.dtype == dtype else ops.cast(x, dtype)
 
 
-def _lowering_for(operation: keras.Operation) -> Lower | type | None:
+_PLACED = (type, StockLayers)  # lowerings to stock layers
+
+
+def _lowering_for(operation: keras.Operation) -> Any:
     classes = type(operation).__mro__
     return next((_LOWERINGS[cls] for cls in classes if cls in _LOWERINGS), None)
 
