@@ -7,7 +7,8 @@ Which layers have experts, an interval says between a first and a last one. Refe
 
 from dataclasses import dataclass
 
-from functional_llm.backbones import ernie4_5, glm4_moe, llama, qwen3_moe
+from functional_llm.backbones import ernie4_5, glm4_moe, llama
+from functional_llm.backbones.experts import expert_rows
 from functional_llm.backbones.family import ROPE_BUFFERS, Family
 from functional_llm.backbones.stacks import build_around, one_rope
 from functional_llm.backbones.transforms import axis_removed
@@ -127,7 +128,7 @@ FAMILY = Family(
     complete_keys=complete_keys,
     weights=[
         *llama.WEIGHTS,
-        *qwen3_moe.EXPERTS,
+        *expert_rows("model.layers.{}.mlp"),
         *glm4_moe.SHARED,
         ("lm_head.bias", "head/bias", "same"),
         (f"{_MLP}.moe_statics.e_score_correction_bias", _CORRECTION, axis_removed(0)),

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import keras
 from keras import ops
 
-from functional_llm.backbones import llama, qwen3, qwen3_moe
+from functional_llm.backbones import llama, qwen3
+from functional_llm.backbones.experts import expert_rows
 from functional_llm.backbones.family import (
     COMMON_KEYS,
     ROPE_BUFFERS,
@@ -167,7 +168,7 @@ FAMILY = Family(
     weights=[
         *llama.WEIGHTS,
         *qwen3.QK_NORMS,
-        *qwen3_moe.EXPERTS,
+        *expert_rows(_MLP),
         *SHARED,
         (f"{_MLP}.gate.e_score_correction_bias", _CORRECTION, "same"),
     ],

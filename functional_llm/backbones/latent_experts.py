@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from functional_llm.backbones import latent, llama
+from functional_llm.backbones.experts import expert_rows
 from functional_llm.backbones.family import dense_rows
 from functional_llm.backbones.latent import LatentConfig
-from functional_llm.backbones.qwen3_moe import EXPERTS
 from functional_llm.backbones.transforms import Rows
 from functional_llm.blocks.decoder import NamedPart, pre_norm
 from functional_llm.blocks.experts import Router, activated, expert_mlp
@@ -80,7 +80,7 @@ def rows(config: ExpertConfig) -> Rows:
             f"model.layers.{{}}.mlp.shared_experts.{part}_proj", f"decoder_{{}}/mlp/shared/{part}"
         )
     ]
-    return [*others, *latent.attention_rows(config), *EXPERTS, *shared]
+    return [*others, *latent.attention_rows(config), *expert_rows("model.layers.{}.mlp"), *shared]
 
 
 CONFIG_KEYS: dict[str, str | type] = {

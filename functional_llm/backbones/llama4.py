@@ -12,7 +12,13 @@ import keras
 from keras import ops
 
 from functional_llm.backbones import llama, smollm3
-from functional_llm.backbones.family import COMMON_KEYS, DecoderConfig, Family, complete_common_keys
+from functional_llm.backbones.family import (
+    COMMON_KEYS,
+    DecoderConfig,
+    Family,
+    complete_common_keys,
+    expert_parameters,
+)
 from functional_llm.backbones.stacks import build_around
 from functional_llm.backbones.transforms import Rows
 from functional_llm.backbones.wrapper import Wrapper
@@ -180,6 +186,9 @@ FAMILY = Family(
     written_keys=written_keys,
     weights=WEIGHTS,
     ignored=llama.FAMILY.ignored,
+    parameters=expert_parameters(
+        "feed_forward.experts", "feed_forward.router", "last_axis", "same"
+    ),
     wrappers=[
         Wrapper(
             model_type="llama4",
