@@ -1,10 +1,11 @@
 """IA3: a factor for each output of a layer, or for each of its inputs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
 
-from functional_llm.graph.selection import Where
+from functional_llm.graph.selection import Where, walk
 from functional_llm.graph.types import Layer, Tensor
 from functional_llm.peft.adapter import Adapter, attach, find_targets
 from functional_llm.peft.linear import Linear
@@ -41,8 +42,8 @@ class IA3(Adapter):
 
 def ia3(
     model: keras.Model,
-    targets: Where = ("key", "value", "down"),
-    feedforward: Where = "down",
+    targets: Where | None = None,
+    feedforward: Where | None = None,
     adapter_name: str = "default",
     dtype: str = "float32",
 ) -> keras.Model:
@@ -50,17 +51,29 @@ def ia3(
 
     Args:
         model: A functional model. It stays as it is, and its weights are shared.
-        targets: Which layers, as for `flm.select`; `"all"` for every linear layer except the head.
-        feedforward: Which of them have their inputs scaled; an empty list for none.
+        targets: Which layers, as for `flm.select`; `"all"` for every linear layer except the head;
+            `None` for "key", "value" and "down", of which a model with experts may have no last.
+        feedforward: Which of them have their inputs scaled; `None` for those called "down", an
+            empty list for none.
         adapter_name: Another name for each adapter in one model.
         dtype: Of the adapter's weights.
 
     Reference:
         [IA3](https://arxiv.org/abs/2205.05638), section 3.3.
     """
-    scaled = find_targets(model, feedforward) if feedforward else {}
+    targets = _named("key", "value", "down") if targets is None else targets
+    if feedforward is None:
+        scaled = {
+            path for path, layer in walk(model, composites=True) if _named("down")(layer, path)
+        }
+    else:
+        scaled = set(find_targets(model, feedforward)) if feedforward else set()
 
     def make(layer: Layer, path: str, **kwargs: Any) -> IA3:
         return IA3(layer, scales_inputs=path in scaled, **kwargs)
 
     return attach(model, make, targets, adapter_name, dtype=dtype)
+
+
+def _named(*names: str) -> Callable[[Layer, str], bool]:
+    return lambda layer, path: path.rpartition("/")[2] in names
