@@ -6,7 +6,7 @@ beside their experts. Reference: [DeepSeek-V2](https://arxiv.org/abs/2405.04434)
 
 from dataclasses import dataclass
 
-from functional_llm.backbones import latent, latent_experts, llama
+from functional_llm.backbones import latent, latent_experts, llama, routed_experts
 from functional_llm.backbones.family import Family
 from functional_llm.backbones.latent_experts import ExpertConfig
 from functional_llm.blocks.experts import Router, Scores, scaled, softmax, within_groups
@@ -34,7 +34,7 @@ def build(config: Config) -> Graph:
             weights=[scaled(config.routed_scale)],
         )
         attention = latent.build_attention(config, rotary_pairs())
-        layers.append(latent_experts.build_decoder(config, i, attention, router))
+        layers.append(routed_experts.build_decoder(config, i, attention, router))
     return latent.build_around(config, layers)
 
 
@@ -51,7 +51,7 @@ def complete_keys(keys: JSON) -> JSON:
             "config.json: expected the topk_method greedy or group_limited_greedy, received "
             f"{keys['topk_method']!r}."
         )
-    return latent.complete_keys(latent_experts.check_routing(keys))
+    return latent.complete_keys(routed_experts.check_routing(keys))
 
 
 def written_keys(config: Config) -> JSON:

@@ -8,29 +8,20 @@ beyond the last, which predict more tokens, are left out. Reference:
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from keras import ops
-
-from functional_llm.backbones import latent, latent_experts, llama
+from functional_llm.backbones import latent, latent_experts, llama, routed_experts
 from functional_llm.backbones.family import Family
 from functional_llm.backbones.latent_experts import ExpertConfig
+from functional_llm.backbones.routed_experts import CORRECTION, CorrectedConfig, sigmoid_router
 from functional_llm.backbones.transforms import Rows
-from functional_llm.blocks.experts import (
-    Router,
-    ScoreCorrection,
-    normalized,
-    scaled,
-    within_groups,
-)
 from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.rope import rotary, rotary_pairs
 from functional_llm.graph.types import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ExpertConfig):
+class Config(CorrectedConfig, ExpertConfig):
     """The numbers of a DeepSeek V3."""
 
-    normalize_weights: bool
     rotates_pairs: bool
 
 
@@ -40,23 +31,8 @@ def build(config: Config) -> Graph:
     layers = []
     for i in range(config.num_layers):
         attention = latent.build_attention(config, rotate)
-        layers.append(latent_experts.build_decoder(config, i, attention, router(config)))
+        layers.append(routed_experts.build_decoder(config, i, attention, sigmoid_router(config)))
     return latent.build_around(config, layers)
-
-
-def router(config: Config) -> Router:
-    """Returns what chooses the experts of one layer."""
-    norm = [normalized(epsilon=1e-20)] if config.normalize_weights else []
-    return Router(
-        num_experts=config.num_experts,
-        num_chosen=config.num_experts_per_token,
-        scores=[ops.sigmoid],
-        choice=[
-            ScoreCorrection(),
-            within_groups(config.num_groups, config.num_open_groups, 2),
-        ],
-        weights=[*norm, scaled(config.routed_scale)],
-    )
 
 
 def complete_keys(keys: JSON) -> JSON:
@@ -65,21 +41,18 @@ def complete_keys(keys: JSON) -> JSON:
     own |= {"routed_scaling_factor": 2.5, "moe_intermediate_size": 2048, "norm_topk_prob": True}
     own |= {"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "rope_interleave": True}
     own |= {"max_position_embeddings": 4096, "intermediate_size": 18432}
-    return latent.complete_keys(latent_experts.check_routing(own | keys))
+    return latent.complete_keys(routed_experts.check_routing(own | keys, least=2))
 
 
 def weights(config: Config) -> Rows:
     """Returns the rows of all tensors."""
     gate = "model.layers.{}.mlp.gate"
-    return [*latent_experts.rows(config), (f"{gate}.e_score_correction_bias", _BIAS, "same")]
+    return [*latent_experts.rows(config), (f"{gate}.e_score_correction_bias", CORRECTION, "same")]
 
 
 def gguf_rows(config: Config) -> Rows:
     """Returns the rows of what GGUF files hold in other tensors."""
-    return [*latent.gguf_rows(config), ("blk.{}.exp_probs_b.bias", _BIAS, "same")]
-
-
-_BIAS = "decoder_{}/mlp/correction/bias"
+    return [*latent.gguf_rows(config), ("blk.{}.exp_probs_b.bias", CORRECTION, "same")]
 
 
 def ignored(config: Config) -> Sequence[str]:

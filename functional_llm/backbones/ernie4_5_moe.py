@@ -6,10 +6,11 @@ Which layers have experts, an interval says between a first and a last one. Refe
 """
 
 from dataclasses import dataclass
+from functools import partial
 
-from functional_llm.backbones import ernie4_5, glm4_moe, llama
-from functional_llm.backbones.experts import expert_rows
+from functional_llm.backbones import ernie4_5, llama
 from functional_llm.backbones.family import ROPE_BUFFERS, Family
+from functional_llm.backbones.routed_experts import CORRECTION, ROWS
 from functional_llm.backbones.stacks import build_around, one_rope
 from functional_llm.backbones.transforms import axis_removed
 from functional_llm.blocks.decoder import NamedPart, pre_norm
@@ -67,11 +68,9 @@ def build_decoder(config: Config, index: int) -> CompositeLayer:
             size = config.expert_dim * config.shared_experts
             shared = gated_mlp(size, width, activation, bias, name="shared")
         mlp = expert_mlp(router, config.expert_dim, width, activated(activation), shared=shared)
-    attention, epsilon = (
-        llama.build_attention(config, rotary_pairs(), bias),
-        config.layer_norm_epsilon,
-    )
-    return pre_norm(f"decoder_{index}", lambda part: rms_norm(epsilon, part), attention, mlp)
+    attention = llama.build_attention(config, rotary_pairs(), bias)
+    norm = partial(rms_norm, config.layer_norm_epsilon)
+    return pre_norm(f"decoder_{index}", norm, attention, mlp)
 
 
 def complete_keys(keys: JSON) -> JSON:
@@ -101,7 +100,7 @@ def complete_keys(keys: JSON) -> JSON:
     return keys
 
 
-_MLP, _CORRECTION = "model.layers.{}.mlp", "decoder_{}/mlp/correction/bias"
+_MLP = "model.layers.{}.mlp"
 
 FAMILY = Family(
     model_type="ernie4_5_moe",
@@ -128,10 +127,9 @@ FAMILY = Family(
     complete_keys=complete_keys,
     weights=[
         *llama.WEIGHTS,
-        *expert_rows("model.layers.{}.mlp"),
-        *glm4_moe.SHARED,
+        *ROWS,
         ("lm_head.bias", "head/bias", "same"),
-        (f"{_MLP}.moe_statics.e_score_correction_bias", _CORRECTION, axis_removed(0)),
+        (f"{_MLP}.moe_statics.e_score_correction_bias", CORRECTION, axis_removed(0)),
     ],
     ignored=[*ROPE_BUFFERS, "model.mtp_*"],
     gguf_architecture="ernie4_5-moe",
@@ -145,6 +143,6 @@ FAMILY = Family(
     },
     gguf_ignored=["expert_shared_feed_forward_length"],
     gguf_rows=lambda config: [
-        (f"{_MLP}.moe_statics.e_score_correction.bias", _CORRECTION, axis_removed(0))
+        (f"{_MLP}.moe_statics.e_score_correction.bias", CORRECTION, axis_removed(0))
     ],
 )
