@@ -41,7 +41,9 @@ def complete_keys(keys: JSON) -> JSON:
     own |= {"routed_scaling_factor": 2.5, "moe_intermediate_size": 2048, "norm_topk_prob": True}
     own |= {"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "rope_interleave": True}
     own |= {"max_position_embeddings": 4096, "intermediate_size": 18432}
-    return latent.complete_keys(routed_experts.check_routing(own | keys, least=2))
+    keys = own | keys
+    keys["norm_topk_prob"] = bool(keys["norm_topk_prob"])  # null is false
+    return latent.complete_keys(routed_experts.check_routing(keys, least=2))
 
 
 def weights(config: Config) -> Rows:
@@ -75,7 +77,7 @@ FAMILY = Family(
     },
     config_constants={"scoring_func": "sigmoid", "moe_layer_freq": 1, "topk_method": "noaux_tc"},
     config_ignored=latent.CONFIG_IGNORED,
-    config_nulls=["q_lora_rank"],
+    config_nulls=["q_lora_rank", "norm_topk_prob", *routed_experts.NO_NULLS],
     complete_keys=complete_keys,
     written_keys=latent.written_keys,
     weights=weights,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from functional_llm.backbones import ernie4_5, llama
-from functional_llm.backbones.family import ROPE_BUFFERS, Family
+from functional_llm.backbones.family import ROPE_BUFFERS, Family, check_given
 from functional_llm.backbones.routed_experts import CORRECTION, ROWS
 from functional_llm.backbones.stacks import build_around, one_rope
 from functional_llm.backbones.transforms import axis_removed
@@ -81,6 +81,7 @@ def complete_keys(keys: JSON) -> JSON:
     if keys.get("head_dim") is None:  # Transformers divides here, unlike in one without experts
         own["head_dim"] = keys["hidden_size"] // keys["num_attention_heads"]
     keys = own | {key: x for key, x in keys.items() if key != "head_dim" or x is not None}
+    check_given(keys, _NO_NULLS)
     if keys["moe_layer_end_index"] == -1:
         keys["moe_layer_end_index"] = keys["num_hidden_layers"] - 1
     names = ("moe_k", "moe_num_experts", "moe_num_shared_experts", "moe_layer_interval")
@@ -100,6 +101,11 @@ def complete_keys(keys: JSON) -> JSON:
     return keys
 
 
+_NO_NULLS = (
+    "num_key_value_heads",
+    *("moe_k", "moe_num_experts", "moe_num_shared_experts", "moe_intermediate_size"),
+    *("moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index", "moe_norm_min"),
+)
 _MLP = "model.layers.{}.mlp"
 
 FAMILY = Family(
@@ -123,7 +129,7 @@ FAMILY = Family(
     },
     config_aliases={"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"},
     config_constants={"moe_gate": "topk", "moe_use_aux_free": True, "use_rmsnorm": True},
-    config_nulls=("num_key_value_heads", "head_dim"),
+    config_nulls=("head_dim", *_NO_NULLS),
     complete_keys=complete_keys,
     weights=[
         *llama.WEIGHTS,

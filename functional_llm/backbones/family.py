@@ -336,3 +336,14 @@ def check_chosen(count: int | None, experts: int | None, key: str = "num_local_e
             f"config.json: expected num_experts_per_tok from 1 to {key}. Received: {count} and "
             f"{experts}."
         )
+
+
+def check_given(keys: JSON, names: Sequence[str]) -> None:
+    """Checks that keys are not null of which Transformers makes no model then.
+
+    Raises:
+        ValueError: Naming those that are.
+    """
+    nulls = [name for name in names if keys[name] is None]
+    if nulls:
+        raise ValueError(f"config.json: expected numbers for {nulls}. Received: null.")

@@ -16,6 +16,7 @@ from functional_llm.backbones.family import (
     COMMON_KEYS,
     DecoderConfig,
     Family,
+    check_given,
     complete_common_keys,
     expert_parameters,
 )
@@ -101,6 +102,7 @@ def complete_keys(keys: JSON) -> JSON:
     own |= {"attn_temperature_tuning": True, "floor_scale": 8192, "attn_scale": 0.1}
     keys = complete_common_keys(own | keys)
     keys["scales_queries"] = bool(keys["attn_temperature_tuning"])  # published files say 4
+    check_given(keys, ["attention_chunk_size"])
     turns = smollm3.rope_layers(keys)
     kinds = ["chunked_attention" if x else "full_attention" for x in turns]
     num_layers, step = keys["num_hidden_layers"], keys.get("interleave_moe_layer_step", 1)
@@ -181,7 +183,7 @@ FAMILY = Family(
         "num_experts_per_tok": "num_experts_per_token",
     },
     config_constants={"for_llm_compressor": False},
-    config_nulls=("num_key_value_heads", "head_dim"),
+    config_nulls=("num_key_value_heads", "head_dim", "attention_chunk_size"),
     complete_keys=complete_keys,
     written_keys=written_keys,
     weights=WEIGHTS,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from keras import ops
 
 from functional_llm.backbones.experts import expert_rows
-from functional_llm.backbones.family import RotaryConfig, dense_rows
+from functional_llm.backbones.family import RotaryConfig, check_given, dense_rows
 from functional_llm.backbones.transforms import Rows
 from functional_llm.blocks.decoder import NamedPart, pre_norm
 from functional_llm.blocks.experts import (
@@ -77,6 +77,10 @@ def sigmoid_router(config: CorrectedConfig) -> Router:
     )
 
 
+# Without which Transformers makes no model. Groups that are null fit nowhere, either.
+NO_NULLS = ("first_k_dense_replace",)
+
+
 def check_routing(keys: JSON, least: int = 1) -> JSON:
     """Checks that as many experts and groups can be chosen as shall be.
 
@@ -84,6 +88,7 @@ def check_routing(keys: JSON, least: int = 1) -> JSON:
         keys: Of a `config.json`, defaults among them.
         least: How many experts a group has at least, if there are several.
     """
+    check_given(keys, NO_NULLS)
     experts = keys["n_routed_experts"]
     # Those that are not there fit nowhere.
     chosen, groups, kept = (
