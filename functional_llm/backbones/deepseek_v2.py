@@ -82,7 +82,7 @@ FAMILY = Family(
         "mlp_bias": False,
     },
     config_ignored=latent.CONFIG_IGNORED,
-    config_nulls=["q_lora_rank", *routed_experts.NO_NULLS],
+    config_nulls=["q_lora_rank", *latent.NO_NULLS, *routed_experts.NO_NULLS],
     complete_keys=complete_keys,
     written_keys=written_keys,
     weights=latent_experts.rows,

@@ -35,6 +35,9 @@ def build(config: Config) -> Graph:
     return latent.build_around(config, layers)
 
 
+_NULL_IS_FALSE = ("norm_topk_prob", "rope_interleave")
+
+
 def complete_keys(keys: JSON) -> JSON:
     """Adds Transformers' defaults for keys that a `config.json` leaves out."""
     own: JSON = {"first_k_dense_replace": 3, "n_routed_experts": 256, "n_shared_experts": 1}
@@ -42,7 +45,7 @@ def complete_keys(keys: JSON) -> JSON:
     own |= {"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "rope_interleave": True}
     own |= {"max_position_embeddings": 4096, "intermediate_size": 18432}
     keys = own | keys
-    keys["norm_topk_prob"] = bool(keys["norm_topk_prob"])  # null is false
+    keys |= {key: bool(keys[key]) for key in _NULL_IS_FALSE}
     return latent.complete_keys(routed_experts.check_routing(keys, least=2))
 
 
@@ -77,7 +80,7 @@ FAMILY = Family(
     },
     config_constants={"scoring_func": "sigmoid", "moe_layer_freq": 1, "topk_method": "noaux_tc"},
     config_ignored=latent.CONFIG_IGNORED,
-    config_nulls=["q_lora_rank", "norm_topk_prob", *routed_experts.NO_NULLS],
+    config_nulls=["q_lora_rank", *_NULL_IS_FALSE, *latent.NO_NULLS, *routed_experts.NO_NULLS],
     complete_keys=complete_keys,
     written_keys=latent.written_keys,
     weights=weights,

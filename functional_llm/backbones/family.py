@@ -344,6 +344,6 @@ def check_given(keys: JSON, names: Sequence[str]) -> None:
     Raises:
         ValueError: Naming those that are.
     """
-    nulls = [name for name in names if keys[name] is None]
+    nulls = [name for name in names if keys.get(name) is None]
     if nulls:
         raise ValueError(f"config.json: expected numbers for {nulls}. Received: null.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from functional_llm.backbones.family import COMMON_KEYS, RotaryConfig, dense_rows
+from functional_llm.backbones.family import COMMON_KEYS, RotaryConfig, check_given, dense_rows
 from functional_llm.backbones.transforms import Rows, Transform, fused, heads_first, transposed
 from functional_llm.blocks.attention import Part, PartFunction, heads
 from functional_llm.blocks.language_model import Graph, LayerType, causal_lm
@@ -107,6 +107,10 @@ CONFIG_KEYS: dict[str, str | type] = {
 CONFIG_IGNORED = {"head_dim": "qk_rope_head_dim"}
 
 
+# Without which Transformers makes no model.
+NO_NULLS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
 def complete_keys(keys: JSON) -> JSON:
     """Adds Transformers' defaults for keys that a `config.json` leaves out, and checks sizes."""
     keys = {
@@ -122,6 +126,7 @@ def complete_keys(keys: JSON) -> JSON:
         "v_head_dim": 128,
         **keys,
     }
+    check_given(keys, NO_NULLS)
     num_heads, size = keys["num_attention_heads"], keys["qk_nope_head_dim"]
     size += keys["qk_rope_head_dim"]
     for key, expected in (("num_key_value_heads", num_heads), ("qk_head_dim", size)):
