@@ -18,24 +18,41 @@ FAMILIES_AND_KINDS = list(dict.fromkeys([*ONE_OF_EACH_FAMILY, *ONE_OF_EACH_KIND]
 
 
 def backend_in_turn(name: str) -> str:
-    """Returns the backend that the config of a family takes in `make test`: one after another."""
-    return BACKENDS[ONE_OF_EACH_FAMILY.index(name) % len(BACKENDS)]
+    """Returns the backend that a config takes in `make test`: one after another."""
+    return BACKENDS[FAMILIES_AND_KINDS.index(name) % len(BACKENDS)]
 
 
 def _is_of_a_kind(parameters: Mapping[str, Any]) -> bool:
     return any(isinstance(x, str) and x in ONE_OF_EACH_KIND for x in parameters.values())
 
 
+def _is_of_a_family_or_kind(parameters: Mapping[str, Any]) -> bool:
+    return any(isinstance(x, str) and x in FAMILIES_AND_KINDS for x in parameters.values())
+
+
 def _has_its_backend(parameters: Mapping[str, Any]) -> bool:
     name = parameters["pair"]
-    return name in ONE_OF_EACH_FAMILY and parameters["backend"] == backend_in_turn(name)
+    return name in FAMILIES_AND_KINDS and parameters["backend"] == backend_in_turn(name)
 
 
 # What parts do, not families: `make test` takes one model of each kind, `make nightly` all.
 one_of_each_kind = pytest.mark.nightly(unless=_is_of_a_kind)
-# What a file holds is the same for all backends: `make test` takes all three for one of each kind,
-# one for one of each family.
-one_backend_each = pytest.mark.nightly(unless=lambda x: _is_of_a_kind(x) or _has_its_backend(x))
+# What a family's tables say: `make test` takes one model of each family, and of each kind.
+one_of_each_family = pytest.mark.nightly(unless=_is_of_a_family_or_kind)
+# What hardly differs with parts: norms, rings, biases, experts, states.
+_FEW = (
+    "llama_grouped",
+    "gemma2_soft_caps",
+    "gpt2_tied",
+    "qwen3_moe_some_dense",
+    "lfm2_wide_kernel",
+)
+one_of_a_few = pytest.mark.nightly(
+    unless=lambda parameters: any(x in _FEW for x in parameters.values())
+)
+# What a file holds is the same for all backends, and each part is in several families: these take
+# the backends in turn.
+one_backend_each = pytest.mark.nightly(unless=_has_its_backend)
 
 
 def waits_for_the_night(item: pytest.Item) -> bool:

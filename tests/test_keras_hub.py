@@ -31,6 +31,10 @@ from hub_models import (
 from test_keras_hub_tokenizers import byte_pairs
 from test_recipes import blocks
 
+# A kind of column each: `make test` takes these both ways, and reads the presets of all.
+KINDS = ("llama3", "gemma2", "gpt2", "qwen3_moe", "phi3", "gpt_oss", "bloom")
+both_ways = pytest.mark.nightly(unless=lambda parameters: parameters["hub"] in KINDS)
+
 
 @pytest.fixture(scope="module", params=MODELS)
 def hub(request: pytest.FixtureRequest) -> Any:
@@ -38,6 +42,7 @@ def hub(request: pytest.FixtureRequest) -> Any:
     return request.param, make_hub(request.param)
 
 
+@both_ways
 @pytest.mark.filterwarnings("ignore:The `generate` of KerasHub:UserWarning")
 def test_models_in_memory_compute_the_same_both_ways(hub: Any) -> None:
     name, theirs = hub

@@ -24,6 +24,7 @@ from functional_llm.graph.looking.changes import find_changes
 from functional_llm.graph.looking.outline import outline
 from functional_llm.graph.looking.page import Page, page_data
 from functional_llm.graph.selection import inner_graph, inner_layers, walk
+from nightly import one_of_each_kind
 from pair import Pair
 
 LLAMA = CONFIGS["llama_grouped"]
@@ -98,6 +99,7 @@ def _count_boxes(box: Box, times: int) -> int:
     return count
 
 
+@one_of_each_kind
 def test_an_outline_has_every_layer_and_every_call_once(pair: Pair) -> None:
     root = outline(pair.ours)
     paths = [path for box in root.walk() if box.kind in ("layer", "graph") for path in box.paths]

@@ -32,7 +32,11 @@ def _run(notebook: Any, folder: Path) -> Any:
     return client.execute()
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(x, marks=() if x == NOTEBOOKS[0] else pytest.mark.nightly) for x in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_notebooks_run(path: Path, tmp_path: Path) -> None:
     notebook = _read(path)
     folder = save_tiny(tmp_path / "tiny", config="llama_multi_head_tied")

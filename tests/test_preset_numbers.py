@@ -24,7 +24,7 @@ from functional_llm.presets.table import PresetTable, read_preset
 # The config.json of published models, under the names of their presets: keys and values as public
 # projects quote them, keys sorted. None was fetched from the Hub itself. Of the DeepSeeks, Kimi K2,
 # Moonlight, GLM-4.5 and later, Llama 4, ERNIE 4.5 21B, Mixtral and OLMoE no whole quotation was
-# found: they are written down as they are remembered, and fit the numbers of parameters made public.
+# found: they are written down as they are remembered, and fit the parameters' published number.
 PUBLISHED = sorted((Path(__file__).parent / "published_configs").glob("*.json"))
 
 # Numbers of parameters that do not come from our builders: most as KerasHub gives them. It counts

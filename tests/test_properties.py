@@ -27,7 +27,7 @@ from functional_llm.formats.weight_table import (
 from functional_llm.generation.text_generator import TextGenerator
 from functional_llm.layers.cache import make_cache
 from functional_llm.presets.backbone import Backbone
-from nightly import one_of_each_kind
+from nightly import one_of_each_family, one_of_each_kind
 from pair import LENGTH, ROWS, SLOTS, TOKENS, Pair, compiled, random_tokens
 from reference import attention_of, reference_greedy, reference_logits
 
@@ -119,8 +119,11 @@ def test_greedy_text_equals_the_reference(pair: Pair) -> None:
 
 @pytest.mark.parametrize(
     "chunks",
-    [[LENGTH], [1] * 20, [20, 1, 31, 1, 1, 18]],
-    ids=["whole", "token_by_token", "mixed"],
+    [
+        pytest.param([LENGTH], id="whole", marks=one_of_each_kind),
+        pytest.param([1] * 20, id="token_by_token", marks=one_of_each_kind),
+        pytest.param([20, 1, 31, 1, 1, 18], id="mixed"),
+    ],
 )
 def test_chunks_through_the_cache_equal_the_full_forward(pair: Pair, chunks: list[int]) -> None:
     cache, start = make_cache(pair.ours, ROWS, SLOTS), 0
@@ -268,6 +271,7 @@ def test_one_of_each_kind_has_every_part(pair: Pair) -> None:
     assert not others, f"new parts: a config with them joins ONE_OF_EACH_KIND ({pair.name}?)"
 
 
+@one_of_each_family
 def test_transformers_loads_what_save_preset_wrote(pair: Pair, tmp_path: Path) -> None:
     import transformers
 

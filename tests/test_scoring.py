@@ -20,7 +20,7 @@ from functional_llm.evaluation import scorer as scorer_module
 from functional_llm.evaluation.batches import make_batches
 from functional_llm.evaluation.perplexity import rolling_windows
 from functional_llm.evaluation.rows import Row, encode_pair
-from nightly import one_of_each_kind
+from nightly import one_of_a_few
 from pair import compiled
 from reference import reference_logits, save_reference
 from tiny import save_tiny
@@ -59,7 +59,7 @@ def check_scores(scores: Sequence[flm.Score], rows: Sequence[IdRow], expected: A
         assert found.token_ids == continuation and found.num_tokens == len(continuation)
 
 
-@one_of_each_kind
+@one_of_a_few
 def test_log_probabilities_are_those_of_transformers(pair: Any) -> None:
     likeliest = expected_scores(pair.reference, [(ROWS[0][0], [0])])[0][0].argmax()
     rows = [*ROWS, (ROWS[0][0], [int(likeliest)])]

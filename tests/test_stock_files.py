@@ -20,7 +20,7 @@ from functional_llm.graph.equality import same_graph
 from functional_llm.stock import lowering
 from functional_llm.stock.keras_file import read_description
 from functional_llm.stock.lowering import Lowering
-from nightly import is_night, one_backend_each, one_of_each_kind
+from nightly import is_night, one_backend_each, one_of_each_family, one_of_each_kind
 from pair import TOKENS, Pair, compiled, random_tokens
 from stock import BACKENDS, StockKeras, run_stock
 from tiny import save_tiny
@@ -226,6 +226,7 @@ def _assert_only_keras(path: Path) -> None:
     assert "Functional" in names
 
 
+@one_of_each_family
 def test_no_file_names_code_that_is_not_keras(stock_file: StockFile) -> None:
     _assert_only_keras(stock_file.path)
 

@@ -78,8 +78,10 @@ def sigmoid_router(config: CorrectedConfig) -> Router:
 
 
 # Without which Transformers makes no model.
-NO_NULLS = ("first_k_dense_replace", "n_routed_experts", "num_experts_per_tok")
-NO_NULLS += ("n_group", "topk_group", "n_shared_experts", "routed_scaling_factor")
+NO_NULLS = (
+    *("first_k_dense_replace", "n_routed_experts", "num_experts_per_tok"),
+    *("n_group", "topk_group", "n_shared_experts", "routed_scaling_factor"),
+)
 
 
 def check_routing(keys: JSON, least: int = 1) -> JSON:
