@@ -484,6 +484,28 @@ def test_each_part_of_the_page_has_a_test() -> None:
     assert [name for name in public if f"page.{name}" not in tests and name != "Call"] == []
 
 
+def test_what_is_of_each_layer() -> None:
+    first, second = layers.Dense(4), layers.Dense(4)
+    for layer in (first, second):
+        layer(keras.Input((4,)))
+    same = {"activation", "units", "use_bias", "built"}
+    differ = {name for name, x in vars(first).items() if vars(second)[name] is not x}
+    assert {x for x in vars(first) if page.is_of_each(x)} >= {"name", "_inbound_nodes"}
+    assert {x for x in vars(first) if page.is_of_each(x)} <= differ
+    assert not any(map(page.is_of_each, same))
+
+
+def test_a_packed_kernel_is_that_of_a_quantized_dense() -> None:
+    stock, new = layers.Dense(6), layers.Dense(6)
+    stock.build((None, 4))
+    stock.quantize("int4")
+    packed = page.quantized_matrix(stock)
+    page.set_packed_kernel(new, packed, (4, 6))
+    assert page.quantized_matrix(new) is packed
+    for name in ("_orig_input_dim", "_orig_output_dim", "_is_quantized"):
+        assert vars(new)[name] == vars(stock)[name], name
+
+
 def test_nested_layers_come_in_the_order_of_kerashub() -> None:
     class Block(layers.Layer):
         def __init__(self, **kwargs: Any) -> None:

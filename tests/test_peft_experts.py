@@ -107,7 +107,8 @@ FAMILIES = [name for name in ONE_OF_EACH_FAMILY if any("experts" in key for key 
 def test_peft_loads_what_we_trained(name: str, tmp_path: Path) -> None:
     make_reference(CONFIGS[name]).save_pretrained(tmp_path / "base")
     backbone = flm.Backbone.from_preset(tmp_path / "base")
-    ours = _moved(flm.peft.lora(backbone, {"experts_down": 3, "**": 2}, 7, ["decoder_*/mlp/**"]))
+    ranks = {"experts_down": 3, "shared_gate": 1, "**": 2}
+    ours = _moved(flm.peft.lora(backbone, ranks, 7, ["decoder_*/mlp/**"]))
     expected = np.asarray(ours(IDS))
     flm.peft.save_adapter(ours, tmp_path / "ours")
     np.testing.assert_allclose(_of_peft(tmp_path / "ours", name), expected, atol=1e-4)

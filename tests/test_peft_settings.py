@@ -313,7 +313,6 @@ def _edit(folder: Path, **changes: Any) -> None:
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
         ({"lora_bias": True}, "lora_bias = True gives B a bias"),
         ({"bias": "some"}, "'bias' = 'some' is not supported"),
-        ({"target_parameters": ["x"]}, "'target_parameters' = .* is not supported"),
         ({"layer_replication": [[0, 1]]}, "'layer_replication'"),
         ({"modules_to_save": ["norm"]}, "model.norm.weight' is of a module in modules_to_save"),
         ({"modules_to_save": 3}, "'modules_to_save' = 3 is of another type"),

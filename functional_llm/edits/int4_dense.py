@@ -16,7 +16,7 @@ from keras import ops
 from functional_llm.graph.keras_private import quantized_matrix, set_packed_kernel
 from functional_llm.graph.keras_values import has_value, uninitialized
 from functional_llm.graph.types import JSON, Layer, Tensor
-from functional_llm.kernels.int4 import multiply_int4
+from functional_llm.kernels.int4 import dequantize_int4, multiply_int4
 from functional_llm.stock.lowering import register_lowering
 from functional_llm.stock.several_layers import StockLayers
 
@@ -70,6 +70,11 @@ class Int4Dense(keras.layers.Dense):
         outputs = multiply_int4(inputs, *int4_parts(self))
         outputs = outputs if self.bias is None else ops.add(outputs, self.bias)
         return outputs if self.activation is None else self.activation(outputs)
+
+    def product_matrix(self) -> Tensor | None:
+        """Returns the matrix (in, out), float32; `None` if that is not all: see `layers.latent`."""
+        is_linear = self.activation is keras.activations.linear and self.bias is None
+        return dequantize_int4(*int4_parts(self)) if is_linear else None
 
 
 def int4_parts(layer: Layer) -> list[Tensor]:

@@ -8,7 +8,7 @@ import numpy as np
 from keras import tree
 
 from functional_llm.graph.composite import CompositeLayer
-from functional_llm.graph.keras_private import calls
+from functional_llm.graph.keras_private import calls, is_of_each
 from functional_llm.graph.types import Layer
 
 Key: TypeAlias = Any  # nested tuples
@@ -16,7 +16,6 @@ Key: TypeAlias = Any  # nested tuples
 # Packages whose layers say in their config all that they compute.
 _SAYING_ALL = ("keras", "functional_llm")
 _NOT_COMPUTED = ("name", "trainable")
-_OF_EACH = ("name", "_inbound_nodes", "_outbound_nodes", "_auto_config")
 _PLAIN = (bool, int, float, str, bytes, type(None))
 
 
@@ -47,7 +46,7 @@ def _operation(operation: keras.Operation) -> Key:
         weights = tuple((tuple(x.shape), x.dtype) for x in operation.variables)
         said = {key: x for key, x in config.items() if key not in _NOT_COMPUTED}
         return (cls, _dtypes(operation), _value(said), weights)
-    return (cls, _value({key: x for key, x in attributes.items() if key not in _OF_EACH}))
+    return (cls, _value({key: x for key, x in attributes.items() if not is_of_each(key)}))
 
 
 def _dtypes(layer: Layer) -> Key:

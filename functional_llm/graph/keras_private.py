@@ -246,6 +246,14 @@ _STATE_OF_EACH: dict[str, Callable[[], Any] | None] = {
 }
 
 
+def is_of_each(attribute: str) -> bool:
+    """Whether an attribute of a layer says which one it is, not what it computes.
+
+    Its name, its calls in graphs, and the arguments that Keras has recorded, the name among them.
+    """
+    return attribute in ("name", "_inbound_nodes", "_outbound_nodes", "_auto_config")
+
+
 def set_untracked(layer: keras.Operation, name: str, value: Any) -> None:
     """Sets an attribute past the `__setattr__` of Keras.
 

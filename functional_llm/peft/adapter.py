@@ -324,6 +324,8 @@ def find_targets(model: keras.Model, targets: Where) -> dict[str, Layer]:
         # An adapter of every expert would be as large as that of a model with as many layers.
         others = (ExpertDense, ExpertScores)
         found = {path: x for path, x in found.items() if not isinstance(origin_of(x), others)}
+        # Nor has one number a token, a gate, room for a rank.
+        found = {path: x for path, x in found.items() if getattr(origin_of(x), "units", 0) != 1}
         kinds: tuple[type, ...] = LINEAR_LAYERS
     else:
         found, kinds = select(model, targets), MATRIX_LAYERS

@@ -10,6 +10,8 @@ from functional_llm.graph.types import Layer, Tensor
 from functional_llm.peft.adapter import Adapter, attach, find_targets
 from functional_llm.peft.linear import Linear
 
+_USUAL = ("key", "value", "down")
+
 
 @keras.saving.register_keras_serializable("functional_llm")
 class IA3(Adapter):
@@ -42,8 +44,8 @@ class IA3(Adapter):
 
 def ia3(
     model: keras.Model,
-    targets: Where | None = None,
-    feedforward: Where | None = None,
+    targets: Where = _USUAL,
+    feedforward: Where = "down",
     adapter_name: str = "default",
     dtype: str = "float32",
 ) -> keras.Model:
@@ -51,23 +53,20 @@ def ia3(
 
     Args:
         model: A functional model. It stays as it is, and its weights are shared.
-        targets: Which layers, as for `flm.select`; `"all"` for every linear layer except the head;
-            `None` for "key", "value" and "down", of which a model with experts may have no last.
-        feedforward: Which of them have their inputs scaled; `None` for those called "down", an
-            empty list for none.
+        targets: Which layers, as for `flm.select`; `"all"` for every linear layer except the head.
+            A model with experts may have no "down", which it need not have.
+        feedforward: Which of them have their inputs scaled; an empty list for none.
         adapter_name: Another name for each adapter in one model.
         dtype: Of the adapter's weights.
 
     Reference:
         [IA3](https://arxiv.org/abs/2205.05638), section 3.3.
     """
-    targets = _named("key", "value", "down") if targets is None else targets
-    if feedforward is None:
-        scaled = {
-            path for path, layer in walk(model, composites=True) if _named("down")(layer, path)
-        }
-    else:
-        scaled = set(find_targets(model, feedforward)) if feedforward else set()
+    has_down = any(_named("down")(layer, path) for path, layer in walk(model, composites=True))
+    if not has_down:
+        targets = _named("key", "value") if targets == _USUAL else targets
+        feedforward = [] if feedforward == "down" else feedforward
+    scaled = find_targets(model, feedforward) if feedforward else {}
 
     def make(layer: Layer, path: str, **kwargs: Any) -> IA3:
         return IA3(layer, scales_inputs=path in scaled, **kwargs)
