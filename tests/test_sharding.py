@@ -101,11 +101,18 @@ def test_what_is_added_follows_its_layer(folder: Path) -> None:
     """Adapters, scales and packed integers lie along the dimensions of the kernel."""
     backbone = flm.Backbone.from_preset(folder, load_weights=False)
     layout = flm.sharding.layout(backbone, mesh_of(fsdp=2, model=2))
-    edited = flm.peft.dora(flm.quantize(backbone, "int8"), rank=3)
+    edited = flm.peft.dora(flm.quantize(backbone, "int8"), rank=4)  # which divides everything
     axes = {v.path: layout.placement(v.path, tuple(v.shape)).axes for v in edited.variables}
     query = "decoder_0/attention/query"
     assert axes[f"{query}/lora_a"] == ("fsdp", None)
     assert axes[f"{query}/lora_b"] == (None, "model")
+    gate = "decoder_0/mlp/gate"
+    adapted = flm.peft.lora(backbone, rank=4, targets="gate")
+    shapes = {v.path: tuple(v.shape) for v in adapted.variables}
+    lora = [
+        layout.placement(f"{gate}/{x}", shapes[f"{gate}/{x}"]).axes for x in ("lora_a", "lora_b")
+    ]
+    assert lora == [("fsdp", None), (None, "model")]
     assert axes[f"{query}/kernel_scale"] == ("model",)
     assert axes[f"{query}/magnitude"] == ("model",)
     packed = layout.placement("decoder_0/mlp/down/kernel", (40, 48)).axes  # two in a byte

@@ -46,13 +46,8 @@ class PromptCache:
         """
         pairs = zip(self.ids, row[:-1], strict=False)
         known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        cache, states, self.ids, self.cache, self.states = (
-            self.cache,
-            self.states,
-            list(row),
-            None,
-            {},
-        )
+        cache, states = self.cache, self.states
+        self.ids, self.cache, self.states = list(row), None, {}
         if cache is None:
             return 0, None
         held = int(latest_position(cache)[0]) + 1

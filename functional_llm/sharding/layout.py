@@ -125,10 +125,10 @@ class Layout(keras.distribution.ModelParallel):
             path: Of the variable; what belongs to a layer has its path in front.
             shape: Of it.
         """
-        layer = path.rpartition("/")[0]
+        layer, _, name = path.rpartition("/")
         while layer and layer not in self._roles:
             layer = layer.rpartition("/")[0]
-        return place(self._roles.get(layer), shape, self._axes)
+        return place(self._roles.get(layer), name, shape, self._axes)
 
     def explain(self) -> str:
         """Returns a table: each weight, how it is split, its bytes on a device, and why.

@@ -39,15 +39,20 @@ class Role:
     wanted: tuple[Axis, ...]
     heads: int | None = None
 
-    def wanted_of(self, shape: Sequence[int]) -> list[Axis]:
+    def wanted_of(self, name: str, shape: Sequence[int]) -> list[Axis]:
         """Returns the axis that is to split each dimension of a weight of the layer.
 
         Biases, scales, packed integers and the matrices of adapters lie along dimensions of the
-        kernel, which is how they are known.
+        kernel, which is how they are known; the rank of an adapter is none of these.
+
+        Args:
+            name: Of the weight.
+            shape: Of it.
         """
         if len(shape) == len(self.shape):
+            along = _along if is_of_kernel(name) else int.__eq__
             pairs = zip(shape, self.shape, self.wanted, strict=True)
-            return [axis if _along(size, whole) else None for size, whole, axis in pairs]
+            return [axis if along(size, whole) else None for size, whole, axis in pairs]
         # What is left of the kernel's dimensions where there are fewer: the first and the last.
         order = (0, -1) if self.name == "embedding" or len(shape) > 1 else (-1, 0)
         ends = [(self.shape[i], self.wanted[i]) for i in order]
@@ -57,6 +62,11 @@ class Role:
             axis if size == whole else None
             for size, (whole, axis) in zip(shape, ends, strict=False)
         ]
+
+
+def is_of_kernel(name: str) -> bool:
+    """Whether a weight is a kernel or a table, or what it is quantised to."""
+    return name.startswith(("kernel", "embeddings", "reverse_embeddings"))
 
 
 def _along(size: int, whole: int) -> bool:
@@ -103,17 +113,18 @@ def _role(path: str, layer: Layer, layers: Mapping[str, Layer]) -> Role | None:
     return Role("row", shape, (*experts, MODEL, FSDP), heads)
 
 
-def place(role: Role | None, shape: Sequence[int], axes: Axes) -> Placement:
+def place(role: Role | None, name: str, shape: Sequence[int], axes: Axes) -> Placement:
     """Returns how a weight is split.
 
     Args:
         role: That of its layer, or `None` for a layer that our blocks do not name.
+        name: Of the weight.
         shape: Of the weight.
         axes: Of the mesh.
     """
     chosen: list[Axis] = [None] * len(shape)
     reasons = ["no role" if role is None else role.name]
-    for index, axis in enumerate(role.wanted_of(shape) if role else ()):
+    for index, axis in enumerate(role.wanted_of(name, shape) if role else ()):
         if axis is None or axes[axis] == 1:
             continue
         if axis == MODEL and role and role.heads is not None and role.heads % axes[axis]:
@@ -122,7 +133,8 @@ def place(role: Role | None, shape: Sequence[int], axes: Axes) -> Placement:
             reasons.append(f"{shape[index]} does not divide over {axes[axis]} ({axis})")
         else:
             chosen[index] = axis
-    for axis in _left(role, chosen, axes):
+    # An adapter is small: what its layer does not split of it stays whole.
+    for axis in _left(role, chosen, axes) if role is None or is_of_kernel(name) else ():
         for index in _free(shape, chosen, axes[axis]):
             chosen[index] = axis
             reasons.append(f"{axis} on the largest dimension that divides")
