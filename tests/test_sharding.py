@@ -155,6 +155,21 @@ def test_rows_are_split_over_data_and_fsdp(folder: Path) -> None:
         layout.get_data_layout((12, 5))
 
 
+def test_axes_may_have_other_names(folder: Path) -> None:
+    usual = flm.sharding.layout(folder, mesh_of(data=2, fsdp=2, model=2))
+    layout = flm.sharding.layout(folder, mesh_of(rows=2, b=2, c=2), "c", "b")
+    other = {"fsdp": "b", "model": "c", None: None}
+    for own, same in zip(layout.weights, usual.weights, strict=True):
+        assert own.placement.axes == tuple(other[x] for x in same.placement.axes)
+    assert layout.get_data_layout((4, 3)).axes == (("rows", "b"), None)
+    batch = flm.sharding.layout(folder, mesh_of(batch=4, model=2), fsdp="batch")
+    assert batch.num_model_replicas == 4
+    with pytest.raises(ValueError, match=r"out of \['batch'\]. Received: \{'model': 'tensor'\}"):
+        flm.sharding.layout(folder, mesh_of(batch=2), model="tensor")
+    with pytest.raises(ValueError, match="an axis of the mesh for each purpose"):
+        flm.sharding.layout(folder, mesh_of(batch=2), model="batch", fsdp="batch")
+
+
 def test_bad_meshes(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"'tensor'\] are unknown"):
         flm.sharding.layout(folder, mesh_of(data=2, tensor=2))

@@ -96,7 +96,7 @@ class Layout(keras.distribution.ModelParallel):
     @property
     def num_model_replicas(self) -> int:
         """In how many parts the rows of a batch are split."""
-        return math.prod(self._axes[name] for name in self._axes.of_rows)
+        return math.prod(self._axes.sizes[name] for name in self._axes.of_rows)
 
     def get_data_layout(self, data_shape: tuple[int, ...]) -> keras.distribution.TensorLayout:
         """Returns where data lie, by their rows.
@@ -106,7 +106,7 @@ class Layout(keras.distribution.ModelParallel):
         """
         parts = self.num_model_replicas
         if data_shape and data_shape[0] % parts:
-            names = " and ".join(f"{name}={self._axes[name]}" for name in self._axes.of_rows)
+            names = " and ".join(f"{name}={self._axes.sizes[name]}" for name in self._axes.of_rows)
             raise ValueError(
                 f"Expected a batch whose rows divide over {parts} devices ({names}). Received: "
                 f"{data_shape[0]} rows. Take a multiple of {parts}."
@@ -154,8 +154,11 @@ class Layout(keras.distribution.ModelParallel):
 
 
 def layout(
-    model: str | Path | keras.Model,
-    device_mesh: keras.distribution.DeviceMesh,
+    handle_or_backbone: str | Path | keras.Model,
+    mesh: keras.distribution.DeviceMesh,
+    model: str | None = None,
+    fsdp: str | None = None,
+    experts: str | None = None,
     *,
     dtype: str = "float32",
     most_replicated: float = _MOST_REPLICATED,
@@ -170,9 +173,13 @@ def layout(
     ```
 
     Args:
-        model: A handle, of which nothing is loaded; or a model, rewired ones too.
-        device_mesh: A mesh with axes `data`, `fsdp`, `model`, `experts`, or some of them: see
-            `mesh`.
+        handle_or_backbone: A handle, of which nothing is loaded; or a model, rewired ones too.
+        mesh: A mesh with axes `data`, `fsdp`, `model`, `experts`, or some of them, as from
+            `flm.sharding.mesh`; or with others.
+        model: Name of the axis that splits heads and MLPs, if it is another than "model".
+        fsdp: Name of the axis that splits rows and weights, if it is another than "fsdp".
+        experts: Name of the axis that splits experts, if it is another than "experts". Axes that
+            are neither of the three split rows.
         dtype: As for `Backbone.from_preset`, for a handle.
         most_replicated: The share of the bytes that may lie whole on every device, though the mesh
             has an axis for weights.
@@ -182,25 +189,26 @@ def layout(
 
     Raises:
         RuntimeError: With another backend than JAX.
-        ValueError: At an axis with another name, or if more than `most_replicated` is whole.
+        ValueError: At an axis that is not there or of unknown purpose, or if more than
+            `most_replicated` is whole.
     """
     require_jax("flm.sharding.layout")
-    axes = axes_of(device_mesh)
-    if not isinstance(model, keras.Model):
-        model = without_values(model, dtype)
-    roles = roles_of(model)
-    new = Layout(device_mesh, axes, roles, [])
-    for variable in model.variables:
+    axes = axes_of(mesh, model, fsdp, experts)
+    backbone = handle_or_backbone
+    if not isinstance(backbone, keras.Model):
+        backbone = without_values(backbone, dtype)
+    new = Layout(mesh, axes, roles_of(backbone), [])
+    for variable in backbone.variables:
         shape = tuple(variable.shape)
         placement = new.placement(variable.path, shape)
-        shares = math.prod(axes[axis] for axis in placement.axes if axis)
+        shares = math.prod(axes.sizes[axis] for axis in placement.axes if axis)
         new.weights.append(Weight(variable.path, shape, variable.dtype, placement, shares))
     _check_replicated(new.weights, axes, most_replicated)
     return new
 
 
 def _check_replicated(weights: list[Weight], axes: Axes, most: float) -> None:
-    if not axes.of_weights:  # nobody asks for anything else
+    if not axes.split_weights:  # nobody asks for anything else
         return
     whole = [x for x in weights if x.shares == 1]
     share = sum(x.size for x in whole) / sum(x.size for x in weights)

@@ -17,43 +17,68 @@ _MEANING = {
 
 @dataclass(frozen=True)
 class Axes:
-    """How long each axis of a mesh is, by what it is for; 1 for those that it lacks.
+    """What each axis of a mesh is for, and how long it is: 1, if the mesh has none for that.
 
     Args:
         sizes: Name of an axis -> devices along it.
+        names: What it is for, if it splits weights -> name of the axis.
     """
 
     sizes: dict[str, int]
+    names: dict[str, str]
 
-    def __getitem__(self, name: str) -> int:
-        return self.sizes.get(name, 1)
+    def __getitem__(self, purpose: str) -> int:
+        return self.sizes[self.names[purpose]] if purpose in self.names else 1
 
     @property
     def of_rows(self) -> tuple[str, ...]:
-        """The axes that split the rows of a batch."""
-        return tuple(name for name in self.sizes if name in (DATA, FSDP))
+        """The names of the axes that split the rows of a batch."""
+        others = {self.names.get(MODEL), self.names.get(EXPERTS)}
+        return tuple(name for name in self.sizes if name not in others)
 
     @property
-    def of_weights(self) -> tuple[str, ...]:
-        """The axes that split weights."""
-        return tuple(name for name, size in self.sizes.items() if name != DATA and size > 1)
+    def split_weights(self) -> bool:
+        """Whether an axis splits weights."""
+        return any(self[purpose] > 1 for purpose in self.names)
 
 
-def axes_of(device_mesh: keras.distribution.DeviceMesh) -> Axes:
+def axes_of(
+    device_mesh: keras.distribution.DeviceMesh,
+    model: str | None = None,
+    fsdp: str | None = None,
+    experts: str | None = None,
+) -> Axes:
     """Returns the axes of a mesh.
 
+    Args:
+        device_mesh: The mesh.
+        model: Name of the axis that splits heads and MLPs; `None` for the one that is called so.
+        fsdp: Of the one that splits rows and weights; the same.
+        experts: Of the one that splits experts; the same.
+
     Raises:
-        ValueError: If one of them has a name that says nothing of what it is for.
+        ValueError: If the mesh has no axis of such a name, one of them shall be two things, or, if
+            none is named here, one has a name that says nothing of what it is for.
     """
-    names = list(device_mesh.axis_names)
-    unknown = [name for name in names if name not in _MEANING]
-    if unknown:
+    sizes = dict(zip(device_mesh.axis_names, device_mesh.shape, strict=True))
+    given = {MODEL: model, FSDP: fsdp, EXPERTS: experts}
+    named = {purpose: name for purpose, name in given.items() if name is not None}
+    missing = [name for name in named.values() if name not in sizes]
+    if missing or len(set(named.values())) != len(named):
+        raise ValueError(
+            f"Expected an axis of the mesh for each purpose, out of {list(sizes)}. Received: "
+            f"{named}."
+        )
+    unknown = [name for name in sizes if name not in (*_MEANING, "batch")]
+    if unknown and not named:
         known = "; ".join(f"'{name}' ({what})" for name, what in _MEANING.items())
         raise ValueError(
-            f"Expected a mesh whose axes are among {known}. Received: {names}, of which {unknown} "
-            "are unknown."
+            f"Expected a mesh whose axes are among {known}. Received: {list(sizes)}, of which "
+            f"{unknown} are unknown. Say what they are for: model=, fsdp=, experts=."
         )
-    return Axes(dict(zip(names, device_mesh.shape, strict=True)))
+    taken = set(named.values())
+    own = {purpose: purpose for purpose in given if purpose in sizes and purpose not in taken}
+    return Axes(sizes, own | named)
 
 
 def mesh(text: str) -> keras.distribution.DeviceMesh:

@@ -79,7 +79,7 @@ class Placement:
     """Which axis of a mesh splits each dimension of a weight, and why.
 
     Args:
-        axes: For each dimension, an axis or `None`.
+        axes: For each dimension, the name of an axis or `None`.
         reason: In words.
     """
 
@@ -127,17 +127,18 @@ def place(role: Role | None, name: str, shape: Sequence[int], axes: Axes) -> Pla
     for index, axis in enumerate(role.wanted_of(name, shape) if role else ()):
         if axis is None or axes[axis] == 1:
             continue
+        own = axes.names[axis]
         if axis == MODEL and role and role.heads is not None and role.heads % axes[axis]:
-            reasons.append(f"{role.heads} heads do not divide over {axes[axis]} ({axis})")
+            reasons.append(f"{role.heads} heads do not divide over {axes[axis]} ({own})")
         elif shape[index] % axes[axis]:
-            reasons.append(f"{shape[index]} does not divide over {axes[axis]} ({axis})")
+            reasons.append(f"{shape[index]} does not divide over {axes[axis]} ({own})")
         else:
-            chosen[index] = axis
+            chosen[index] = own
     # An adapter is small: what its layer does not split of it stays whole.
     for axis in _left(role, chosen, axes) if role is None or is_of_kernel(name) else ():
         for index in _free(shape, chosen, axes[axis]):
-            chosen[index] = axis
-            reasons.append(f"{axis} on the largest dimension that divides")
+            chosen[index] = axes.names[axis]
+            reasons.append(f"{axes.names[axis]} on the largest dimension that divides")
             break
     if len(shape) < 2 and not any(chosen):
         reasons.append("small")
@@ -150,7 +151,7 @@ def _left(role: Role | None, chosen: Sequence[Axis], axes: Axes) -> Iterator[str
         # Heads that do not divide stay whole, on each device of the axis. So do matrices that
         # our blocks do not name: how their inputs and outputs are split is not known.
         is_whole = axis == MODEL and (role is None or role.heads is not None)
-        if axes[axis] > 1 and axis not in chosen and not is_whole:
+        if axes[axis] > 1 and axes.names[axis] not in chosen and not is_whole:
             yield axis
 
 
