@@ -25,6 +25,7 @@ from stock import BACKENDS, StockKeras
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+_MOST_PIECES = 30_000
 _REWRITTEN = {"test_cpu_rewriter", "test_cpu_rules", "test_jax_private"}
 
 
@@ -100,6 +101,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     keras.utils.set_random_seed(0)
     marks = ("real", "optimized")
     compile_quickly(not any(item.get_closest_marker(name) for name in marks))
+
+
+@pytest.hookimpl(trylast=True)  # after fixtures have let their models go
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Lets the programs of earlier tests go when there are many, between two groups of tests.
+
+    Each is several pieces of a process's memory, of which Linux allows 65,530: reading one more
+    program crashes. 30,000 of them are about 5 GB.
+    """
+    pieces = Path("/proc/self/maps")
+    if nextitem is None or _group(item) == _group(nextitem) or not pieces.exists():
+        return
+    if pieces.read_bytes().count(b"\n") > _MOST_PIECES:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
