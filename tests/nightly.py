@@ -17,9 +17,13 @@ from stock import BACKENDS
 FAMILIES_AND_KINDS = list(dict.fromkeys([*ONE_OF_EACH_FAMILY, *ONE_OF_EACH_KIND]))
 
 
-def backend_in_turn(name: str) -> str:
-    """Returns the backend that a config takes in `make test`: one after another."""
-    return BACKENDS[FAMILIES_AND_KINDS.index(name) % len(BACKENDS)]
+# What differs most between backends: a plain one, experts, states.
+_ON_ALL_BACKENDS = ("llama_grouped", "qwen3_moe_some_dense", "lfm2_wide_kernel")
+
+
+def is_its_turn(position: int, place: int, places: int) -> bool:
+    """Whether the item at a position of a list takes this of some places: one after another."""
+    return position % places == place
 
 
 def _is_of_a_kind(parameters: Mapping[str, Any]) -> bool:
@@ -31,8 +35,10 @@ def _is_of_a_family_or_kind(parameters: Mapping[str, Any]) -> bool:
 
 
 def _has_its_backend(parameters: Mapping[str, Any]) -> bool:
-    name = parameters["pair"]
-    return name in FAMILIES_AND_KINDS and parameters["backend"] == backend_in_turn(name)
+    name, place = parameters["pair"], BACKENDS.index(parameters["backend"])
+    if name not in ONE_OF_EACH_KIND or name in _ON_ALL_BACKENDS:
+        return name in _ON_ALL_BACKENDS
+    return is_its_turn(ONE_OF_EACH_KIND.index(name), place, len(BACKENDS))
 
 
 # What parts do, not families: `make test` takes one model of each kind, `make nightly` all.
@@ -50,8 +56,23 @@ _FEW = (
 one_of_a_few = pytest.mark.nightly(
     unless=lambda parameters: any(x in _FEW for x in parameters.values())
 )
-# What a file holds is the same for all backends, and each part is in several families: these take
-# the backends in turn.
+# How matrices lie in files and in layers: alone, as (in, out), fused in two ways, of experts in two
+# ways, of latents, beside a state.
+LAYOUTS = (
+    "qwen2_tied",
+    "gpt2_tied",
+    "gpt_neox_no_biases_tied",
+    "phi3_long_texts",
+    "qwen3_moe_some_dense",
+    "gpt_oss_clamped",
+    "deepseek_v3_groups",
+    "lfm2_wide_kernel",
+)
+one_of_each_layout = pytest.mark.nightly(
+    unless=lambda parameters: any(x in LAYOUTS for x in parameters.values())
+)
+# What a file holds is the same for all backends: one model of each kind, which take the backends in
+# turn.
 one_backend_each = pytest.mark.nightly(unless=_has_its_backend)
 
 

@@ -330,7 +330,7 @@ def test_any_config_is_read_or_refused_in_one_message(name: str, tmp_path: Path)
     )
 
     @settings(
-        max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+        max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
     )
     @given(
         st.dictionaries(st.sampled_from(keys), nonsense, max_size=3),

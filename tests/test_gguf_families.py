@@ -14,6 +14,7 @@ import functional_llm as flm
 from configs import CONFIGS
 from functional_llm.formats.gguf_model import part_of_head
 from mxfp4_files import load_packed, pack_experts
+from pair import compiled
 from reference import reference_logits, save_reference
 
 _LATENT_YARN = CONFIGS["deepseek_v2_groups_yarn"]["rope_parameters"]
@@ -198,12 +199,13 @@ def converted(llama_cpp: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 @pytest.mark.real
+@pytest.mark.tiny
 @pytest.mark.parametrize("name", SAID)
 def test_logits_out_of_a_gguf_file(converted: dict[str, Any], name: str) -> None:
     reference, folder = converted[name]
     token_ids = np.random.default_rng(0).integers(0, 128, (2, 40))
     backbone = flm.Backbone.from_preset(folder / "model.gguf")
-    logits = np.asarray(backbone(token_ids))
+    logits = compiled(backbone)(token_ids)
     expected = reference_logits(reference, token_ids)
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
 

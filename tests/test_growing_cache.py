@@ -25,6 +25,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "a_ring_that_grows": {**CONFIGS["mistral_window"], "sliding_window": 100},
     "full_and_rings_that_grow": {**CONFIGS["gemma2_soft_caps"], "sliding_window": 100},
 }
+# By day, what the rings of the others do is in these, too.
+_waits = pytest.mark.nightly(unless=lambda x: not {"a_ring", "a_ring_that_grows"} & set(x.values()))
 # 16 slots to begin with, then 32, 64, 128 and 256: past a ring of 100.
 STEPS = {"_SMALLEST_CACHE": 16, "_SLOTS_AHEAD": 4}
 ROWS = [[5, 9, 20], [7], list(range(30, 51))]
@@ -61,6 +63,7 @@ def _in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(run, name, value)
 
 
+@_waits
 # A sampler sees no cache: that its keys go on is seen with one of them.
 @pytest.mark.parametrize(
     ("backbone", "sampler"),
@@ -115,6 +118,7 @@ def test_a_piece_of_a_stream_has_as_many_tokens_as_its_time_allows(
     assert texts[0] == texts[1]
 
 
+@_waits
 def test_a_conversation_grows_within_and_between_its_turns(
     backbone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

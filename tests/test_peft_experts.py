@@ -13,7 +13,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import functional_llm as flm
-from configs import CONFIGS, ONE_OF_EACH_FAMILY
+from configs import CONFIGS
+from nightly import FAMILIES_AND_KINDS, one_of_each_layout
 from reference import make_reference, reference_logits
 
 with warnings.catch_warnings():
@@ -100,9 +101,10 @@ def test_what_peft_trained_and_what_we_save_of_it(
     np.testing.assert_allclose(_of_peft(tmp_path / "ours"), expected, atol=1e-4)
 
 
-FAMILIES = [name for name in ONE_OF_EACH_FAMILY if any("experts" in key for key in CONFIGS[name])]
+FAMILIES = [name for name in FAMILIES_AND_KINDS if any("experts" in key for key in CONFIGS[name])]
 
 
+@one_of_each_layout
 @pytest.mark.parametrize("name", FAMILIES)
 def test_peft_loads_what_we_trained(name: str, tmp_path: Path) -> None:
     make_reference(CONFIGS[name]).save_pretrained(tmp_path / "base")

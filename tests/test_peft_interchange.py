@@ -16,7 +16,7 @@ import functional_llm as flm
 from configs import CONFIGS, ONE_OF_EACH_FAMILY
 from functional_llm.backbones.families import FAMILIES
 from functional_llm.backbones.wrapper import with_other_prefix
-from nightly import FAMILIES_AND_KINDS, one_of_each_kind
+from nightly import FAMILIES_AND_KINDS, one_of_each_layout
 from reference import make_reference, reference_logits
 
 with warnings.catch_warnings():
@@ -49,7 +49,7 @@ EVERY_METHOD = ["llama_grouped", "gpt2_tied", "gpt_neox_five_heads"]
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
-@one_of_each_kind
+@one_of_each_layout
 @pytest.mark.parametrize("name", FAMILIES_AND_KINDS)
 def test_every_family_both_ways(name: str, tmp_path: Path) -> None:
     make_reference(CONFIGS[name]).save_pretrained(tmp_path)

@@ -15,8 +15,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import functional_llm as flm
-from configs import CONFIGS, ONE_OF_EACH_KIND
-from nightly import FAMILIES_AND_KINDS
+from configs import CONFIGS
+from nightly import FAMILIES_AND_KINDS, LAYOUTS
 from pair import compiled
 from reference import make_reference, reference_logits, save_reference
 
@@ -182,7 +182,7 @@ OF_TIED = [
     "tokens of both",
     "tokens of the head",
 ]
-BY_DAY = [*ONE_OF_EACH_KIND, "llama_multi_head_tied", *EVERY, "gpt2_untied_inner"]
+BY_DAY = [*LAYOUTS, "llama_multi_head_tied", *EVERY, "gpt2_untied_inner"]
 CASES = [
     pytest.param(name, setting, marks=() if name in BY_DAY else pytest.mark.nightly)
     for name in NAMES

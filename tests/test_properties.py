@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import functional_llm as flm
-from configs import CONFIGS, ONE_OF_EACH_FAMILY, ONE_OF_EACH_KIND
+from configs import CONFIGS, ONE_OF_EACH_KIND
 from functional_llm.backbones.families import FAMILIES
 from functional_llm.formats.hf_config import read_config
 from functional_llm.formats.hf_directory import HuggingFaceDirectory
@@ -27,7 +27,7 @@ from functional_llm.formats.weight_table import (
 from functional_llm.generation.text_generator import TextGenerator
 from functional_llm.layers.cache import make_cache
 from functional_llm.presets.backbone import Backbone
-from nightly import one_of_each_family, one_of_each_kind
+from nightly import FAMILIES_AND_KINDS, one_of_each_family, one_of_each_kind
 from pair import LENGTH, ROWS, SLOTS, TOKENS, Pair, compiled, random_tokens
 from reference import attention_of, reference_greedy, reference_logits
 
@@ -122,7 +122,7 @@ def test_greedy_text_equals_the_reference(pair: Pair) -> None:
     [
         pytest.param([LENGTH], id="whole", marks=one_of_each_kind),
         pytest.param([1] * 20, id="token_by_token", marks=one_of_each_kind),
-        pytest.param([20, 1, 31, 1, 1, 18], id="mixed"),
+        pytest.param([20, 1, 31, 1, 1, 18], id="mixed", marks=one_of_each_family),
     ],
 )
 def test_chunks_through_the_cache_equal_the_full_forward(pair: Pair, chunks: list[int]) -> None:
@@ -151,6 +151,7 @@ def _place(length: int, side: str) -> slice:
     return slice(0, length) if side == "right" else slice(LENGTH - length, LENGTH)
 
 
+@one_of_each_family
 @pytest.mark.parametrize(
     "sides", [["left"] * ROWS, ["right", "left", "right"]], ids=["left", "both"]
 )
@@ -180,6 +181,7 @@ def test_a_cache_keeps_no_more_than_its_windows_in_the_models_dtype(pair: Pair) 
         assert {x.dtype.name for x in jax.tree.leaves(kept)} == {"float32"}
 
 
+@one_of_each_family
 def test_influence(pair: Pair) -> None:
     """Changing token i moves exactly the positions that may see it, through all layers."""
     changed, at = TOKENS.copy(), 11
@@ -215,6 +217,7 @@ def _states(model: Any) -> set[str]:
     return set(model.input["cache"]) - set(model.input["mask"])
 
 
+@one_of_each_family
 def test_packed_segments_do_not_see_each_other(pair: Pair) -> None:
     positions, segments, places = np.full_like(TOKENS, -1), np.zeros_like(TOKENS), []
     for i, lengths in enumerate([[30, 1, 41], [72], [8, 20, 32]]):  # the last ends in padding
@@ -288,7 +291,8 @@ def test_transformers_loads_what_save_preset_wrote(pair: Pair, tmp_path: Path) -
         np.testing.assert_array_equal(ours.value, read.value)
 
 
-@pytest.mark.parametrize("pair", ONE_OF_EACH_FAMILY, indirect=True)  # a family scales by itself
+@one_of_each_kind
+@pytest.mark.parametrize("pair", FAMILIES_AND_KINDS, indirect=True)  # a family scales by itself
 def test_bfloat16_is_as_near_as_the_reference(pair: Pair) -> None:
     import torch
 

@@ -20,7 +20,7 @@ from functional_llm.graph.equality import same_graph
 from functional_llm.stock import lowering
 from functional_llm.stock.keras_file import read_description
 from functional_llm.stock.lowering import Lowering
-from nightly import is_night, one_backend_each, one_of_each_family, one_of_each_kind
+from nightly import is_its_turn, is_night, one_backend_each, one_of_each_kind
 from pair import TOKENS, Pair, compiled, random_tokens
 from stock import BACKENDS, StockKeras, run_stock
 from tiny import save_tiny
@@ -64,7 +64,8 @@ def _with_noise(model: Any, seed: int = 1) -> Any:
 
 def _has_its_turn(parameters: Mapping[str, Any]) -> bool:
     name, backend = parameters["name"], parameters["backend"]
-    return name in EVERYWHERE or backend == BACKENDS[EDITS.index(name) % len(BACKENDS)]
+    place = BACKENDS.index(backend)
+    return name in EVERYWHERE or is_its_turn(EDITS.index(name), place, len(BACKENDS))
 
 
 _in_turn = pytest.mark.nightly(unless=_has_its_turn)
@@ -166,7 +167,7 @@ def _assert_trained(found: dict[str, Any]) -> None:
     assert found["frozen_changed"] == 0
 
 
-@one_of_each_kind
+@one_backend_each
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_stock_keras_trains(stock_file: StockFile, backend: str) -> None:
     found = stock_file.measured(backend)
@@ -226,7 +227,7 @@ def _assert_only_keras(path: Path) -> None:
     assert "Functional" in names
 
 
-@one_of_each_family
+@one_of_each_kind
 def test_no_file_names_code_that_is_not_keras(stock_file: StockFile) -> None:
     _assert_only_keras(stock_file.path)
 
@@ -236,6 +237,7 @@ def test_no_edited_file_names_code_that_is_not_keras(edited_files: dict[str, Sto
         _assert_only_keras(file.path)
 
 
+@one_of_each_kind
 def test_the_config_comes_back(pair: Pair, stock_file: StockFile) -> None:
     """And with it the graph, which is a function of it: the file is not of an edited one."""
     description = read_description(stock_file.path)
