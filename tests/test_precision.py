@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import functional_llm as flm
-from configs import CONFIGS, ONE_OF_EACH_FAMILY
+from configs import CONFIGS
 from functional_llm.training import LossModel
+from nightly import FAMILIES_AND_KINDS, one_of_each_kind
 
 IDS = np.arange(16, dtype="int32").reshape(2, 8)
 
@@ -41,7 +42,8 @@ def _forward(model: keras.Model) -> set[str]:
 HIGHEST, DEFAULT = {"[HIGHEST, HIGHEST]"}, {"[DEFAULT, DEFAULT]"}
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
+@one_of_each_kind
+@pytest.mark.parametrize("name", FAMILIES_AND_KINDS)
 def test_a_forward_pass(tmp_path: Path, name: str) -> None:
     backbone = _tiny(tmp_path, "float32", name)
     assert _forward(backbone) == HIGHEST
