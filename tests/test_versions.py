@@ -16,7 +16,7 @@ import pytest
 import functional_llm as flm
 from configs import CONFIGS
 from functional_llm import training
-from nightly import FAMILIES_AND_KINDS, one_of_each_kind
+from nightly import FAMILIES_AND_KINDS, one_of_a_few
 from stock import StockKeras
 from tiny import TEXTS, save_tokenizer
 
@@ -74,7 +74,7 @@ def _expect_greedy(model: Any, prompts: list[list[int]]) -> None:
         np.testing.assert_allclose(chosen, logits.max(axis=1), atol=1e-4)
 
 
-@one_of_each_kind
+@one_of_a_few  # as in test_properties.py, which needs other libraries
 @pytest.mark.parametrize("name", FAMILIES_AND_KINDS)
 def test_every_family_generates_as_it_computes(name: str, tmp_path: Path) -> None:
     _expect_greedy(_make(name, tmp_path), [IDS[0].tolist(), IDS[1, :4].tolist()])
