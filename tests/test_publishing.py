@@ -165,10 +165,11 @@ def push(kind, repository="someone/tiny"):
         onto = flm.TextGenerator.from_preset(sys.argv[1], adapter=f"hf://{repository}").backbone
         return [model(np.array([[1, 7, 30]])).tolist() for model in (alone, onto)]
     return flm.push_to_hub(sys.argv[3], repository)
-try:
-    print(push(*sys.argv[2].split(",")))
-except (ValueError, RuntimeError, OSError) as error:
-    print(type(error).__name__, error)
+for what in sys.argv[2].split(";"):
+    try:
+        print(push(*what.split(",")))
+    except (ValueError, RuntimeError, OSError) as error:
+        print(type(error).__name__, error)
 """
 
 
@@ -232,22 +233,31 @@ def test_an_adapter_goes_to_the_hub_by_command_and_comes_back(
         np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
+def test_what_cannot_be_pushed_is_said(hub: Server, tiny: Path) -> None:
+    messages = {
+        "model,other/name": "ValueError .*other/name. Received: a token that may not write",
+        "model,tiny": "ValueError Expected organisation/name. Received: 'tiny'",
+        "model,a b/c": "ValueError Expected organisation/name. Received: 'a b/c'",
+        "folder": "FileNotFoundError Expected a directory .*/nothing: it has no config.json",
+    }
+    received = _push(hub, tiny, ";".join(messages), tiny.parent / "nothing").splitlines()
+    for message, line in zip(messages.values(), received, strict=True):
+        assert re.match(message, line), line
+    assert hub.repo == {}
+
+
 @pytest.mark.parametrize(
-    ("what", "environment", "message"),
+    ("environment", "message"),
     [
-        ("model", {"HF_TOKEN": ""}, "ValueError Expected a token.*Received: no token.*HF_TOKEN"),
-        ("adapter", {"HF_TOKEN": "hf_other"}, "ValueError .*Received: a token that is not valid"),
-        ("model,other/name", {}, "ValueError .*other/name. Received: a token that may not write"),
-        ("model,tiny", {}, "ValueError Expected organisation/name. Received: 'tiny'"),
-        ("model,a b/c", {}, "ValueError Expected organisation/name. Received: 'a b/c'"),
-        ("adapter", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "RuntimeError Could not upload to"),
-        ("model", {"HF_HUB_OFFLINE": "1"}, "RuntimeError Could not upload to .*HF_HUB_OFFLINE"),
-        ("folder", {}, "FileNotFoundError Expected a directory .*/nothing: it has no config.json"),
+        ({"HF_TOKEN": ""}, "ValueError Expected a token.*Received: no token.*HF_TOKEN"),
+        ({"HF_TOKEN": "hf_other"}, "ValueError .*Received: a token that is not valid"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "RuntimeError Could not upload to"),
+        ({"HF_HUB_OFFLINE": "1"}, "RuntimeError Could not upload to .*HF_HUB_OFFLINE"),
     ],
 )
-def test_what_cannot_be_pushed_is_said(
-    hub: Server, tiny: Path, what: str, environment: dict[str, str], message: str
+def test_who_cannot_push_is_told_why(
+    hub: Server, tiny: Path, environment: dict[str, str], message: str
 ) -> None:
-    received = _push(hub, tiny, what, tiny.parent / "nothing", **environment)
-    assert re.match(message, received), received
-    assert hub.repo == {} and len(received.splitlines()) == 1
+    received = _push(hub, tiny, "model;adapter", **environment).splitlines()
+    assert len(received) == 2 and all(re.match(message, line) for line in received), received
+    assert hub.repo == {}
