@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from functional_llm.backbones import ernie4_5, llama
-from functional_llm.backbones.family import ROPE_BUFFERS, Family, check_given
+from functional_llm.backbones.family import ROPE_BUFFERS, Family, check_given, check_head_bias
 from functional_llm.backbones.routed_experts import CORRECTION, ROWS
 from functional_llm.backbones.stacks import build_around, one_rope
 from functional_llm.backbones.transforms import axis_removed
@@ -93,11 +93,7 @@ def complete_keys(keys: JSON) -> JSON:
             f"{shared} and {interval}."
         )
     keys = ernie4_5.complete_keys(keys)
-    if keys["use_bias"] and keys["tie_word_embeddings"]:
-        raise ValueError(
-            "config.json: expected tie_word_embeddings to be false where use_bias is true: no part "
-            "here is a tied head with a bias."
-        )
+    check_head_bias(keys, "use_bias")
     return keys
 
 

@@ -347,3 +347,16 @@ def check_given(keys: JSON, names: Sequence[str]) -> None:
     nulls = [name for name in names if keys.get(name) is None]
     if nulls:
         raise ValueError(f"config.json: expected numbers for {nulls}. Received: null.")
+
+
+def check_head_bias(keys: JSON, key: str) -> None:
+    """Checks that a head with a bias is one of its own; `key` says whether there is one.
+
+    Raises:
+        ValueError: If the head is the embedding.
+    """
+    if keys[key] and keys["tie_word_embeddings"]:
+        raise ValueError(
+            f"config.json: expected tie_word_embeddings to be false where {key} is true: no part "
+            "here is a tied head with a bias."
+        )
