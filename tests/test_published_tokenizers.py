@@ -27,6 +27,7 @@ CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
 CL100K = CONTRACTIONS + WORDS + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + SPACES
 SEED = CONTRACTIONS + WORDS + r"\p{N}| ?[^\s\p{L}\p{N}\r\n]+|" + SPACES
+QWEN2 = CONTRACTIONS + WORDS + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + SPACES
 TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
@@ -185,6 +186,67 @@ BYTE_LEVEL: dict[str, tuple[str, JSON, JSON]] = {
         {"pre_tokenizer": _in_turn(_split(CL100K), _bytes())},
         GPT2 | ENDS | {"eos_token": "<|end|>", "pad_token": "<pad>"},
     ),
+    "llama4": (
+        "llama4_text",
+        {"pre_tokenizer": _in_turn(_split(O200K), _bytes()), "post_processor": BOS},
+        FAST | ENDS | {"eos_token": "<|end|>", "pad_token": "<pad>"},
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {"normalizer": NFC, "pre_tokenizer": _in_turn(_split(QWEN2), _bytes())},
+        {"tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": False, "errors": "replace"}
+        | {"bos_token": None, "eos_token": "<|end|>", "pad_token": "<|endoftext|>"}
+        | {"unk_token": None, "split_special_tokens": False},
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"normalizer": NFC, "pre_tokenizer": _in_turn(_split(QWEN2), _bytes())},
+        {"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False, "errors": "replace"}
+        | {"bos_token": None, "eos_token": "<|end|>", "pad_token": "<|endoftext|>"}
+        | {"unk_token": None, "add_prefix_space": False},
+    ),
+    "olmoe": (
+        "olmoe",
+        {"normalizer": NFC, "pre_tokenizer": _bytes(True)},
+        {"tokenizer_class": "GPTNeoXTokenizer", "add_prefix_space": False, **ENDS}
+        | {"add_bos_token": False, "add_eos_token": False, "bos_token": None}
+        | {"pad_token": "<pad>"},
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {
+            "pre_tokenizer": _in_turn(
+                _split("[\r\n]"),
+                _split(r"\s?\p{L}+"),
+                _split(r"\s?\p{P}+"),
+                _split("[一-龥ࠀ-一가-퟿]+"),
+                {"type": "Digits", "individual_digits": True},
+                _bytes(),
+            ),
+            "post_processor": BOS,
+        },
+        {"tokenizer_class": "LlamaTokenizerFast", "legacy": True, "add_bos_token": True, **ENDS}
+        | {"add_eos_token": False, "eos_token": "<|end|>", "pad_token": "<|end|>"},
+    ),
+    "lfm2": (
+        "lfm2",
+        {
+            "pre_tokenizer": _in_turn(_split(CL100K), _bytes()),
+            "ignore_merges": True,
+            "post_processor": BOS,
+        },
+        FAST | ENDS | {"eos_token": "<|end|>", "pad_token": "<pad>", "legacy": False}
+        | {"use_default_system_prompt": False, "add_bos_token": True, "sp_model_kwargs": {}},
+    ),
+    "apertus": (
+        "apertus",
+        {
+            "pre_tokenizer": _in_turn(_split(TEKKEN), _bytes()),
+            "ignore_merges": True,
+            "post_processor": BOS,
+        },
+        FAST | ENDS | {"eos_token": "<|end|>", "pad_token": "<pad>"},
+    ),
     "gptj": ("gptj", {"pre_tokenizer": _bytes(True)}, GPT2 | ENDS),
     "stablelm2": (
         "stablelm",
@@ -261,20 +323,24 @@ def test_a_class_does_not_change_how_a_model_was_trained(name: str, tmp_path: Pa
 # Models whose vocabulary was made by sentencepiece: what tokenizer_config.json says beside it.
 _ENDS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _STRIPPED = {"lstrip": False, "rstrip": True, "normalized": False, "single_word": False}
+_PHI3: JSON = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False}
+_PHI3 |= {**_ENDS, "eos_token": "<|end|>", "pad_token": "<|end|>", "sp_model_kwargs": {}}
+_PHI3 |= {
+    "added_tokens_decoder": {
+        "0": {"content": "<unk>", **_STRIPPED, "rstrip": False, "special": True},
+        "1": {"content": "<s>", **_STRIPPED, "rstrip": False, "special": True},
+        "2": {"content": "</s>", **_STRIPPED, "special": False},
+        "3": {"content": "<|end|>", **_STRIPPED, "rstrip": False, "special": True},
+        "4": {"content": "<|user|>", **_STRIPPED, "special": True},
+    }
+}
 SENTENCES: dict[str, tuple[str, JSON]] = {
-    "phi3": (
-        "phi3",
-        {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False}
-        | {**_ENDS, "eos_token": "<|end|>", "pad_token": "<|end|>", "sp_model_kwargs": {}}
-        | {
-            "added_tokens_decoder": {
-                "0": {"content": "<unk>", **_STRIPPED, "rstrip": False, "special": True},
-                "1": {"content": "<s>", **_STRIPPED, "rstrip": False, "special": True},
-                "2": {"content": "</s>", **_STRIPPED, "special": False},
-                "3": {"content": "<|end|>", **_STRIPPED, "rstrip": False, "special": True},
-                "4": {"content": "<|user|>", **_STRIPPED, "special": True},
-            }
-        },
+    "phi3": ("phi3", _PHI3),
+    "phimoe": ("phimoe", _PHI3),
+    "mixtral": (
+        "mixtral",
+        {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, **_ENDS}
+        | {"add_eos_token": False, "use_default_system_prompt": False},
     ),
     "nemotron": ("nemotron", FAST | _ENDS | {"clean_up_tokenization_spaces": False}),
     "llama2": ("llama", {"tokenizer_class": "LlamaTokenizer", "legacy": False, **_ENDS}),
