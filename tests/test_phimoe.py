@@ -26,7 +26,7 @@ COUNTS = np.array([1.0, 10.0], "float32")
 
 
 def _outcomes(experts: Any, weights: Any, gradients: Any) -> dict[Any, list[np.ndarray]]:
-    """Returns for each pair of experts, and of parts of their weights, all weights and gradients."""
+    """Returns weights and gradients for each pair of experts, and each part of their weights."""
     found = defaultdict(list)
     for pair, weight, gradient in zip(experts, weights, gradients, strict=True):
         found[tuple(pair)].append(np.concatenate([weight, gradient]))
@@ -104,7 +104,9 @@ def test_long_texts_turn_by_the_long_factors(tmp_path: Path) -> None:
     config = CONFIGS["phimoe_long_texts_magnitudes"]
     rope = {**config["rope_parameters"], "original_max_position_embeddings": 12}
     long = [1.2, 2.0, 5.0, 9.0]
-    reference = save_reference({**config, "rope_parameters": {**rope, "long_factor": long}}, tmp_path)
+    reference = save_reference(
+        {**config, "rope_parameters": {**rope, "long_factor": long}}, tmp_path
+    )
     backbone = flm.Backbone.from_preset(tmp_path)
     as_short = make_reference({**config, "rope_parameters": {**rope, "short_factor": long}})
     as_short.load_state_dict(reference.state_dict())

@@ -235,7 +235,9 @@ BYTE_LEVEL: dict[str, tuple[str, JSON, JSON]] = {
             "ignore_merges": True,
             "post_processor": BOS,
         },
-        FAST | ENDS | {"eos_token": "<|end|>", "pad_token": "<pad>", "legacy": False}
+        FAST
+        | ENDS
+        | {"eos_token": "<|end|>", "pad_token": "<pad>", "legacy": False}
         | {"use_default_system_prompt": False, "add_bos_token": True, "sp_model_kwargs": {}},
     ),
     "apertus": (

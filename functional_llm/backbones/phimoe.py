@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from functional_llm.backbones import llama, mixtral, starcoder2
-from functional_llm.backbones.experts import GGUF_KEYS, ExpertsConfig, expert_rows
+from functional_llm.backbones.experts import GGUF_KEYS, expert_rows
 from functional_llm.backbones.family import Family, check_head_bias, expert_parameters
 from functional_llm.backbones.stacks import build_alike, with_rope
 from functional_llm.blocks.decoder import pre_norm

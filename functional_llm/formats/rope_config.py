@@ -265,7 +265,9 @@ def _rope_type(parameters: dict[str, Any]) -> Any:
 
 
 def _scaling(kind: Any, parameters: dict[str, Any], length: int) -> RopeScaling | None:
-    if "short_factor" in parameters and kind not in OF_FAMILIES:  # Phi-3's first files call it "su" or "yarn"
+    if (
+        "short_factor" in parameters and kind not in OF_FAMILIES
+    ):  # Phi-3's first files call it "su" or "yarn"
         kind = "longrope"
         if parameters["short_factor"] == parameters.get("long_factor") and (
             parameters.get("attention_factor") == 1
