@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import tokenizers
 
 from functional_llm.tokenizers import TextTokenizer
 from functional_llm.tokenizers.chat_template import ChatTemplate
-from test_tokenizer_files import CORPUS, check_same
+from test_tokenizer_files import CORPUS, check_same, sentencepiece_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -471,18 +472,91 @@ def test_templates_of_llama_cpps_own_test(llama_cpp: Path) -> None:
     assert {"phi-4", "ChatGLM4", "CohereForAI/c4ai-command-r-plus"} <= as_expected
 
 
+_CALL = {"name": "weather", "arguments": {"city": "Oslo"}}
+_CITY = {"city": {"type": "string", "description": "A city."}}
+_PARAMETERS = {"type": "object", "properties": _CITY, "required": ["city"]}
+_TOOL = {"name": "weather", "description": "The weather.", "parameters": _PARAMETERS}
+_TURNS: list[JSON] = [
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi."},
+    {"role": "user", "content": "And you?"},
+]
+_WITH_CALL: list[JSON] = [
+    {"role": "system", "content": "Be brief."},
+    *_TURNS,
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "id": "abcdefghi", "function": _CALL}],
+    },
+    {"role": "tool", "tool_call_id": "abcdefghi", "name": "weather", "content": "grey"},
+    {"role": "assistant", "content": "Grey.", "reasoning_content": "So it is."},
+    {"role": "user", "content": "Thanks"},
+]
+
+
+# What the names of the files begin with, of models of the zoo.
+_OF_THE_ZOO = (
+    "Apertus ByteDance CohereForAI GLM-4.6 HuggingFaceTB Kimi-K2-Instruct LFM2.5-Instruct "
+)
+_OF_THE_ZOO += (
+    "Mistral-Small Qwen-Qwen2.5 Qwen-Qwen3 Qwen3-Coder deepseek-ai-DeepSeek-R1-Distill-Q "
+)
+_OF_THE_ZOO += (
+    "deepseek-ai-DeepSeek-V3.1 google-gemma-2 ibm-granite-granite-3 meta-llama-Llama-3.3 "
+)
+_OF_THE_ZOO += "microsoft-Phi-3.5 mistralai-Ministral mistralai-Mistral-Nemo"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", _OF_THE_ZOO.split())
+def test_templates_of_published_models(llama_cpp: Path, name: str) -> None:
+    """Several turns, a system message, a call of a tool and its answer."""
+    render = transformers.utils.chat_template_utils.render_jinja_template
+    ends = {"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True}
+    file = sorted((llama_cpp / "models" / "templates").glob(f"{name}*.jinja"))[0]
+    text = file.read_text("utf-8")
+    template, tool = ChatTemplate(text), {"type": "function", "function": _TOOL}
+    rendered = 0
+    for given, tools in ((_TURNS, None), (_WITH_CALL[:4], None), (_WITH_CALL, [tool])):
+        variables: JSON = {**ends, "enable_thinking": tools is not None}
+        try:
+            (theirs,), _ = render([given], tools=tools, chat_template=text, **variables)
+        except Exception:
+            with pytest.raises(ValueError):
+                template.render_marked(given, tools=tools, **variables)
+            continue
+        assert template.render_marked(given, tools=tools, **variables).text == theirs
+        rendered += 1
+    assert rendered >= 2
+
+
+def test_pieces_of_ernie_are_those_of_sentencepiece(tmp_path: Path) -> None:
+    """The class in ERNIE 4.5 21B's repository hands text between special tokens to sentencepiece."""
+    proto = sentencepiece_model(add_dummy_prefix=False, user_defined_symbols="<|begin|>,<|end|>")
+    (tmp_path / "tokenizer.model").write_bytes(proto)
+    config: JSON = {"tokenizer_class": "Ernie4_5_Tokenizer", "add_bos_token": False, **_ENDS}
+    config |= {"cls_token": "<|begin|>", "sep_token": "<|end|>"}
+    config["chat_template"] = (
+        "{{ cls_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "ernie4_5_moe"}))
+    ours = TextTokenizer.from_directory(tmp_path)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    for text in CORPUS:
+        assert ours.encode(text) == theirs.encode(text)
+    turn = [{"role": "user", "content": CORPUS[0]}]
+    ids = ours.apply_chat_template(turn, add_generation_prompt=False, tokenize=True)
+    assert ids == [theirs.piece_to_id("<|begin|>"), *theirs.encode(f"user: {CORPUS[0]}")]
+    assert not ours.add_bos
+
+
 @pytest.mark.real
 def test_the_template_of_gpt_oss(llama_cpp: Path) -> None:
     """Harmony as OpenAI published it: channels, reasoning, a call of a tool and its answer."""
     render = transformers.utils.chat_template_utils.render_jinja_template
     text = (llama_cpp / "models/templates/openai-gpt-oss-120b.jinja").read_text("utf-8")
-    call = {"name": "weather", "arguments": {"city": "Oslo"}}
-    parameters = {
-        "type": "object",
-        "properties": {"city": {"type": "string", "description": "A city."}},
-        "required": ["city"],
-    }
-    tool = {"name": "weather", "description": "The weather.", "parameters": parameters}
     messages: list[JSON] = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hello"},
@@ -491,14 +565,14 @@ def test_the_template_of_gpt_oss(llama_cpp: Path) -> None:
         {
             "role": "assistant",
             "thinking": "A call.",
-            "tool_calls": [{"type": "function", "function": call}],
+            "tool_calls": [{"type": "function", "function": _CALL}],
         },
         {"role": "tool", "content": {"sky": "grey"}},
         {"role": "assistant", "content": "Grey.", "thinking": "So it is."},
     ]
     for given, asks in ((messages[:2], True), (messages[:6], True), (messages, False)):
         variables: JSON = {"add_generation_prompt": asks, "reasoning_effort": "low"}
-        tools = [{"type": "function", "function": tool}]
+        tools = [{"type": "function", "function": _TOOL}]
         (theirs,), _ = render([given], tools=tools, chat_template=text, **variables)
         ours = ChatTemplate(text).render_marked(given, tools=tools, **variables).text
         assert ours == theirs
