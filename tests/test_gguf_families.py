@@ -67,7 +67,6 @@ SAID: dict[str, dict[str, Any]] = {
     "phi3_long_texts": {"original_max_position_embeddings": 32},
     "phi3_window_multi_head": {},
     "gpt2_one_layer_one_head": {"activation_function": "gelu_new"},
-    "phimoe_near_experts": {"router_jitter_noise": 0.01},
     "phimoe_long_texts_magnitudes": {
         # To llama.cpp, both factors follow from the lengths.
         "rope_parameters": {**_PHIMOE_ROPE, **dict.fromkeys(_MAGNITUDES, 1.125**0.5)}
