@@ -108,9 +108,11 @@ def test_long_texts_turn_by_the_long_factors(tmp_path: Path) -> None:
     backbone = flm.Backbone.from_preset(tmp_path)
     as_short = make_reference({**config, "rope_parameters": {**rope, "short_factor": long}})
     as_short.load_state_dict(reference.state_dict())
-    for length, expected in ((12, reference), (13, as_short)):
-        ids = np.random.default_rng(0).integers(0, 100, (1, length)).astype("int32")
-        np.testing.assert_allclose(backbone(ids), reference_logits(expected, ids), atol=1e-4)
+    ids = np.random.default_rng(0).integers(0, 100, (2, 13)).astype("int32")
+    positions = np.where(np.arange(13) < [[12], [13]], np.arange(13), -1).astype("int32")
+    short, long_one = np.asarray(backbone({"token_ids": ids, "positions": positions}))
+    np.testing.assert_allclose(short[:12], reference_logits(reference, ids[:1, :12])[0], atol=1e-4)
+    np.testing.assert_allclose(long_one, reference_logits(as_short, ids[1:])[0], atol=1e-4)
 
 
 @pytest.mark.parametrize(
