@@ -72,7 +72,8 @@ def _built(config: dict[str, Any]) -> Any:
 def test_numbers_of_experts_that_do_not_fit(name: str, tmp_path: Path) -> None:
     config: dict[str, Any] = {**CONFIGS[name], "num_hidden_layers": 2}
     (key,) = set(COUNTS) & set(config)
-    count, one_group = config[key], {x: 1 for x in ("n_group", "topk_group") if x in config}
+    count = config[key]
+    one_group: dict[str, Any] = {x: 1 for x in ("n_group", "topk_group") if x in config}
     chosen = "moe_k" if "moe_k" in config else "num_experts_per_tok"
     with pytest.raises(ValueError, match=f"{chosen}.*{count + 1}"):
         read_config({**config, chosen: count + 1}, FAMILIES[config["model_type"]])
