@@ -26,9 +26,9 @@ from test_tokenizer_files import (
     NUM_PIECES,
     PLAIN,
     _byte_pairs,
-    sentencepiece_model,
     _token,
     _write,
+    sentencepiece_model,
 )
 from tiny import save_tiny
 
