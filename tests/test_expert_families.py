@@ -1,6 +1,7 @@
 """What families with experts refuse, and how a GGUF file of arch `llama` says that it has none."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 import functional_llm as flm
-from configs import CONFIGS
+from configs import CONFIGS, ONE_OF_EACH_FAMILY
 from functional_llm.backbones.families import FAMILIES
 from functional_llm.formats.hf_config import read_config
+from nightly import one_of_each_kind
 from reference import make_reference, reference_logits, save_reference
 from tiny import save_tiny
 from tiny_gguf import save_gguf
@@ -55,17 +57,47 @@ def test_spellings_of_qwen2_moe(keys: dict[str, Any], change: Callable[[Any], An
     assert read_config(change({**config, **keys}), family) == read_config(config, family)
 
 
-def test_experts_that_are_missing_or_too_many_are_named(tmp_path: Path) -> None:
-    save_reference(CONFIGS["mixtral_two_of_five"], tmp_path)
+COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+WITH_EXPERTS = [name for name in ONE_OF_EACH_FAMILY if set(COUNTS) & set(CONFIGS[name])]
+
+
+def _built(config: dict[str, Any]) -> Any:
+    family = FAMILIES[config["model_type"]]
+    ours = read_config(config, family)
+    return flm.Backbone(*family.build(ours), config=ours)
+
+
+@one_of_each_kind
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_numbers_of_experts_that_do_not_fit(name: str, tmp_path: Path) -> None:
+    config: dict[str, Any] = {**CONFIGS[name], "num_hidden_layers": 2}
+    (key,) = set(COUNTS) & set(config)
+    count = config[key]
+    one_group: dict[str, Any] = {x: 1 for x in ("n_group", "topk_group") if x in config}
+    chosen = "moe_k" if "moe_k" in config else "num_experts_per_tok"
+    with pytest.raises(ValueError, match=f"{chosen}.*{count + 1}"):
+        read_config({**config, chosen: count + 1}, FAMILIES[config["model_type"]])
+
+    save_reference(config, tmp_path)
     path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
-    tensor = (
-        r"'model.layers.1.block_sparse_moe.experts.{}.w1.weight' of shape \(24, 32\), expert {}"
-    )
-    for experts, first, number in ((6, "missing tensor ", 5), (4, "unknown tensor ", 4)):
-        path.write_text(json.dumps({**config, "num_local_experts": experts}))
-        with pytest.raises(ValueError, match=first + tensor.format(number, number) + " of layer 1"):
+    given = json.loads(path.read_text())
+    (key_there,) = set(COUNTS) & set(given)
+    for other, words in ((count + 1, "missing tensor"), (count - 1, "unknown tensor")):
+        path.write_text(json.dumps({**given, key_there: other, **one_group}))
+        with pytest.raises(ValueError, match="does not fit the config") as error:
             flm.Backbone.from_preset(tmp_path)
+        expert = max(other - 1, count - 1)
+        one_each = (
+            rf"{words} '[^']*layers.(\d).[^']*experts.{expert}.[^\n]*expert {expert} of layer \1"
+        )
+        stacked = rf"layers.\d[^\n]*': expected shape \({other}, [^\n]*, received \({count}, "
+        assert re.search(f"{one_each}|{stacked}", str(error.value)), error.value
+
+    lora = flm.peft.lora(_built(config), 2, targets=["experts_down"])
+    flm.peft.save_adapter(lora, tmp_path / "adapter")
+    less = {**config, key: count - 1, **one_group}
+    with pytest.raises(ValueError, match=f"expected A and B of {count - 1} experts of rank 2"):
+        flm.peft.load_adapter(_built(less), tmp_path / "adapter")
 
 
 def test_a_gguf_file_of_a_llama_may_say_that_it_has_no_experts(tmp_path: Path) -> None:

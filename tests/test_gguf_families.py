@@ -18,6 +18,8 @@ from pair import compiled
 from reference import reference_logits, save_reference
 
 _LATENT_YARN = CONFIGS["deepseek_v2_groups_yarn"]["rope_parameters"]
+_PHIMOE_ROPE = CONFIGS["phimoe_long_texts_magnitudes"]["rope_parameters"]
+_MAGNITUDES = ("short_mscale", "long_mscale")
 # What a GGUF file cannot say is as llama.cpp takes it: the scale of scores, RoPE of local layers,
 # the activation.
 SAID: dict[str, dict[str, Any]] = {
@@ -66,6 +68,10 @@ SAID: dict[str, dict[str, Any]] = {
     "phi3_long_texts": {"original_max_position_embeddings": 32},
     "phi3_window_multi_head": {},
     "gpt2_one_layer_one_head": {"activation_function": "gelu_new"},
+    "phimoe_long_texts_magnitudes": {
+        # To llama.cpp, both factors follow from the lengths.
+        "rope_parameters": {**_PHIMOE_ROPE, **dict.fromkeys(_MAGNITUDES, 1.125**0.5)}
+    },
     "starcoder2_linear_one_layer": {},
     "starcoder2_no_biases_untied": {"hidden_act": "gelu_pytorch_tanh"},
     "phi_half_of_each_head": {},
@@ -139,6 +145,7 @@ WANTED: dict[str, dict[str, Any]] = {
     "gpt2": {"n_ctx": 512},
     "mistral": {"architectures": ["Mistral3ForConditionalGeneration"]},  # else it is a Llama's
     "cohere2": {"rotary_pct": 1.0},
+    "phimoe": {"architectures": ["PhiMoEForCausalLM"]},  # as the published file has it
     "gpt_neox": {"rotary_pct": 0.35},
     "deepseek_v2": {"scoring_func": "softmax"},
     "deepseek_v3": {"scoring_func": "sigmoid"},

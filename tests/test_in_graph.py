@@ -26,9 +26,9 @@ from test_tokenizer_files import (
     NUM_PIECES,
     PLAIN,
     _byte_pairs,
-    _sentencepiece_model,
     _token,
     _write,
+    sentencepiece_model,
 )
 from tiny import save_tiny
 
@@ -82,7 +82,7 @@ def byte_pairs(folder: Path, change: Callable[[tokenizers.Tokenizer], None], **f
 
 
 def sentencepiece(folder: Path, files: dict[str, Any], **options: Any) -> Path:
-    (folder / "tokenizer.model").write_bytes(_sentencepiece_model(**options))
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model(**options))
     return _write(folder, files)
 
 

@@ -22,9 +22,12 @@ from functional_llm.graph.keras_values import uninitialized
 from functional_llm.presets.table import PresetTable, read_preset
 
 # The config.json of published models, under the names of their presets: keys and values as public
-# projects quote them, keys sorted. None was fetched from the Hub itself. Of the DeepSeeks, Kimi K2,
-# Moonlight, GLM-4.5 and later, Llama 4, ERNIE 4.5 21B, Mixtral and OLMoE no whole quotation was
-# found: they are written down as they are remembered, and fit the parameters' published number.
+# projects quote them, keys sorted. None was fetched from the Hub itself. Those of DeepSeek V3 and
+# R1, Kimi K2 and Mixtral are NVIDIA's aiconfigurator's (`model_configs`), which has parts of Llama
+# 4's, too; DeepSeek V2 Lite's is ktransformers'; Moonlight's and DeepSeek V2's stand in tests of
+# others. Of GLM-4.5 and later, Llama 4, ERNIE 4.5 21B and OLMoE no whole quotation was found: they
+# are written down as they are remembered, and agree with parts of them (slime's `glm4.5-*.sh`,
+# MindIE's `ernie_moe`), and with the parameters' published number.
 PUBLISHED = sorted((Path(__file__).parent / "published_configs").glob("*.json"))
 
 # Numbers of parameters that do not come from our builders: most as KerasHub gives them. It counts

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import tokenizers
 
 from functional_llm.tokenizers import TextTokenizer
 from functional_llm.tokenizers.chat_template import ChatTemplate
-from test_tokenizer_files import CORPUS, check_same
+from test_tokenizer_files import CORPUS, check_same, sentencepiece_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -27,6 +28,7 @@ CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
 CL100K = CONTRACTIONS + WORDS + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + SPACES
 SEED = CONTRACTIONS + WORDS + r"\p{N}| ?[^\s\p{L}\p{N}\r\n]+|" + SPACES
+QWEN2 = CONTRACTIONS + WORDS + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + SPACES
 TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
@@ -185,6 +187,69 @@ BYTE_LEVEL: dict[str, tuple[str, JSON, JSON]] = {
         {"pre_tokenizer": _in_turn(_split(CL100K), _bytes())},
         GPT2 | ENDS | {"eos_token": "<|end|>", "pad_token": "<pad>"},
     ),
+    "llama4": (
+        "llama4_text",
+        {"pre_tokenizer": _in_turn(_split(O200K), _bytes()), "post_processor": BOS},
+        FAST | ENDS | {"eos_token": "<|end|>", "pad_token": "<pad>"},
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {"normalizer": NFC, "pre_tokenizer": _in_turn(_split(QWEN2), _bytes())},
+        {"tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": False, "errors": "replace"}
+        | {"bos_token": None, "eos_token": "<|end|>", "pad_token": "<|endoftext|>"}
+        | {"unk_token": None, "split_special_tokens": False},
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"normalizer": NFC, "pre_tokenizer": _in_turn(_split(QWEN2), _bytes())},
+        {"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False, "errors": "replace"}
+        | {"bos_token": None, "eos_token": "<|end|>", "pad_token": "<|endoftext|>"}
+        | {"unk_token": None, "add_prefix_space": False},
+    ),
+    "olmoe": (
+        "olmoe",
+        {"normalizer": NFC, "pre_tokenizer": _bytes(True)},
+        {"tokenizer_class": "GPTNeoXTokenizer", "add_prefix_space": False, **ENDS}
+        | {"add_bos_token": False, "add_eos_token": False, "bos_token": None}
+        | {"pad_token": "<pad>"},
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {
+            "pre_tokenizer": _in_turn(
+                _split("[\r\n]"),
+                _split(r"\s?\p{L}+"),
+                _split(r"\s?\p{P}+"),
+                _split("[一-龥ࠀ-一가-퟿]+"),
+                {"type": "Digits", "individual_digits": True},
+                _bytes(),
+            ),
+            "post_processor": BOS,
+        },
+        {"tokenizer_class": "LlamaTokenizerFast", "legacy": True, "add_bos_token": True, **ENDS}
+        | {"add_eos_token": False, "eos_token": "<|end|>", "pad_token": "<|end|>"},
+    ),
+    "lfm2": (
+        "lfm2",
+        {
+            "pre_tokenizer": _in_turn(_split(CL100K), _bytes()),
+            "ignore_merges": True,
+            "post_processor": BOS,
+        },
+        FAST
+        | ENDS
+        | {"eos_token": "<|end|>", "pad_token": "<pad>", "legacy": False}
+        | {"use_default_system_prompt": False, "add_bos_token": True, "sp_model_kwargs": {}},
+    ),
+    "apertus": (
+        "apertus",
+        {
+            "pre_tokenizer": _in_turn(_split(TEKKEN), _bytes()),
+            "ignore_merges": True,
+            "post_processor": BOS,
+        },
+        FAST | ENDS | {"eos_token": "<|end|>", "pad_token": "<pad>"},
+    ),
     "gptj": ("gptj", {"pre_tokenizer": _bytes(True)}, GPT2 | ENDS),
     "stablelm2": (
         "stablelm",
@@ -261,20 +326,24 @@ def test_a_class_does_not_change_how_a_model_was_trained(name: str, tmp_path: Pa
 # Models whose vocabulary was made by sentencepiece: what tokenizer_config.json says beside it.
 _ENDS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _STRIPPED = {"lstrip": False, "rstrip": True, "normalized": False, "single_word": False}
+_PHI3: JSON = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False}
+_PHI3 |= {**_ENDS, "eos_token": "<|end|>", "pad_token": "<|end|>", "sp_model_kwargs": {}}
+_PHI3 |= {
+    "added_tokens_decoder": {
+        "0": {"content": "<unk>", **_STRIPPED, "rstrip": False, "special": True},
+        "1": {"content": "<s>", **_STRIPPED, "rstrip": False, "special": True},
+        "2": {"content": "</s>", **_STRIPPED, "special": False},
+        "3": {"content": "<|end|>", **_STRIPPED, "rstrip": False, "special": True},
+        "4": {"content": "<|user|>", **_STRIPPED, "special": True},
+    }
+}
 SENTENCES: dict[str, tuple[str, JSON]] = {
-    "phi3": (
-        "phi3",
-        {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False}
-        | {**_ENDS, "eos_token": "<|end|>", "pad_token": "<|end|>", "sp_model_kwargs": {}}
-        | {
-            "added_tokens_decoder": {
-                "0": {"content": "<unk>", **_STRIPPED, "rstrip": False, "special": True},
-                "1": {"content": "<s>", **_STRIPPED, "rstrip": False, "special": True},
-                "2": {"content": "</s>", **_STRIPPED, "special": False},
-                "3": {"content": "<|end|>", **_STRIPPED, "rstrip": False, "special": True},
-                "4": {"content": "<|user|>", **_STRIPPED, "special": True},
-            }
-        },
+    "phi3": ("phi3", _PHI3),
+    "phimoe": ("phimoe", _PHI3),
+    "mixtral": (
+        "mixtral",
+        {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, **_ENDS}
+        | {"add_eos_token": False, "use_default_system_prompt": False},
     ),
     "nemotron": ("nemotron", FAST | _ENDS | {"clean_up_tokenization_spaces": False}),
     "llama2": ("llama", {"tokenizer_class": "LlamaTokenizer", "legacy": False, **_ENDS}),
@@ -403,18 +472,86 @@ def test_templates_of_llama_cpps_own_test(llama_cpp: Path) -> None:
     assert {"phi-4", "ChatGLM4", "CohereForAI/c4ai-command-r-plus"} <= as_expected
 
 
+_CALL = {"name": "weather", "arguments": {"city": "Oslo"}}
+_CITY = {"city": {"type": "string", "description": "A city."}}
+_PARAMETERS = {"type": "object", "properties": _CITY, "required": ["city"]}
+_TOOL = {"name": "weather", "description": "The weather.", "parameters": _PARAMETERS}
+_TURNS: list[JSON] = [
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi."},
+    {"role": "user", "content": "And you?"},
+]
+_WITH_CALL: list[JSON] = [
+    {"role": "system", "content": "Be brief."},
+    *_TURNS,
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "id": "abcdefghi", "function": _CALL}],
+    },
+    {"role": "tool", "tool_call_id": "abcdefghi", "name": "weather", "content": "grey"},
+    {"role": "assistant", "content": "Grey.", "reasoning_content": "So it is."},
+    {"role": "user", "content": "Thanks"},
+]
+
+
+# What the names of the files begin with, of models of the zoo.
+_OF_THE_ZOO = """Apertus ByteDance CohereForAI GLM-4.6 HuggingFaceTB Kimi-K2-Instruct
+    LFM2.5-Instruct Mistral-Small Qwen-Qwen2.5 Qwen-Qwen3 Qwen3-Coder
+    deepseek-ai-DeepSeek-R1-Distill-Qwen deepseek-ai-DeepSeek-V3.1 google-gemma-2
+    ibm-granite-granite-3 meta-llama-Llama-3.3 microsoft-Phi-3.5 mistralai-Ministral
+    mistralai-Mistral-Nemo"""
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", _OF_THE_ZOO.split())
+def test_templates_of_published_models(llama_cpp: Path, name: str) -> None:
+    """Several turns, a system message, a call of a tool and its answer."""
+    render = transformers.utils.chat_template_utils.render_jinja_template
+    ends = {"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True}
+    file = sorted((llama_cpp / "models" / "templates").glob(f"{name}*.jinja"))[0]
+    text = file.read_text("utf-8")
+    template, tool = ChatTemplate(text), {"type": "function", "function": _TOOL}
+    rendered = 0
+    for given, tools in ((_TURNS, None), (_WITH_CALL[:4], None), (_WITH_CALL, [tool])):
+        variables: JSON = {**ends, "enable_thinking": tools is not None}
+        try:
+            (theirs,), _ = render([given], tools=tools, chat_template=text, **variables)
+        except Exception:
+            with pytest.raises(ValueError):
+                template.render_marked(given, tools=tools, **variables)
+            continue
+        assert template.render_marked(given, tools=tools, **variables).text == theirs
+        rendered += 1
+    assert rendered
+
+
+def test_pieces_of_ernie_are_those_of_sentencepiece(tmp_path: Path) -> None:
+    """The class in ERNIE 4.5 21B's repository leaves all but special tokens to it."""
+    proto = sentencepiece_model(add_dummy_prefix=False, user_defined_symbols="<|begin|>,<|end|>")
+    (tmp_path / "tokenizer.model").write_bytes(proto)
+    config: JSON = {"tokenizer_class": "Ernie4_5_Tokenizer", "add_bos_token": False, **_ENDS}
+    config |= {"cls_token": "<|begin|>", "sep_token": "<|end|>"}
+    config["chat_template"] = (
+        "{{ cls_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "ernie4_5_moe"}))
+    ours = TextTokenizer.from_directory(tmp_path)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    for text in CORPUS:
+        assert ours.encode(text) == theirs.encode(text)
+    turn = [{"role": "user", "content": CORPUS[0]}]
+    ids = ours.apply_chat_template(turn, add_generation_prompt=False, tokenize=True)
+    assert ids == [theirs.piece_to_id("<|begin|>"), *theirs.encode(f"user: {CORPUS[0]}")]
+    assert not ours.add_bos
+
+
 @pytest.mark.real
 def test_the_template_of_gpt_oss(llama_cpp: Path) -> None:
     """Harmony as OpenAI published it: channels, reasoning, a call of a tool and its answer."""
     render = transformers.utils.chat_template_utils.render_jinja_template
     text = (llama_cpp / "models/templates/openai-gpt-oss-120b.jinja").read_text("utf-8")
-    call = {"name": "weather", "arguments": {"city": "Oslo"}}
-    parameters = {
-        "type": "object",
-        "properties": {"city": {"type": "string", "description": "A city."}},
-        "required": ["city"],
-    }
-    tool = {"name": "weather", "description": "The weather.", "parameters": parameters}
     messages: list[JSON] = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hello"},
@@ -423,14 +560,14 @@ def test_the_template_of_gpt_oss(llama_cpp: Path) -> None:
         {
             "role": "assistant",
             "thinking": "A call.",
-            "tool_calls": [{"type": "function", "function": call}],
+            "tool_calls": [{"type": "function", "function": _CALL}],
         },
         {"role": "tool", "content": {"sky": "grey"}},
         {"role": "assistant", "content": "Grey.", "thinking": "So it is."},
     ]
     for given, asks in ((messages[:2], True), (messages[:6], True), (messages, False)):
         variables: JSON = {"add_generation_prompt": asks, "reasoning_effort": "low"}
-        tools = [{"type": "function", "function": tool}]
+        tools = [{"type": "function", "function": _TOOL}]
         (theirs,), _ = render([given], tools=tools, chat_template=text, **variables)
         ours = ChatTemplate(text).render_marked(given, tools=tools, **variables).text
         assert ours == theirs

@@ -76,7 +76,7 @@ def _check_saved(ours: TextTokenizer, folder: Path) -> None:
 
 
 @cache
-def _sentencepiece_model(**options: Any) -> bytes:
+def sentencepiece_model(**options: Any) -> bytes:
     model = io.BytesIO()
     settings = {
         "model_type": "bpe",
@@ -143,7 +143,7 @@ LLAMA |= {"tokenizer_class": "LlamaTokenizer"}
     ],
 )
 def test_a_sentencepiece_model_of_llama(tmp_path: Path, facts: dict[str, Any]) -> None:
-    proto = _sentencepiece_model(user_defined_symbols="<ud>")
+    proto = sentencepiece_model(user_defined_symbols="<ud>")
     (tmp_path / "tokenizer.model").write_bytes(proto)
     _write(tmp_path, {"tokenizer_config.json": LLAMA | facts})
     ours = TextTokenizer.from_directory(tmp_path)
@@ -155,7 +155,7 @@ def test_a_sentencepiece_model_of_llama(tmp_path: Path, facts: dict[str, Any]) -
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_tokenizer_json_of_llama(tmp_path: Path, legacy: bool) -> None:
     # The file puts a space before each part; the class has it its own way.
-    convert_sentencepiece(_sentencepiece_model(), {}).save(str(tmp_path / "tokenizer.json"))
+    convert_sentencepiece(sentencepiece_model(), {}).save(str(tmp_path / "tokenizer.json"))
     _write(tmp_path, {"tokenizer_config.json": LLAMA | {"legacy": legacy}})
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     check_same(TextTokenizer.from_directory(tmp_path), theirs)
@@ -169,10 +169,10 @@ def test_a_tokenizer_json_of_llama(tmp_path: Path, legacy: bool) -> None:
         {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
     ],
 )
-def test_what_is_saved_of_another_sentencepiece_model(
+def test_what_is_saved_of_anothersentencepiece_model(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(_sentencepiece_model(**options))
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(**options))
     files = {
         "tokenizer_config.json": {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
         "added_tokens.json": {"<pad>": NUM_PIECES, "<brand>": NUM_PIECES + 1},
@@ -183,7 +183,7 @@ def test_what_is_saved_of_another_sentencepiece_model(
 
 
 def test_what_is_saved_of_a_gguf_file(tmp_path: Path) -> None:
-    proto = _sentencepiece_model(user_defined_symbols="<ud>")
+    proto = sentencepiece_model(user_defined_symbols="<ud>")
     model = sentencepiece.SentencePieceProcessor(model_proto=proto)
     tokens = [model.id_to_piece(i) for i in range(model.vocab_size())]
     kinds = [6 if model.is_byte(i) else 3 if model.is_control(i) else 1 for i in range(len(tokens))]
@@ -211,7 +211,7 @@ def test_what_is_saved_of_a_gguf_file(tmp_path: Path) -> None:
 def test_a_sentencepiece_tokenizer_is_pickled_and_copied(
     tmp_path: Path, make: Callable[[TextTokenizer], TextTokenizer]
 ) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(_sentencepiece_model())
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     files = {"tokenizer_config.json": {"added_tokens_decoder": _described(NUM_PIECES)}}
     ours = TextTokenizer.from_directory(_write(tmp_path, files))
     other = make(ours)
@@ -222,7 +222,7 @@ def test_a_sentencepiece_tokenizer_is_pickled_and_copied(
 
 
 def test_ids_without_tokens_cannot_be_saved(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(_sentencepiece_model())
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     _write(tmp_path, {"added_tokens.json": {"<pad>": NUM_PIECES + 7}})
     ours = TextTokenizer.from_directory(tmp_path)
     assert ours.encode("<pad>") == [NUM_PIECES + 7]
@@ -289,7 +289,7 @@ def test_ids_above_the_vocabulary_have_no_text(tmp_path: Path) -> None:
 def test_offsets_are_places_in_the_text(tmp_path: Path) -> None:
     (tmp_path / "json").mkdir()
     _byte_pairs().save(str(tmp_path / "json" / "tokenizer.json"))
-    (tmp_path / "tokenizer.model").write_bytes(_sentencepiece_model())
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     for folder in (tmp_path / "json", tmp_path):
         ours = TextTokenizer.from_directory(_write(folder, {"tokenizer_config.json": PLAIN}))
         text = "Once 😀<|im_end|> upon 你好\n a<s>"

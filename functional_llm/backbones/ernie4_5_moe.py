@@ -6,38 +6,32 @@ Which layers have experts, an interval says between a first and a last one. Refe
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 from functional_llm.backbones import ernie4_5, llama
-from functional_llm.backbones.family import ROPE_BUFFERS, Family, check_given
-from functional_llm.backbones.routed_experts import CORRECTION, ROWS
+from functional_llm.backbones.experts import ExpertsConfig
+from functional_llm.backbones.family import (
+    ROPE_BUFFERS,
+    Family,
+    check_chosen,
+    check_given,
+    check_head_bias,
+    with_divided_heads,
+)
+from functional_llm.backbones.routed_experts import CORRECTION, ROWS, MixedConfig, build_mixed
 from functional_llm.backbones.stacks import build_around, one_rope
 from functional_llm.backbones.transforms import axis_removed
-from functional_llm.blocks.decoder import NamedPart, pre_norm
-from functional_llm.blocks.experts import (
-    Router,
-    ScoreCorrection,
-    activated,
-    expert_mlp,
-    normalized,
-    softmax,
-)
+from functional_llm.blocks.experts import Router, ScoreCorrection, normalized, softmax
 from functional_llm.blocks.language_model import Graph
-from functional_llm.blocks.mlp import gated_mlp
-from functional_llm.blocks.norm import rms_norm
 from functional_llm.blocks.rope import rotary_pairs
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ernie4_5.Config):
+class Config(MixedConfig, ExpertsConfig, ernie4_5.Config):
     """The numbers of an ERNIE 4.5 with experts, beside those of an ERNIE 4.5."""
 
-    num_experts: int
-    num_experts_per_token: int
     shared_experts: int
-    expert_dim: int
     least_sum: float
     expert_layer_interval: int
     first_expert_layer: int
@@ -52,8 +46,7 @@ def build(config: Config) -> Graph:
 
 def build_decoder(config: Config, index: int) -> CompositeLayer:
     """Returns the decoder layer of this number."""
-    width, activation, bias = config.hidden_dim, config.activation, config.use_bias
-    mlp: NamedPart = gated_mlp(config.intermediate_dim, width, activation, bias)
+    bias, router = config.use_bias, None
     is_between = config.first_expert_layer <= index <= config.last_expert_layer
     if is_between and (index + 1) % config.expert_layer_interval == 0:
         router = Router(
@@ -63,14 +56,9 @@ def build_decoder(config: Config, index: int) -> CompositeLayer:
             choice=[ScoreCorrection()],
             weights=[normalized(minimum=config.least_sum)],
         )
-        shared = None
-        if config.shared_experts:
-            size = config.expert_dim * config.shared_experts
-            shared = gated_mlp(size, width, activation, bias, name="shared")
-        mlp = expert_mlp(router, config.expert_dim, width, activated(activation), shared=shared)
     attention = llama.build_attention(config, rotary_pairs(), bias)
-    norm = partial(rms_norm, config.layer_norm_epsilon)
-    return pre_norm(f"decoder_{index}", norm, attention, mlp)
+    shared_dim = config.shared_experts * config.expert_dim
+    return build_mixed(config, index, attention, router, shared_dim, use_bias=bias)
 
 
 def complete_keys(keys: JSON) -> JSON:
@@ -78,34 +66,33 @@ def complete_keys(keys: JSON) -> JSON:
     own: JSON = {"num_key_value_heads": 4, "moe_intermediate_size": 1536, "moe_norm_min": 1e-12}
     own |= {"moe_num_experts": 64, "moe_k": 6, "moe_num_shared_experts": 2}
     own |= {"moe_layer_interval": 1, "moe_layer_start_index": 1, "moe_layer_end_index": -1}
-    if keys.get("head_dim") is None:  # Transformers divides here, unlike in one without experts
-        own["head_dim"] = keys["hidden_size"] // keys["num_attention_heads"]
-    keys = own | {key: x for key, x in keys.items() if key != "head_dim" or x is not None}
+    keys = own | with_divided_heads(keys)  # unlike one without experts
     check_given(keys, _NO_NULLS)
     if keys["moe_layer_end_index"] == -1:
         keys["moe_layer_end_index"] = keys["num_hidden_layers"] - 1
-    names = ("moe_k", "moe_num_experts", "moe_num_shared_experts", "moe_layer_interval")
-    chosen, count, shared, interval = (keys[name] for name in names)
-    if not 1 <= chosen <= count or shared < 0 or interval < 1:
+    check_chosen(keys["moe_k"], keys["moe_num_experts"], "moe_num_experts", "moe_k")
+    shared, interval = keys["moe_num_shared_experts"], keys["moe_layer_interval"]
+    if shared < 0 or interval < 1:
         raise ValueError(
-            "config.json: expected moe_k from 1 to moe_num_experts, moe_num_shared_experts of at "
-            f"least 0, and a moe_layer_interval of at least 1. Received: {chosen}, {count}, "
-            f"{shared} and {interval}."
+            "config.json: expected moe_num_shared_experts of at least 0, and a moe_layer_interval "
+            f"of at least 1. Received: {shared} and {interval}."
         )
     keys = ernie4_5.complete_keys(keys)
-    if keys["use_bias"] and keys["tie_word_embeddings"]:
-        raise ValueError(
-            "config.json: expected tie_word_embeddings to be false where use_bias is true: no part "
-            "here is a tied head with a bias."
-        )
+    check_head_bias(keys, "use_bias")
     return keys
 
 
-_NO_NULLS = (
-    "num_key_value_heads",
-    *("moe_k", "moe_num_experts", "moe_num_shared_experts", "moe_intermediate_size"),
-    *("moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index", "moe_norm_min"),
-)
+_MOE_KEYS: dict[str, str | type] = {
+    "moe_num_experts": "num_experts",
+    "moe_k": "num_experts_per_token",
+    "moe_num_shared_experts": "shared_experts",
+    "moe_intermediate_size": "expert_dim",
+    "moe_norm_min": "least_sum",
+    "moe_layer_interval": "expert_layer_interval",
+    "moe_layer_start_index": "first_expert_layer",
+    "moe_layer_end_index": "last_expert_layer",
+}
+_NO_NULLS = ("num_key_value_heads", *_MOE_KEYS)  # of which Transformers makes no model
 _MLP = "model.layers.{}.mlp"
 
 FAMILY = Family(
@@ -116,14 +103,7 @@ FAMILY = Family(
     build=build,
     config_keys={
         **ernie4_5.FAMILY.config_keys,
-        "moe_num_experts": "num_experts",
-        "moe_k": "num_experts_per_token",
-        "moe_num_shared_experts": "shared_experts",
-        "moe_intermediate_size": "expert_dim",
-        "moe_norm_min": "least_sum",
-        "moe_layer_interval": "expert_layer_interval",
-        "moe_layer_start_index": "first_expert_layer",
-        "moe_layer_end_index": "last_expert_layer",
+        **_MOE_KEYS,
         "moe_capacity": object,  # of training
         "num_nextn_predict_layers": int,  # whose tensors are not read
     },

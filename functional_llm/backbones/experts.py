@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from functional_llm.backbones.family import DecoderConfig, check_chosen
+from functional_llm.backbones.family import DecoderConfig, check_chosen, dense_rows
 from functional_llm.backbones.transforms import Rows
 from functional_llm.blocks.attention import BesideX
 from functional_llm.blocks.experts import Router, activated, expert_mlp, normalized, softmax
@@ -71,6 +71,17 @@ def expert_rows(
             for part, name in parts
         ),
     ]
+
+
+def shared_rows(place: str) -> Rows:
+    """Returns the rows of a gated MLP that all tokens take.
+
+    Args:
+        place: The layer in a checkpoint.
+    """
+    parts = ("gate", "up", "down")
+    rows = (dense_rows(f"{place}.{x}_proj", f"decoder_{{}}/mlp/shared/{x}") for x in parts)
+    return [row for of_part in rows for row in of_part]
 
 
 SPARSE_KEYS: dict[str, str | type] = {

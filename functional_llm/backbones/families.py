@@ -37,6 +37,7 @@ from functional_llm.backbones import (
     opt,
     phi,
     phi3,
+    phimoe,
     qwen2,
     qwen2_moe,
     qwen3,
@@ -91,6 +92,7 @@ _MODULES = (
     opt,
     phi,
     phi3,
+    phimoe,
     stablelm,
     starcoder2,
 )

@@ -312,6 +312,12 @@ def complete_common_keys(keys: JSON) -> JSON:
     }
 
 
+def with_divided_heads(keys: JSON) -> JSON:
+    """Adds a head size, the width divided by the heads, where a file says none, or null."""
+    divided = keys["hidden_size"] // keys["num_attention_heads"]
+    return keys | {"head_dim": divided if keys.get("head_dim") is None else keys["head_dim"]}
+
+
 def check_windows(kinds: Sequence[str], window: int | None) -> None:
     """Checks that there is a window if there are layers that have one.
 
@@ -325,16 +331,20 @@ def check_windows(kinds: Sequence[str], window: int | None) -> None:
         )
 
 
-def check_chosen(count: int | None, experts: int | None, key: str = "num_local_experts") -> None:
-    """Checks that there are as many experts as are chosen for a token; `key` has their number.
+def check_chosen(
+    count: int | None,
+    experts: int | None,
+    key: str = "num_local_experts",
+    chosen_key: str = "num_experts_per_tok",
+) -> None:
+    """Checks that there are as many experts as are chosen for a token; the keys have the numbers.
 
     Raises:
         ValueError: If there are fewer, or none are chosen.
     """
     if count is None or experts is None or not 1 <= count <= experts:
         raise ValueError(
-            f"config.json: expected num_experts_per_tok from 1 to {key}. Received: {count} and "
-            f"{experts}."
+            f"config.json: expected {chosen_key} from 1 to {key}. Received: {count} and {experts}."
         )
 
 
@@ -347,3 +357,16 @@ def check_given(keys: JSON, names: Sequence[str]) -> None:
     nulls = [name for name in names if keys.get(name) is None]
     if nulls:
         raise ValueError(f"config.json: expected numbers for {nulls}. Received: null.")
+
+
+def check_head_bias(keys: JSON, key: str) -> None:
+    """Checks that a head with a bias is one of its own; `key` says whether there is one.
+
+    Raises:
+        ValueError: If the head is the embedding.
+    """
+    if keys[key] and keys["tie_word_embeddings"]:
+        raise ValueError(
+            f"config.json: expected tie_word_embeddings to be false where {key} is true: no part "
+            "here is a tied head with a bias."
+        )

@@ -6,8 +6,10 @@ and up by turns. Reference: [gpt-oss](https://arxiv.org/abs/2508.10925).
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from functional_llm.backbones import apertus, family, llama, qwen3
+from functional_llm.backbones.experts import GGUF_KEYS, ExpertsConfig
 from functional_llm.backbones.family import COMMON_KEYS, Family, dense_rows
 from functional_llm.backbones.keras_hub import gpt_oss as keras_hub
 from functional_llm.backbones.transforms import Rows, by_turns
@@ -22,11 +24,9 @@ from functional_llm.graph.types import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(qwen3.Config):
+class Config(ExpertsConfig, qwen3.Config):
     """The numbers of a gpt-oss, beside those of a Qwen 3."""
 
-    num_experts: int
-    num_experts_per_token: int
     gate_alpha: float
     gate_limit: float
 
@@ -44,8 +44,7 @@ def build_decoder(config: Config, name: str) -> CompositeLayer:
     router = Router(num_experts=count, num_chosen=chosen, weights=[softmax], use_bias=True)
     gate = clamped(config.gate_alpha, config.gate_limit)
     mlp = expert_mlp(router, config.intermediate_dim, config.hidden_dim, gate, use_bias=True)
-    epsilon = config.layer_norm_epsilon
-    return pre_norm(name, lambda part: rms_norm(epsilon, part), self_attention, mlp)
+    return pre_norm(name, partial(rms_norm, config.layer_norm_epsilon), self_attention, mlp)
 
 
 _THETA = 150000.0
@@ -120,7 +119,7 @@ FAMILY = Family(
     inputs_first=True,
     ignored=llama.FAMILY.ignored,
     gguf_architecture="gpt-oss",
-    gguf_keys={"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+    gguf_keys={"expert_count": "num_local_experts", **GGUF_KEYS},
     gguf_ignored=["expert_feed_forward_length"],
     # YaRN does not round, as the authors have it; llama.cpp rounds.
     gguf_defaults=lambda keys: (

@@ -61,12 +61,19 @@ def build_decoder(
 
 
 def build_attention(
-    config: DecoderConfig, rotate: PartFunction, bias: bool, product: Product | None = None
+    config: DecoderConfig,
+    rotate: PartFunction,
+    bias: bool,
+    product: Product | None = None,
+    of_queries: Sequence[PartFunction] = (),
 ) -> CompositeLayer:
-    """Returns the attention of a decoder layer, for this family and its kin."""
+    """Returns the attention of a decoder layer, for this family and its kin.
+
+    `of_queries` are parts behind the one that turns, on queries alone.
+    """
     queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
     return attention(
-        query=[heads(queries, size, "query", bias), rotate],
+        query=[heads(queries, size, "query", bias), rotate, *of_queries],
         key=[heads(keys, size, "key", bias), rotate],
         value=[heads(keys, size, "value", bias)],
         output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),

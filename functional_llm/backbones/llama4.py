@@ -8,35 +8,35 @@ Reference: [Llama 4](https://ai.meta.com/blog/llama-4-multimodal-intelligence/).
 
 from dataclasses import dataclass
 
-import keras
 from keras import ops
 
 from functional_llm.backbones import llama, smollm3
+from functional_llm.backbones.experts import GGUF_KEYS, ExpertsConfig, shared_rows
 from functional_llm.backbones.family import (
     COMMON_KEYS,
-    DecoderConfig,
     Family,
+    check_chosen,
     check_given,
     complete_common_keys,
     expert_parameters,
+    gguf_expert_rows,
 )
+from functional_llm.backbones.routed_experts import MixedConfig, build_mixed
 from functional_llm.backbones.stacks import build_around
 from functional_llm.backbones.transforms import Rows
 from functional_llm.backbones.wrapper import Wrapper
-from functional_llm.blocks.attention import Part, attention, heads
-from functional_llm.blocks.decoder import NamedPart, pre_norm
-from functional_llm.blocks.experts import Router, activated, expert_mlp
+from functional_llm.blocks.attention import in_turn
+from functional_llm.blocks.experts import Router
 from functional_llm.blocks.language_model import Graph, LayerType
-from functional_llm.blocks.mlp import gated_mlp
-from functional_llm.blocks.norm import bare_rms_norm, rms_norm
-from functional_llm.blocks.rope import Rope, query_scale, rotary_pairs
+from functional_llm.blocks.norm import bare_rms_norm
+from functional_llm.blocks.rope import Rope, no_rotary, query_scale, rotary_pairs
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DecoderConfig):
-    """The numbers of a Llama 4, beside those of `DecoderConfig`."""
+class Config(MixedConfig, ExpertsConfig):
+    """The numbers of a Llama 4, beside those that others have."""
 
     attention_bias: bool
     query_key_norm: bool
@@ -47,9 +47,6 @@ class Config(DecoderConfig):
     query_scale_length: int
     query_scale: float
     expert_layers: tuple[int, ...]
-    num_experts: int
-    num_experts_per_token: int
-    expert_dim: int
 
 
 def build(config: Config) -> Graph:
@@ -65,32 +62,17 @@ def build(config: Config) -> Graph:
 
 def build_decoder(config: Config, index: int) -> CompositeLayer:
     """Returns the decoder layer of this number."""
-    queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
-    epsilon, bias = config.layer_norm_epsilon, config.attention_bias
-    of_both: list[Part] = []
-    of_queries: list[Part] = []
+    epsilon, rotate, of_queries = config.layer_norm_epsilon, no_rotary(), []
     if config.no_rope_layers[index]:
-        of_both = [rotary_pairs(), *([bare_rms_norm(epsilon)] if config.query_key_norm else [])]
+        norms = [bare_rms_norm(epsilon)] if config.query_key_norm else []
+        rotate = in_turn(rotary_pairs(), *norms)
     elif config.scales_queries:
         of_queries = [query_scale(config.query_scale_length, config.query_scale, offset=1)]
-    self_attention = attention(
-        query=[heads(queries, size, "query", bias), *of_both, *of_queries],
-        key=[heads(keys, size, "key", bias), *of_both],
-        value=[heads(keys, size, "value", bias)],
-        output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),
-    )
-    mlp: NamedPart = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation)
-    if index in config.expert_layers:
-        router = Router(
-            num_experts=config.num_experts,
-            num_chosen=config.num_experts_per_token,
-            weights=[ops.sigmoid],
-        )
-        width, gate = config.expert_dim, activated(config.activation)
-        shared = gated_mlp(width, config.hidden_dim, config.activation, name="shared")
-        mlp = expert_mlp(router, width, config.hidden_dim, gate, weighs_inputs=True, shared=shared)
-    name = f"decoder_{index}"
-    return pre_norm(name, lambda part: rms_norm(epsilon, part), self_attention, mlp)
+    bias, chosen = config.attention_bias, config.num_experts_per_token
+    attention = llama.build_attention(config, rotate, bias, of_queries=of_queries)
+    router = Router(num_experts=config.num_experts, num_chosen=chosen, weights=[ops.sigmoid])
+    there = router if index in config.expert_layers else None
+    return build_mixed(config, index, attention, there, config.expert_dim, weighs_inputs=True)
 
 
 def complete_keys(keys: JSON) -> JSON:
@@ -106,15 +88,14 @@ def complete_keys(keys: JSON) -> JSON:
     turns = smollm3.rope_layers(keys)
     kinds = ["chunked_attention" if x else "full_attention" for x in turns]
     num_layers, step = keys["num_hidden_layers"], keys.get("interleave_moe_layer_step", 1)
-    chosen, count = keys["num_experts_per_tok"], keys["num_local_experts"]
+    check_chosen(keys["num_experts_per_tok"], keys["num_local_experts"])
     layers = keys.get("moe_layers")
     if layers is None:
         layers = list(range(step - 1, num_layers, max(step, 1)))
-    if step < 1 or not 1 <= chosen <= count or not set(layers) <= set(range(num_layers)):
+    if step < 1 or not set(layers) <= set(range(num_layers)):
         raise ValueError(
-            "config.json: expected an interleave_moe_layer_step of at least 1, moe_layers that are "
-            "numbers of layers, and num_experts_per_tok from 1 to num_local_experts. Received: "
-            f"{step}, {layers}, {chosen} and {count}."
+            "config.json: expected an interleave_moe_layer_step of at least 1, and moe_layers that "
+            f"are numbers of layers. Received: {step} and {layers}."
         )
     kinds = keys.get("layer_types") or kinds
     return keys | {"no_rope_layers": turns, "layer_types": kinds, "moe_layers": layers}
@@ -141,20 +122,13 @@ def gguf_defaults(keys: JSON) -> JSON:
 
 
 _MLP, _OURS = "model.layers.{}.feed_forward", "decoder_{}/mlp"
-_PARTS = ("gate", "up", "down")
 WEIGHTS: Rows = [
     *((name.replace(".mlp.", ".feed_forward."), path, x) for name, path, x in llama.WEIGHTS),
     (f"{_MLP}.router.weight", f"{_OURS}/router/kernel", "transpose"),
     (f"{_MLP}.experts.gate_up_proj", f"{_OURS}/experts_gate/kernel", "last_axis"),
     (f"{_MLP}.experts.gate_up_proj", f"{_OURS}/experts_up/kernel", "last_axis"),
     (f"{_MLP}.experts.down_proj", f"{_OURS}/experts_down/kernel", "same"),
-    *(
-        (f"{_MLP}.shared_expert.{x}_proj.weight", f"{_OURS}/shared/{x}/kernel", "transpose")
-        for x in _PARTS
-    ),
-]
-GGUF_ROWS: Rows = [
-    (f"{_MLP}.experts.{x}_proj.weight", f"{_OURS}/experts_{x}/kernel", "transpose") for x in _PARTS
+    *shared_rows(f"{_MLP}.shared_expert"),
 ]
 
 FAMILY = Family(
@@ -207,9 +181,9 @@ FAMILY = Family(
         "feed_forward_length": "intermediate_size_mlp",
         "expert_feed_forward_length": "intermediate_size",
         "expert_count": "num_local_experts",
-        "expert_used_count": "num_experts_per_tok",
+        **GGUF_KEYS,
         "interleave_moe_layer_step": "interleave_moe_layer_step",
     },
     gguf_defaults=gguf_defaults,
-    gguf_rows=lambda config: GGUF_ROWS,
+    gguf_rows=lambda config: gguf_expert_rows(),
 )

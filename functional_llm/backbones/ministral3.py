@@ -6,11 +6,8 @@ Reference: [Ministral 3](https://arxiv.org/abs/2601.08584).
 from dataclasses import dataclass
 from typing import cast
 
-import keras
-
 from functional_llm.backbones import llama, mistral
 from functional_llm.backbones.family import Family, complete_common_keys
-from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.mlp import gated_mlp
@@ -43,15 +40,9 @@ def build(config: Config) -> Graph:
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:
     """Returns one decoder layer."""
-    queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
     epsilon, scaling = config.layer_norm_epsilon, cast(QueryScaledYarn, config.rope_scaling)
     scale = query_scale(scaling.original_max_sequence_length, scaling.query_beta)
-    self_attention = attention(
-        query=[heads(queries, size, "query"), rotary(), scale],
-        key=[heads(keys, size, "key"), rotary()],
-        value=[heads(keys, size, "value")],
-        output=keras.layers.Dense(config.hidden_dim, use_bias=False, name="output"),
-    )
+    self_attention = llama.build_attention(config, rotary(), bias=False, of_queries=[scale])
     mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation)
     return pre_norm(name, lambda part: rms_norm(epsilon, part), self_attention, mlp)
 

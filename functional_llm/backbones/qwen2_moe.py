@@ -16,14 +16,10 @@ from functional_llm.backbones.experts import (
     SparseConfig,
     complete_sparse_keys,
     expert_rows,
+    shared_rows,
     softmax_experts,
 )
-from functional_llm.backbones.family import (
-    Family,
-    check_windows,
-    complete_common_keys,
-    dense_rows,
-)
+from functional_llm.backbones.family import Family, check_windows, complete_common_keys
 from functional_llm.backbones.keras_hub import experts
 from functional_llm.blocks.experts import gated
 from functional_llm.blocks.language_model import Graph
@@ -85,14 +81,10 @@ def written_keys(config: Any) -> JSON:
     return {"sliding_window": config.sliding_window, **qwen2.written_keys(config)}
 
 
-_MLP = "model.layers.{}.mlp.shared_expert"
+_SHARED = "model.layers.{}.mlp.shared_expert"
 SHARED = [
-    (f"{_MLP}_gate.weight", "decoder_{}/mlp/shared_gate/kernel", "transpose"),
-    *(
-        row
-        for part in ("gate", "up", "down")
-        for row in dense_rows(f"{_MLP}.{part}_proj", f"decoder_{{}}/mlp/shared/{part}")
-    ),
+    (f"{_SHARED}_gate.weight", "decoder_{}/mlp/shared_gate/kernel", "transpose"),
+    *shared_rows(_SHARED),
 ]
 
 FAMILY = Family(

@@ -16,7 +16,7 @@ from functional_llm.backbones.experts import (
     expert_rows,
     softmax_experts,
 )
-from functional_llm.backbones.family import Family
+from functional_llm.backbones.family import Family, with_divided_heads
 from functional_llm.backbones.keras_hub import experts
 from functional_llm.blocks.language_model import Graph
 from functional_llm.graph.composite import CompositeLayer
@@ -50,10 +50,7 @@ def complete_keys(keys: JSON) -> JSON:
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,
     }
-    if keys.get("head_dim") is None:  # Transformers divides here, unlike in a Qwen 3
-        own["head_dim"] = keys["hidden_size"] // keys["num_attention_heads"]
-    keys = own | {key: x for key, x in keys.items() if key != "head_dim" or x is not None}
-    keys = complete_sparse_keys(keys)
+    keys = complete_sparse_keys(own | with_divided_heads(keys))  # unlike a Qwen 3
     window = keys.get("sliding_window", 4096) if keys.get("use_sliding_window") else None
     kind = "full_attention" if window is None else "sliding_attention"  # of all layers
     return qwen3.complete_keys(keys | {"layer_types": [kind] * keys["num_hidden_layers"]})

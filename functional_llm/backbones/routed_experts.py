@@ -1,15 +1,17 @@
-"""What families share whose experts come in groups, beside an MLP that all tokens take.
+"""What families share whose experts are beside an MLP that all tokens take.
 
-The first layers have one MLP. Reference: [DeepSeek-V3](https://arxiv.org/abs/2412.19437), section
+Some layers have one MLP instead, in most families the first ones; in some the experts come in
+groups. Reference: [DeepSeek-V3](https://arxiv.org/abs/2412.19437), section
 2.1.2.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from keras import ops
 
-from functional_llm.backbones.experts import expert_rows
-from functional_llm.backbones.family import RotaryConfig, check_given, dense_rows
+from functional_llm.backbones.experts import expert_rows, shared_rows
+from functional_llm.backbones.family import ModelConfig, RotaryConfig, check_given
 from functional_llm.backbones.transforms import Rows
 from functional_llm.blocks.decoder import NamedPart, pre_norm
 from functional_llm.blocks.experts import (
@@ -28,13 +30,19 @@ from functional_llm.graph.types import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutedConfig(RotaryConfig):
+class MixedConfig(ModelConfig):
+    """The numbers of a model in which some layers have experts, and others one MLP."""
+
+    expert_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedConfig(MixedConfig, RotaryConfig):
     """The numbers of such a model. With one group, all experts are open to a token."""
 
     num_experts: int
     num_experts_per_token: int
     num_shared_experts: int
-    expert_dim: int
     first_expert_layer: int
     routed_scale: float
     num_groups: int
@@ -48,18 +56,46 @@ class CorrectedConfig(RoutedConfig):
     normalize_weights: bool
 
 
+def build_mixed(
+    config: MixedConfig,
+    index: int,
+    attention: CompositeLayer,
+    router: Router | None,
+    shared_dim: int,
+    *,
+    use_bias: bool = False,
+    weighs_inputs: bool = False,
+) -> CompositeLayer:
+    """Returns the decoder layer of this number.
+
+    Args:
+        config: The numbers of the model.
+        index: Of the layer.
+        attention: Layer named "attention".
+        router: What chooses experts; `None` for one MLP.
+        shared_dim: Width of the MLP beside the experts; 0 for none.
+        use_bias: Whether MLPs, experts aside, have biases.
+        weighs_inputs: As for `expert_mlp`.
+    """
+    width, activation = config.hidden_dim, config.activation
+    mlp: NamedPart = gated_mlp(config.intermediate_dim, width, activation, use_bias)
+    if router is not None:
+        shared = None
+        if shared_dim:
+            shared = gated_mlp(shared_dim, width, activation, use_bias, name="shared")
+        gate, size = activated(activation), config.expert_dim
+        mlp = expert_mlp(router, size, width, gate, weighs_inputs=weighs_inputs, shared=shared)
+    norm = partial(rms_norm, config.layer_norm_epsilon)
+    return pre_norm(f"decoder_{index}", norm, attention, mlp)
+
+
 def build_decoder(
     config: RoutedConfig, index: int, attention: CompositeLayer, router: Router
 ) -> CompositeLayer:
-    """Returns the decoder layer of this number."""
-    width, activation = config.hidden_dim, config.activation
-    mlp: NamedPart = gated_mlp(config.intermediate_dim, width, activation)
-    if index >= config.first_expert_layer:
-        shared_dim = config.num_shared_experts * config.expert_dim
-        shared = gated_mlp(shared_dim, width, activation, name="shared")
-        mlp = expert_mlp(router, config.expert_dim, width, activated(activation), shared=shared)
-    epsilon = config.layer_norm_epsilon
-    return pre_norm(f"decoder_{index}", lambda part: rms_norm(epsilon, part), attention, mlp)
+    """Returns the decoder layer of this number: the first ones have no experts."""
+    shared_dim = config.num_shared_experts * config.expert_dim
+    there = router if index >= config.first_expert_layer else None
+    return build_mixed(config, index, attention, there, shared_dim)
 
 
 def sigmoid_router(config: CorrectedConfig) -> Router:
@@ -116,16 +152,7 @@ def check_routing(keys: JSON, least: int = 1) -> JSON:
 
 _MLP = "model.layers.{}.mlp"
 CORRECTION = "decoder_{}/mlp/correction/bias"
-ROWS: Rows = [
-    *expert_rows(_MLP),
-    *(
-        row
-        for part in ("gate", "up", "down")
-        for row in dense_rows(
-            f"{_MLP}.shared_experts.{part}_proj", f"decoder_{{}}/mlp/shared/{part}"
-        )
-    ),
-]
+ROWS: Rows = [*expert_rows(_MLP), *shared_rows(f"{_MLP}.shared_experts")]
 CORRECTED_ROWS: Rows = [*ROWS, (f"{_MLP}.gate.e_score_correction_bias", CORRECTION, "same")]
 
 CONFIG_KEYS: dict[str, str | type] = {

@@ -47,6 +47,11 @@ def apply_parts(parts: Sequence[Part], x: Tensor, inputs: Inputs) -> Tensor:
     return x
 
 
+def in_turn(*parts: Part) -> PartFunction:
+    """Part that is several, in the order written."""
+    return lambda x, inputs: apply_parts(parts, x, inputs)
+
+
 def heads(num_heads: int, head_dim: int, name: str, use_bias: bool = False) -> PartFunction:
     """Projects (B, T, D) to (B, T, num_heads, H) by one Dense called `name`."""
     project = keras.layers.Dense(num_heads * head_dim, use_bias=use_bias, name=name)

@@ -20,6 +20,7 @@ from functional_llm.layers.experts import (
     ExpertDispatch,
     ExpertScores,
 )
+from functional_llm.layers.sparse_mixer import SparseMixer
 
 Scores: TypeAlias = Callable[[Tensor], Tensor]  # a part of a router, from scores to scores
 Gate: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # what joins the outputs of gate and up
@@ -59,6 +60,25 @@ class Router:
         _, experts = ops.top_k(_apply(self.choice, scores), self.num_chosen)
         weights = ops.take_along_axis(scores, experts, axis=-1)
         return {"experts": experts, "weights": _apply(self.weights, weights)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixingRouter:
+    """A router that chooses two experts, one after the other.
+
+    Args:
+        num_experts: E, at least 2.
+        noise: As for `SparseMixer`.
+    """
+
+    num_experts: int
+    noise: float
+
+    def __call__(self, x_BTD: Tensor) -> dict[str, Tensor]:
+        """Returns `experts` (B, T, 2) int32 and their `weights` (B, T, 2)."""
+        scores = ExpertScores(self.num_experts, use_bias=False, name="router")(x_BTD)
+        chosen: dict[str, Tensor] = SparseMixer(self.noise, name="mixer")(scores)
+        return chosen
 
 
 def _apply(parts: Sequence[Scores], x: Tensor) -> Tensor:
@@ -161,7 +181,7 @@ def clamped(alpha: float, limit: float) -> Gate:
 
 
 def expert_mlp(
-    router: Router,
+    router: Router | MixingRouter,
     intermediate_dim: int,
     hidden_dim: int,
     gate: Gate,

@@ -233,9 +233,36 @@ class LongRopeScaling:
         return length
 
     @property
+    def long_magnitude(self) -> float:
+        """Factor on cosine and sine in long texts."""
+        return self.magnitude
+
+    @property
     def long(self) -> FrequencyFactors:
         """What long texts turn by."""
         return FrequencyFactors(factors=self.long_factors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoMagnitudesLongRope(LongRopeScaling):
+    """LongRoPE of a model whose file says the factors on cosine and sine.
+
+    Args:
+        short_mscale: That for texts that are not long.
+        long_mscale: That for long ones.
+    """
+
+    factor: float = 1.0  # of which nothing follows
+    short_mscale: float
+    long_mscale: float
+
+    @property
+    def magnitude(self) -> float:
+        return self.short_mscale
+
+    @property
+    def long_magnitude(self) -> float:
+        return self.long_mscale
 
 
 def _frequencies(dim: int, max_wavelength: float) -> np.ndarray:
@@ -310,14 +337,16 @@ def rotation(
     Returns:
         `{"cos": (B, T, 1, H), "sin": (B, T, 1, H)}`, float32. The first half of `sin` is negative.
     """
-    frequencies = rope.frequencies
+    frequencies, magnitude = rope.frequencies, rope.magnitude
     if isinstance(scaling := rope.scaling, LongRopeScaling):
         texts = {"positions": positions_BT, "segment_ids": segment_ids_BT}
         is_long = IsLongText(scaling.original_max_sequence_length, name=f"{name}_is_long")(texts)
         long = replace(rope, scaling=scaling.long).frequencies
         frequencies = ops.where(is_long, long, frequencies)
+        if scaling.long_magnitude != magnitude:
+            magnitude = ops.where(is_long, scaling.long_magnitude, magnitude)
     angles = ops.cast(ops.expand_dims(positions_BT, (2, 3)), "float32") * frequencies
-    cos, sin = ops.cos(angles) * rope.magnitude, ops.sin(angles) * rope.magnitude
+    cos, sin = ops.cos(angles) * magnitude, ops.sin(angles) * magnitude
     return {
         "cos": ops.concatenate([cos, cos], axis=-1),
         "sin": ops.concatenate([-sin, sin], axis=-1),

@@ -14,6 +14,7 @@ from functional_llm.blocks.rope import (
     NtkAlphaScaling,
     QueryScaledYarn,
     RopeScaling,
+    TwoMagnitudesLongRope,
     YarnScaling,
 )
 from functional_llm.graph.types import JSON
@@ -29,8 +30,13 @@ _YARN = {
     for name in "factor beta_fast beta_slow truncate attention_factor mscale mscale_all_dim".split()
 }
 _LENGTH = {"original_max_position_embeddings": "original_max_sequence_length"}
+_LONG = {"short_factor": "short_factors", "long_factor": "long_factors"} | _LENGTH
 # What types mean in the files of some families: see `Family.rope_types`.
 OF_FAMILIES: dict[str, tuple[type, dict[str, str]]] = {
+    "longrope_two_magnitudes": (
+        TwoMagnitudesLongRope,
+        _LONG | {"short_mscale": "short_mscale", "long_mscale": "long_mscale"},
+    ),
     "ntk_alpha": (NtkAlphaScaling, {"alpha": "alpha"}),
     "yarn_query_scale": (
         QueryScaledYarn,
@@ -47,13 +53,7 @@ SCALINGS: dict[str, tuple[type | None, dict[str, str]]] = {
     ),
     "longrope": (
         LongRopeScaling,
-        {
-            "short_factor": "short_factors",
-            "long_factor": "long_factors",
-            "factor": "factor",
-            "attention_factor": "attention_factor",
-        }
-        | _LENGTH,
+        _LONG | {"factor": "factor", "attention_factor": "attention_factor"},
     ),
     "yarn": (YarnScaling, _YARN | _LENGTH),
     **OF_FAMILIES,
@@ -62,6 +62,7 @@ SCALINGS: dict[str, tuple[type | None, dict[str, str]]] = {
 _ZERO_IS_NOTHING = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "llama_4_scaling_beta"}
 # Parameters beside which are in files and which nobody reads.
 _NOT_READ = {
+    "longrope_two_magnitudes": {"factor", "attention_factor"},
     "ntk_alpha": {"factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"},
     "yarn_query_scale": {"max_position_embeddings"},
 }
@@ -264,7 +265,9 @@ def _rope_type(parameters: dict[str, Any]) -> Any:
 
 
 def _scaling(kind: Any, parameters: dict[str, Any], length: int) -> RopeScaling | None:
-    if "short_factor" in parameters:  # Phi-3's first files call it "su" or "yarn"
+    if (
+        "short_factor" in parameters and kind not in OF_FAMILIES
+    ):  # Phi-3's first files call it "su" or "yarn"
         kind = "longrope"
         if parameters["short_factor"] == parameters.get("long_factor") and (
             parameters.get("attention_factor") == 1

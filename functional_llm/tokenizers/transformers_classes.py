@@ -25,7 +25,7 @@ def llama_scheme(config: Mapping[str, Any], model: Mapping[str, Any]) -> Prepend
     # The files of other models name this class, too. Transformers reads their tokenizer.json as it
     # is.
     is_llama = model.get("model_type", "llama") == "llama"
-    if _class_name(config, model) != "LlamaTokenizer" or not is_llama:
+    if class_name(config, model) != "LlamaTokenizer" or not is_llama:
         return None
     if config.get("add_prefix_space") is False:
         return "never"
@@ -59,7 +59,7 @@ def is_gpt2(config: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
         config: What tokenizer_config.json holds.
         model: What config.json holds.
     """
-    return _class_name(config, model) == "GPT2Tokenizer"
+    return class_name(config, model) == "GPT2Tokenizer"
 
 
 def gpt2_tokenizer(model: tokenizers.models.BPE, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -76,7 +76,13 @@ def gpt2_tokenizer(model: tokenizers.models.BPE, config: Mapping[str, Any]) -> t
     return tokenizer
 
 
-def _class_name(config: Mapping[str, Any], model: Mapping[str, Any]) -> str | None:
+def class_name(config: Mapping[str, Any], model: Mapping[str, Any]) -> str | None:
+    """Returns the class that the files name, without "Fast".
+
+    Args:
+        config: What tokenizer_config.json holds.
+        model: What config.json holds.
+    """
     name = config.get("tokenizer_class") or model.get("tokenizer_class")
     if name is None and model.get("model_type") in ("gpt2", "opt"):
         name = "GPT2Tokenizer"

@@ -2,8 +2,8 @@
 
 May import: files, graph, xla, kernels, tokenizers, layers.
 
-Offers: `train`, `LossModel`, `make_examples`, `pack`, `balance_experts`; for data that do
-not fit into memory, `stream_records`, `interleave`, `StreamedRows`.
+Offers: `train`, `LossModel`, `make_examples`, `pack`, `balance_experts`, `draw_experts`; for data
+that do not fit into memory, `stream_records`, `interleave`, `StreamedRows`.
 """
 
 from functional_llm.training.balancing import balance_experts
@@ -15,6 +15,7 @@ from functional_llm.training.callbacks import (
     import_writer,
 )
 from functional_llm.training.checkpoints import load_checkpoint, save_checkpoint
+from functional_llm.training.drawing import draw_experts
 from functional_llm.training.examples import (
     Example,
     Examples,
@@ -64,6 +65,7 @@ __all__ = [
     "check_length",
     "check_resume",
     "compile_model",
+    "draw_experts",
     "hold_out",
     "import_writer",
     "interleave",

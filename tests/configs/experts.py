@@ -49,6 +49,17 @@ _OLMOE = {
     "num_experts_per_tok": 2,
 }
 
+_PHIMOE = {
+    **LLAMA,
+    "model_type": "phimoe",
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_local_experts": 6,
+    "router_jitter_noise": 0.2,  # so near to the best are several, and not all
+    "attention_bias": True,
+    "lm_head_bias": True,
+}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_moe_some_dense": {**_QWEN3_MOE, "mlp_only_layers": [1]},
     "qwen3_moe_more_experts_than_tokens": {
@@ -136,6 +147,33 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
         "num_key_value_heads": 1,
         "norm_topk_prob": True,
+        "tie_word_embeddings": True,
+    },
+    "phimoe_near_experts": _PHIMOE,
+    "phimoe_long_texts_magnitudes": {
+        **_PHIMOE,
+        "num_key_value_heads": 4,
+        "num_local_experts": 40,  # more than a row has tokens
+        "router_jitter_noise": 0.01,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.2, 1.5, 2.0],
+            "long_factor": [1.0, 1.2, 1.5, 2.0],  # by which Transformers turns no text
+            "short_mscale": 1.2,
+            "long_mscale": 1.5,
+            "original_max_position_embeddings": 256,
+        },
+    },
+    "phimoe_all_chosen_no_biases_tied": {
+        **_PHIMOE,
+        "num_local_experts": 2,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 12,
+        "attention_bias": False,
+        "lm_head_bias": False,
+        "sliding_window": 5,
         "tie_word_embeddings": True,
     },
 }
