@@ -139,7 +139,7 @@ def test_generation_with_the_cache_is_what_the_whole_text_gives(backbone: Any, m
 
 
 @some_families
-@pytest.mark.parametrize("mode", ["int8", "int4/4"])
+@pytest.mark.parametrize("mode", [pytest.param("int8", marks=pytest.mark.nightly), "int4/4"])
 def test_lora_on_top_trains_and_travels_in_a_stock_file(
     backbone: Any, mode: str, tmp_path: Path
 ) -> None:
