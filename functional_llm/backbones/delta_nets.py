@@ -138,15 +138,15 @@ def complete_keys(keys: JSON) -> JSON:
 
 
 _LAYER = "model.layers.{}"
-_NET, _TARGET = f"{_LAYER}.linear_attn", "decoder_{}/delta_net"
+NET, TARGET = f"{_LAYER}.linear_attn", "decoder_{}/delta_net"
 # Of the delta nets, whatever their projections are.
 NET_ROWS: Rows = [
     (f"{_LAYER}.input_layernorm.weight", "decoder_{}/delta_net_norm/scale", "same"),
-    (f"{_NET}.conv1d.weight", f"{_TARGET}/convolution/kernel", "depthwise"),
-    (f"{_NET}.A_log", f"{_TARGET}/log_decay/log_rate", "same"),
-    (f"{_NET}.dt_bias", f"{_TARGET}/log_decay/shift", "same"),
-    (f"{_NET}.norm.weight", f"{_TARGET}/norm/scale", "same"),
-    *dense_rows(f"{_NET}.out_proj", f"{_TARGET}/output"),
+    (f"{NET}.conv1d.weight", f"{TARGET}/convolution/kernel", "depthwise"),
+    (f"{NET}.A_log", f"{TARGET}/log_decay/log_rate", "same"),
+    (f"{NET}.dt_bias", f"{TARGET}/log_decay/shift", "same"),
+    (f"{NET}.norm.weight", f"{TARGET}/norm/scale", "same"),
+    *dense_rows(f"{NET}.out_proj", f"{TARGET}/output"),
 ]
 
 
@@ -159,16 +159,23 @@ def projection_rows(source: str, names: tuple[str, ...], groups: int = 1) -> Row
         groups: As for `fused`.
     """
     kernel, _ = fused(groups)
-    return [(f"{_NET}.{source}.weight", f"{_TARGET}/{name}/kernel", kernel) for name in names]
+    return [(f"{NET}.{source}.weight", f"{TARGET}/{name}/kernel", kernel) for name in names]
 
 
 def attention_rows(config: DeltaConfig) -> Rows:
-    """Returns the rows of a Llama and its norms, with the gate of each head behind its query."""
-    query, target = f"{_LAYER}.self_attn.q_proj", "decoder_{}/attention"
+    """Returns the rows of a Llama and its norms, with gates."""
+    own = gated_query_rows(config)
+    others = (row for row in llama.WEIGHTS if row[0] not in {source for source, *_ in own})
+    return [*others, *own, *qwen3.QK_NORMS]
+
+
+def gated_query_rows(config: DeltaConfig) -> Rows:
+    """Returns the rows of a Linear that has the query of each head, and its gate behind it."""
     parts = fused(config.num_query_heads)
     return [
-        *(row for row in llama.WEIGHTS if not row[0].startswith(query)),
-        *dense_rows(query, f"{target}/query", *parts),
-        *dense_rows(query, f"{target}/gate", *parts),
-        *qwen3.QK_NORMS,
+        row
+        for name in ("query", "gate")
+        for row in dense_rows(
+            f"{_LAYER}.self_attn.q_proj", f"decoder_{{}}/attention/{name}", *parts
+        )
     ]

@@ -7,7 +7,7 @@ References: [Qwen3.5](https://qwen.ai/blog?id=qwen3.5),
 
 from dataclasses import dataclass
 
-from functional_llm.backbones import delta_nets, llama
+from functional_llm.backbones import delta_gguf, delta_nets
 from functional_llm.backbones.delta_nets import DeltaConfig, projection_rows
 from functional_llm.backbones.family import Family
 from functional_llm.backbones.transforms import Rows
@@ -50,9 +50,6 @@ def weights(config: DeltaConfig) -> Rows:
     return [*delta_nets.attention_rows(config), *delta_nets.NET_ROWS, *PROJECTIONS]
 
 
-IGNORED = (*llama.FAMILY.ignored, "mtp.*")
-
-
 def wrapper(model_type: str) -> Wrapper:
     """Returns the wrapper around the text model of this family or its kin, and one of images."""
     return Wrapper(
@@ -74,6 +71,12 @@ FAMILY = Family(
     layer_types=("full_attention", "linear_attention"),
     complete_keys=complete_keys,
     weights=weights,
-    ignored=IGNORED,
+    ignored=delta_gguf.ignored,
     wrappers=[wrapper("qwen3_5")],
+    gguf_architecture="qwen35",
+    gguf_given=delta_gguf.given,
+    gguf_keys=delta_gguf.KEYS,
+    gguf_ignored=delta_gguf.IGNORED,
+    gguf_offset=delta_gguf.OFFSET,
+    gguf_rows=delta_gguf.rows_by_turns,
 )
