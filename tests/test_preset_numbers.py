@@ -23,8 +23,9 @@ from functional_llm.presets.table import PresetTable, read_preset
 
 # The config.json of published models, under the names of their presets: keys and values as public
 # projects quote them, keys sorted. None was fetched from the Hub itself. Of the DeepSeeks, Kimi K2,
-# Moonlight, GLM-4.5 and later, Llama 4, ERNIE 4.5 21B, Mixtral and OLMoE no whole quotation was
-# found: they are written down as they are remembered, and fit the parameters' published number.
+# Moonlight, GLM-4.5 and later, Llama 4, ERNIE 4.5 21B, Mixtral, OLMoE, Qwen3-Next and Qwen 3.5 (but
+# for 35B-A3B) no whole quotation was found: they are written down as they are remembered, and fit
+# the parameters' published number.
 PUBLISHED = sorted((Path(__file__).parent / "published_configs").glob("*.json"))
 
 # Numbers of parameters that do not come from our builders: most as KerasHub gives them. It counts
@@ -49,6 +50,7 @@ COUNTS = {
     "llama2_7b": 6_738_415_616,
     "llama3.1_8b": 8_030_261_248,
     "llama3.2_1b": 1_235_814_400,
+    "qwen3.5_35b_a3b": 34_660_610_688,
     "pythia_70m": 70_426_624,
     "pythia_12b": 11_846_072_320,
     "mistral_v0.3_7b": 7_248_023_552,

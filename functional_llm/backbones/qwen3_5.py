@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functional_llm.backbones import delta_gguf, delta_nets
 from functional_llm.backbones.delta_nets import DeltaConfig, projection_rows
 from functional_llm.backbones.family import Family
+from functional_llm.backbones.keras_hub import delta_nets as keras_hub
 from functional_llm.backbones.transforms import Rows
 from functional_llm.backbones.wrapper import Wrapper
 from functional_llm.blocks.decoder import NamedPart
@@ -67,7 +68,7 @@ FAMILY = Family(
     config_class=Config,
     build=build,
     config_keys=delta_nets.CONFIG_KEYS,
-    config_constants=delta_nets.CONFIG_CONSTANTS,
+    config_constants={**delta_nets.CONFIG_CONSTANTS, "mlp_only_layers": []},
     layer_types=("full_attention", "linear_attention"),
     complete_keys=complete_keys,
     weights=weights,
@@ -79,4 +80,5 @@ FAMILY = Family(
     gguf_ignored=delta_gguf.IGNORED,
     gguf_offset=delta_gguf.OFFSET,
     gguf_rows=delta_gguf.rows_by_turns,
+    keras_hub=keras_hub.QWEN3_5,
 )

@@ -7,6 +7,7 @@ References: [Qwen3.5](https://qwen.ai/blog?id=qwen3.5),
 from dataclasses import dataclass, replace
 
 from functional_llm.backbones import delta_gguf, delta_nets, qwen3_5, qwen3_next
+from functional_llm.backbones.keras_hub import delta_nets as keras_hub
 from functional_llm.backbones.transforms import Rows
 from functional_llm.graph.types import JSON
 
@@ -46,4 +47,5 @@ FAMILY = replace(
     wrappers=[qwen3_5.wrapper("qwen3_5_moe")],
     gguf_architecture="qwen35moe",
     gguf_rows=delta_gguf.rows_by_turns,
+    keras_hub=keras_hub.QWEN3_5_MOE,
 )
