@@ -74,7 +74,8 @@ def _written(config: Any) -> JSON:
 
 def _wrong_text(config: Any) -> list[str]:
     has_nets = "linear_attention" in config.layer_types
-    return ["what stands behind a prompt decays its states"] if has_nets else []
+    twice = "its states absorb what stands behind a prompt, and the prompt's last token twice"
+    return [twice] if has_nets else []
 
 
 def _weights(block: str, config: Any, mlp: Rows) -> Rows:
