@@ -15,7 +15,7 @@ _SIZES = {"vocabulary_size": 128, "num_layers": 2, "hidden_dim": 48, "intermedia
 _HEADS = {"num_query_heads": 4, "num_key_value_heads": 2}
 _EXPERTS = {"num_experts": 6, "moe_intermediate_dim": 24}
 _NETS = {
-    "head_dim": 20,
+    "head_dim": 16,
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
