@@ -171,6 +171,7 @@ CONFORMING = {
     "Llama3Tokenizer": ("llama-bpe", False),
     "LlamaTokenizer": ("llama-spm", True),
     "Phi3Tokenizer": ("phi-3", True),
+    "Qwen3_5Tokenizer": ("qwen35", False),
     "QwenTokenizer": ("qwen2", False),
 }
 
