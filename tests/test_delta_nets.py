@@ -60,9 +60,10 @@ def _by_tokens(
 
 @pytest.mark.parametrize("rule", [delta_rule, delta_rule_in_chunks])
 def test_the_rule_equals_the_recurrence(rule: Any) -> None:
+    first = np.zeros((1, 1, 1, 1), "int32")
     program = jax.jit(
         lambda inputs, state, text: rule(
-            DeltaInputs(*inputs, text[None, None, None], jnp.zeros((1, 1, 1, 1), text.dtype)), state
+            DeltaInputs(*inputs, text=text[None, None, None], text_before=first), state
         )
     )
     one, several = np.zeros(T, "int32"), np.repeat(np.arange(5), np.diff(ENDS)).astype("int32")

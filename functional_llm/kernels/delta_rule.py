@@ -153,8 +153,8 @@ def delta_rule_in_chunks(inputs: DeltaInputs, state: jax.Array) -> tuple[jax.Arr
     parts = DeltaInputs(
         *(cut(x, -2) for x in (inputs.query, inputs.key, inputs.value)),
         *(cut(x, -1) for x in (inputs.decay, inputs.rate)),
-        text,
-        before,
+        text=text,
+        text_before=before,
     )
     chunks, system, right = _prepare(parts)
     solved = inverse_of_unit_lower(system) @ right
