@@ -25,7 +25,7 @@ _QWEN3_5 = {
 _EXPERTS = {
     "num_experts": 6,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 20,
+    "moe_intermediate_size": 24,  # torch multiplies experts in bfloat16 by eights
     "shared_expert_intermediate_size": 28,
 }
 _QWEN3_NEXT = {**_QWEN3_5, **_EXPERTS, "model_type": "qwen3_next"}
