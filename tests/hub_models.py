@@ -14,6 +14,15 @@ keras_hub = pytest.importorskip("keras_hub", reason="make .venv/installed-dev in
 _SIZES = {"vocabulary_size": 128, "num_layers": 2, "hidden_dim": 48, "intermediate_dim": 80}
 _HEADS = {"num_query_heads": 4, "num_key_value_heads": 2}
 _EXPERTS = {"num_experts": 6, "moe_intermediate_dim": 24}
+_NETS = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 3,
+}
 _GEMMA = {
     **_SIZES,
     **_HEADS,
@@ -81,6 +90,20 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
             "sliding_window_size": None,
         },
         "qwen3_moe",
+    ),
+    "qwen3_5": ("Qwen3_5Backbone", {**_SIZES, **_HEADS, **_NETS}, "qwen3_5_text"),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeBackbone",
+        {
+            **{name: x for name, x in _SIZES.items() if name != "intermediate_dim"},
+            **_HEADS,
+            **_EXPERTS,
+            **_NETS,
+            "top_k": 2,
+            "shared_expert_intermediate_size": 40,
+            "tie_word_embeddings": True,
+        },
+        "qwen3_5_moe_text",
     ),
     "gemma": ("GemmaBackbone", {**_SIZES, **_HEADS, "head_dim": 16}, "gemma"),
     "gemma2": ("GemmaBackbone", {**_GEMMA, "attention_logit_soft_cap": 2.0}, "gemma2"),

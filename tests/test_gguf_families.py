@@ -137,6 +137,11 @@ SAID: dict[str, dict[str, Any]] = {
     "glm4_moe_one_chosen": {"num_mtp_layers": 0},
     "lfm2_wide_kernel": {},
     "lfm2_old_keys": {},
+    "qwen3_5_grouped_values": {},
+    "qwen3_5_tied_wide_kernel": {},
+    "qwen3_next_grouped_values": {},
+    "qwen3_next_some_dense_tied": {"mlp_only_layers": [], "norm_topk_prob": True},
+    "qwen3_5_moe_grouped_values": {},
 }
 # Those whose experts are in MXFP4, in the directory and in the GGUF file.
 PACKED = {"gpt_oss_clamped"}
@@ -149,6 +154,10 @@ WANTED: dict[str, dict[str, Any]] = {
     "gpt_neox": {"rotary_pct": 0.35},
     "deepseek_v2": {"scoring_func": "softmax"},
     "deepseek_v3": {"scoring_func": "sigmoid"},
+    # It does not convert models without layers that predict further tokens.
+    **dict.fromkeys(
+        ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), {"mtp_num_hidden_layers": 1}
+    ),
 }
 # The vocabulary is not what is tested here: the converter shall not look for one it knows.
 CONVERT = """

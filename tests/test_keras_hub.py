@@ -32,7 +32,7 @@ from test_keras_hub_tokenizers import byte_pairs
 from test_recipes import blocks
 
 # A kind of column each: `make test` takes these both ways, and reads the presets of all.
-KINDS = ("llama3", "gemma2", "gpt2", "qwen3_moe", "phi3", "gpt_oss", "bloom")
+KINDS = ("llama3", "gemma2", "gpt2", "qwen3_moe", "phi3", "gpt_oss", "bloom", "qwen3_5")
 both_ways = pytest.mark.nightly(unless=lambda parameters: parameters["hub"] in KINDS)
 
 
@@ -82,16 +82,6 @@ def test_presets_of_models_that_kerashub_computes_otherwise(name: str, tmp_path:
 @pytest.mark.parametrize(
     ("cls", "arguments"),
     [
-        (
-            "Qwen3_5Backbone",
-            {
-                "linear_num_key_heads": 2,
-                "linear_num_value_heads": 4,
-                "linear_key_head_dim": 4,
-                "linear_value_head_dim": 4,
-                "linear_conv_kernel_dim": 4,
-            },
-        ),
         ("RWKV7Backbone", {"hidden_size": 16, "head_size": 4}),
     ],
 )

@@ -141,6 +141,7 @@ def test_kerashub_differs_from_transformers(name: str, tmp_path: Path) -> None:
     [
         ("gpt_neox", 16, "every new token as the first"),
         ("phi3_long", 24, "a prompt as a long text"),
+        ("qwen3_5", 24, "the prompt's last token twice"),
     ],
 )
 def test_kerashubs_generate_does_not_write_what_its_class_computes(

@@ -25,7 +25,8 @@ from functional_llm.presets.table import PresetTable, read_preset
 # projects quote them, keys sorted. None was fetched from the Hub itself. Those of DeepSeek V3 and
 # R1, Kimi K2 and Mixtral are NVIDIA's aiconfigurator's (`model_configs`), which has parts of Llama
 # 4's, too; DeepSeek V2 Lite's is ktransformers'; Moonlight's and DeepSeek V2's stand in tests of
-# others. Of GLM-4.5 and later, Llama 4, ERNIE 4.5 21B and OLMoE no whole quotation was found: they
+# others. Of GLM-4.5 and later, Llama 4, ERNIE 4.5 21B, OLMoE, Qwen3-Next and Qwen 3.5 (but for
+# 35B-A3B) no whole quotation was found: they
 # are written down as they are remembered, and agree with parts of them (slime's `glm4.5-*.sh`,
 # MindIE's `ernie_moe`), and with the parameters' published number.
 PUBLISHED = sorted((Path(__file__).parent / "published_configs").glob("*.json"))
@@ -52,6 +53,7 @@ COUNTS = {
     "llama2_7b": 6_738_415_616,
     "llama3.1_8b": 8_030_261_248,
     "llama3.2_1b": 1_235_814_400,
+    "qwen3.5_35b_a3b": 34_660_610_688,
     "pythia_70m": 70_426_624,
     "pythia_12b": 11_846_072_320,
     "mistral_v0.3_7b": 7_248_023_552,

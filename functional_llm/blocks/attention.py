@@ -91,6 +91,7 @@ def attention(
     value: Sequence[Part],
     output: keras.layers.Layer,
     product: Product | None = None,
+    gate: Sequence[Part] = (),
 ) -> CompositeLayer:
     """Self-attention over the new tokens and those in the cache.
 
@@ -101,6 +102,8 @@ def attention(
         output: Layer from (B, T, N * V) to (B, T, D).
         product: What attends: an `AttentionDotProduct`, which is the default, or a function that
             calls one with more inputs, such as `attending_with_sinks`.
+        gate: Parts from (B, T, D) to (B, T, N, V), or 1 in the place of V: what is attended to is
+            multiplied by the sigmoid of it. None for no gate.
 
     Returns:
         Layer from `{"x": (B, T, D), "positions", "mask", "rotation", "cache"}` to
@@ -116,6 +119,8 @@ def attention(
             {"new": new, "cache": inputs["cache"], "positions": inputs["positions"]}
         )
         attended = attend({"query": q_BTNH, **visible, "mask": inputs["mask"]})
+        if gate:
+            attended = attended * ops.sigmoid(apply_parts(gate, x, inputs))
         merge = keras.layers.Reshape((-1, math.prod(attended.shape[2:])), name="merge_heads")
         return {"x": output(merge(attended)), "cache": cache}
 

@@ -20,7 +20,7 @@ Axis: TypeAlias = str | None
 # https://arxiv.org/abs/1909.08053, section 3
 _COLUMNS = {"query", "key", "value", "gate", "up", "head", "experts_gate", "experts_up"}
 _ROWS = {"output", "down", "experts_down"}
-_HEADS = {"query": "query", "key": "key", "value": "value", "output": "query"}
+_HEADS = {x: x for x in ("query", "key", "value", "gate")} | {"output": "query"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def _role(path: str, layer: Layer, layers: Mapping[str, Layer]) -> Role | None:
     if experts:
         name = name.removeprefix("experts_")
     reshape = layers.get(f"{parent}/{_HEADS.get(name)}_heads")
-    heads = reshape.target_shape[-2] if isinstance(reshape, keras.layers.Reshape) else None
+    # Value heads of one key head stay together.
+    heads = reshape.target_shape[1] if isinstance(reshape, keras.layers.Reshape) else None
     if name in _COLUMNS:
         return Role("column", shape, (*experts, FSDP, MODEL), heads)
     return Role("row", shape, (*experts, MODEL, FSDP), heads)

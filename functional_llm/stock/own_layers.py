@@ -14,6 +14,7 @@ from functional_llm.layers.attention import (
     KVCacheLookup,
 )
 from functional_llm.layers.convolution import CausalConvolution
+from functional_llm.layers.delta_rule import DeltaRule, LogDecay
 from functional_llm.layers.experts import (
     ExpertCombine,
     ExpertDense,
@@ -62,6 +63,13 @@ def _lower_dispatch(layer: ExpertDispatch, inputs: dict[str, Nested]) -> dict[st
     return {**outputs, "routing": {**outputs["routing"], "kernel": None}}
 
 
+def _lower_delta_rule(layer: DeltaRule, inputs: dict[str, Nested]) -> dict[str, Tensor]:
+    """Returns what its definition does, which has no loop."""
+    explicit = shared_copy(layer)
+    explicit.in_chunks = False
+    return explicit.call(inputs)
+
+
 def _lower_padding_last(layer: Layer, inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
     """Returns the inputs as they are: padding is behind all tokens, or before a row's first."""
     names = ("token_ids", "positions", "segment_ids")
@@ -83,5 +91,7 @@ register_lowering(PaddingBack, PaddingBack.call)
 register_lowering(StatePosition, StatePosition.call)
 register_lowering(StateLookup, StateLookup.call)
 register_lowering(CausalConvolution, CausalConvolution.call)
+register_lowering(DeltaRule, _lower_delta_rule)
+register_lowering(LogDecay, LogDecay.call)
 register_lowering(IsLongText, IsLongText.call)
 register_lowering(OwnWeight, lambda layer, inputs: layer.variable)

@@ -43,6 +43,7 @@ class _Kind:
 
 _SENTENCES = _Kind(bos="<s>", eos="</s>")
 _GEMMA = _Kind(bos="<bos>", eos="<eos>", pad="<pad>", stops=("<end_of_turn>",))
+_QWEN3_5 = _Kind(pre="qwen35", eos="<|im_end|>", pad="<|endoftext|>")
 _GPT2 = _Kind(pre="gpt-2", bos="<|endoftext|>", eos="<|endoftext|>")
 KINDS = {
     "BloomTokenizer": _Kind(pre="bloom", bos="<s>", eos="</s>", pad="<pad>"),
@@ -60,6 +61,8 @@ KINDS = {
     "OPTTokenizer": _Kind(pre="gpt-2", bos="</s>", eos="</s>", pad="<pad>"),
     "Phi3Tokenizer": _Kind(bos="<s>", eos="<|endoftext|>", stops=("<|end|>",)),
     "Qwen3Tokenizer": _Kind(pre="qwen2", eos="<|im_end|>", pad="<|endoftext|>"),
+    "Qwen3_5MoeTokenizer": _QWEN3_5,
+    "Qwen3_5Tokenizer": _QWEN3_5,
     "QwenTokenizer": _Kind(pre="qwen2", eos="<|endoftext|>"),
 }
 

@@ -14,6 +14,7 @@ from typing import Any
 from configs import (
     chunked,
     corrected,
+    delta_nets,
     experts,
     gpt_oss,
     latents,
@@ -33,6 +34,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **corrected.CONFIGS,
     **chunked.CONFIGS,
     **states.CONFIGS,
+    **delta_nets.CONFIGS,
 }
 # The first config of each family, for what no config changes.
 ONE_OF_EACH_FAMILY = list({x["model_type"]: name for name, x in reversed(CONFIGS.items())}.values())
@@ -57,4 +59,5 @@ ONE_OF_EACH_KIND = [
     "deepseek_v3_groups",  # latents in the cache, a shared expert, a correction of scores
     "llama4_chunks_then_all",  # layers that see chunks, experts in fused tensors
     "lfm2_wide_kernel",  # a state in the place of keys and values
+    "qwen3_5_grouped_values",  # gated delta nets, attention with a gate
 ]
