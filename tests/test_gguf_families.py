@@ -137,6 +137,8 @@ SAID: dict[str, dict[str, Any]] = {
     "glm4_moe_one_chosen": {"num_mtp_layers": 0},
     "lfm2_wide_kernel": {},
     "lfm2_old_keys": {},
+    "lfm2_moe_scaled_after_dense": {"routed_scaling_factor": 1.0},
+    "lfm2_moe_all_chosen": {},
 }
 # Those whose experts are in MXFP4, in the directory and in the GGUF file.
 PACKED = {"gpt_oss_clamped"}

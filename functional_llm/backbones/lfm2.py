@@ -4,6 +4,7 @@ Queries and keys of each head have a norm. The width of the MLPs may be given by
 first Llama. References: [LFM2](https://arxiv.org/abs/2511.23404).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +19,7 @@ from functional_llm.backbones.stacks import build_around, with_rope
 from functional_llm.backbones.transforms import Rows
 from functional_llm.blocks.attention import key_value_shapes
 from functional_llm.blocks.convolution import convolution_shapes, gated_convolution
-from functional_llm.blocks.decoder import pre_norm
+from functional_llm.blocks.decoder import NamedPart, pre_norm
 from functional_llm.blocks.language_model import Graph, LayerType, StateType
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.blocks.norm import rms_norm
@@ -35,9 +36,20 @@ class Config(DecoderConfig):
     convolution_bias: bool
 
 
-def build(config: Config) -> Graph:
-    """Returns the inputs and outputs of the graph."""
-    layers = [(kind, build_decoder(config, i)) for i, kind in enumerate(config.layer_types)]
+def build(config: Config, mlps: Sequence[NamedPart] | None = None) -> Graph:
+    """Returns the inputs and outputs of the graph.
+
+    Args:
+        config: The numbers of the model.
+        mlps: What is in the place of the MLP of each layer; `None` for gated ones.
+    """
+    width, activation = config.hidden_dim, config.activation
+    mlps = mlps or [
+        gated_mlp(config.intermediate_dim, width, activation) for _ in config.layer_types
+    ]
+    layers = [
+        (kind, build_decoder(config, i, mlps[i])) for i, kind in enumerate(config.layer_types)
+    ]
     keeps = {
         "conv": convolution_shapes(config.convolution_width, config.hidden_dim),
         "full_attention": key_value_shapes(config.num_key_value_heads, config.head_dim),
@@ -47,15 +59,14 @@ def build(config: Config) -> Graph:
     return build_around(config, layers, types, keeps=[keeps[kind] for kind in config.layer_types])
 
 
-def build_decoder(config: Config, index: int) -> CompositeLayer:
-    """Returns the decoder layer of this number."""
+def build_decoder(config: Config, index: int, mlp: NamedPart) -> CompositeLayer:
+    """Returns the decoder layer of this number, with this MLP."""
     norm = partial(rms_norm, config.layer_norm_epsilon)
     if config.layer_types[index] == "conv":
         width, bias = config.convolution_width, config.convolution_bias
         mixer = gated_convolution(width, config.hidden_dim, bias)
     else:
         mixer = qwen3.self_attention(config, bias=False)
-    mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation)
     return pre_norm(f"decoder_{index}", norm, mixer, mlp)
 
 

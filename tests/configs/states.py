@@ -10,6 +10,15 @@ _LFM2 = {
     "rope_theta": 10000.0,
     "layer_types": ["conv", "full_attention"],
 }
+_LFM2_MOE = {
+    **_LFM2,
+    "model_type": "lfm2_moe",
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "lfm2_wide_kernel": {
@@ -34,5 +43,30 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "conv_L_cache": 2,
         "tie_embedding": True,
         "num_key_value_heads": 1,
+    },
+    "lfm2_moe_scaled_after_dense": {
+        **_LFM2_MOE,
+        "num_dense_layers": 1,
+        "routed_scaling_factor": 2.5,
+        "conv_L_cache": 4,
+    },
+    "lfm2_moe_one_chosen_uncorrected_untied": {
+        **_LFM2_MOE,
+        "layer_types": ["full_attention", "conv"],
+        "num_experts": 40,
+        "num_experts_per_tok": 1,
+        "num_dense_layers": 0,
+        "use_expert_bias": False,
+        "norm_topk_prob": False,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
+    "lfm2_moe_all_chosen": {
+        **_LFM2_MOE,
+        "num_experts": 3,
+        "num_experts_per_tok": 3,
+        "num_dense_layers": 0,
+        "conv_L_cache": 2,
+        "tie_embedding": True,
     },
 }
