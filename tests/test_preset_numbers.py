@@ -28,6 +28,7 @@ from functional_llm.presets.table import PresetTable, read_preset
 # others. Of GLM-4.5 and later, Llama 4, ERNIE 4.5 21B and OLMoE no whole quotation was found: they
 # are written down as they are remembered, and agree with parts of them (slime's `glm4.5-*.sh`,
 # MindIE's `ernie_moe`), and with the parameters' published number.
+# LFM3's are the defaults of Transformers, which names that model there.
 PUBLISHED = sorted((Path(__file__).parent / "published_configs").glob("*.json"))
 
 # Numbers of parameters that do not come from our builders: most as KerasHub gives them. It counts

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from keras import ops
 
-from functional_llm.backbones import lfm2
+from functional_llm.backbones import lfm2, lfm2_keys
 from functional_llm.backbones.experts import expert_rows
 from functional_llm.backbones.family import (
     ROPE_BUFFERS,
@@ -16,7 +16,6 @@ from functional_llm.backbones.family import (
     check_chosen,
     complete_common_keys,
     expert_parameters,
-    renamed_keys,
 )
 from functional_llm.blocks.decoder import NamedPart
 from functional_llm.blocks.experts import (
@@ -103,14 +102,7 @@ FAMILY = Family(
     config_class=Config,
     build=build,
     config_keys={
-        **{
-            key: field
-            for key, field in renamed_keys(rms_norm_eps="norm_eps").items()
-            if key != "hidden_act"
-        },
-        "layer_types": "layer_types",
-        "conv_L_cache": "convolution_width",
-        "conv_bias": "convolution_bias",
+        **lfm2_keys.KIN,
         "num_experts": "num_experts",
         "num_experts_per_tok": "num_experts_per_token",
         "moe_intermediate_size": "expert_dim",

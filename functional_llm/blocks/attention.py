@@ -93,6 +93,7 @@ def attention(
     product: Product | None = None,
     *,
     key_and_value: Sequence[Part] = (),
+    attended: Sequence[Part] = (),
     lends: bool = False,
 ) -> CompositeLayer:
     """Self-attention over the new tokens and those in the cache.
@@ -106,6 +107,7 @@ def attention(
             calls one with more inputs, such as `attending_with_sinks`.
         key_and_value: Parts before those of keys and before those of values, which both take what
             comes out of them.
+        attended: Parts on what the heads have attended to, (B, T, N, V), before the output.
         lends: Whether the layer also returns the keys and values that its queries look at, those
             in the cache among them, for a `borrowing_attention`.
 
@@ -114,7 +116,7 @@ def attention(
         `{"x": (B, T, D), "cache": {"key", "value"}}`, and `"lent": {"key", "value"}` if it lends,
         (B, S, K, H) and (B, S, K, V).
     """
-    attend = _attending(output, product)
+    attend = _attending(output, product, attended)
 
     def body(inputs: Inputs) -> dict[str, Nested]:
         x = inputs["x"]
@@ -157,17 +159,33 @@ def borrowing_attention(
 
 
 def _attending(
-    output: keras.layers.Layer, product: Product | None
+    output: keras.layers.Layer, product: Product | None, parts: Sequence[Part] = ()
 ) -> Callable[[Tensor, Inputs, Inputs], Tensor]:
     """Returns a function of queries, of keys and values, and of the block's inputs."""
     attend = product or AttentionDotProduct(name="dot_product")
 
     def apply(q_BTNH: Tensor, visible: Inputs, inputs: Inputs) -> Tensor:
         attended = attend({"query": q_BTNH, **visible, "mask": inputs["mask"]})
+        attended = apply_parts(parts, attended, inputs)
         merge = keras.layers.Reshape((-1, math.prod(attended.shape[2:])), name="merge_heads")
         return output(merge(attended))
 
     return apply
+
+
+def gate_of_each_head(num_heads: int) -> PartFunction:
+    """Part that multiplies (B, T, N, V) by the sigmoid of a number for each token and head.
+
+    A Dense called "gate" makes these of the block's input `x`.
+
+    Args:
+        num_heads: N.
+
+    Reference:
+        [Gated Attention](https://arxiv.org/abs/2505.06708), of each head.
+    """
+    project = keras.layers.Dense(num_heads, use_bias=False, name="gate")
+    return lambda x, inputs: x * ops.sigmoid(ops.expand_dims(project(inputs["x"]), -1))
 
 
 @keras.saving.register_keras_serializable("functional_llm")
