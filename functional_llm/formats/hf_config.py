@@ -268,7 +268,8 @@ def _check_layer_types(values: Mapping[str, Any], known: Sequence[str]) -> None:
 
 def _is_count(field: str) -> bool:
     """Whether a field is a size, a positive whole number."""
-    return field.startswith("num_") or field.endswith(("_dim", "_size", "_length", "_window"))
+    sizes = ("_dim", "_size", "_length", "_window", "convolution_width")
+    return field.startswith("num_") or field.endswith(sizes)
 
 
 def write_config(config: ModelConfig, family: Family, dtype: str) -> JSON:

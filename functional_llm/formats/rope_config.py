@@ -83,6 +83,7 @@ def with_types(given: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, 
     def translated(value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
+        value = {key: translated(x) for key, x in value.items()}  # one for each type of layers
         kinds = {key: value[key] for key in ("rope_type", "type") if key in value}
         if types or any(kind in list(OF_FAMILIES) for kind in kinds.values()):
             kinds = {key: known(allowed, kind, "rope_type") for key, kind in kinds.items()}
