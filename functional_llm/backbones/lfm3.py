@@ -103,9 +103,11 @@ def written_keys(config: Config) -> JSON:
     """Returns RoPE as Transformers reads it, of each kind of layers."""
     full: JSON = {"rope_type": "default", "rope_theta": config.rope_max_wavelength}
     if (scaling := config.rope_scaling) is not None:
-        full |= {"rope_type": "proportional", **vars(scaling)}
+        of_scaling = {key: x for key, x in vars(scaling).items() if key != "factor" or x != 1}
+        full |= {"rope_type": "proportional", **of_scaling}
     local = {"rope_type": "default", "rope_theta": config.local_rope_max_wavelength}
-    return {"rope_theta": None, "rope_parameters": {_FULL: full, _SLIDING: local}}
+    both = {_FULL: full, _SLIDING: local}
+    return {"rope_theta": None, "rope_scaling": None, "rope_parameters": both}
 
 
 _LAYER = "model.layers.{}"
