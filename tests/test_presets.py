@@ -273,7 +273,7 @@ def test_dtypes(folder: Path, dtype: Any) -> None:
         ({"positions": np.ones((2, 3))}, "received float32 of shape (2, 3)"),
         ({"segment_ids": np.ones((2, 4), int)}, "received int32 of shape (2, 4)"),
         ({"tokens": np.ones(1)}, "received ['token_ids', 'to"),
-        ({"cache": {}}, "a cache of `make_cache`"),
+        ({"cache": {}}, "of `make_cache` or of an earlier call"),
         ({"cache": 1}, "a cache for 2 rows, as many as token_ids has, received one for 1"),
         ({"attention_mask": np.ones((2, 4), int)}, "attention_mask of the shape of token_ids"),
         ({"attention_mask": np.full((2, 3), 2)}, "1 for a token and 0 for padding"),
