@@ -4,6 +4,8 @@ Its weights go into a checkpoint as flash-linear-attention writes it.
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ from safetensors.numpy import save_file
 import functional_llm as flm
 from functional_llm.layers.cache import make_cache
 from pair import compiled
+from test_gguf_families import CONVERT
 
-V, D, N, LAYERS, LENGTH = 61, 24, 8, 3, 75  # more than two chunks of tokens
+V, D, N, LAYERS, LENGTH = 128, 24, 8, 3, 75  # more than two chunks of tokens
 SIZES = {"gate_lora": 5, "mv_lora": 3, "aaa_lora": 4, "decay_lora": 6}
 CONFIG: dict[str, Any] = {
     "model_type": "rwkv7",
+    "architectures": ["RWKV7ForCausalLM"],
     "vocab_size": V,
     "hidden_size": D,
     "head_dim": N,
@@ -194,6 +198,16 @@ def test_the_checkpoint_and_back(folder: Path, backbone: flm.Backbone, tmp_path:
     for name, x in expected.items():
         np.testing.assert_array_equal(received[name], x, err_msg=name)
     assert flm.Backbone.from_preset(tmp_path / "saved").config == backbone.config
+
+
+@pytest.mark.real
+def test_a_gguf_file(folder: Path, backbone: flm.Backbone, llama_cpp: Path) -> None:
+    command = [sys.executable, "-c", CONVERT, str(llama_cpp), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    read = flm.Backbone.from_preset(folder / "model.gguf")
+    for ours, theirs in zip(backbone.variables, read.variables, strict=True):
+        np.testing.assert_array_equal(ours, theirs, err_msg=ours.path)
 
 
 def test_no_stock_file(backbone: flm.Backbone, tmp_path: Path) -> None:

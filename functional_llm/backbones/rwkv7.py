@@ -8,8 +8,8 @@ flash-linear-attention (`fla-hub`). Reference: [RWKV-7](https://arxiv.org/abs/25
 from dataclasses import dataclass
 from functools import partial
 
-from functional_llm.backbones.family import Family, ModelConfig, dense_rows, layer_norm_rows
-from functional_llm.backbones.transforms import Rows, Transform
+from functional_llm.backbones import rwkv7_rows
+from functional_llm.backbones.family import Family, ModelConfig
 from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph, StateType, causal_lm
 from functional_llm.blocks.norm import layer_norm
@@ -90,48 +90,6 @@ def written_keys(config: Config) -> JSON:
     return {"hidden_act": "sqrelu", "norm_first": True, "norm_bias": True, "attn": None}
 
 
-_LAYER, _TIME = "model.layers.{}", "decoder_{}/time_mix"
-_PARTS = {"r": "receptance", "w": "decay", "k": "key", "v": "value", "a": "rate", "g": "gate"}
-
-
-def weights(config: Config) -> Rows:
-    """Returns the weight table."""
-    row = Transform(lambda x: x.reshape(-1), lambda x: x.reshape(1, 1, -1))
-    size = config.head_dim
-    of_heads = Transform(lambda x: x.reshape(-1, size), lambda x: x.reshape(-1))
-    attn, ffn = f"{_LAYER}.attn", f"{_LAYER}.ffn"
-    ranks = {x: _PARTS[x] for x in "wavg"}
-    projections = {x: _PARTS[x] for x in "rkv"} | {"o": "output"}
-    return [
-        ("model.embeddings.weight", "token_embedding/embeddings", "same"),
-        *layer_norm_rows("model.layers.0.pre_norm", "embedding_norm"),
-        *layer_norm_rows(f"{_LAYER}.attn_norm", "decoder_{}/time_mix_norm"),
-        *layer_norm_rows(f"{_LAYER}.ffn_norm", "decoder_{}/channel_mix_norm"),
-        *((f"{attn}.x_{x}", f"{_TIME}/{name}_mix/part", row) for x, name in _PARTS.items()),
-        (f"{attn}.k_k", f"{_TIME}/direction/scale", "same"),
-        (f"{attn}.k_a", f"{_TIME}/key_rate/scale", "same"),
-        (f"{attn}.r_k", f"{_TIME}/bonus/scale", "same"),
-        (f"{attn}.g_norm.weight", f"{_TIME}/heads_norm/scale", of_heads),
-        (f"{attn}.g_norm.bias", f"{_TIME}/heads_bias/bias", of_heads),
-        *(
-            entry
-            for x, name in projections.items()
-            for entry in dense_rows(f"{attn}.{x}_proj", f"{_TIME}/{name}")
-        ),
-        *(
-            entry
-            for x, name in ranks.items()
-            for place, part in (("0", "down"), ("2", "up"))
-            for entry in dense_rows(f"{attn}.{x}_lora.lora.{place}", f"{_TIME}/{name}_{part}")
-        ),
-        (f"{ffn}.x_k", "decoder_{}/channel_mix/mix/part", "same"),
-        *dense_rows(f"{ffn}.key", "decoder_{}/channel_mix/up"),
-        *dense_rows(f"{ffn}.value", "decoder_{}/channel_mix/down"),
-        *layer_norm_rows("model.norm", "final_norm"),
-        ("lm_head.weight", "head/kernel", "transpose"),
-    ]
-
-
 FAMILY = Family(
     model_type="rwkv7",
     architecture="RWKV7ForCausalLM",
@@ -164,6 +122,19 @@ FAMILY = Family(
     config_nulls=(),
     complete_keys=complete_keys,
     written_keys=written_keys,
-    weights=weights,
+    weights=rwkv7_rows.weights,
     parameters=(),
+    # Of a first layer, which has no such part: copies of others, so that llama.cpp finds some.
+    ignored=["blk.0.time_mix_v[012].weight", "model.layers.0.attn.v_lora.*"],
+    gguf_architecture="rwkv7",
+    gguf_given=lambda given: {k: x for k, x in given.items() if k != "attention.head_count"},
+    gguf_keys={
+        "attention.layer_norm_epsilon": "norm_eps",
+        "wkv.head_size": "head_dim",
+        "attention.decay_lora_rank": "decay_low_rank_dim",
+        "attention.iclr_lora_rank": "a_low_rank_dim",
+        "attention.value_residual_mix_lora_rank": "v_low_rank_dim",
+        "attention.gate_lora_rank": "gate_low_rank_dim",
+    },
+    gguf_rows=rwkv7_rows.gguf_rows,
 )
