@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, D model, H heads, N size of a head, F width.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -66,10 +66,19 @@ def rwkv_shapes(hidden_dim: int, head_dim: int) -> Shapes:
     return {"time_mix": {"before": before, "state": state}, "channel_mix": {"before": before}}
 
 
+def _dense(units: int, name: str) -> keras.layers.Layer:
+    return keras.layers.Dense(units, use_bias=False, name=name)
+
+
 def _low_rank(
-    rank: int, units: int, name: str, activation: Callable[[Tensor], Tensor], bias: bool = True
+    rank: int,
+    units: int,
+    name: str,
+    activation: Callable[[Tensor], Tensor] = lambda x: x,
+    bias: bool = True,
 ) -> Callable[[Tensor], Tensor]:
-    down = keras.layers.Dense(rank, use_bias=False, name=f"{name}_down")
+    """Returns two Dense layers with an activation between them."""
+    down = _dense(rank, f"{name}_down")
     up = keras.layers.Dense(units, use_bias=bias, name=f"{name}_up")
     return lambda x: up(activation(down(x)))
 
@@ -87,10 +96,7 @@ def _token_before(inputs: Inputs, state: Tensor) -> dict[str, Tensor]:
 
 
 def time_mix(
-    hidden_dim: int,
-    head_dim: int,
-    epsilon: float,
-    ranks: dict[str, int],
+    hidden_dim: int, head_dim: int, epsilon: float, ranks: Mapping[str, int]
 ) -> CompositeLayer:
     """A state for each head that tokens write to, and read.
 
@@ -110,66 +116,68 @@ def time_mix(
     """
     num_heads = hidden_dim // head_dim
 
-    def in_heads(x: Tensor, name: str) -> Tensor:
-        return keras.layers.Reshape((-1, num_heads, head_dim), name=f"{name}_heads")(x)
-
-    def project(x: Tensor, name: str) -> Tensor:
-        return keras.layers.Dense(hidden_dim, use_bias=False, name=name)(x)
-
     def body(inputs: Inputs) -> dict[str, Nested]:
         x = inputs["x"]
         kept = {"before": (hidden_dim,), "state": (num_heads, head_dim, head_dim)}
         begin = _begin(kept, inputs)
         before = _token_before(inputs, begin["before"])
-        mixed = {
-            name: Mix(name=f"{name}_mix")({"x": x, "before": before["x"]})
-            for name in ("receptance", "decay", "key", "value", "rate", "gate")
-        }
-        receptance, key, value = (
-            project(mixed[name], name) for name in ("receptance", "key", "value")
-        )
-        lent = value
+        names = ("receptance", "decay", "key", "value", "rate", "gate")
+        mixed = {name: Mix(name=f"{name}_mix")({"x": x, "before": before["x"]}) for name in names}
+        value = own = _dense(hidden_dim, "value")(mixed["value"])
         if "value" in ranks:
-            part = _low_rank(ranks["value"], hidden_dim, "value", lambda y: y)(mixed["value"])
-            value = value + (inputs["lent"] - value) * ops.sigmoid(part)
-        decay = _low_rank(ranks["decay"], hidden_dim, "decay", ops.tanh)(mixed["decay"])
-        decay = -math.exp(-0.5) * ops.sigmoid(ops.cast(decay, "float32"))
-        rate = ops.sigmoid(_low_rank(ranks["rate"], hidden_dim, "rate", lambda y: y)(mixed["rate"]))
-        gate = _low_rank(ranks["gate"], hidden_dim, "gate", ops.sigmoid, bias=False)(mixed["gate"])
-        direction = in_heads(Scale(name="direction")(key), "direction")
-        direction = ops.cast(direction, "float32")
-        squares = ops.sum(ops.square(direction), axis=-1, keepdims=True)
-        direction = direction * ops.rsqrt(squares + 1e-12)
-        key = key + Scale(name="key_rate")(key * (rate - 1))
-        heads = {
-            "receptance": in_heads(receptance, "receptance"),
-            "decay": in_heads(decay, "decay"),
-            "key": in_heads(key, "key"),
-            "value": in_heads(value, "value"),
-            "rate": in_heads(rate, "rate"),
-        }
-        names = ("positions", "segment_ids")
+            part = _low_rank(ranks["value"], hidden_dim, "value")(mixed["value"])
+            value = own + (inputs["lent"] - own) * ops.sigmoid(part)
+        heads = _in_heads({**mixed, "value": value}, hidden_dim, head_dim, ranks)
+        others = {name: inputs[name] for name in ("positions", "segment_ids")}
         result = StateEvolution(name="state_evolution")(
-            {
-                **heads,
-                "direction": direction,
-                "state": begin["state"],
-                **{name: inputs[name] for name in names},
-            }
+            {**heads, "state": begin["state"], **others}
         )
-        y = ops.cast(result["x"], x.dtype)
-        y = HeadBias(name="heads_bias")(LayerNormOfHeads(epsilon, name="heads_norm")(y))
+        y = LayerNormOfHeads(epsilon, name="heads_norm")(ops.cast(result["x"], x.dtype))
         bonus = Scale(2, name="bonus")(heads["receptance"] * heads["key"])
+        y = HeadBias(name="heads_bias")(y)
         y = y + ops.sum(bonus, axis=-1, keepdims=True) * heads["value"]
         y = keras.layers.Reshape((-1, hidden_dim), name="merge_heads")(y)
-        cache = {
-            "before": ops.expand_dims(before["state"], 1),
-            "state": ops.expand_dims(result["state"], 1),
-        }
-        outputs = {"x": project(y * gate, "output"), "cache": cache}
-        return outputs if "value" in ranks else {**outputs, "lent": lent}
+        gate = _low_rank(ranks["gate"], hidden_dim, "gate", ops.sigmoid, bias=False)(mixed["gate"])
+        states = {"before": before["state"], "state": result["state"]}
+        cache = {name: ops.expand_dims(state, 1) for name, state in states.items()}
+        outputs = {"x": _dense(hidden_dim, "output")(y * gate), "cache": cache}
+        return outputs if "value" in ranks else {**outputs, "lent": own}
 
     return CompositeLayer(body, name="time_mix", autocast=False)  # a cache keeps its dtypes
+
+
+def _in_heads(
+    mixed: Mapping[str, Tensor], hidden_dim: int, head_dim: int, ranks: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Returns what `StateEvolution` takes of each token and head, (B, T, H, N).
+
+    Args:
+        mixed: Of each token and the one before, for each name; of "value" the values themselves.
+        hidden_dim: D.
+        head_dim: N.
+        ranks: Of the low-rank parts.
+    """
+
+    def in_heads(x: Tensor, name: str, dtype: str | None = None) -> Tensor:
+        sizes = (-1, hidden_dim // head_dim, head_dim)
+        return keras.layers.Reshape(sizes, name=f"{name}_heads", dtype=dtype)(x)
+
+    key = _dense(hidden_dim, "key")(mixed["key"])
+    decay = _low_rank(ranks["decay"], hidden_dim, "decay", ops.tanh)(mixed["decay"])
+    decay = -math.exp(-0.5) * ops.sigmoid(ops.cast(decay, "float32"))
+    rate = ops.sigmoid(_low_rank(ranks["rate"], hidden_dim, "rate")(mixed["rate"]))
+    direction = in_heads(Scale(name="direction")(key), "direction", "float32")
+    squares = ops.sum(ops.square(direction), axis=-1, keepdims=True)
+    key = key + Scale(name="key_rate")(key * (rate - 1))
+    receptance = _dense(hidden_dim, "receptance")(mixed["receptance"])
+    return {
+        "receptance": in_heads(receptance, "receptance"),
+        "decay": in_heads(decay, "decay", "float32"),
+        "key": in_heads(key, "key"),
+        "value": in_heads(mixed["value"], "value"),
+        "rate": in_heads(rate, "rate"),
+        "direction": direction * ops.rsqrt(squares + 1e-12),
+    }
 
 
 def channel_mix(intermediate_dim: int, hidden_dim: int, activation: str) -> CompositeLayer:
@@ -183,8 +191,7 @@ def channel_mix(intermediate_dim: int, hidden_dim: int, activation: str) -> Comp
     Returns:
         Layer named "channel_mix" from and to what `time_mix` takes and returns.
     """
-    up = keras.layers.Dense(intermediate_dim, use_bias=False, name="up")
-    down = keras.layers.Dense(hidden_dim, use_bias=False, name="down")
+    up, down = _dense(intermediate_dim, "up"), _dense(hidden_dim, "down")
 
     def body(inputs: Inputs) -> dict[str, Nested]:
         begin = _begin({"before": (hidden_dim,)}, inputs)
