@@ -85,11 +85,7 @@ def complete_keys(keys: JSON) -> JSON:
     return keys
 
 
-def written_keys(config: Config) -> JSON:
-    """Returns what fla needs beside the numbers."""
-    return {"hidden_act": "sqrelu", "norm_first": True, "norm_bias": True, "attn": None}
-
-
+_CONSTANTS: JSON = {"hidden_act": "sqrelu", "norm_first": True, "norm_bias": True, "attn": None}
 FAMILY = Family(
     model_type="rwkv7",
     architecture="RWKV7ForCausalLM",
@@ -118,23 +114,16 @@ FAMILY = Family(
         ),
         **dict.fromkeys(("use_l2warp",), object),
     },
-    config_constants={"hidden_act": "sqrelu", "norm_first": True, "norm_bias": True, "attn": None},
+    config_constants=_CONSTANTS,
     config_nulls=(),
     complete_keys=complete_keys,
-    written_keys=written_keys,
+    written_keys=lambda config: dict(_CONSTANTS),
     weights=rwkv7_rows.weights,
     parameters=(),
     # Of a first layer, which has no such part: copies of others, so that llama.cpp finds some.
     ignored=["blk.0.time_mix_v[012].weight", "model.layers.0.attn.v_lora.*"],
     gguf_architecture="rwkv7",
     gguf_given=lambda given: {k: x for k, x in given.items() if k != "attention.head_count"},
-    gguf_keys={
-        "attention.layer_norm_epsilon": "norm_eps",
-        "wkv.head_size": "head_dim",
-        "attention.decay_lora_rank": "decay_low_rank_dim",
-        "attention.iclr_lora_rank": "a_low_rank_dim",
-        "attention.value_residual_mix_lora_rank": "v_low_rank_dim",
-        "attention.gate_lora_rank": "gate_low_rank_dim",
-    },
+    gguf_keys=rwkv7_rows.GGUF_KEYS,
     gguf_rows=rwkv7_rows.gguf_rows,
 )

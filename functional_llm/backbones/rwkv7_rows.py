@@ -82,3 +82,13 @@ def gguf_rows(config: Any) -> Rows:
         *layer_norm_rows("output_norm", "final_norm"),
         ("output.weight", "head/kernel", "transpose"),
     ]
+
+
+GGUF_KEYS = {
+    "attention.layer_norm_epsilon": "norm_eps",
+    "wkv.head_size": "head_dim",
+    "attention.decay_lora_rank": "decay_low_rank_dim",
+    "attention.iclr_lora_rank": "a_low_rank_dim",
+    "attention.value_residual_mix_lora_rank": "v_low_rank_dim",
+    "attention.gate_lora_rank": "gate_low_rank_dim",
+}
