@@ -122,7 +122,8 @@ def expected(reference: Any) -> np.ndarray:
 
 
 def _near(received: Any, expected: Any) -> None:
-    np.testing.assert_allclose(received, expected, atol=1e-4, rtol=0)
+    # Weights are large, so that each counts: logits go up to 10, and rounding to 3e-4.
+    np.testing.assert_allclose(received, expected, atol=1e-3, rtol=0)
 
 
 def test_logits_equal_those_of_keras_hub(backbone: flm.Backbone, expected: np.ndarray) -> None:
