@@ -219,11 +219,11 @@ def _check_cache(
     groups = list(cache.values()) if isinstance(cache, Mapping) else [None]
     is_made = all(isinstance(group, Mapping) and "positions" in group for group in groups)
     if not is_made or set(cache) != set(spec):
-        received = sorted(map(str, cache)) if isinstance(cache, Mapping) else type(cache).__name__
+        keys = sorted(map(str, cache)) if isinstance(cache, Mapping) else type(cache).__name__
         raise ValueError(
             f"Expected a cache of this model, of `make_cache` or of an earlier call: for each of "
             f"{sorted(spec)} a dict with positions and what each layer keeps. Received one with "
-            f"the keys {received}{'' if is_made else ', in part without positions'}."
+            f"the keys {keys}{'' if is_made else ', in part without positions'}."
         )
     rows = _shape(groups[0]["positions"])[0]
     if None not in (rows, batch) and rows != batch:
