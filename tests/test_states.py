@@ -326,6 +326,11 @@ LFM2_MOE, LFM3 = "lfm2_moe_scaled_after_dense", "lfm3_two_kinds_of_attention"
         (LFM3, {"sliding_window": None}, "a sliding_window that is in use"),
         (LFM3, {"rope_theta": 5.0}, "two things about RoPE"),
         (LFM3, {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type='yarn'"),
+        (
+            LFM3,
+            {"rope_parameters": {"full_attention": {"partial_rotary_factor": 1.5}}},
+            "a partial_rotary_factor of at most 1, received 1.5",
+        ),
     ],
 )
 def test_kin_that_do_not_fit(
