@@ -46,14 +46,16 @@ def complete_keys(keys: JSON) -> JSON:
         "activation": "silu",
     }
     keys = own | keys
-    full = keys["rope_parameters"].get(_FULL) if isinstance(keys["rope_parameters"], dict) else None
-    if isinstance(full, dict) and full.get("partial_rotary_factor", 1) != 1:
-        if full.get("rope_type", "default") == "default":
-            # So files of the first release say, whose own code turns a part of the channels then.
-            keys["rope_parameters"] = {
-                **keys["rope_parameters"],
-                _FULL: {**full, "rope_type": "proportional"},
-            }
+    rope = keys["rope_parameters"]
+    full = rope.get(_FULL) if isinstance(rope, dict) else None
+    part = full.get("partial_rotary_factor", 1) if isinstance(full, dict) else 1
+    if isinstance(part, (int, float)) and part > 1:
+        raise ValueError(
+            f"config.json: expected a partial_rotary_factor of at most 1, received {part}."
+        )
+    if full and part != 1 and full.get("rope_type", "default") == "default":
+        # So files of the first release say, whose own code turns a part of the channels then.
+        keys["rope_parameters"] = {**rope, _FULL: {**full, "rope_type": "proportional"}}
     check_windows(keys["layer_types"], keys["sliding_window"])
     return complete_common_keys(keys)
 

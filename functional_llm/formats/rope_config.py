@@ -302,10 +302,6 @@ def _scaling(kind: Any, parameters: dict[str, Any], length: int) -> RopeScaling 
     hints = get_type_hints(scaling_class)
     for key, value in parameters.items():
         check_value(key, value, hints[names[key]], counts=hints[names[key]] is int)
-    if parameters.get(_PARTIAL, 1) > 1:
-        raise ValueError(
-            f"config.json: expected a {_PARTIAL} of at most 1, received {parameters[_PARTIAL]}."
-        )
     needed = {f.name for f in fields(scaling_class) if f.default is MISSING}
     if lacking := [
         key for key, field in names.items() if field in needed and key not in parameters
