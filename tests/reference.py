@@ -28,7 +28,8 @@ def make_reference(config: dict[str, Any], seed: int = 0) -> Any:
             scale = 0.1 if vector else 0.3 if strong else 0.12
             parameter.add_(torch.randn_like(parameter) * scale)
         for name, buffer in model.named_buffers():
-            if "correction" in name:  # of experts' scores: large enough to change the choice
+            # Corrections of experts' scores: large enough to change the choice.
+            if "correction" in name or "expert_bias" in name:
                 buffer.add_(torch.randn_like(buffer) * 0.3)
     return model.eval()
 

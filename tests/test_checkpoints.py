@@ -188,7 +188,10 @@ def test_a_tied_head_under_either_name(one: Any, tmp_path: Path) -> None:
         flm.Backbone.from_preset(folder)
 
 
-_FIRST_NORMS = ("layernorm.weight", "ln_1.weight", "ln_attn.weight", "self_attn_layer_norm.weight")
+_FIRST_NORMS = (
+    *("layernorm.weight", "ln_1.weight", "ln_attn.weight", "self_attn_layer_norm.weight"),
+    "operator_norm.weight",
+)
 
 
 def test_messages_name_what_is_in_the_file(one: Any, tmp_path: Path) -> None:

@@ -142,6 +142,8 @@ SAID: dict[str, dict[str, Any]] = {
     "qwen3_next_grouped_values": {},
     "qwen3_next_some_dense_tied": {"mlp_only_layers": [], "norm_topk_prob": True},
     "qwen3_5_moe_grouped_values": {},
+    "lfm2_moe_scaled_after_dense": {"routed_scaling_factor": 1.0},
+    "lfm2_moe_all_chosen": {},
 }
 # Those whose experts are in MXFP4, in the directory and in the GGUF file.
 PACKED = {"gpt_oss_clamped"}

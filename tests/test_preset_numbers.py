@@ -29,6 +29,7 @@ from functional_llm.presets.table import PresetTable, read_preset
 # 35B-A3B) no whole quotation was found: they
 # are written down as they are remembered, and agree with parts of them (slime's `glm4.5-*.sh`,
 # MindIE's `ernie_moe`), and with the parameters' published number.
+# LFM3's are the defaults of Transformers, which names that model there.
 PUBLISHED = sorted((Path(__file__).parent / "published_configs").glob("*.json"))
 
 # Numbers of parameters that do not come from our builders: most as KerasHub gives them. It counts
@@ -99,7 +100,8 @@ def _kinds(config: Any) -> list[str | None]:
     """The type of each layer."""
     if hasattr(config, "first_expert_layer"):
         dense = config.first_expert_layer
-        return ["dense"] * dense + [None] * (config.num_layers - dense)
+        kinds = getattr(config, "layer_types", [""] * config.num_layers)
+        return [f"{'dense' if i < dense else ''} {kind}".strip() for i, kind in enumerate(kinds)]
     if hasattr(config, "expert_layers"):
         return [None if i in config.expert_layers else "dense" for i in range(config.num_layers)]
     return list(getattr(config, "layer_types", [None] * config.num_layers))
@@ -112,7 +114,10 @@ def _shortened(config: Any, kinds: Sequence[str | None]) -> Any:
         types["layer_types"] = config.layer_types[: len(kinds)]
     # Length and epsilon move no shape but those of learned positions: fewer models to build.
     if hasattr(config, "first_expert_layer"):
-        types["first_expert_layer"] = kinds.count("dense")
+        dense = [str(kind).startswith("dense") for kind in kinds]
+        types["first_expert_layer"] = sum(dense)
+        if hasattr(config, "layer_types"):
+            types["layer_types"] = tuple(str(kind).split()[-1] for kind in kinds)
     if hasattr(config, "rope_scaling"):
         types |= {"max_sequence_length": 1, "layer_norm_epsilon": 1e-6}
     return replace(config, num_layers=len(kinds), **types)

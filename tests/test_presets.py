@@ -21,7 +21,8 @@ from configs import CONFIGS
 from fake_hub import REPO, Server
 from functional_llm.backbones.families import FAMILIES
 from functional_llm.backbones.llama import Config
-from functional_llm.blocks.rope import FrequencyFactors, Rope, rotation
+from functional_llm.blocks.rope import Rope, rotation
+from functional_llm.blocks.rope_scaling import FrequencyFactors
 from functional_llm.formats.gguf_model import GGUFModel
 from reference import make_reference, reference_logits, save_reference
 from test_download import python
@@ -272,8 +273,8 @@ def test_dtypes(folder: Path, dtype: Any) -> None:
         ({"positions": np.ones((2, 3))}, "received float32 of shape (2, 3)"),
         ({"segment_ids": np.ones((2, 4), int)}, "received int32 of shape (2, 4)"),
         ({"tokens": np.ones(1)}, "received ['token_ids', 'to"),
-        ({"cache": {}}, "a cache of `make_cache`"),
-        ({"cache": 1}, "for 2 rows, received one for 1 with"),
+        ({"cache": {}}, "of `make_cache` or of an earlier call"),
+        ({"cache": 1}, "a cache for 2 rows, as many as token_ids has, received one for 1"),
         ({"attention_mask": np.ones((2, 4), int)}, "attention_mask of the shape of token_ids"),
         ({"attention_mask": np.full((2, 3), 2)}, "1 for a token and 0 for padding"),
         ({"padding_mask": np.ones((2, 3, 3), int)}, "is said by `mask`, booleans of shape"),

@@ -306,3 +306,25 @@ def test_bfloat16_is_as_near_as_the_reference(pair: Pair) -> None:
     logits = compiled(ours)(TOKENS).astype("float32")
     theirs = reference_logits(copy.deepcopy(pair.reference).to(torch.bfloat16), TOKENS)
     assert np.abs(logits - pair.expected).mean() <= 1.5 * np.abs(theirs - pair.expected).mean()
+
+
+@one_of_each_kind
+def test_gradients_through_a_state_are_finite_in_bfloat16(pair: Pair) -> None:
+    """Of 2048 tokens, over which decays multiply up."""
+    if not _states(pair.ours):
+        return
+    ours = Backbone.from_preset(pair.folder, dtype="bfloat16")
+    variables = (ours.trainable_variables, ours.non_trainable_variables)
+    trained, fixed = jax.tree.map(lambda variable: variable.value, variables)
+    token_ids = random_tokens(1, 2048)
+
+    def loss(values: Any) -> Any:
+        (logits, _) = ours.stateless_call(values, fixed, token_ids)
+        logs = jax.nn.log_softmax(logits.astype("float32"))
+        return -jax.numpy.take_along_axis(logs[:, :-1], token_ids[:, 1:, None], axis=2).mean()
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(trained)
+    assert np.isfinite(value)
+    for variable, gradient in zip(ours.trainable_variables, gradients, strict=True):
+        assert np.isfinite(np.asarray(gradient, "float32")).all(), variable.path
+        assert (np.asarray(gradient, "float32") != 0).any(), variable.path

@@ -218,6 +218,28 @@ def test_a_cache_of_another_model(backbone: flm.Backbone) -> None:
         backbone({"token_ids": IDS, "cache": cache})
 
 
+def test_a_cache_that_was_taken_apart(backbone: flm.Backbone) -> None:
+    before = backbone({"token_ids": IDS[:, :5], "cache": make_cache(backbone, 2, 32)})["cache"]
+    after = backbone({"token_ids": IDS[:, 5:7], "cache": before})["cache"]
+    narrow = keras.tree.map_structure(lambda x: x.astype("bfloat16"), after["conv"])
+    narrow["positions"] = after["conv"]["positions"]
+    cases: list[tuple[Any, str]] = [
+        (after["conv"], r"for each of .'conv', 'full_attention'. .* in part without positions"),
+        ({**after, "conv": {"positions": after["conv"]["positions"]}}, "received another one's"),
+        ({**after, "conv": narrow}, "states in float32 .* 'conv', .* received .'bfloat16'"),
+        (
+            {**after, "conv": before["conv"]},
+            "'conv' after 5 tokens beside 'full_attention'",
+        ),
+        ({**before, "conv": after["conv"]}, "keep the whole cache of a call"),
+        (keras.tree.map_structure(lambda x: x[:1], after), "a cache for 2 rows"),
+        ([after], "with the keys list"),
+    ]
+    for cache, message in cases:
+        with pytest.raises(ValueError, match=message):
+            backbone({"token_ids": IDS[:, 7:8], "cache": cache})
+
+
 def test_the_stock_file(backbone: flm.Backbone, expected: np.ndarray, tmp_path: Path) -> None:
     """Rows get their tokens in unlike portions, padding before a row's first and behind all."""
     backbone.save(tmp_path / "model.keras")
@@ -257,8 +279,8 @@ def test_the_stock_file(backbone: flm.Backbone, expected: np.ndarray, tmp_path: 
     assert (filled == LENGTH).all()
 
 
-def _lfm2(folder: Path, **changes: Any) -> Any:
-    config = {**CONFIGS["lfm2_old_keys"], **changes}
+def _read(folder: Path, name: str = "lfm2_old_keys", **changes: Any) -> Any:
+    config = {**CONFIGS[name], **changes}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     return flm.Backbone.from_preset(folder, load_weights=False).config
@@ -274,14 +296,54 @@ def test_biases_equal_those_of_transformers(tmp_path: Path) -> None:
 
 
 def test_lists_of_layers_that_do_not_fit(tmp_path: Path) -> None:
-    assert _lfm2(tmp_path / "0").layer_types == ("conv", "full_attention")
-    assert _lfm2(tmp_path / "1").intermediate_dim == 80  # int(2 / 3 * 100), in sixteens
+    assert _read(tmp_path / "0").layer_types == ("conv", "full_attention")
+    assert _read(tmp_path / "1").intermediate_dim == 80  # int(2 / 3 * 100), in sixteens
     cases: list[tuple[dict[str, Any], str]] = [
         ({"full_attn_idxs": [1, 2]}, "full_attn_idxs from 0 to 1, for there are 2 layers"),
         ({"layer_types": ["full_attention"] * 2}, "layer_types and full_attn_idxs to say the"),
         ({"full_attn_idxs": None, "layer_types": ["conv"]}, "layer_types of 2 words"),
         ({"full_attn_idxs": None, "layer_types": ["conv", "mamba"]}, "unknown ones"),
+        ({"conv_L_cache": 0}, "a positive integer for conv_L_cache"),
     ]
     for i, (changes, message) in enumerate(cases):
         with pytest.raises(ValueError, match=message):
-            _lfm2(tmp_path / f"bad_{i}", **changes)
+            _read(tmp_path / f"bad_{i}", **changes)
+
+
+LFM2_MOE, LFM3 = "lfm2_moe_scaled_after_dense", "lfm3_two_kinds_of_attention"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (LFM2_MOE, {"layer_types": ["conv"]}, "layer_types of 2 words"),
+        (LFM2_MOE, {"layer_types": None}, "lacks the keys .'layer_types'"),  # as in Transformers
+        (LFM2_MOE, {"layer_types": ["conv", "sliding_attention"]}, "unknown ones: .'sliding_atte"),
+        (LFM2_MOE, {"num_experts_per_tok": 7}, "from 1 to num_experts. Received: 7 and 6"),
+        (LFM2_MOE, {"hidden_act": "gelu"}, "hidden_act='gelu' .expected 'silu'"),
+        (LFM3, {"num_hidden_layers": 4}, "layer_types of 4 words .* received 3"),
+        (LFM3, {"layer_types": ["conv", "mamba", "conv"]}, "unknown ones: .'mamba'"),
+        (LFM3, {"sliding_window": None}, "a sliding_window that is in use"),
+        (LFM3, {"rope_theta": 5.0}, "two things about RoPE"),
+        (LFM3, {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type='yarn'"),
+        (
+            LFM3,
+            {"rope_parameters": {"full_attention": {"partial_rotary_factor": 1.5}}},
+            "a partial_rotary_factor of at most 1, received 1.5",
+        ),
+    ],
+)
+def test_kin_that_do_not_fit(
+    tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        _read(tmp_path / "bad", name, **changes)
+
+
+def test_the_first_name_of_proportional_rope(tmp_path: Path) -> None:
+    """NVIDIA's NeMo AutoModel reads it so, too; Transformers 5.23 would turn all channels."""
+    full = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.4}
+    first = _read(tmp_path / "first", LFM3, rope_parameters={"full_attention": full})
+    now = {"full_attention": {**full, "rope_type": "proportional"}}
+    assert first == _read(tmp_path / "now", LFM3, rope_parameters=now)
+    assert first.rope_scaling.partial_rotary_factor == 0.4

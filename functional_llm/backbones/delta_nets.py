@@ -20,7 +20,7 @@ from functional_llm.backbones.family import (
 )
 from functional_llm.backbones.stacks import build_around, with_rope
 from functional_llm.backbones.transforms import Rows, fused
-from functional_llm.blocks.attention import Part, attention, heads, key_value_shapes
+from functional_llm.blocks.attention import Part, attention, gate, heads, key_value_shapes
 from functional_llm.blocks.decoder import NamedPart, pre_norm
 from functional_llm.blocks.delta_net import DeltaNet, delta_net_shapes, gated_delta_net
 from functional_llm.blocks.language_model import Graph, LayerType, StateType
@@ -84,8 +84,8 @@ def _mixer(config: DeltaConfig, kind: str) -> CompositeLayer:
         query=part(config.num_query_heads, "query"),
         key=part(config.num_key_value_heads, "key"),
         value=[heads(config.num_key_value_heads, config.head_dim, "value", bias)],
-        gate=[heads(config.num_query_heads, config.head_dim, "gate", bias)],
         output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),
+        attended=[gate([heads(config.num_query_heads, config.head_dim, "gate", bias)])],
     )
 
 

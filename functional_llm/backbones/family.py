@@ -8,7 +8,7 @@ from functional_llm.backbones.keras_hub.column import KerasHub
 from functional_llm.backbones.transforms import Row, Rows, Transform, fused
 from functional_llm.backbones.wrapper import Wrapper
 from functional_llm.blocks.language_model import Graph
-from functional_llm.blocks.rope import RopeScaling
+from functional_llm.blocks.rope_scaling import RopeScaling
 from functional_llm.graph.types import JSON
 
 
@@ -156,6 +156,7 @@ class Family:
         base_prefix: Prefix that the names of tensors lack in checkpoints of the bare model.
         stored_prefixes: What names of tensors begin with in checkpoints -> what they begin with in
             `weights`, which has the names of Transformers' modules.
+        stored_parts: Other parts of names in checkpoints -> what they are in `weights`.
         gguf_architecture: Its name in GGUF files; `None` if they have none of their own.
         gguf_told_by: Key of a GGUF file, without the architecture, which tells this family from
             the others whose files have the same architecture; `None` if no key does. Or a pair of
@@ -201,6 +202,7 @@ class Family:
     wrappers: Sequence[Wrapper] = ()
     base_prefix: str = "model."
     stored_prefixes: Mapping[str, str] = field(default_factory=dict)
+    stored_parts: Mapping[str, str] = field(default_factory=dict)
     gguf_architecture: str | None = None
     gguf_told_by: str | tuple[str, Any] | None = None
     gguf_given: Callable[[JSON], JSON] = dict

@@ -4,6 +4,7 @@ Queries and keys of each head have a norm. The width of the MLPs may be given by
 first Llama. References: [LFM2](https://arxiv.org/abs/2511.23404).
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +19,7 @@ from functional_llm.backbones.stacks import build_around, with_rope
 from functional_llm.backbones.transforms import Rows
 from functional_llm.blocks.attention import key_value_shapes
 from functional_llm.blocks.convolution import convolution_shapes, gated_convolution
-from functional_llm.blocks.decoder import pre_norm
+from functional_llm.blocks.decoder import NamedPart, pre_norm
 from functional_llm.blocks.language_model import Graph, LayerType, StateType
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.blocks.norm import rms_norm
@@ -35,28 +36,45 @@ class Config(DecoderConfig):
     convolution_bias: bool
 
 
-def build(config: Config) -> Graph:
-    """Returns the inputs and outputs of the graph."""
-    layers = [(kind, build_decoder(config, i)) for i, kind in enumerate(config.layer_types)]
-    keeps = {
-        "conv": convolution_shapes(config.convolution_width, config.hidden_dim),
-        "full_attention": key_value_shapes(config.num_key_value_heads, config.head_dim),
-    }
-    types: dict[str, LayerType | StateType]
-    types = {"conv": StateType(), "full_attention": with_rope(config)}
-    return build_around(config, layers, types, keeps=[keeps[kind] for kind in config.layer_types])
+def build(config: Config, mlps: Sequence[NamedPart] | None = None) -> Graph:
+    """Returns the inputs and outputs of the graph.
 
-
-def build_decoder(config: Config, index: int) -> CompositeLayer:
-    """Returns the decoder layer of this number."""
+    Args:
+        config: The numbers of the model.
+        mlps: What is in the place of the MLP of each layer; `None` for gated ones.
+    """
+    kinds, width = config.layer_types, config.intermediate_dim
+    mlps = mlps or [gated_mlp(width, config.hidden_dim, config.activation) for _ in kinds]
     norm = partial(rms_norm, config.layer_norm_epsilon)
-    if config.layer_types[index] == "conv":
-        width, bias = config.convolution_width, config.convolution_bias
-        mixer = gated_convolution(width, config.hidden_dim, bias)
-    else:
-        mixer = qwen3.self_attention(config, bias=False)
-    mlp = gated_mlp(config.intermediate_dim, config.hidden_dim, config.activation)
-    return pre_norm(f"decoder_{index}", norm, mixer, mlp)
+    layers = []
+    for i, kind in enumerate(kinds):
+        convolves = kind == "conv"
+        mixer = convolution(config) if convolves else qwen3.self_attention(config, bias=False)
+        layers.append(pre_norm(f"decoder_{i}", norm, mixer, mlps[i]))
+    return build_stack(config, layers, {"full_attention": with_rope(config)})
+
+
+def convolution(config: Config) -> CompositeLayer:
+    """Returns the convolution of this family and its kin."""
+    return gated_convolution(config.convolution_width, config.hidden_dim, config.convolution_bias)
+
+
+def build_stack(
+    config: Config, layers: Sequence[CompositeLayer], types: Mapping[str, LayerType]
+) -> Graph:
+    """Returns the graph of layers that keep a state where their type is "conv".
+
+    Args:
+        config: The numbers of the model.
+        layers: Its decoder layers.
+        types: The types of the others.
+    """
+    state = convolution_shapes(config.convolution_width, config.hidden_dim)
+    attends = key_value_shapes(config.num_key_value_heads, config.head_dim)
+    kinds = config.layer_types
+    keeps = [state if kind == "conv" else attends for kind in kinds]
+    named = list(zip(kinds, layers, strict=True))
+    return build_around(config, named, {"conv": StateType(), **types}, keeps=keeps)
 
 
 def written_keys(config: Config) -> JSON:
@@ -104,7 +122,7 @@ FAMILY = Family(
     config_keys=lfm2_keys.CONFIG_KEYS,
     config_aliases={"tie_embedding": "tie_word_embeddings"},
     config_ignored=lfm2_keys.IGNORED,
-    config_constants={"block_use_swiglu": True, "use_pos_enc": True},
+    config_constants={"hidden_act": "silu", "block_use_swiglu": True, "use_pos_enc": True},
     layer_types=("full_attention", "conv"),
     complete_keys=lfm2_keys.complete_keys,
     written_keys=written_keys,

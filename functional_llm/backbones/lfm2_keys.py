@@ -3,11 +3,15 @@
 from functional_llm.backbones.family import complete_common_keys, renamed_keys
 from functional_llm.graph.types import JSON
 
-CONFIG_KEYS: dict[str, str | type] = {
-    **renamed_keys(rms_norm_eps="norm_eps"),
+# Those of its kin, too. Their activation is no choice.
+KIN: dict[str, str | type] = {
+    **{key: x for key, x in renamed_keys(rms_norm_eps="norm_eps").items() if x != "activation"},
     "layer_types": "layer_types",
     "conv_L_cache": "convolution_width",
     "conv_bias": "convolution_bias",
+}
+CONFIG_KEYS: dict[str, str | type] = {
+    **KIN,
     "full_attn_idxs": list,
     "block_ff_dim": int,
     "block_multiple_of": int,

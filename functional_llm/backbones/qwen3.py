@@ -3,6 +3,7 @@
 The head size is a number of its own. Reference: [Qwen3](https://arxiv.org/abs/2505.09388).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +12,7 @@ import keras
 from functional_llm.backbones import llama, qwen2
 from functional_llm.backbones.family import DecoderConfig, Family
 from functional_llm.backbones.keras_hub import llamas
-from functional_llm.blocks.attention import attention, heads
+from functional_llm.blocks.attention import Part, attention, heads
 from functional_llm.blocks.decoder import NamedPart, pre_norm
 from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.mlp import gated_mlp
@@ -42,8 +43,10 @@ def build_decoder(config: Config, name: str, mlp: NamedPart | None = None) -> Co
     return pre_norm(name, norm, self_attention(config, config.attention_bias), mlp)
 
 
-def self_attention(config: DecoderConfig, bias: bool) -> CompositeLayer:
-    """Returns the attention of this family and its kin."""
+def self_attention(
+    config: DecoderConfig, bias: bool, attended: Sequence[Part] = ()
+) -> CompositeLayer:
+    """Returns the attention of this family and its kin, with these parts before its output."""
     queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
     epsilon = config.layer_norm_epsilon
     return attention(
@@ -51,6 +54,7 @@ def self_attention(config: DecoderConfig, bias: bool) -> CompositeLayer:
         key=[heads(keys, size, "key", bias), rms_norm(epsilon, "key_norm"), rotary()],
         value=[heads(keys, size, "value", bias)],
         output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),
+        attended=attended,
     )
 
 

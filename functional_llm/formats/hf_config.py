@@ -5,7 +5,7 @@ from dataclasses import asdict, fields
 from typing import Any, get_args, get_type_hints
 
 from functional_llm.backbones.family import Family, ModelConfig, RotaryConfig
-from functional_llm.blocks.rope import LinearScaling
+from functional_llm.blocks.rope_scaling import LinearScaling
 from functional_llm.formats.float8 import is_float8
 from functional_llm.formats.mxfp4 import is_mxfp4
 from functional_llm.formats.rope_config import (
@@ -268,7 +268,8 @@ def _check_layer_types(values: Mapping[str, Any], known: Sequence[str]) -> None:
 
 def _is_count(field: str) -> bool:
     """Whether a field is a size, a positive whole number."""
-    return field.startswith("num_") or field.endswith(("_dim", "_size", "_length", "_window"))
+    sizes = ("_dim", "_size", "_length", "_window", "convolution_width")
+    return field.startswith("num_") or field.endswith(sizes)
 
 
 def write_config(config: ModelConfig, family: Family, dtype: str) -> JSON:
@@ -299,7 +300,10 @@ def write_config(config: ModelConfig, family: Family, dtype: str) -> JSON:
         # The older spelling: all versions of Transformers read it, and so does KerasHub.
         keys["rope_theta"] = config.rope_max_wavelength
         keys["rope_scaling"] = write_rope_scaling(config, family.rope_types)
-    return keys | family.written_keys(config)
+    keys |= family.written_keys(config)
+    if "rope_parameters" in keys and keys["rope_scaling"] is None:
+        del keys["rope_scaling"]  # with a null, Transformers forgets the parameters
+    return keys
 
 
 def decode_config(values: Mapping[str, Any], family: Family) -> ModelConfig:

@@ -1,6 +1,6 @@
 """Directories in Hugging Face layout, read and written: config, safetensors, tokenizer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -92,8 +92,10 @@ class HuggingFaceDirectory(Source):
         source = scaled_back(folder) if source is folder else source
         if self._wrapper is not None:
             source = with_names(source, self._wrapper.text_name)
-        stored = self.family.stored_prefixes
-        source = with_names(source, lambda name: with_other_prefix(name, stored))
+        family = self.family
+        source = with_names(
+            source, lambda name: _renamed(name, family.stored_prefixes, family.stored_parts)
+        )
         return with_prefix(source, self.family.base_prefix, names)
 
     def read_tokenizer(self, cls: type[_Tokenizer]) -> _Tokenizer:
@@ -101,6 +103,17 @@ class HuggingFaceDirectory(Source):
 
     def write_tokenizer(self, folder: Path) -> None:
         copy_tokenizer(self.path, folder)
+
+
+def _renamed(name: str, prefixes: Mapping[str, str], parts: Mapping[str, str]) -> str:
+    """Returns the name of a tensor with another beginning, and with other parts."""
+    for part, other in parts.items():
+        name = name.replace(part, other)
+    return with_other_prefix(name, prefixes)
+
+
+def _inverted(names: Mapping[str, str]) -> dict[str, str]:
+    return {other: name for name, other in names.items()}
 
 
 def write_directory(
@@ -126,10 +139,10 @@ def write_directory(
     """
     tensors = expand_table(family.rows(config), shapes_of(variables), config.num_layers)
     with replaced_folder(directory, stale=WEIGHT_FILES) as folder:
-        stored = {table: name for name, table in family.stored_prefixes.items()}
+        stored = [_inverted(x) for x in (family.stored_prefixes, family.stored_parts)]
         bar = {"desc": "Writing weights", "unit": "tensor", "leave": False, "disable": None}
         values = tqdm(export_weights(variables, tensors), total=len(tensors), **bar)
-        named = ((with_other_prefix(name, stored), value) for name, value in values)
+        named = ((_renamed(name, *stored), value) for name, value in values)
         write_safetensors(folder, named, max_shard_bytes)
         write_tokenizer(folder)
         ids = read_json(folder / "generation_config.json", {})

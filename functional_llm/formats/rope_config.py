@@ -6,12 +6,13 @@ from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from functional_llm.backbones.family import RotaryConfig
-from functional_llm.blocks.rope import (
+from functional_llm.blocks.rope_scaling import (
     FrequencyFactors,
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
     NtkAlphaScaling,
+    ProportionalScaling,
     QueryScaledYarn,
     RopeScaling,
     TwoMagnitudesLongRope,
@@ -23,8 +24,6 @@ _Entry = TypeVar("_Entry")
 _LARGEST_SIZE = 2**27  # which no size of a model reaches
 _LARGEST_INT, _LARGEST_FLOAT = 2**31 - 1, 3e38  # what int32 and float32 hold
 LAYER_TYPES = ("full_attention", "sliding_attention")
-
-
 _YARN = {
     name: name
     for name in "factor beta_fast beta_slow truncate attention_factor mscale mscale_all_dim".split()
@@ -55,6 +54,7 @@ SCALINGS: dict[str, tuple[type | None, dict[str, str]]] = {
         LongRopeScaling,
         _LONG | {"factor": "factor", "attention_factor": "attention_factor"},
     ),
+    "proportional": (ProportionalScaling, {k: k for k in ("partial_rotary_factor", "factor")}),
     "yarn": (YarnScaling, _YARN | _LENGTH),
     **OF_FAMILIES,
 }
@@ -83,6 +83,7 @@ def with_types(given: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, 
     def translated(value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
+        value = {key: translated(x) for key, x in value.items()}  # one for each type of layers
         kinds = {key: value[key] for key in ("rope_type", "type") if key in value}
         if types or any(kind in list(OF_FAMILIES) for kind in kinds.values()):
             kinds = {key: known(allowed, kind, "rope_type") for key, kind in kinds.items()}
@@ -279,7 +280,7 @@ def _scaling(kind: Any, parameters: dict[str, Any], length: int) -> RopeScaling 
             f"is, which no part here does. Known: {', '.join(SCALINGS)}."
         )
     scaling_class, names = known(SCALINGS, kind, "rope_type")
-    if parameters.pop("partial_rotary_factor", 1.0) != 1.0:
+    if _PARTIAL not in names and parameters.pop(_PARTIAL, 1.0) != 1.0:
         raise ValueError("config.json: expected partial_rotary_factor to be 1 if it is there.")
     if scaling_class is None:
         names = {}

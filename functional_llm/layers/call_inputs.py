@@ -3,7 +3,7 @@
 Shapes: B batch, T tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import keras
 import numpy as np
@@ -87,10 +87,10 @@ def complete_inputs(
         )
     for name in ("positions", "segment_ids"):
         _check_numbers(name, given.get(name), token_ids)
-    _check_cache(cache, specs["cache"], token_ids.shape[0])
+    attends = specs.get("mask", specs["cache"])  # layers that keep a state have no mask
+    _check_cache(cache, specs["cache"], attends, token_ids.shape[0])
     positions = _positions(token_ids, cache, given.get("positions"), _padding_mask(given))
-    # Layers that keep a state have no mask.
-    for kind in set(specs["cache"]) - set(specs.get("mask", specs["cache"])):
+    for kind in set(specs["cache"]) - set(attends):
         _check_states(kind, given, positions)
     complete = {
         "token_ids": token_ids,
@@ -211,15 +211,24 @@ def _check_numbers(name: str, x: Tensor | None, token_ids: Tensor) -> None:
         )
 
 
-def _check_cache(cache: Cache | None, spec: Nested, batch: int | None) -> None:
+def _check_cache(
+    cache: Cache | None, spec: Nested, attends: Collection[str], batch: int | None
+) -> None:
     if cache is None:
         return
-    same = isinstance(cache, dict) and set(cache) == set(spec)
-    rows = next(iter(cache.values()))["positions"].shape[0] if same else None
-    if rows is None or None not in (rows, batch) and rows != batch:
+    groups = list(cache.values()) if isinstance(cache, Mapping) else [None]
+    is_made = all(isinstance(group, Mapping) and "positions" in group for group in groups)
+    if not is_made or set(cache) != set(spec):
+        keys = sorted(map(str, cache)) if isinstance(cache, Mapping) else type(cache).__name__
         raise ValueError(
-            f"Expected a cache of `make_cache` or of an earlier call, for {batch} rows, "
-            f"received one for {rows} with the keys {sorted(cache)}."
+            f"Expected a cache of this model, of `make_cache` or of an earlier call: for each of "
+            f"{sorted(spec)} a dict with positions and what each layer keeps. Received one with "
+            f"the keys {keys}{'' if is_made else ', in part without positions'}."
+        )
+    rows = _shape(groups[0]["positions"])[0]
+    if None not in (rows, batch) and rows != batch:
+        raise ValueError(
+            f"Expected a cache for {batch} rows, as many as token_ids has, received one for {rows}."
         )
     expected = {path: _shape(x) for path, x in tree.flatten_with_path(spec)}
     received = {path: _shape(x) for path, x in tree.flatten_with_path(cache)}
@@ -229,6 +238,13 @@ def _check_cache(cache: Cache | None, spec: Nested, batch: int | None) -> None:
             raise ValueError(
                 f"Expected a cache of this model, received another one's: for {'/'.join(path)} the "
                 f"shape {own} in the place of {shape}."
+            )
+    for kind in set(spec) - set(attends):
+        wrong = {x.dtype for x in tree.flatten(cache[kind]) if x.dtype not in ("int32", "float32")}
+        if wrong:
+            raise ValueError(
+                f"Expected states in float32 for layers of the type '{kind}', whatever the model "
+                f"computes in, received {sorted(map(str, wrong))}. Leave their dtype as it is."
             )
 
 
@@ -255,6 +271,7 @@ def _check_states(kind: str, given: Mapping[str, Nested], positions_BT: Tensor) 
     if cache is not None:
         tag_B1 = _values(cache[kind]["positions"])
         tags = tags if tag_B1 is None else tag_B1[:, 0]
+        _check_same_time(kind, tag_B1, cache)
     segments = None if segments is None else _values(segments)
     for i, row in enumerate(values):
         is_token = row >= 0
@@ -268,6 +285,22 @@ def _check_states(kind: str, given: Mapping[str, Nested], positions_BT: Tensor) 
                 f"the type '{kind}' have absorbed the tokens before: they cannot go back. Received "
                 f"{row} in row {i}. Read the text again, or keep the cache of an earlier "
                 "call."
+            )
+
+
+def _check_same_time(kind: str, tag_B1: np.ndarray | None, cache: Cache) -> None:
+    """Checks that a state has absorbed the tokens whose keys and values are beside it."""
+    for other, group in cache.items():
+        positions_BS = _values(group["positions"])
+        if tag_B1 is None or positions_BS is None:
+            continue
+        latest_B = positions_BS.max(axis=1, initial=-1)
+        if (latest_B != tag_B1[:, 0]).any():
+            row = int((latest_B != tag_B1[:, 0]).argmax())
+            raise ValueError(
+                f"Expected a cache of one time, received the states of the type '{kind}' after "
+                f"{tag_B1[row, 0] + 1} tokens beside '{other}' after {latest_B[row] + 1}, in row "
+                f"{row}. A state cannot be cut or put together: keep the whole cache of a call."
             )
 
 

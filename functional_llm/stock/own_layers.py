@@ -23,6 +23,7 @@ from functional_llm.layers.experts import (
 )
 from functional_llm.layers.latent import LatentHeads, LatentPart
 from functional_llm.layers.long_texts import IsLongText
+from functional_llm.layers.rwkv import StateEvolution, TokenBefore
 from functional_llm.layers.states import PaddingBack, PaddingLast, StateLookup, StatePosition
 from functional_llm.stock.lowering import register_lowering
 
@@ -76,6 +77,14 @@ def _lower_padding_last(layer: Layer, inputs: dict[str, Tensor]) -> dict[str, Te
     return {**{name: inputs[name] for name in names}, "places": None}
 
 
+def _refuse_evolution(layer: Layer, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    raise ValueError(
+        f"'{layer.name}' goes from token to token in a loop, which has no form in built-in layers: "
+        "pairs of tokens would take memory for each channel of each. Expected a model without "
+        "RWKV's states for a stock file. Save this one with `save_preset`."
+    )
+
+
 register_lowering(AttentionMask, _lower_mask)
 register_lowering(DescribedMask, _lower_mask)
 register_lowering(AttentionDotProduct, _lower_product)
@@ -93,5 +102,7 @@ register_lowering(StateLookup, StateLookup.call)
 register_lowering(CausalConvolution, CausalConvolution.call)
 register_lowering(DeltaRule, _lower_delta_rule)
 register_lowering(LogDecay, LogDecay.call)
+register_lowering(StateEvolution, _refuse_evolution)
+register_lowering(TokenBefore, TokenBefore.call)
 register_lowering(IsLongText, IsLongText.call)
 register_lowering(OwnWeight, lambda layer, inputs: layer.variable)
