@@ -163,7 +163,7 @@ def experts_that_are_not_clamped(patch: pytest.MonkeyPatch) -> None:
 
 @_on("gpt_oss_clamped", LOGITS)
 def yarn_that_rounds(patch: pytest.MonkeyPatch) -> None:
-    from functional_llm.blocks.rope import YarnScaling
+    from functional_llm.blocks.rope_scaling import YarnScaling
 
     right = YarnScaling.frequencies
 

@@ -30,6 +30,8 @@ def make_reference(config: dict[str, Any], seed: int = 0) -> Any:
         for name, buffer in model.named_buffers():
             if "correction" in name:  # of experts' scores: large enough to change the choice
                 buffer.add_(torch.randn_like(buffer) * 0.3)
+            if "layer_scalar" in name:
+                buffer.add_(torch.randn_like(buffer) * 0.1)
     return model.eval()
 
 

@@ -21,7 +21,8 @@ from configs import CONFIGS
 from fake_hub import REPO, Server
 from functional_llm.backbones.families import FAMILIES
 from functional_llm.backbones.llama import Config
-from functional_llm.blocks.rope import FrequencyFactors, Rope, rotation
+from functional_llm.blocks.rope import Rope, rotation
+from functional_llm.blocks.rope_scaling import FrequencyFactors
 from functional_llm.formats.gguf_model import GGUFModel
 from reference import make_reference, reference_logits, save_reference
 from test_download import python

@@ -8,7 +8,7 @@ from functional_llm.backbones.keras_hub.column import KerasHub
 from functional_llm.backbones.transforms import Row, Rows, Transform, fused
 from functional_llm.backbones.wrapper import Wrapper
 from functional_llm.blocks.language_model import Graph
-from functional_llm.blocks.rope import RopeScaling
+from functional_llm.blocks.rope_scaling import RopeScaling
 from functional_llm.graph.types import JSON
 
 

@@ -15,7 +15,8 @@ from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.blocks.norm import rms_norm
-from functional_llm.blocks.rope import NtkAlphaScaling, rotary
+from functional_llm.blocks.rope import rotary
+from functional_llm.blocks.rope_scaling import NtkAlphaScaling
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
 

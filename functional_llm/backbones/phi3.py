@@ -20,7 +20,8 @@ from functional_llm.backbones.family import (
 from functional_llm.backbones.keras_hub import llamas
 from functional_llm.backbones.transforms import fused
 from functional_llm.blocks.language_model import Graph
-from functional_llm.blocks.rope import LongRopeScaling, on_first_channels, rotary
+from functional_llm.blocks.rope import on_first_channels, rotary
+from functional_llm.blocks.rope_scaling import LongRopeScaling
 from functional_llm.graph.types import JSON
 
 

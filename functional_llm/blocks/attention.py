@@ -86,6 +86,9 @@ def attention(
     value: Sequence[Part],
     output: keras.layers.Layer,
     product: Product | None = None,
+    *,
+    key_and_value: Sequence[Part] = (),
+    lends: bool = False,
 ) -> CompositeLayer:
     """Self-attention over the new tokens and those in the cache.
 
@@ -96,25 +99,70 @@ def attention(
         output: Layer from (B, T, N * V) to (B, T, D).
         product: What attends: an `AttentionDotProduct`, which is the default, or a function that
             calls one with more inputs, such as `attending_with_sinks`.
+        key_and_value: Parts before those of keys and before those of values, which both take what
+            comes out of them.
+        lends: Whether the layer also returns the keys and values that its queries look at, those
+            in the cache among them, for a `borrowing_attention`.
 
     Returns:
         Layer from `{"x": (B, T, D), "positions", "mask", "rotation", "cache"}` to
-        `{"x": (B, T, D), "cache": {"key", "value"}}`.
+        `{"x": (B, T, D), "cache": {"key", "value"}}`, and `"lent": {"key", "value"}` if it lends,
+        (B, S, K, H) and (B, S, K, V).
     """
-    attend = product or AttentionDotProduct(name="dot_product")
+    attend = _attending(output, product)
 
     def body(inputs: Inputs) -> dict[str, Nested]:
         x = inputs["x"]
         q_BTNH = apply_parts(query, x, inputs)
+        x = apply_parts(key_and_value, x, inputs)
         new = {"key": apply_parts(key, x, inputs), "value": apply_parts(value, x, inputs)}
         visible, cache = KVCacheLookup(name="kv_cache_lookup")(
             {"new": new, "cache": inputs["cache"], "positions": inputs["positions"]}
         )
-        attended = attend({"query": q_BTNH, **visible, "mask": inputs["mask"]})
-        merge = keras.layers.Reshape((-1, math.prod(attended.shape[2:])), name="merge_heads")
-        return {"x": output(merge(attended)), "cache": cache}
+        result = {"x": attend(q_BTNH, visible, inputs), "cache": cache}
+        return {**result, "lent": visible} if lends else result
 
     return CompositeLayer(body, name="attention", autocast=False)  # a cache keeps its dtypes
+
+
+def borrowing_attention(
+    query: Sequence[Part], output: keras.layers.Layer, product: Product | None = None
+) -> "BesideX":
+    """Attention to the keys and values of an earlier layer: it has none, and keeps nothing.
+
+    Args:
+        query: As for `attention`.
+        output: As for `attention`.
+        product: As for `attention`.
+
+    Returns:
+        A part named "attention" that also takes the block's inputs "positions", "mask", "rotation"
+        and "lent".
+
+    Reference:
+        [You Only Cache Once](https://arxiv.org/abs/2405.05254), which shares those of one layer.
+    """
+    attend = _attending(output, product)
+
+    def body(inputs: Inputs) -> Tensor:
+        return attend(apply_parts(query, inputs["x"], inputs), inputs["lent"], inputs)
+
+    layer = CompositeLayer(body, name="attention", autocast=False)
+    return BesideX(layer, ("positions", "mask", "rotation", "lent"))
+
+
+def _attending(
+    output: keras.layers.Layer, product: Product | None
+) -> Callable[[Tensor, Inputs, Inputs], Tensor]:
+    """Returns a function of queries, of keys and values, and of the block's inputs."""
+    attend = product or AttentionDotProduct(name="dot_product")
+
+    def apply(q_BTNH: Tensor, visible: Inputs, inputs: Inputs) -> Tensor:
+        attended = attend({"query": q_BTNH, **visible, "mask": inputs["mask"]})
+        merge = keras.layers.Reshape((-1, math.prod(attended.shape[2:])), name="merge_heads")
+        return output(merge(attended))
+
+    return apply
 
 
 @keras.saving.register_keras_serializable("functional_llm")

@@ -10,7 +10,9 @@ from functional_llm.graph.types import Nested, Tensor
 NamedPart: TypeAlias = CompositeLayer | BesideX  # named "attention" or "mlp"
 
 
-def decoder(name: str, branches: Sequence[Sequence[Part]]) -> CompositeLayer:
+def decoder(
+    name: str, branches: Sequence[Sequence[Part]], behind: Sequence[Part] = ()
+) -> CompositeLayer:
     """Residual branches in order: `x = x + branch(x)` for each.
 
     A branch is a list of parts, such as `[rms_norm(...), attention(...)]`. A CompositeLayer whose
@@ -19,9 +21,11 @@ def decoder(name: str, branches: Sequence[Sequence[Part]]) -> CompositeLayer:
     Args:
         name: Name of the layer.
         branches: Lists of parts.
+        behind: Parts behind the last sum.
 
     Returns:
-        Layer from `{"x", "positions", "mask", "rotation", "cache"}` to `{"x", "cache"}`.
+        Layer from `{"x", "positions", "mask", "rotation", "cache"}` to `{"x", "cache"}`, and what
+        a part with a cache returns beside them.
     """
 
     def step(x: Tensor, apply: _Apply) -> Tensor:
@@ -30,6 +34,8 @@ def decoder(name: str, branches: Sequence[Sequence[Part]]) -> CompositeLayer:
             for part in branch:
                 y = apply(part, y)
             x = x + y
+        for part in behind:
+            x = apply(part, x)
         return x
 
     return _layer(name, step)
@@ -43,15 +49,17 @@ def _layer(name: str, step: Callable[[Tensor, _Apply], Tensor]) -> CompositeLaye
 
     def body(inputs: Inputs) -> dict[str, Nested]:
         caches: dict[str, Nested] = {}
+        others: dict[str, Nested] = {}  # such as keys and values that are lent
 
         def apply(part: Part, x: Tensor) -> Tensor:
             if isinstance(part, CompositeLayer) and part.name in inputs["cache"]:
                 result = part({**inputs, "x": x, "cache": inputs["cache"][part.name]})
                 caches[part.name] = result["cache"]
+                others.update({k: y for k, y in result.items() if k not in ("x", "cache")})
                 return result["x"]
             return apply_parts([part], x, inputs)
 
-        return {"x": step(inputs["x"], apply), "cache": caches}
+        return {"x": step(inputs["x"], apply), "cache": caches, **others}
 
     return CompositeLayer(body, name=name, autocast=False)  # a cache keeps its dtypes
 

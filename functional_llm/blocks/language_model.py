@@ -3,7 +3,7 @@
 Shapes: B batch, T tokens, S slots, W positions of a window, D model, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -25,6 +25,8 @@ from functional_llm.layers.attention import AttentionMask, KVCacheLookup
 from functional_llm.layers.states import PaddingBack, PaddingLast, StatePosition
 
 Graph: TypeAlias = tuple[dict[str, Nested], dict[str, Nested]]  # symbolic inputs and outputs
+# From embedded tokens and the model's inputs to what each decoder layer receives of its own.
+OwnInputs: TypeAlias = Callable[[Tensor, Inputs], Sequence[Inputs]]
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ def causal_lm(
     head_bias: bool = False,
     embedding_parts: Sequence[Part] = (),
     logit_parts: Sequence[Part] = (),
+    own_inputs: OwnInputs | None = None,
+    lenders: Mapping[str, str] | None = None,
 ) -> Graph:
     """Builds the graph of a language model.
 
@@ -85,6 +89,9 @@ def causal_lm(
         head_bias: Whether a head of its own adds a bias.
         embedding_parts: Parts after the embedding; they may use the input "positions".
         logit_parts: Parts after the head.
+        own_inputs: What each layer receives beside what its type shares.
+        lenders: Name of a layer -> name of the earlier one of its type whose "lent" it receives;
+            such a layer keeps nothing itself.
 
     Returns:
         Inputs `token_ids`, `positions`, `segment_ids`, `mask`, `in_order`, `cache`; outputs
@@ -106,9 +113,14 @@ def causal_lm(
     for kind, layer_type in used.items():
         shared[kind], slot_positions = shared_inputs(kind, layer_type, read)
         cache[kind] = {"positions": slot_positions}
-    for kind, layer in layers:
-        result = layer({"x": x, "cache": inputs["cache"][kind][layer.name], **shared[kind]})
+    each = own_inputs(x, read) if own_inputs else [{}] * len(layers)
+    lent, lenders = {}, lenders or {}
+    for (kind, layer), own in zip(layers, each, strict=True):
+        if layer.name in lenders:
+            own = {**own, "lent": lent[lenders[layer.name]]}
+        result = layer({"x": x, "cache": inputs["cache"][kind][layer.name], **shared[kind], **own})
         x, cache[kind][layer.name] = result["x"], result["cache"]
+        lent[layer.name] = result.get("lent")
     hidden = apply_parts([final_norm], x, read)
     if _has_states(used):
         hidden = PaddingBack(name="padding_back")({"x": hidden, "places": read["places"]})

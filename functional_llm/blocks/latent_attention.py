@@ -17,7 +17,7 @@ from functional_llm.blocks.attention import (
     Shapes,
     apply_parts,
 )
-from functional_llm.blocks.rope import RopeScaling, YarnScaling
+from functional_llm.blocks.rope_scaling import RopeScaling, YarnScaling
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import Nested, Tensor
 from functional_llm.layers.attention import KVCacheLookup

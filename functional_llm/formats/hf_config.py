@@ -5,7 +5,7 @@ from dataclasses import asdict, fields
 from typing import Any, get_args, get_type_hints
 
 from functional_llm.backbones.family import Family, ModelConfig, RotaryConfig
-from functional_llm.blocks.rope import LinearScaling
+from functional_llm.blocks.rope_scaling import LinearScaling
 from functional_llm.formats.float8 import is_float8
 from functional_llm.formats.mxfp4 import is_mxfp4
 from functional_llm.formats.rope_config import (
@@ -299,7 +299,10 @@ def write_config(config: ModelConfig, family: Family, dtype: str) -> JSON:
         # The older spelling: all versions of Transformers read it, and so does KerasHub.
         keys["rope_theta"] = config.rope_max_wavelength
         keys["rope_scaling"] = write_rope_scaling(config, family.rope_types)
-    return keys | family.written_keys(config)
+    keys |= family.written_keys(config)
+    if "rope_parameters" in keys and keys["rope_scaling"] is None:
+        del keys["rope_scaling"]  # with a null, Transformers forgets the parameters
+    return keys
 
 
 def decode_config(values: Mapping[str, Any], family: Family) -> ModelConfig:

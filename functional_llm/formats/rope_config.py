@@ -6,12 +6,13 @@ from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from functional_llm.backbones.family import RotaryConfig
-from functional_llm.blocks.rope import (
+from functional_llm.blocks.rope_scaling import (
     FrequencyFactors,
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
     NtkAlphaScaling,
+    ProportionalScaling,
     QueryScaledYarn,
     RopeScaling,
     YarnScaling,
@@ -54,6 +55,10 @@ SCALINGS: dict[str, tuple[type | None, dict[str, str]]] = {
             "attention_factor": "attention_factor",
         }
         | _LENGTH,
+    ),
+    "proportional": (
+        ProportionalScaling,
+        {k: k for k in ("partial_rotary_factor", "factor")},
     ),
     "yarn": (YarnScaling, _YARN | _LENGTH),
     **OF_FAMILIES,
@@ -276,7 +281,7 @@ def _scaling(kind: Any, parameters: dict[str, Any], length: int) -> RopeScaling 
             f"is, which no part here does. Known: {', '.join(SCALINGS)}."
         )
     scaling_class, names = known(SCALINGS, kind, "rope_type")
-    if parameters.pop("partial_rotary_factor", 1.0) != 1.0:
+    if _PARTIAL not in names and parameters.pop(_PARTIAL, 1.0) != 1.0:
         raise ValueError("config.json: expected partial_rotary_factor to be 1 if it is there.")
     if scaling_class is None:
         names = {}

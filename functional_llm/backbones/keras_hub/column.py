@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from functional_llm.backbones.transforms import Row, Rows, Transform, split_axis
-from functional_llm.blocks.rope import LinearScaling, RopeScaling
+from functional_llm.blocks.rope_scaling import LinearScaling, RopeScaling
 from functional_llm.graph.types import JSON
 
 REQUIRED = object()  # the default of an argument that must be there

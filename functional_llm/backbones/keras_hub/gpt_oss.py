@@ -17,7 +17,7 @@ from functional_llm.backbones.keras_hub.column import (
 )
 from functional_llm.backbones.keras_hub.llamas import ARGUMENTS
 from functional_llm.backbones.transforms import Rows, by_turns
-from functional_llm.blocks.rope import YarnScaling
+from functional_llm.blocks.rope_scaling import YarnScaling
 from functional_llm.graph.types import JSON
 
 _TRAINED = 4096  # tokens of a text, at first

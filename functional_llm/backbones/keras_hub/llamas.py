@@ -19,11 +19,11 @@ from functional_llm.backbones.keras_hub.column import (
     window_fields,
 )
 from functional_llm.backbones.transforms import Rows, split_axis
-from functional_llm.blocks.rope import (
+from functional_llm.blocks.rope import Rope
+from functional_llm.blocks.rope_scaling import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
-    Rope,
     RopeScaling,
 )
 from functional_llm.graph.types import JSON
