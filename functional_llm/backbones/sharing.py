@@ -43,16 +43,12 @@ def borrowed_tensors(kinds: Sequence[str], borrowing: int) -> list[str]:
     ]
 
 
-_LAYER = "model.layers.{}"
+_LAYER, _OWN = "model.layers.{}", "decoder_{}/per_layer"
 PER_LAYER_ROWS: Rows = [
     ("model.embed_tokens_per_layer.weight", "per_layer_embedding/embeddings", "same"),
     ("model.per_layer_model_projection.weight", "per_layer_projection/kernel", "transpose"),
     ("model.per_layer_projection_norm.weight", "per_layer_norm/scale", "same"),
-    (f"{_LAYER}.per_layer_input_gate.weight", "decoder_{}/per_layer/gate/kernel", "transpose"),
-    (
-        f"{_LAYER}.per_layer_projection.weight",
-        "decoder_{}/per_layer/projection/kernel",
-        "transpose",
-    ),
-    (f"{_LAYER}.post_per_layer_input_norm.weight", "decoder_{}/per_layer_post_norm/scale", "same"),
+    (f"{_LAYER}.per_layer_input_gate.weight", f"{_OWN}/gate/kernel", "transpose"),
+    (f"{_LAYER}.per_layer_projection.weight", f"{_OWN}/projection/kernel", "transpose"),
+    (f"{_LAYER}.post_per_layer_input_norm.weight", f"{_OWN}_post_norm/scale", "same"),
 ]

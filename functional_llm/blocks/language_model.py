@@ -114,7 +114,8 @@ def causal_lm(
         shared[kind], slot_positions = shared_inputs(kind, layer_type, read)
         cache[kind] = {"positions": slot_positions}
     each = own_inputs(x, read) if own_inputs else [{}] * len(layers)
-    lent, lenders = {}, lenders or {}
+    lent: dict[str, Nested] = {}
+    lenders = lenders or {}
     for (kind, layer), own in zip(layers, each, strict=True):
         if layer.name in lenders:
             own = {**own, "lent": lent[lenders[layer.name]]}

@@ -23,8 +23,6 @@ _Entry = TypeVar("_Entry")
 _LARGEST_SIZE = 2**27  # which no size of a model reaches
 _LARGEST_INT, _LARGEST_FLOAT = 2**31 - 1, 3e38  # what int32 and float32 hold
 LAYER_TYPES = ("full_attention", "sliding_attention")
-
-
 _YARN = {
     name: name
     for name in "factor beta_fast beta_slow truncate attention_factor mscale mscale_all_dim".split()
@@ -56,10 +54,7 @@ SCALINGS: dict[str, tuple[type | None, dict[str, str]]] = {
         }
         | _LENGTH,
     ),
-    "proportional": (
-        ProportionalScaling,
-        {k: k for k in ("partial_rotary_factor", "factor")},
-    ),
+    "proportional": (ProportionalScaling, {k: k for k in ("partial_rotary_factor", "factor")}),
     "yarn": (YarnScaling, _YARN | _LENGTH),
     **OF_FAMILIES,
 }
