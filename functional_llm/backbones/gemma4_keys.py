@@ -2,7 +2,12 @@
 
 from typing import Any
 
-from functional_llm.backbones.family import complete_common_keys, renamed_keys
+from functional_llm.backbones.family import (
+    check_chosen,
+    check_given,
+    complete_common_keys,
+    renamed_keys,
+)
 from functional_llm.backbones.sharing import check_sharing
 from functional_llm.graph.types import JSON
 
@@ -18,6 +23,10 @@ CONFIG_KEYS: dict[str, str | type] = {
     "use_double_wide_mlp": "borrowing_is_wide",
     "hidden_size_per_layer_input": "per_layer_width",
     "vocab_size_per_layer_input": "per_layer_vocabulary",
+    "num_experts": "num_experts",
+    "top_k_experts": "num_experts_per_token",
+    "moe_intermediate_size": "expert_dim",
+    "enable_moe_block": bool,
     "per_layer_config": object,
     "use_bidirectional_attention": object,
 }
@@ -59,7 +68,7 @@ def complete_keys(keys: JSON) -> JSON:
             "config.json: expected a hidden_size_per_layer_input of at least 0, received "
             f"{keys['hidden_size_per_layer_input']}."
         )
-    keys |= _of_full_layers(keys)
+    keys |= _of_full_layers(keys) | _of_experts(keys)
     check_sharing(keys)
     return complete_common_keys({"rope_theta": 1e6, **keys})
 
@@ -97,6 +106,16 @@ def _of_full_layers(keys: JSON) -> JSON:
     return {"global_head_dim": size, "num_global_key_value_heads": heads}
 
 
+def _of_experts(keys: JSON) -> JSON:
+    """Returns the numbers of experts, none if there are none."""
+    names = ("num_experts", "top_k_experts", "moe_intermediate_size")
+    if not keys.get("enable_moe_block"):
+        return dict.fromkeys(names)
+    check_given(keys, names)
+    check_chosen(keys["top_k_experts"], keys["num_experts"], "num_experts")
+    return {}
+
+
 def _each_layer(of_layers: Any, keys: JSON) -> list[JSON]:
     """Returns what is said of each layer without a window."""
     full = [i for i, kind in enumerate(keys["layer_types"]) if kind == "full_attention"]
@@ -125,6 +144,7 @@ def written_keys(config: Any) -> JSON:
     local = {"rope_type": "default", "rope_theta": config.local_rope_max_wavelength}
     rope = {"full_attention": full, "sliding_attention": local}
     written: JSON = {"rope_theta": None, "rope_scaling": None, "rope_parameters": rope}
+    written["enable_moe_block"] = config.num_experts is not None
     if config.values_are_keys or config.num_full_key_value_heads == config.num_key_value_heads:
         return written
     own = {

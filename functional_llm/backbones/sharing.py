@@ -1,9 +1,63 @@
 """What Gemma 3n and Gemma 4 have: layers that borrow keys and values, embeddings for each layer."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
+import keras
+
+from functional_llm.backbones.family import ROPE_BUFFERS, DecoderConfig
 from functional_llm.backbones.transforms import Rows
+from functional_llm.blocks.attention import Part, attention, borrowing_attention, heads
+from functional_llm.blocks.decoder import NamedPart
+from functional_llm.blocks.norm import bare_rms_norm, rms_norm
+from functional_llm.blocks.rope import rotary
 from functional_llm.graph.types import JSON
+from functional_llm.layers.attention import AttentionDotProduct
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharingConfig(DecoderConfig):
+    """The numbers of a model whose last layers borrow keys and values, beside `DecoderConfig`'s."""
+
+    local_rope_max_wavelength: float
+    final_logit_soft_cap: float | None
+    layer_types: tuple[str, ...]
+    sliding_window: int
+    borrowing_layers: int
+    per_layer_width: int
+    per_layer_vocabulary: int
+
+
+def self_attention(
+    config: SharingConfig, index: int, key_heads: tuple[int, int], values_are_keys: bool = False
+) -> NamedPart:
+    """Returns the attention of the layer of this number: scores without a scale, values normed.
+
+    Args:
+        config: The numbers of the model.
+        index: Of the layer.
+        key_heads: How many heads have keys, and their size.
+        values_are_keys: Whether values are the keys before their norm.
+    """
+    norm, size = partial(rms_norm, config.layer_norm_epsilon), key_heads[1]
+    lending = lenders(config.layer_types, config.borrowing_layers)
+    query: list[Part] = [heads(config.num_query_heads, size, "query"), norm("query_norm"), rotary()]
+    output = keras.layers.Dense(config.hidden_dim, use_bias=False, name="output")
+    product = AttentionDotProduct(1.0, name="dot_product")
+    if index in lending:
+        return borrowing_attention(query, output, product)
+    keys = heads(*key_heads, "key")
+    values = [] if values_are_keys else [heads(*key_heads, "value")]
+    return attention(
+        query,
+        key=[*([] if values_are_keys else [keys]), norm("key_norm"), rotary()],
+        value=[*values, bare_rms_norm(config.layer_norm_epsilon)],
+        output=output,
+        product=product,
+        key_and_value=[keys] if values_are_keys else [],
+        lends=index in lending.values(),
+    )
 
 
 def lenders(kinds: Sequence[str], borrowing: int) -> dict[int, int]:
@@ -34,12 +88,15 @@ def check_sharing(keys: JSON) -> None:
         )
 
 
-def borrowed_tensors(kinds: Sequence[str], borrowing: int) -> list[str]:
-    """Returns patterns of the tensors that checkpoints hold for layers that borrow, unused."""
+def unused_tensors(kinds: Sequence[str], borrowing: int) -> list[str]:
+    """Returns patterns of what checkpoints hold in vain: keys of layers that borrow, buffers."""
     return [
-        f"model.layers.{i}.self_attn.{part}.weight"
-        for i in lenders(kinds, borrowing)
-        for part in ("k_proj", "v_proj", "k_norm", "v_norm")
+        *ROPE_BUFFERS,
+        *(
+            f"model.layers.{i}.self_attn.{part}.weight"
+            for i in lenders(kinds, borrowing)
+            for part in ("k_proj", "v_proj", "k_norm", "v_norm")
+        ),
     ]
 
 

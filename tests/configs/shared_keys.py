@@ -51,4 +51,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 1,
         "rope_parameters": None,
     },
+    "gemma4_experts": {
+        **_GEMMA4,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "global_head_dim": 16,
+        "enable_moe_block": True,
+        "num_experts": 5,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 12,
+    },
 }
