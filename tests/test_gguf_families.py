@@ -130,6 +130,9 @@ SAID: dict[str, dict[str, Any]] = {
     "glm4_moe_one_chosen": {"num_mtp_layers": 0},
     "lfm2_wide_kernel": {},
     "lfm2_old_keys": {},
+    "gemma4_shared_keys": {},
+    "gemma4_values_are_keys": {},
+    "gemma4_experts": {"num_global_key_value_heads": 1},  # without an effect
 }
 # Those whose experts are in MXFP4, in the directory and in the GGUF file.
 PACKED = {"gpt_oss_clamped"}

@@ -9,7 +9,7 @@ its code in Transformers.
 from dataclasses import dataclass
 from functools import partial
 
-from functional_llm.backbones import gemma4_experts
+from functional_llm.backbones import gemma4_experts, gemma4_gguf
 from functional_llm.backbones.family import Family
 from functional_llm.backbones.gemma4_keys import (
     CONFIG_KEYS,
@@ -127,4 +127,8 @@ FAMILY = Family(
     ignored=lambda config: unused_tensors(config.layer_types, config.borrowing_layers),
     wrappers=[llava("gemma4", "gemma4_text", parts=_OTHERS)],
     gguf_architecture="gemma4",
+    gguf_given=gemma4_gguf.given,
+    gguf_keys=gemma4_gguf.KEYS,
+    gguf_defaults=gemma4_gguf.defaults,
+    gguf_rows=gemma4_gguf.rows,
 )

@@ -90,13 +90,16 @@ def check_sharing(keys: JSON) -> None:
 
 def unused_tensors(kinds: Sequence[str], borrowing: int) -> list[str]:
     """Returns patterns of what checkpoints hold in vain: keys of layers that borrow, buffers."""
+    borrowers = lenders(kinds, borrowing)
     return [
         *ROPE_BUFFERS,
         *(
             f"model.layers.{i}.self_attn.{part}.weight"
-            for i in lenders(kinds, borrowing)
+            for i in borrowers
             for part in ("k_proj", "v_proj", "k_norm", "v_norm")
         ),
+        # GGUF's names of the same.
+        *(f"blk.{i}.attn_{part}.weight" for i in borrowers for part in ("k", "v", "k_norm")),
     ]
 
 
