@@ -17,19 +17,22 @@ from functional_llm.backbones.gemma4_keys import (
     complete_keys,
     written_keys,
 )
-from functional_llm.backbones.sharing import SharingConfig, lenders, self_attention, unused_tensors
-from functional_llm.backbones.stacks import build_around
+from functional_llm.backbones.sharing import (
+    SharingConfig,
+    build_sharing,
+    lenders,
+    self_attention,
+    unused_tensors,
+)
 from functional_llm.backbones.wrapper import llava
 from functional_llm.blocks.attention import (
     Part,
-    key_value_shapes,
 )
 from functional_llm.blocks.decoder import decoder
-from functional_llm.blocks.language_model import Graph, LayerType, scale, soft_cap
+from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.blocks.norm import rms_norm
-from functional_llm.blocks.per_layer import LayerScale, per_layer_branch, per_layer_embeddings
-from functional_llm.blocks.rope import Rope
+from functional_llm.blocks.per_layer import LayerScale, per_layer_branch
 from functional_llm.graph.composite import CompositeLayer
 
 
@@ -54,36 +57,8 @@ class Config(SharingConfig, gemma4_experts.ExpertsConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    kinds, width = config.layer_types, config.hidden_dim
-    full = Rope(config.full_head_dim, config.rope_max_wavelength, config.rope_scaling)
-    sliding = Rope(config.head_dim, config.local_rope_max_wavelength)
-    types = {
-        "full_attention": LayerType(full),
-        "sliding_attention": LayerType(sliding, config.sliding_window),
-    }
-    lending = lenders(kinds, config.borrowing_layers)
-    cap, own = config.final_logit_soft_cap, None
-    if config.per_layer_width:
-        own = per_layer_embeddings(
-            config.per_layer_vocabulary,
-            config.num_layers,
-            config.per_layer_width,
-            width,
-            config.layer_norm_epsilon,
-        )
-    return build_around(
-        config,
-        [(kind, build_decoder(config, i)) for i, kind in enumerate(kinds)],
-        types,
-        keeps=[
-            {} if i in lending else key_value_shapes(*config.head(kind))
-            for i, kind in enumerate(kinds)
-        ],
-        embedding_parts=[scale(width**0.5)],
-        logit_parts=[] if cap is None else [soft_cap(cap)],
-        own_inputs=own,
-        lenders={f"decoder_{i}": f"decoder_{j}" for i, j in lending.items()},
-    )
+    layers = [build_decoder(config, i) for i in range(config.num_layers)]
+    return build_sharing(config, layers, {kind: config.head(kind) for kind in FAMILY.layer_types})
 
 
 def build_decoder(config: Config, index: int) -> CompositeLayer:

@@ -1,17 +1,28 @@
 """What Gemma 3n and Gemma 4 have: layers that borrow keys and values, embeddings for each layer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import keras
 
 from functional_llm.backbones.family import ROPE_BUFFERS, DecoderConfig
+from functional_llm.backbones.stacks import build_around
 from functional_llm.backbones.transforms import Rows
-from functional_llm.blocks.attention import Part, attention, borrowing_attention, heads
+from functional_llm.blocks.attention import (
+    Part,
+    attention,
+    borrowing_attention,
+    heads,
+    key_value_shapes,
+)
 from functional_llm.blocks.decoder import NamedPart
+from functional_llm.blocks.language_model import Graph, LayerType, scale, soft_cap
 from functional_llm.blocks.norm import bare_rms_norm, rms_norm
-from functional_llm.blocks.rope import rotary
+from functional_llm.blocks.per_layer import per_layer_embeddings
+from functional_llm.blocks.rope import Rope, rotary
+from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
 from functional_llm.layers.attention import AttentionDotProduct
 
@@ -57,6 +68,50 @@ def self_attention(
         product=product,
         key_and_value=[keys] if values_are_keys else [],
         lends=index in lending.values(),
+    )
+
+
+def build_sharing(
+    config: SharingConfig,
+    layers: Sequence[CompositeLayer],
+    heads_of: Mapping[str, tuple[int, int]],
+    **others: Any,
+) -> Graph:
+    """Returns the graph of such layers.
+
+    Args:
+        config: The numbers of the model.
+        layers: In order.
+        heads_of: Type of layers -> how many heads have keys, and their size.
+        **others: As for `build_around`.
+    """
+    full = Rope(heads_of["full_attention"][1], config.rope_max_wavelength, config.rope_scaling)
+    sliding = Rope(heads_of["sliding_attention"][1], config.local_rope_max_wavelength)
+    types = {
+        "full_attention": LayerType(full),
+        "sliding_attention": LayerType(sliding, config.sliding_window),
+    }
+    kinds, width = config.layer_types, config.hidden_dim
+    lending = lenders(kinds, config.borrowing_layers)
+    own, cap = None, config.final_logit_soft_cap
+    if config.per_layer_width:
+        sizes = (config.per_layer_vocabulary, config.num_layers, config.per_layer_width, width)
+        own = per_layer_embeddings(*sizes, config.layer_norm_epsilon)
+    parts: dict[str, Any] = {
+        "embedding_parts": [scale(width**0.5)],
+        "logit_parts": [] if cap is None else [soft_cap(cap)],
+        "own_inputs": own,
+    }
+    return build_around(
+        config,
+        [*zip(kinds, layers, strict=True)],
+        types,
+        keeps=[
+            {} if i in lending else key_value_shapes(*heads_of[kind])
+            for i, kind in enumerate(kinds)
+        ],
+        lenders={layers[i].name: layers[j].name for i, j in lending.items()},
+        **(parts | others),
     )
 
 
