@@ -19,6 +19,7 @@ _GEMMA4 = {
     "intermediate_size": 40,
     "head_dim": 8,
     "sliding_window": 8,
+    "pad_token_id": 0,
     "hidden_size_per_layer_input": 0,
     "vocab_size_per_layer_input": 128,
     "rope_parameters": _ROPE,
