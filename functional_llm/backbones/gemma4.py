@@ -17,6 +17,7 @@ from functional_llm.backbones.gemma4_keys import (
     complete_keys,
     written_keys,
 )
+from functional_llm.backbones.keras_hub import gemma4
 from functional_llm.backbones.sharing import (
     SharingConfig,
     build_sharing,
@@ -106,4 +107,5 @@ FAMILY = Family(
     gguf_keys=gemma4_gguf.KEYS,
     gguf_defaults=gemma4_gguf.defaults,
     gguf_rows=gemma4_gguf.rows,
+    keras_hub=gemma4.GEMMA4,
 )
