@@ -9,8 +9,6 @@ from functional_llm.graph.types import JSON
 
 _SIZES = ["vocabulary_size", "num_layers", "hidden_dim"]
 _SIZES += ["num_query_heads", "num_key_value_heads", "head_dim"]
-    "vocabulary_size num_layers num_query_heads num_key_value_heads hidden_dim head_dim".split()
-)
 _PATTERN = 6
 # What it must have, or does not read in a model of text alone.
 _FIXED: JSON = {
