@@ -215,8 +215,11 @@ def promoting() -> AbstractContextManager[Any]:
 
 
 def hub_logits(model: Any, ids: np.ndarray = IDS) -> np.ndarray:
+    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    if "position_ids" in model.input:
+        inputs["position_ids"] = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
     with promoting():
-        hidden = model({"token_ids": ids, "padding_mask": np.ones_like(ids)})
+        hidden = model(inputs)
         return np.asarray(model.token_embedding(hidden, reverse=True))
 
 
