@@ -23,6 +23,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ministral3": ("mistral3", "ministral3_growing_queries", {"model_type": "pixtral"}),
     "llama4": ("llama4", "llama4_chunks_then_all", {}),
     "gemma4": ("gemma4", "gemma4_shared_keys", {"model_type": "gemma4_vision", **_PATCHES}),
+    "gemma4_unified": ("gemma4_unified", "gemma4_values_are_keys", {}),
     "mistral_small": ("mistral3", "mistral_no_window_head_size", {"model_type": "pixtral"}),
 }
 
@@ -31,6 +32,8 @@ def make_wrapped(case: str, tied: bool) -> Any:
     """Returns a random Transformers model of images and text."""
     wrapper, name, vision = CASES[case]
     text = {**CONFIGS[name], "tie_word_embeddings": tied}
+    if wrapper == "gemma4_unified":
+        text["model_type"] = "gemma4_unified_text"
     config = transformers.AutoConfig.for_model(
         wrapper,
         text_config=text,

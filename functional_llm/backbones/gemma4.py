@@ -14,6 +14,7 @@ from functional_llm.backbones.family import Family
 from functional_llm.backbones.gemma4_keys import (
     CONFIG_KEYS,
     ROPE_TYPES,
+    UNIFIED,
     complete_keys,
     written_keys,
 )
@@ -86,11 +87,12 @@ def build_decoder(config: Config, index: int) -> CompositeLayer:
     return decoder(f"decoder_{index}", branches, behind=[LayerScale(name="layer_scale")])
 
 
-_OTHERS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
+_OTHERS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "vision_embedder")
 FAMILY = Family(
     model_type="gemma4_text",
+    other_model_types=[UNIFIED],
     architecture="Gemma4ForCausalLM",
-    models="Gemma 4 E2B, E4B, 31B, 26B-A4B, text",
+    models="Gemma 4 E2B, E4B, 12B, 31B, 26B-A4B, text",
     config_class=Config,
     build=build,
     config_keys=CONFIG_KEYS,
@@ -101,7 +103,10 @@ FAMILY = Family(
     weights=gemma4_experts.weights,
     parameters=gemma4_experts.PARAMETERS,
     ignored=lambda config: unused_tensors(config.layer_types, config.borrowing_layers),
-    wrappers=[llava("gemma4", "gemma4_text", parts=_OTHERS)],
+    wrappers=[
+        llava("gemma4", "gemma4_text", parts=_OTHERS),
+        llava("gemma4_unified", UNIFIED, parts=_OTHERS),
+    ],
     gguf_architecture="gemma4",
     gguf_given=gemma4_gguf.given,
     gguf_keys=gemma4_gguf.KEYS,

@@ -30,6 +30,7 @@ CONFIG_KEYS: dict[str, str | type] = {
     "per_layer_config": object,
     "use_bidirectional_attention": object,
 }
+UNIFIED = "gemma4_unified_text"  # the 12B, which has other defaults
 ROPE_TYPES = {name: name for name in ("default", "proportional")}
 
 
@@ -55,6 +56,9 @@ def complete_keys(keys: JSON) -> JSON:
         "rope_local_base_freq": 10_000.0,
         "rope_parameters": _ROPE,
     }
+    if keys.get("model_type") == UNIFIED:
+        own |= {"max_position_embeddings": 262_144, "sliding_window": 1024}
+        own["hidden_size_per_layer_input"] = 0
     keys = own | {key: x for key, x in keys.items() if x is not None or key not in own}
     # Transformers takes it so, whatever the file says.
     keys["layer_types"] = [*keys["layer_types"][:-1], "full_attention"]
