@@ -167,7 +167,7 @@ def altup_decoder(
         scales: Whether the active stream is scaled by learned numbers on its way to `per_layer`.
 
     Returns:
-        Layer from `{"x": (B, T, A, D), "per_layer", ...}` to `{"x": (B, T, A, D), "cache"}`.
+        Layer from `{"x": (B, T, A, D), "layer_embedding", ...}` to `{"x": (B, T, A, D), "cache"}`.
     """
     norm, (predict, correct) = partial(rms_norm, streams.epsilon), streams.predictor()
     beside = laurel(rank, streams.hidden_dim, streams.epsilon)

@@ -20,7 +20,7 @@ from functional_llm.graph.types import Tensor
 def per_layer_embeddings(
     vocabulary_size: int, num_layers: int, width: int, hidden_dim: int, epsilon: float
 ) -> OwnInputs:
-    """Returns what gives each layer its embedding of the tokens as "per_layer", (B, T, P).
+    """Returns what gives each layer its embedding of the tokens as "layer_embedding", (B, T, P).
 
     It is the sum of a learned vector for each token, and of a projection of the token's embedding.
 
@@ -42,13 +42,13 @@ def per_layer_embeddings(
         learned = split(table(ops.where(ids < vocabulary_size, ids, 0)) * width**0.5)
         projected = norm(split(project(x_BTD) * hidden_dim**-0.5))
         per_layer_BTLP = (projected + learned) * 2.0**-0.5
-        return [{"per_layer": per_layer_BTLP[:, :, i]} for i in range(num_layers)]
+        return [{"layer_embedding": per_layer_BTLP[:, :, i]} for i in range(num_layers)]
 
     return make
 
 
 def per_layer_branch(width: int, hidden_dim: int, activation: str) -> BesideX:
-    """projection(activation(gate(x)) * per_layer), for a block with the input "per_layer".
+    """projection(activation(gate(x)) * layer_embedding), for a block with the input "layer_embedding".
 
     Args:
         width: P.
@@ -62,9 +62,9 @@ def per_layer_branch(width: int, hidden_dim: int, activation: str) -> BesideX:
     project = keras.layers.Dense(hidden_dim, use_bias=False, name="projection")
 
     def body(inputs: Inputs) -> Tensor:
-        return project(ACTIVATIONS[activation](gate(inputs["x"])) * inputs["per_layer"])
+        return project(ACTIVATIONS[activation](gate(inputs["x"])) * inputs["layer_embedding"])
 
-    return BesideX(CompositeLayer(body, name="per_layer"), ("per_layer",))
+    return BesideX(CompositeLayer(body, name="per_layer"), ("layer_embedding",))
 
 
 @keras.saving.register_keras_serializable("functional_llm")
