@@ -48,7 +48,7 @@ def per_layer_embeddings(
 
 
 def per_layer_branch(width: int, hidden_dim: int, activation: str) -> BesideX:
-    """projection(activation(gate(x)) * layer_embedding), for a block with the input "layer_embedding".
+    """projection(activation(gate(x)) * the block's input "layer_embedding").
 
     Args:
         width: P.
