@@ -108,7 +108,8 @@ _BORROWS = " with another's keys"
 def _begin(kinds: Sequence[str | None]) -> list[str | None]:
     """The layers that others are added to: all that lend, if there are such."""
     lenders = [kind for kind in dict.fromkeys(kinds) if kind and not kind.endswith(_BORROWS)]
-    return lenders if {kind + _BORROWS for kind in lenders} & {*kinds} else list(kinds[:1])
+    lends = {kind + _BORROWS for kind in lenders} & {*kinds}
+    return [*lenders] if lends else list(kinds[:1])
 
 
 def _shortened(config: Any, kinds: Sequence[str | None]) -> Any:
