@@ -99,6 +99,5 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.5, 0.9],
         "altup_num_inputs": 1,
         "altup_active_idx": 0,
-        "altup_correct_scale": False,
     },
 }
