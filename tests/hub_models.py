@@ -112,6 +112,41 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         {**_GEMMA, "num_layers": 6, "image_size": None, "global_rope_scaling_factor": 8.0},
         "gemma3_text",
     ),
+    "gemma4": (
+        "Gemma4Backbone",
+        {
+            **_SIZES,
+            **_HEADS,
+            "num_layers": 4,
+            "head_dim": 8,
+            "image_size": None,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "global_head_dim": 16,
+            "sliding_window_size": 5,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 6,
+            "global_rope_partial_rotary_factor": 0.5,
+            "final_logit_soft_cap": 3.0,
+        },
+        "gemma4_text",
+    ),
+    "gemma4_experts": (
+        "Gemma4Backbone",
+        {
+            **_SIZES,
+            **_HEADS,
+            "head_dim": 8,
+            "image_size": None,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "num_global_key_value_heads": 1,
+            "enable_moe_block": True,
+            "num_experts": 5,
+            "expert_intermediate_dim": 12,
+            "num_experts_per_token": 2,
+        },
+        "gemma4_text",
+    ),
     "gpt2": ("GPT2Backbone", {**_SIZES, "num_heads": 4, "max_sequence_length": 64}, "gpt2"),
     "bloom": (
         "BloomBackbone",
@@ -203,8 +238,11 @@ def promoting() -> AbstractContextManager[Any]:
 
 
 def hub_logits(model: Any, ids: np.ndarray = IDS) -> np.ndarray:
+    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    if "position_ids" in model.input:
+        inputs["position_ids"] = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
     with promoting():
-        hidden = model({"token_ids": ids, "padding_mask": np.ones_like(ids)})
+        hidden = model(inputs)
         return np.asarray(model.token_embedding(hidden, reverse=True))
 
 

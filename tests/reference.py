@@ -31,6 +31,8 @@ def make_reference(config: dict[str, Any], seed: int = 0) -> Any:
             # Corrections of experts' scores: large enough to change the choice.
             if "correction" in name or "expert_bias" in name:
                 buffer.add_(torch.randn_like(buffer) * 0.3)
+            if "layer_scalar" in name:
+                buffer.add_(torch.randn_like(buffer) * 0.1)
     return model.eval()
 
 

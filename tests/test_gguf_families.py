@@ -144,6 +144,14 @@ SAID: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_grouped_values": {},
     "lfm2_moe_scaled_after_dense": {"routed_scaling_factor": 1.0},
     "lfm2_moe_all_chosen": {},
+    "gemma4_shared_keys": {},
+    "gemma4_values_are_keys": {},
+    "gemma3n_streams": {  # llama.cpp knows one rank, and converts four streams
+        "laurel_rank": 64,
+        "altup_num_inputs": 4,
+        "vocab_size_per_layer_input": 128,
+    },
+    "gemma4_experts": {"num_global_key_value_heads": 1},  # without an effect
 }
 # Those whose experts are in MXFP4, in the directory and in the GGUF file.
 PACKED = {"gpt_oss_clamped"}

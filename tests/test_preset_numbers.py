@@ -104,11 +104,30 @@ def _kinds(config: Any) -> list[str | None]:
         return [f"{'dense' if i < dense else ''} {kind}".strip() for i, kind in enumerate(kinds)]
     if hasattr(config, "expert_layers"):
         return [None if i in config.expert_layers else "dense" for i in range(config.num_layers)]
-    return list(getattr(config, "layer_types", [None] * config.num_layers))
+    kinds = list(getattr(config, "layer_types", [None] * config.num_layers))
+    first = config.num_layers - getattr(config, "borrowing_layers", 0)
+    return [*kinds[:first], *(kind + _BORROWS for kind in kinds[first:])]
+
+
+_BORROWS = " with another's keys"
+
+
+def _begin(kinds: Sequence[str | None]) -> list[str | None]:
+    """The layers that others are added to: all that lend, if there are such."""
+    lenders = [kind for kind in dict.fromkeys(kinds) if kind and not kind.endswith(_BORROWS)]
+    lends = {kind + _BORROWS for kind in lenders} & {*kinds}
+    return [*lenders] if lends else list(kinds[:1])
 
 
 def _shortened(config: Any, kinds: Sequence[str | None]) -> Any:
-    types: dict[str, Any] = {"layer_types": tuple(kinds)} if hasattr(config, "layer_types") else {}
+    types: dict[str, Any] = {}
+    if hasattr(config, "layer_types"):
+        types["layer_types"] = tuple(str(kind).removesuffix(_BORROWS) for kind in kinds)
+    if hasattr(config, "borrowing_layers"):
+        types["borrowing_layers"] = sum(str(kind).endswith(_BORROWS) for kind in kinds)
+    for field in ("mlp_widths", "sparse_shares"):
+        if hasattr(config, field):
+            types[field] = getattr(config, field)[: len(kinds)]
     if hasattr(config, "expert_layers"):
         types = {"expert_layers": tuple(i for i, kind in enumerate(kinds) if kind is None)}
         types["layer_types"] = config.layer_types[: len(kinds)]
@@ -142,9 +161,10 @@ def test_parameters_are_counted(name: str) -> None:
     """Layers of one type have the same size, so that two layers tell the size of all."""
     family, config = _decoded(name)
     kinds = _kinds(config)
-    first = _count(family, _shortened(config, kinds[:1]))
-    sizes = {k: _count(family, _shortened(config, [kinds[0], k])) - first for k in set(kinds)}
-    expected = first + sum(sizes[kind] for kind in kinds[1:])
+    begin = _begin(kinds)
+    first = _count(family, _shortened(config, begin))
+    sizes = {k: _count(family, _shortened(config, [*begin, k])) - first for k in set(kinds)}
+    expected = first + sum(sizes[kind] for kind in kinds) - sum(sizes[kind] for kind in begin)
     assert read_preset(name)["parameters"] == expected
 
 

@@ -17,10 +17,13 @@ from functional_llm.presets.sources import open_source
 IDS = np.random.default_rng(0).integers(0, 128, (2, 20)).astype("int32")
 _VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 _VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+_PATCHES = {"pooling_kernel_size": 1, "num_key_value_heads": 2, "head_dim": 8}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma3": ("gemma3", "gemma3_two_ropes", {"model_type": "siglip_vision_model"}),
     "ministral3": ("mistral3", "ministral3_growing_queries", {"model_type": "pixtral"}),
     "llama4": ("llama4", "llama4_chunks_then_all", {}),
+    "gemma4": ("gemma4", "gemma4_shared_keys", {"model_type": "gemma4_vision", **_PATCHES}),
+    "gemma4_unified": ("gemma4_unified", "gemma4_values_are_keys", {}),
     "mistral_small": ("mistral3", "mistral_no_window_head_size", {"model_type": "pixtral"}),
 }
 
@@ -29,6 +32,8 @@ def make_wrapped(case: str, tied: bool) -> Any:
     """Returns a random Transformers model of images and text."""
     wrapper, name, vision = CASES[case]
     text = {**CONFIGS[name], "tie_word_embeddings": tied}
+    if wrapper == "gemma4_unified":
+        text["model_type"] = "gemma4_unified_text"
     config = transformers.AutoConfig.for_model(
         wrapper,
         text_config=text,

@@ -43,12 +43,22 @@ def with_other_prefix(name: str, prefixes: Mapping[str, str]) -> str:
     return prefixes.get(prefix, "") + name.removeprefix(prefix)
 
 
-def llava(model_type: str, text_family: str, **text_defaults: Any) -> Wrapper:
+def llava(
+    model_type: str,
+    text_family: str,
+    parts: Sequence[str] = ("vision_tower", "multi_modal_projector"),
+    **text_defaults: Any,
+) -> Wrapper:
     """Returns a wrapper around a vision tower, a projector and a text model, as LLaVA's is.
 
     The names are those in published files, and those that Transformers has written since 4.52.
+
+    Args:
+        model_type: As for `Wrapper`.
+        text_family: As for `Wrapper`.
+        parts: What the other models are called.
+        **text_defaults: As for `Wrapper`.
     """
-    parts = ("vision_tower", "multi_modal_projector")
     return Wrapper(
         model_type=model_type,
         text_family=text_family,

@@ -28,7 +28,7 @@ def decoder(
         a part with a cache returns beside them.
     """
 
-    def step(x: Tensor, apply: _Apply) -> Tensor:
+    def step(x: Tensor, apply: Apply) -> Tensor:
         for branch in branches:
             y = x
             for part in branch:
@@ -38,14 +38,19 @@ def decoder(
             x = apply(part, x)
         return x
 
-    return _layer(name, step)
+    return layer_of_parts(name, step)
 
 
-_Apply: TypeAlias = Callable[[Part, Tensor], Tensor]  # a part, and what it is applied to
+Apply: TypeAlias = Callable[[Part, Tensor], Tensor]  # a part, and what it is applied to
 
 
-def _layer(name: str, step: Callable[[Tensor, _Apply], Tensor]) -> CompositeLayer:
-    """Returns a decoder layer; parts that `step` applies renew their own part of the cache."""
+def layer_of_parts(name: str, step: Callable[[Tensor, Apply], Tensor]) -> CompositeLayer:
+    """Returns a decoder layer; parts that `step` applies renew their own part of the cache.
+
+    Args:
+        name: Name of the layer.
+        step: From `x`, and from what applies a part to something, to the new `x`.
+    """
 
     def body(inputs: Inputs) -> dict[str, Nested]:
         caches: dict[str, Nested] = {}
@@ -80,11 +85,11 @@ def parallel(
         [GPT-NeoX](https://arxiv.org/abs/2204.06745), section 2.1, with two.
     """
 
-    def step(x: Tensor, apply: _Apply) -> Tensor:
+    def step(x: Tensor, apply: Apply) -> Tensor:
         normed = [apply(norm, x) for norm in norms]
         return x + apply(attention, normed[0]) + apply(mlp, normed[-1])
 
-    return _layer(name, step)
+    return layer_of_parts(name, step)
 
 
 def post_norm(
@@ -102,12 +107,12 @@ def post_norm(
         [Attention Is All You Need](https://arxiv.org/abs/1706.03762).
     """
 
-    def step(x: Tensor, apply: _Apply) -> Tensor:
+    def step(x: Tensor, apply: Apply) -> Tensor:
         for part in (attention, mlp):
             x = apply(norm(f"{part.name}_norm"), x + apply(part, x))
         return x
 
-    return _layer(name, step)
+    return layer_of_parts(name, step)
 
 
 def norm_behind_branches(

@@ -37,6 +37,8 @@ class Router:
         choice: Parts from the scores to others, of which the k largest are chosen.
         weights: Parts on the weights (B, T, k).
         use_bias: Whether the Dense that makes the logits has a bias.
+        inputs: Parts before that Dense.
+        rescaling: Layer from `{"weights", "experts"}` to weights, behind those parts on them.
     """
 
     num_experts: int
@@ -45,6 +47,8 @@ class Router:
     choice: Sequence[Scores] = ()
     weights: Sequence[Scores] = ()
     use_bias: bool = False
+    inputs: Sequence[Scores] = ()
+    rescaling: keras.layers.Layer | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_chosen <= self.num_experts:
@@ -56,10 +60,12 @@ class Router:
     def __call__(self, x_BTD: Tensor) -> dict[str, Tensor]:
         """Returns `experts` (B, T, k) int32 and their `weights` (B, T, k)."""
         dense = ExpertScores(self.num_experts, use_bias=self.use_bias, name="router")
-        scores = _apply(self.scores, dense(x_BTD))
+        scores = _apply(self.scores, dense(_apply(self.inputs, x_BTD)))
         _, experts = ops.top_k(_apply(self.choice, scores), self.num_chosen)
-        weights = ops.take_along_axis(scores, experts, axis=-1)
-        return {"experts": experts, "weights": _apply(self.weights, weights)}
+        weights = _apply(self.weights, ops.take_along_axis(scores, experts, axis=-1))
+        if self.rescaling is not None:
+            weights = self.rescaling({"weights": weights, "experts": experts})
+        return {"experts": experts, "weights": weights}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +166,30 @@ class ScoreCorrection(CompositeLayer):
         return inputs + self.bias
 
 
+@keras.saving.register_keras_serializable("functional_llm")
+class ExpertScale(CompositeLayer):
+    """Multiplies the weight of each chosen expert by a learned number of the expert.
+
+    From `{"weights": (B, T, k), "experts": (B, T, k)}` to (B, T, k).
+
+    Args:
+        num_experts: E.
+        **kwargs: Of `keras.layers.Layer`.
+    """
+
+    def __init__(self, num_experts: int, **kwargs: Any) -> None:
+        super().__init__(**{"dtype": "float32", "name": "expert_scale", **kwargs})
+        self.num_experts = num_experts
+
+    def functional_build(self, inputs: dict[str, Tensor]) -> Tensor:
+        self.scale = self.add_weight((self.num_experts,), "ones", name="scale")
+        one_hot_BTkE = ops.one_hot(inputs["experts"], self.num_experts, dtype="float32")
+        return inputs["weights"] * ops.sum(one_hot_BTkE * self.scale, axis=-1)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "num_experts": self.num_experts}
+
+
 def activated(activation: str) -> Gate:
     """Joins them as activation(gate) * up, for a key of `ACTIVATIONS`."""
     return lambda gate, up: ACTIVATIONS[activation](gate) * up
@@ -189,6 +219,8 @@ def expert_mlp(
     use_bias: bool = False,
     weighs_inputs: bool = False,
     shared: Callable[[Tensor], Tensor] | None = None,
+    before: Sequence[Scores] = (),
+    behind: Sequence[Scores] = (),
 ) -> BesideX:
     """down(gate(gate(x), up(x))) of the experts chosen, weighted and summed.
 
@@ -200,6 +232,8 @@ def expert_mlp(
         use_bias: Whether the experts' layers have biases.
         weighs_inputs: Whether the weights are factors on the experts' inputs, not on their outputs.
         shared: A branch that all tokens take: a layer, or a function of `x`. Its result is added.
+        before: Parts before the experts, which the router and the shared branch do not see.
+        behind: Parts behind their sum, before the shared branch is added.
 
     Returns:
         A part named "mlp" that also takes the block's positions: padding goes to no expert.
@@ -214,14 +248,15 @@ def expert_mlp(
     def body(inputs: Inputs) -> Tensor:
         x = inputs["x"]
         dispatch = ExpertDispatch(router.num_experts, name="dispatch")
-        sent = dispatch({"x": x, "positions": inputs["positions"], **router(x)})
+        into_experts = _apply(before, x)
+        sent = dispatch({"x": into_experts, "positions": inputs["positions"], **router(x)})
         weights, routing = sent["weights"], sent["routing"]
         rows = sent["x"] * weights if weighs_inputs else sent["x"]
         into = {"x": rows, "routing": routing}
         inner = gate(dense(intermediate_dim, "gate")(into), dense(intermediate_dim, "up")(into))
         rows = dense(hidden_dim, "down")({"x": inner, "routing": routing})
         rows = rows if weighs_inputs else rows * weights
-        y = ExpertCombine(name="combine")({"x": rows, "routing": routing})
+        y = _apply(behind, ExpertCombine(name="combine")({"x": rows, "routing": routing}))
         return y if shared is None else y + shared(x)
 
     return BesideX(CompositeLayer(body, name="mlp"), ("positions",))

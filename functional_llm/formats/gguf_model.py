@@ -69,9 +69,12 @@ _TOLD_BY_TENSORS = {
     "use_qk_norm": ("attn_q_norm.weight",),
     "use_qkv_bias": ("attn_q.bias",),
 }
+# Pairs of tensors: in some layer the first is there and the second is not, if the key is true.
+_TOLD_BY_ABSENCE = {"attention_k_eq_v": ("attn_k.weight", "attn_v.weight")}
 # Tensors of the first layer, of which as many are there as the key says.
 _COUNTED_BY_TENSORS = {"num_ln_in_parallel_attn": ("attn_norm.weight", "attn_norm_2.weight")}
 _FREQUENCIES = "rope_freqs.weight"
+_DOES_NOT_TURN = 1e29  # what llama.cpp divides the frequency by of channels that do not turn
 _LONG_ROPE = {
     "short_factor": "rope_factors_short.weight",
     "long_factor": "rope_factors_long.weight",
@@ -201,6 +204,11 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
         for key, tensors in _TOLD_BY_TENSORS.items()
         if key in family.config_keys
     }
+    for key, (there, absent) in _TOLD_BY_ABSENCE.items():
+        if key in family.config_keys:
+            blocks = [f"blk.{i}." for i in range(config["num_hidden_layers"])]
+            with_first = [x for x in blocks if x + there in file.shapes]
+            told[key] = any(x + absent not in file.shapes for x in with_first)
     for key, tensors in _COUNTED_BY_TENSORS.items():
         if key in family.config_keys:
             config[key] = sum(f"blk.0.{tensor}" in file.shapes for tensor in tensors)
@@ -255,6 +263,10 @@ def _rope_scaling(file: GGUFFile, given: JSON) -> JSON:
         if _FREQUENCIES not in file.shapes:
             return {}
         factors = file.read(_FREQUENCIES, "float32")
+        turning = factors == 1
+        if (turning | (factors >= _DOES_NOT_TURN)).all():
+            part = part_of_head(2 * int(turning.sum()), 2 * len(factors))
+            return {"rope_type": "proportional", "partial_rotary_factor": part}
         return {"rope_type": "frequency_factors", "factors": tuple(factors.tolist())}
     values = {_ROPE_KEYS[key]: given.pop(key) for key in list(given) if key in _ROPE_KEYS}
     if "mscale_all_dim" in values:  # llama.cpp takes the other mscale to be 1

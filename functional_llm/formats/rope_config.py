@@ -87,7 +87,7 @@ def with_types(given: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, 
         kinds = {key: value[key] for key in ("rope_type", "type") if key in value}
         if types or any(kind in list(OF_FAMILIES) for kind in kinds.values()):
             kinds = {key: known(allowed, kind, "rope_type") for key, kind in kinds.items()}
-        return {**value, **kinds}
+        return {**{key: translated(x) for key, x in value.items()}, **kinds}
 
     places = ("rope_parameters", "rope_scaling")
     return {key: translated(x) if key in places else x for key, x in given.items()}

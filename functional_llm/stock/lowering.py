@@ -183,6 +183,8 @@ class Lowering:
 
         names = [spec.name.removeprefix("input.").replace(".", "_") for spec in specs]
         names = ["x"] if names == ["0"] else names  # the one input of a layer
+        inside = {inner.name for inner in inner_layers(layer) or ()}
+        names = [f"{name}_input" if name in inside else name for name in names]
         return self._call_model(layer, [x for x in given if x is not None], names, body)
 
     def _call_custom(

@@ -21,6 +21,7 @@ from configs import (
     layer_norm,
     llama_kin,
     sandwich,
+    shared_keys,
     states,
 )
 
@@ -35,6 +36,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **chunked.CONFIGS,
     **states.CONFIGS,
     **delta_nets.CONFIGS,
+    **shared_keys.CONFIGS,
 }
 # The first config of each family, for what no config changes.
 ONE_OF_EACH_FAMILY = list({x["model_type"]: name for name, x in reversed(CONFIGS.items())}.values())
@@ -60,4 +62,5 @@ ONE_OF_EACH_KIND = [
     "llama4_chunks_then_all",  # layers that see chunks, experts in fused tensors
     "lfm2_wide_kernel",  # a state in the place of keys and values
     "qwen3_5_grouped_values",  # gated delta nets, attention with a gate
+    "gemma4_shared_keys",  # layers look at the keys of others, embeddings for each layer
 ]
