@@ -17,6 +17,7 @@ import numpy as np
 from functional_llm.evaluation.batches import Batch, Contexts, make_batches
 from functional_llm.evaluation.rows import Row, check_rows, encode_rows
 from functional_llm.generation.compilation_cache import use_compilation_cache
+from functional_llm.generation.equal_layers import trace_equal_layers_once
 from functional_llm.generation.not_finite import not_finite_error
 from functional_llm.generation.programs import Weights
 from functional_llm.generation.samplers import Greedy
@@ -103,7 +104,7 @@ class Scorer:
         self.backbone: keras.Model = model
         self._tokenizer = tokenizer
         kept = {name: outputs[name] for name in ("hidden", "cache")}
-        self._trunk = keras.Model(model.input, kept)
+        self._trunk = trace_equal_layers_once(keras.Model(model.input, kept))
         self._head = keras.Model(outputs["hidden"], outputs["logits"])
         self._variables = model.variables
         self._turning_lengths = turning_lengths(model)
