@@ -56,6 +56,18 @@ def test_the_document_names_every_property_test() -> None:
     assert sorted(named) == sorted(tests)
 
 
+PAGES = [README, *(REPOSITORY / "docs").rglob("*.md"), *(REPOSITORY / "notebooks").glob("*.ipynb")]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_jax_is_chosen_before_keras_is_imported(path: Path) -> None:
+    """Keras takes TensorFlow unless it is told otherwise, as in Colab, which has it."""
+    text = path.read_text(encoding="utf-8")
+    keras = re.search(r"^[\s\"]*(import|from) keras\b", text, re.M)
+    chosen = re.search(r"^[\s\"]*(import functional_llm|.*KERAS_BACKEND)", text, re.M)
+    assert keras is None or (chosen is not None and chosen.start() < keras.start())
+
+
 @pytest.mark.parametrize("path", [ADDING, README], ids=lambda path: path.name)
 def test_links_lead_to_files(path: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8"))

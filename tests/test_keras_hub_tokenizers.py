@@ -1,17 +1,24 @@
 """KerasHub's tokenizers: read out of a preset directory, and beside KerasHub's own."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 import functional_llm as flm
 from functional_llm.formats.gguf_file import open_gguf
+from functional_llm.presets.keras_hub_writing import save_keras_hub_preset
 from functional_llm.tokenizers.keras_hub_vocabulary import KINDS
-from functional_llm.tokenizers.sentencepiece_model import make_sentencepiece_proto
-from tiny import save_tokenizer
+from functional_llm.tokenizers.sentencepiece_model import (
+    load_sentencepiece,
+    make_sentencepiece_proto,
+    with_pieces,
+)
+from tiny import save_tiny, save_tokenizer
 
 keras_hub = pytest.importorskip("keras_hub", reason="make .venv/installed-dev installs it")
 
@@ -139,6 +146,87 @@ def test_a_preset_is_written_in_hugging_face_layout_with_its_tokenizer(tmp_path:
     assert not first.add_bos  # as its preprocessor says
     for text in TEXTS:
         assert first.encode(text) == second.encode(text)
+
+
+def renamed(folder: Path, names: dict[str, str]) -> Path:
+    """Returns a tiny model whose special tokens have other texts."""
+    save_tiny(folder, config="llama_multi_head_tied")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        text = (folder / file).read_text()
+        for old, new in names.items():
+            text = text.replace(old, new)
+        (folder / file).write_text(text)
+    return folder
+
+
+# Special tokens -> the class that has them, of a Llama 3 with its own and of one with Qwen's.
+WRITTEN: dict[str, dict[str, str]] = {
+    "Qwen3Tokenizer": {"<s>": "<|endoftext|>"},
+    "BytePairTokenizer": {},
+}
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_a_preset_is_written_with_its_tokenizer(kind: str, tmp_path: Path) -> None:
+    folder = renamed(tmp_path / "hf", WRITTEN[kind])
+    model, ours = flm.Backbone.from_preset(folder), flm.Tokenizer.from_preset(folder)
+    for _ in range(2):  # the second takes the place of the first
+        with nullcontext() if WRITTEN[kind] else pytest.warns(match="No class of KerasHub's"):
+            save_keras_hub_preset(model, tmp_path / "hub")
+    theirs = keras_hub.tokenizers.Tokenizer.from_preset(str(tmp_path / "hub"))
+    assert type(theirs).__name__ == kind
+    chat = ours.apply_chat_template([{"role": "user", "content": "The lazy dog?"}])
+    for text in [*TEXTS[:4], "a fox.\n\nZwei", chat]:
+        assert ids_of(theirs, text) == ours.encode(text, parse_special=True)
+    hub = keras_hub.models.Backbone.from_preset(str(tmp_path / "hub"))  # its head is tied
+    ids = np.array([ours.encode("The quick brown")])
+    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids, bool)}
+    with jax.numpy_dtype_promotion("standard"):
+        logits = hub.token_embedding(hub(inputs), reverse=True)
+    np.testing.assert_allclose(logits, model(ids), atol=1e-4)
+
+
+@pytest.mark.nightly
+def test_the_task_of_a_written_preset_writes_the_same_text(tmp_path: Path) -> None:
+    folder = renamed(tmp_path / "hf", WRITTEN["Qwen3Tokenizer"])
+    model, ours = flm.Backbone.from_preset(folder), flm.Tokenizer.from_preset(folder)
+    save_keras_hub_preset(model, tmp_path / "hub")
+    task = keras_hub.models.CausalLM.from_preset(str(tmp_path / "hub"))
+    task.compile(sampler="greedy")
+    prompt = "The quick brown"
+    with jax.numpy_dtype_promotion("standard"):  # which KerasHub needs
+        written = task.generate(prompt, max_length=len(ours.encode(prompt)) + 4)
+    assert written == prompt + flm.TextGenerator(model, ours).generate(prompt, max_new_tokens=4)
+    assert flm.Tokenizer.from_preset(tmp_path / "hub").stop_token_ids == ours.stop_token_ids
+
+
+# KerasHub leaves the file of the vocabulary open.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_sentencepiece_presets_are_written(material: Path, tmp_path: Path) -> None:
+    """Out of a tokenizer.json, with merges; and out of a GGUF file, as sentencepiece has it."""
+    folder = material / "stories260K"
+    for i, source in enumerate((folder, folder / "stories260K-f32.gguf")):
+        model, ours = flm.Backbone.from_preset(source), flm.Tokenizer.from_preset(source)
+        save_keras_hub_preset(model, tmp_path / str(i))
+        theirs = keras_hub.tokenizers.Tokenizer.from_preset(str(tmp_path / str(i)))
+        assert type(theirs).__name__ == "LlamaTokenizer"
+        for text in ("Once upon a time, Lily", "Zwölf 日本語 🙂", "two  spaces\n\n", "1234"):
+            assert ids_of(theirs, text) == ours.encode(text)
+        again = flm.Tokenizer.from_preset(tmp_path / str(i))
+        assert (again.add_bos, again.bos_token_id) == (ours.add_bos, ours.bos_token_id)
+    model = flm.Backbone.from_preset(folder / "stories260K-f32.gguf")
+    hub = keras_hub.models.Backbone.from_preset(str(tmp_path / "1"))
+    assert type(hub).__name__ == "LlamaBackbone"
+
+
+def test_added_tokens_become_tokens_of_sentencepiece() -> None:
+    """As of Phi 3, whose words for roles are not in its sentencepiece model."""
+    size = 6 + 4 + 256 + 13
+    added = {x: (None, size + i) for i, x in enumerate(("<|system|>", "<|assistant|>"))}
+    processor = load_sentencepiece(with_pieces(sentences(), added), "the model")
+    assert size + 1 in processor.encode("<|assistant|>abc")
+    with pytest.raises(ValueError, match=r"cannot have '<\|x\|>' as token"):
+        with_pieces(sentences(), {"<|x|>": (None, size + 5)})
 
 
 def test_bad_tokenizers(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import transformers
 
 import functional_llm as flm
 from configs import CONFIGS
+from functional_llm.evaluation import batches as batches_module
 from functional_llm.evaluation import scorer as scorer_module
 from functional_llm.evaluation.batches import make_batches
 from functional_llm.evaluation.perplexity import rolling_windows
@@ -66,6 +67,12 @@ def test_log_probabilities_are_those_of_transformers(pair: Any) -> None:
     scores = flm.score(pair.ours, rows)
     check_scores(scores, rows, expected_scores(pair.reference, rows))
     assert [score.is_greedy for score in scores] == [False] * len(ROWS) + [True]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches_module, "_SHORTEST_CONTEXT", 1000)  # every row on its own
+        alone = flm.score(pair.ours, rows)
+    for found, expected in zip(scores, alone, strict=True):
+        logs = expected.token_log_probabilities
+        np.testing.assert_allclose(found.token_log_probabilities, logs, atol=1e-5, rtol=1e-6)
 
 
 def test_a_context_is_not_shared_where_a_text_becomes_long(tmp_path: Path) -> None:
@@ -234,7 +241,8 @@ def test_new_weights_are_used_and_nothing_is_compiled_for_them(
 
 def test_logits_of_all_tokens_are_never_there_at_once(scorer: flm.Scorer) -> None:
     rows = [Row(ids(100, i), ids(20, i)) for i in range(16)]
-    ((_, batch),) = make_batches(rows, tokens=2048)
+    (work,) = make_batches(rows, tokens=2048)
+    ((_, batch),) = work.batches
     values = [variable.value for variable in scorer.backbone.variables]
     program = str(jax.make_jaxpr(scorer._score_batch)(values, batch))
     assert f"f32[512,{scorer.vocabulary_size}]" in program  # a chunk
@@ -252,32 +260,49 @@ def test_each_row_is_in_a_batch_and_shapes_are_few(batch_size: int | None) -> No
     rows += [Row(ids(n, n), ids(k, k)) for n in range(20, 60) for k in (1, 3, 5, 2)]
     seen: list[int] = []
     shapes = set()
-    for places, batch in make_batches(rows, tokens=1024, batch_size=batch_size):
-        shapes.add(tuple(x.shape for x in jax.tree.leaves(batch)))
-        seen += places
-        assert len(batch.tokens) <= (batch_size or 1024)
-        for i, place in enumerate(places):
-            labels_T = batch.labels[i]
-            assert labels_T[labels_T >= 0].tolist() == rows[place].continuation
-            given = batch.tokens[i][batch.positions[i] >= 0].tolist()
-            if batch.prefix is not None:
-                owner = batch.prefix.owners[i]
-                is_there = batch.prefix.positions[owner] >= 0
-                given = [*batch.prefix.tokens[owner][is_there].tolist(), *given]
-            assert given == rows[place].inputs
-        assert (batch.labels[len(places) :] == -1).all()
+    for contexts, batches in make_batches(rows, tokens=1024, batch_size=batch_size):
+        if contexts is not None:
+            shapes.add(contexts.tokens.shape)
+            assert len(contexts.tokens) <= (batch_size or 1024)
+        for places, batch in batches:
+            shapes.add((batch.tokens.shape, contexts and contexts.tokens.shape))
+            seen += places
+            assert len(batch.tokens) <= (batch_size or 1024)
+            for i, place in enumerate(places):
+                labels_T = batch.labels[i]
+                assert labels_T[labels_T >= 0].tolist() == rows[place].continuation
+                given = batch.tokens[i][batch.positions[i] >= 0].tolist()
+                if contexts is not None and batch.owners is not None:
+                    owner = batch.owners[i]
+                    is_there = contexts.positions[owner] >= 0
+                    given = [*contexts.tokens[owner][is_there].tolist(), *given]
+                assert given == rows[place].inputs
+            assert (batch.labels[len(places) :] == -1).all()
     assert sorted(seen) == list(range(len(rows)))
-    assert len(shapes) <= 9
+    assert len(shapes) <= 12
 
 
-def test_a_shared_context_is_read_once() -> None:
-    rows = [Row(ids(50, c), [k + 3]) for c in range(6) for k in range(4)]
-    ((places, batch),) = make_batches(rows, tokens=1024)
-    assert len(places) == 24 and batch.prefix is not None
-    assert batch.prefix.tokens.shape == (8, 64) and batch.tokens.shape == (32, 16)
-    many = [Row(ids(50, 0), [k + 3]) for k in range(100)]
-    shapes = [b.prefix and b.prefix.tokens.shape for _, b in make_batches(many, tokens=1024)]
-    assert shapes == [(2, 64)] * 4
+def read_tokens(rows: list[Row], **settings: Any) -> int:
+    """Returns how many tokens a model reads, padding included."""
+    works = list(make_batches(rows, tokens=1024, **settings))
+    contexts = sum(work.contexts.tokens.size for work in works if work.contexts is not None)
+    return contexts + sum(batch.tokens.size for work in works for _, batch in work.batches)
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 8])
+def test_a_shared_context_is_read_once(batch_size: int | None) -> None:
+    rows = [Row(ids(51, c), [k + 3]) for c in range(6) for k in range(4)]
+    assert read_tokens(rows, batch_size=batch_size) <= 8 * 64 + 32 * 16
+    many = [Row(ids(401, 0), [k % 100 + 3] * 3) for k in range(1000)]
+    (work,) = make_batches(many, tokens=1024, batch_size=batch_size)
+    assert work.contexts is not None and work.contexts.positions.max(axis=1).tolist()[0] == 399
+    expected = 512 * (batch_size or 1)
+    assert work.contexts.tokens.size <= expected
+    assert read_tokens(many, batch_size=batch_size) <= expected + 1008 * 16
+    # A long continuation does not make a batch larger than others.
+    long = [Row(ids(11, 0), ids(n, n)) for n in (500, 480, 3, 4)]
+    (work,) = make_batches(long, tokens=1024)
+    assert {batch.tokens.shape for _, batch in work.batches} == {(2, 512)}
 
 
 def test_results_do_not_depend_on_the_batches(scorer: flm.Scorer) -> None:

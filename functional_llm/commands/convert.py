@@ -17,7 +17,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--to",
         choices=["directory", "keras", "keras_hub"],
         help="directory in Hugging Face layout, file of stock Keras layers, or preset of KerasHub "
-        "(needs keras-hub; without a tokenizer). By default, what the output's name says",
+        "(needs keras-hub). By default, what the output's name says",
     )
     add_precision(parser, quantize=False)
 
@@ -32,9 +32,9 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
 
 def run(arguments: argparse.Namespace) -> None:
     """Checks, loads, saves."""
-    from functional_llm.files.replacing import check_writable, replaced_folder
+    from functional_llm.files.replacing import check_writable
     from functional_llm.presets import Backbone
-    from functional_llm.presets.keras_hub import to_keras_hub
+    from functional_llm.presets.keras_hub_writing import save_keras_hub_preset
     from functional_llm.presets.sources import adapter_folder, read_numbers
 
     output = arguments.output
@@ -57,8 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     elif arguments.to == "directory":
         backbone.save_preset(output)
     else:
-        with replaced_folder(output) as folder:
-            to_keras_hub(backbone).save_to_preset(str(folder))
+        save_keras_hub_preset(backbone, output)
     print(f"Saved in {output}.")
 
 

@@ -13,21 +13,6 @@ from functional_llm.evaluation.rows import Row
 _SHORTEST = 16  # T and L, from where on they are powers of two
 _FINE = 128  # tokens, from where on there is a step between two powers of two
 _SHORTEST_CONTEXT = 8  # tokens; one program for all rows is worth more than what less would save
-_MOST_OF_A_CONTEXT = 16  # rows that one reading of a context serves
-
-
-class Prefix(NamedTuple):
-    """What rows of a batch begin with.
-
-    Args:
-        tokens: (C, L) int32.
-        positions: (C, L) int32, -1 for padding.
-        owners: (B,) int32, the context of each row.
-    """
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    owners: np.ndarray
 
 
 class Batch(NamedTuple):
@@ -37,13 +22,37 @@ class Batch(NamedTuple):
         tokens: (B, T) int32.
         positions: (B, T) int32, -1 for padding.
         labels: (B, T) int32: the token that follows, -1 where nobody asks for its probability.
-        prefix: What comes before, or `None` if the tokens are all.
+        owners: (B,) int32, the context that each row goes on from; `None` if the tokens are all.
     """
 
     tokens: np.ndarray
     positions: np.ndarray
     labels: np.ndarray
-    prefix: Prefix | None = None
+    owners: np.ndarray | None = None
+
+
+class Contexts(NamedTuple):
+    """What rows begin with, to be read before any of their batches.
+
+    Args:
+        tokens: (C, L) int32.
+        positions: (C, L) int32, -1 for padding.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+
+
+class Work(NamedTuple):
+    """Contexts that are read together, and the rows that go on from them.
+
+    Args:
+        contexts: `None` for rows that stand alone.
+        batches: The places of a batch's first rows among all rows, and the batch.
+    """
+
+    contexts: Contexts | None
+    batches: Sequence[tuple[list[int], Batch]]
 
 
 def make_batches(
@@ -51,7 +60,7 @@ def make_batches(
     tokens: int,
     batch_size: int | None = None,
     turning_lengths: Collection[int] = (),
-) -> Iterator[tuple[list[int], Batch]]:
+) -> Iterator[Work]:
     """Yields the rows in batches, the longest first.
 
     The last rows come in the shape of those before: to compute padding takes less time than to
@@ -65,39 +74,40 @@ def make_batches(
             is not shared across them.
 
     Yields:
-        The places in `rows` of the batch's first rows, and the batch.
+        Each context of several rows once, and with it all of their batches; then the other rows.
     """
-    most = min(_MOST_OF_A_CONTEXT, batch_size or _MOST_OF_A_CONTEXT)
-    shared, alone = _share_contexts(rows, most, turning_lengths)
-    most = min(most, _power_of_two(max(map(len, shared), default=1), 1))
 
-    def contexts(length: int) -> int:
-        # Each row gets a copy of its context's cache.
-        return max(1, batch_size // most) if batch_size else _floor(2 * tokens // (length * most))
+    def count(length: int) -> int:
+        return batch_size or _floor(tokens // length)
 
+    shared, alone = _share_contexts(rows, turning_lengths)
+    most = _power_of_two(sum(map(len, shared)), 1)
     lengths = [len(rows[places[0]].context) - 1 for places in shared]
-    for chosen, (count, length) in _shapes(lengths, contexts):
+    for chosen, (num_contexts, length) in _shapes(lengths, count):
         groups = [shared[i] for i in chosen]
-        yield _with_prefix(rows, groups, count, count * most, length)
+        longest = max(len(_rest(rows[i])) for places in groups for i in places)
+        # Each row gets a copy of its context's cache, whose memory is that of about as many tokens.
+        size = min(count(max(length // 2, _padded(longest))), most)
+        yield _work(rows, groups, num_contexts, length, (size, _padded(longest)))
     lengths = [len(rows[i].inputs) for i in alone]
-    for chosen, (count, length) in _shapes(lengths, lambda x: batch_size or _floor(tokens // x)):
+    for chosen, shape in _shapes(lengths, count):
         places = [alone[i] for i in chosen]
-        yield places, _arrays([(0, rows[i].inputs, rows[i]) for i in places], count, length)
+        batch = _arrays([(0, rows[i].inputs, rows[i]) for i in places], shape)
+        yield Work(None, [(places, batch)])
 
 
 def _share_contexts(
-    rows: Sequence[Row], most: int, turning_lengths: Collection[int]
+    rows: Sequence[Row], turning_lengths: Collection[int]
 ) -> tuple[list[list[int]], list[int]]:
-    """Returns the places of `most` rows or fewer that share a context, and those of all others."""
+    """Returns the places of rows that share a context, and those of all others."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, row in enumerate(rows):
         known = len(row.context) - 1  # its last token predicts the continuation's first
         turns = any(known <= length < len(row.inputs) for length in turning_lengths)
         is_alone = turns or known < _SHORTEST_CONTEXT
         groups.setdefault((i,) if is_alone else tuple(row.context), []).append(i)
-    parts = [x[i : i + most] for x in groups.values() for i in range(0, len(x), most)]
-    shared = [places for places in parts if len(places) > 1]
-    return shared, [places[0] for places in parts if len(places) == 1]
+    shared = [places for places in groups.values() if len(places) > 1]
+    return shared, [places[0] for places in groups.values() if len(places) == 1]
 
 
 def _shapes(
@@ -114,36 +124,52 @@ def _shapes(
         order = order[count:]
 
 
-def _with_prefix(
-    rows: Sequence[Row], groups: list[list[int]], num_contexts: int, num_rows: int, length: int
-) -> tuple[list[int], Batch]:
-    """Returns the places of the rows in groups, each of which has a context, and the batch."""
-    places = [i for group in groups for i in group]
-    owners = [owner for owner, group in enumerate(groups) for _ in group]
-    contexts = [rows[group[0]].context[:-1] for group in groups]
-    rest = [(len(rows[i].context) - 1, rows[i].inputs, rows[i]) for i in places]
-    longest = max(len(inputs) - start for start, inputs, _ in rest)
-    batch = _arrays(rest, num_rows, _padded(longest))
+def _work(
+    rows: Sequence[Row],
+    groups: list[list[int]],
+    num_contexts: int,
+    length: int,
+    shape: tuple[int, int],
+) -> Work:
+    """Returns contexts as arrays, and the rows of each as batches of one shape."""
+    contexts = [rows[places[0]].context[:-1] for places in groups]
     tokens_CL, positions_CL = np.zeros((2, num_contexts, length), "int32")
     for i in range(num_contexts):
         ids = contexts[min(i, len(contexts) - 1)]
         tokens_CL[i, : len(ids)] = ids
         positions_CL[i] = _positions(0, len(ids), length)
-    owners_B = np.array([*owners, *owners[-1:] * (num_rows - len(owners))], "int32")
-    return places, batch._replace(prefix=Prefix(tokens_CL, positions_CL, owners_B))
+    pairs = [(i, owner) for owner, places in enumerate(groups) for i in places]
+    batches = []
+    for begin in range(0, len(pairs), shape[0]):
+        chosen = pairs[begin : begin + shape[0]]
+        parts = [(len(rows[i].context) - 1, _rest(rows[i]), rows[i]) for i, _ in chosen]
+        owners_B = np.full(shape[0], chosen[-1][1], "int32")
+        owners_B[: len(chosen)] = [owner for _, owner in chosen]
+        batch = _arrays(parts, shape)._replace(owners=owners_B)
+        batches.append(([i for i, _ in chosen], batch))
+    return Work(Contexts(tokens_CL, positions_CL), batches)
 
 
-def _arrays(parts: list[tuple[int, list[int], Row]], num_rows: int, length: int) -> Batch:
-    """Returns the inputs of rows from a start on, as arrays."""
-    tokens_BT, positions_BT, labels_BT = np.zeros((3, num_rows, length), "int32")
+def _rest(row: Row) -> list[int]:
+    """Returns what a row's model reads behind the context's cache."""
+    return row.inputs[len(row.context) - 1 :]
+
+
+def _arrays(parts: list[tuple[int, list[int], Row]], shape: tuple[int, int]) -> Batch:
+    """Returns rows as arrays.
+
+    Args:
+        parts: Of each row the position of its first token, the tokens, and the row.
+        shape: (B, T).
+    """
+    tokens_BT, positions_BT, labels_BT = np.zeros((3, *shape), "int32")
     labels_BT[:] = -1
-    for i in range(num_rows):
-        start, inputs, row = parts[min(i, len(parts) - 1)]
-        count = len(inputs) - start
-        tokens_BT[i, :count] = inputs[start:]
-        positions_BT[i] = _positions(start, count, length)
+    for i in range(shape[0]):
+        start, ids, row = parts[min(i, len(parts) - 1)]
+        tokens_BT[i, : len(ids)] = ids
+        positions_BT[i] = _positions(start, len(ids), shape[1])
         if i < len(parts):
-            labels_BT[i, count - len(row.continuation) : count] = row.continuation
+            labels_BT[i, len(ids) - len(row.continuation) : len(ids)] = row.continuation
     return Batch(tokens_BT, positions_BT, labels_BT)
 
 

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from functional_llm.evaluation.batches import Batch, make_batches
+from functional_llm.evaluation.batches import Batch, Contexts, make_batches
 from functional_llm.evaluation.rows import Row, check_rows, encode_rows
 from functional_llm.generation.compilation_cache import use_compilation_cache
+from functional_llm.generation.equal_layers import trace_equal_layers_once
 from functional_llm.generation.not_finite import not_finite_error
 from functional_llm.generation.programs import Weights
 from functional_llm.generation.samplers import Greedy
@@ -24,7 +25,7 @@ from functional_llm.generation.text_generator import TextGenerator
 from functional_llm.graph.backend import require_jax
 from functional_llm.graph.precision import full_float32
 from functional_llm.graph.types import Tensor
-from functional_llm.layers.cache import capped_num_slots, fill_cache
+from functional_llm.layers.cache import Cache, capped_num_slots, fill_cache, num_slots
 from functional_llm.layers.call_inputs import complete_inputs
 from functional_llm.layers.long_texts import turning_lengths
 from functional_llm.presets import Tokenizer
@@ -103,13 +104,15 @@ class Scorer:
         self.backbone: keras.Model = model
         self._tokenizer = tokenizer
         kept = {name: outputs[name] for name in ("hidden", "cache")}
-        self._trunk = keras.Model(model.input, kept)
+        self._trunk = trace_equal_layers_once(keras.Model(model.input, kept))
         self._head = keras.Model(outputs["hidden"], outputs["logits"])
         self._variables = model.variables
         self._turning_lengths = turning_lengths(model)
-        self._program = jax.jit(
-            optimize_for_gpu(optimize_for_cpu(self._score_batch)),
-            compiler_options=compiler_options(),
+        self._read, self._program = (
+            jax.jit(
+                optimize_for_gpu(optimize_for_cpu(function)), compiler_options=compiler_options()
+            )
+            for function in (self._read_contexts, self._score_batch)
         )
         use_compilation_cache()
 
@@ -190,39 +193,58 @@ class Scorer:
         weights = [variable.value for variable in self._variables]
         results: dict[int, Score] = {}
         with _progress(len(rows)) as progress:
-            batches = make_batches(rows, tokens, batch_size, self._turning_lengths)
-            for places, batch in batches:
-                log_BT, greedy_BT = jax.device_get(self._program(weights, batch))
-                for place, log_T, greedy_T, labels_T in zip(
-                    places, log_BT, greedy_BT, batch.labels, strict=False
-                ):
-                    is_asked_T = labels_T >= 0
-                    if np.isnan(log_T[is_asked_T]).any():
-                        raise not_finite_error(self.backbone)
-                    continuation = rows[place].continuation
-                    is_greedy = bool(greedy_T[is_asked_T].all())
-                    results[place] = Score(continuation, log_T[is_asked_T], is_greedy)
-                progress(len(results))
+            for contexts, batches in make_batches(rows, tokens, batch_size, self._turning_lengths):
+                new = None if contexts is None else self._read(weights, contexts)
+                for places, batch in batches:
+                    found = jax.device_get(self._program(weights, batch, new))
+                    results |= self._collect(rows, places, batch, *found)
+                    progress(len(results))
         return [results[i] for i in range(len(rows))]
 
-    def _score_batch(self, weights: Weights, batch: Batch) -> _Scores:
+    def _collect(
+        self,
+        rows: Sequence[Row],
+        places: list[int],
+        batch: Batch,
+        log_BT: np.ndarray,
+        greedy_BT: np.ndarray,
+    ) -> dict[int, Score]:
+        results = {}
+        for i, place in enumerate(places):
+            is_asked_T = batch.labels[i] >= 0
+            log_T = log_BT[i, is_asked_T]
+            if np.isnan(log_T).any():
+                raise not_finite_error(self.backbone)
+            is_greedy = bool(greedy_BT[i, is_asked_T].all())
+            results[place] = Score(rows[place].continuation, log_T, is_greedy)
+        return results
+
+    def _read_contexts(self, weights: Weights, contexts: Contexts) -> Cache:
+        """Returns what the model keeps of contexts, to be stored in a cache: (C, L, ...) arrays."""
+        with self._using(weights):
+            return self._run(contexts.tokens, contexts.positions)["cache"]
+
+    def _score_batch(self, weights: Weights, batch: Batch, new: Cache | None = None) -> _Scores:
         """Returns of each token that has a label its log-probability, and whether it is likeliest.
 
-        Both (B, T).
+        Both (B, T). `new` is what `_read_contexts` returned of the contexts that the rows go on
+        from.
         """
-        pairs = zip(self._variables, weights, strict=True)
-        precision = full_float32(str(self.backbone.output["hidden"].dtype))
-        with keras.StatelessScope(state_mapping=list(pairs)), precision:
+        with self._using(weights):
             cache = None
-            if batch.prefix is not None:
-                tokens_CL, positions_CL, owners_B = batch.prefix
-                most = tokens_CL.shape[1] + batch.tokens.shape[1]
-                new = self._run(tokens_CL, positions_CL)["cache"]
-                slots = capped_num_slots(self.backbone, most)
-                cache = fill_cache(self.backbone, new, slots)
-                cache = jax.tree.map(lambda x: x[owners_B], cache)
+            if new is not None:
+                most = num_slots(new) + batch.tokens.shape[1]
+                cache = fill_cache(self.backbone, new, capped_num_slots(self.backbone, most))
+                cache = jax.tree.map(lambda x: x[batch.owners], cache)
             hidden_BTD = self._run(batch.tokens, batch.positions, cache)["hidden"]
             return self._score_tokens(hidden_BTD, jnp.asarray(batch.labels))
+
+    @contextmanager
+    def _using(self, weights: Weights) -> Iterator[None]:
+        pairs = list(zip(self._variables, weights, strict=True))
+        precision = full_float32(str(self.backbone.output["hidden"].dtype))
+        with keras.StatelessScope(state_mapping=pairs), precision:
+            yield
 
     def _run(self, tokens_BT: Tensor, positions_BT: Tensor, cache: Any = None) -> Any:
         inputs = {"token_ids": tokens_BT, "positions": positions_BT, "cache": cache}

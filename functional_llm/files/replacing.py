@@ -68,8 +68,11 @@ def replaced_folder(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
             os.replace(beside, folder)
         else:
             for path in files:
-                os.replace(path, folder / path.name)
-                old.discard(folder / path.name)
+                target = folder / path.name
+                if target.is_dir():  # a folder takes the place of an empty one only
+                    os.replace(target, beside / f"{path.name}.old")
+                os.replace(path, target)
+                old.discard(target)
             for path in old:
                 path.unlink()
         _sync(folder)

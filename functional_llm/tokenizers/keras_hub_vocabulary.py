@@ -45,6 +45,8 @@ _SENTENCES = _Kind(bos="<s>", eos="</s>")
 _GEMMA = _Kind(bos="<bos>", eos="<eos>", pad="<pad>", stops=("<end_of_turn>",))
 _QWEN3_5 = _Kind(pre="qwen35", eos="<|im_end|>", pad="<|endoftext|>")
 _GPT2 = _Kind(pre="gpt-2", bos="<|endoftext|>", eos="<|endoftext|>")
+_QWEN = _Kind(pre="qwen2", eos="<|endoftext|>")
+_QWEN3 = _Kind(pre="qwen2", eos="<|im_end|>", pad="<|endoftext|>")
 KINDS = {
     "BloomTokenizer": _Kind(pre="bloom", bos="<s>", eos="</s>", pad="<pad>"),
     "FalconTokenizer": _GPT2,  # of Falcon RW, the only one that KerasHub has
@@ -58,12 +60,16 @@ KINDS = {
     "LlamaTokenizer": _SENTENCES,
     "MistralTekkenTokenizer": _Kind(pre="tekken", bos="<s>", eos="</s>"),
     "MistralTokenizer": _SENTENCES,
+    "MixtralTokenizer": _SENTENCES,
     "OPTTokenizer": _Kind(pre="gpt-2", bos="</s>", eos="</s>", pad="<pad>"),
     "Phi3Tokenizer": _Kind(bos="<s>", eos="<|endoftext|>", stops=("<|end|>",)),
-    "Qwen3Tokenizer": _Kind(pre="qwen2", eos="<|im_end|>", pad="<|endoftext|>"),
+    "Qwen3Tokenizer": _QWEN3,
+    "Qwen3MoeTokenizer": _QWEN3,
     "Qwen3_5MoeTokenizer": _QWEN3_5,
     "Qwen3_5Tokenizer": _QWEN3_5,
-    "QwenTokenizer": _Kind(pre="qwen2", eos="<|endoftext|>"),
+    "QwenTokenizer": _QWEN,
+    "QwenMoeTokenizer": _QWEN,
+    "SmolLM3Tokenizer": _Kind(pre="llama3", eos="<|end_of_text|>", stops=("<|im_end|>",)),
 }
 
 

@@ -1,7 +1,8 @@
 """Reads and writes models of the library sentencepiece."""
 
+import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +124,61 @@ def make_sentencepiece_proto(
     # Add the space in front, keep repeated spaces, write spaces as "▁".
     normalizer = _proto_int(3, adds_space) + _proto_int(4, 0) + _proto_int(5, 1)
     return pieces + _proto_bytes(2, trainer) + _proto_bytes(3, normalizer)
+
+
+def merges_proto(
+    ids: Mapping[str, int], kinds: Mapping[str, int], merges: Sequence[str], adds_space: bool
+) -> bytes:
+    """Returns a model in the library's own format of one as the library tokenizers has it.
+
+    Args:
+        ids: Text of each token -> its id.
+        kinds: Types of tokens that are not normal ones or bytes.
+        merges: Pairs of tokens with a space between, those that are merged first in front.
+        adds_space: As for `make_sentencepiece_proto`.
+
+    Raises:
+        ValueError: If there are ids without tokens.
+    """
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(merges):
+        ranks.setdefault(pair.replace(" ", ""), rank)
+    texts = sorted(ids, key=ids.__getitem__)
+    if [ids[text] for text in texts] != list(range(len(texts))):
+        raise ValueError("a sentencepiece model has a token for each id; this vocabulary has not.")
+
+    def kind(text: str) -> int:
+        if text in kinds:
+            return kinds[text]
+        if re.fullmatch("<0x[0-9A-F]{2}>", text):
+            return BYTE
+        # What no pair makes must not come out of any.
+        return NORMAL if len(text) == 1 or text in ranks else CONTROL
+
+    tokens = [(text, kind(text)) for text in texts]
+    scores = [-float(ranks.get(text, len(ranks))) for text in texts]
+    return make_sentencepiece_proto(tokens, scores, adds_space)
+
+
+def with_pieces(proto: bytes, added: Mapping[str, tuple[object, int]]) -> bytes:
+    """Returns a model that has added tokens as tokens of its own, which it finds in a text.
+
+    Args:
+        proto: The model in its own format.
+        added: Text of each -> what is known of it, and its id.
+
+    Raises:
+        ValueError: If one takes the place of another token, or there are ids without tokens.
+    """
+    pieces = [text for text, _, _ in read_model_facts(proto).pieces]
+    for text, (_, token_id) in sorted(added.items(), key=lambda item: item[1][1]):
+        if token_id == len(pieces):
+            # Fields of a message may come in any order, one behind the other.
+            piece = _proto_bytes(1, text.encode()) + _proto_int(3, USER_DEFINED)
+            proto, pieces = proto + _proto_bytes(1, piece), [*pieces, text]
+        elif token_id > len(pieces) or pieces[token_id] != text:
+            raise ValueError(f"the sentencepiece model cannot have {text!r} as token {token_id}.")
+    return proto
 
 
 def read_fields(proto: bytes) -> Iterator[tuple[int, bytes | int]]:
