@@ -65,7 +65,7 @@ def join(arguments: argparse.Namespace) -> None:
     else:
         join_processes()
     if not is_first():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # to the end
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # to the end
 
 
 def launch(name: str, options: Sequence[str], count: int) -> int:

@@ -22,6 +22,7 @@ from functional_llm.generation.programs import Weights
 from functional_llm.generation.samplers import Greedy
 from functional_llm.generation.text_generator import TextGenerator
 from functional_llm.graph.backend import require_jax
+from functional_llm.graph.placing import to_numpy
 from functional_llm.graph.precision import full_float32
 from functional_llm.graph.types import Tensor
 from functional_llm.layers.cache import capped_num_slots, fill_cache
@@ -192,7 +193,7 @@ class Scorer:
         with _progress(len(rows)) as progress:
             batches = make_batches(rows, tokens, batch_size, self._turning_lengths)
             for places, batch in batches:
-                log_BT, greedy_BT = jax.device_get(self._program(weights, batch))
+                log_BT, greedy_BT = map(to_numpy, self._program(weights, batch))
                 for place, log_T, greedy_T, labels_T in zip(
                     places, log_BT, greedy_BT, batch.labels, strict=False
                 ):

@@ -101,8 +101,10 @@ def write_one_by_one(
 
 def _stored(dtype: np.dtype[Any]) -> str:
     """Returns what safetensors calls a dtype."""
-    if dtype in (bool, ml_dtypes.bfloat16):
-        return "BOOL" if dtype == bool else "BF16"
+    if dtype.kind == "b":
+        return "BOOL"
+    if dtype == ml_dtypes.bfloat16:
+        return "BF16"
     return f"{dtype.kind.upper()}{8 * dtype.itemsize}"
 
 

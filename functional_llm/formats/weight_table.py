@@ -25,8 +25,8 @@ import numpy as np
 from functional_llm.backbones.transforms import TRANSFORMS, Row, Transform
 from functional_llm.formats.grid import SIZE, Grid
 from functional_llm.formats.tensor_reader import float_dtype
-from functional_llm.formats.tensor_source import TensorSource, read_grid, stored_name
-from functional_llm.graph.placing import assign
+from functional_llm.formats.tensor_source import TensorSource, read_grid, read_rows, stored_name
+from functional_llm.graph.placing import assign, own_boxes, to_numpy
 
 _NUMBERED = re.compile(r"\[(.*?)\{(\w+)\}(.*?)\]")  # in the names of rows
 
@@ -87,7 +87,7 @@ class Tensor:
     def join(self, values: Iterable[Any]) -> np.ndarray:
         """Returns the tensor of the variables' values, whole ones, on any device."""
         own = (x if self.entry is None else x[self.entry.number] for x in values)
-        return self.transform.join(keras.ops.convert_to_numpy(x) for x in own)
+        return self.transform.join(map(to_numpy, own))
 
     def sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
         """Returns how long each part is on the axis, from the shapes of the variables."""
@@ -307,6 +307,8 @@ def load_weights(
 ) -> None:
     """Streams a checkpoint into variables, each tensor straight into the variable's dtype.
 
+    With a distribution, only those rows of a tensor are read that this process needs.
+
     Args:
         variables: All variables of the model.
         tensors: From `expand_table`, checked by `check_source`.
@@ -321,6 +323,9 @@ def load_weights(
             return tensor, grids
         dtype = by_path[tensor.paths[0]].dtype
         if not tensor.transform.computes:
+            if (rows := _own_rows(tensor, by_path, shapes)) is not None:
+                array = read_rows(source, tensor.name, dtype, rows)
+                return tensor, tensor.transform.views(array, tensor.sizes(shapes))
             array = source.read(tensor.name, dtype)
             return tensor, tensor.split(array, tensor.sizes(shapes))
         parts = tensor.split(source.read(tensor.name, "float32"), tensor.sizes(shapes))
@@ -335,6 +340,32 @@ def load_weights(
                     assign(target, array)
                 else:
                     target.assign(array)
+
+
+def _own_rows(
+    tensor: Tensor, targets: Mapping[str, Target], shapes: Mapping[str, tuple[int, ...]]
+) -> slice | None:
+    """Returns the rows of a tensor that devices of this process need; `None` for all."""
+    shape = tensor.shape(shapes)
+    if keras.distribution.distribution() is None or not shape:
+        return None
+    # Each number of the tensor says in which row it is; the transform takes it where it goes.
+    marks = np.arange(shape[0], dtype="int32").reshape(-1, *(1 for _ in shape[1:]))
+    views = tensor.transform.views(np.broadcast_to(marks, shape), tensor.sizes(shapes))
+    needed: list[int] = []
+    for path, view in zip(tensor.paths, views, strict=True):
+        variable = targets[path]
+        boxes = own_boxes(variable) if isinstance(variable, keras.Variable) else None
+        if boxes is None:
+            return None
+        for box in boxes:
+            if tensor.entry is not None:
+                if tensor.entry.number not in range(shapes[path][0])[box[0]]:
+                    continue
+                box = box[1:]
+            rows = view[box]
+            needed += [int(rows.min()), int(rows.max()) + 1]
+    return slice(min(needed, default=0), max(needed, default=0))
 
 
 def _read_grids(

@@ -20,7 +20,7 @@ import numpy as np
 from functional_llm.generation.equal_layers import trace_equal_layers_once
 from functional_llm.generation.results import Stats
 from functional_llm.generation.samplers import Sampler, needs_keys
-from functional_llm.graph.placing import place_rows
+from functional_llm.graph.placing import place_rows, to_numpy
 from functional_llm.graph.precision import full_float32
 from functional_llm.layers.cache import Cache, fill_cache, grow_cache, make_cache, num_slots
 from functional_llm.xla.rewriter import compiler_options, optimize_for_cpu, optimize_for_gpu
@@ -187,7 +187,7 @@ class CompiledPrograms:
         program = self._compiled([call])
         with self.stats.timed("decode_seconds"):
             *written, state = program(*call.arguments)
-            new_BC, count = jax.device_get(written)
+            new_BC, count = map(to_numpy, written)
             new_BC = new_BC[:, :count]
         self.stats.decode_tokens += int((new_BC >= 0).sum())
         return new_BC, state

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import safetensors
 
+from functional_llm.files.processes import is_first
 from functional_llm.files.replacing import replaced_file
 from functional_llm.formats.safetensors_reader import read_header
 from functional_llm.formats.safetensors_writer import read_dtype, write_one_by_one
@@ -68,7 +69,8 @@ def save_checkpoint(
         tensors |= {f"{_DATA}{name}": array for name, array in arrays.items()}
     metadata = {key: json.dumps(value) for key, value in facts.items()}
     try:
-        _remove_unfinished(path)
+        if is_first():
+            _remove_unfinished(path)
         with replaced_file(path) as beside:
             shapes = {name: (x.shape, jax.numpy.dtype(x.dtype)) for name, x in tensors.items()}
             write_one_by_one(beside, shapes, map(to_numpy, tensors.values()), metadata)

@@ -186,7 +186,7 @@ class _Watch:
         board = blackboard()
         ends = self._read(board.key_value_dir_get(_ENDS), now)
         for number, (error, _) in ends.items():
-            if error:
+            if error and number != self.own:
                 return f"process {number} failed: {error}"
         beats = self._read(board.key_value_dir_get(_BEATS), now)
         for number in range(self.count):
@@ -219,8 +219,9 @@ class _Watch:
             file=sys.__stderr__,
             flush=True,
         )
-        with suppress(Exception):  # so that the others know it at once
-            blackboard().key_value_set(f"{_ENDS}{self.own:0{_WIDTH}}", reason, True)
-            if self.own == 0:
+        with suppress(Exception):
+            if not any(error for _, error in blackboard().key_value_dir_get(_ENDS)):
+                blackboard().key_value_set(f"{_ENDS}{self.own:0{_WIDTH}}", reason, True)
+            if self.own == 0:  # whose end takes away what the others read the reason from
                 time.sleep(3 * self.every)
         os._exit(ENDED)
