@@ -1,8 +1,10 @@
-"""A process with eight simulated devices, which does on a mesh what another does on one device.
+"""A process with simulated devices, which does on a mesh what another does on one device.
 
 `python sharded.py FOLDER WORKS MESH...` prints a line of JSON for each mesh, with what the works,
 "all" or some of them, have given; "-" stands for one device. With "resume" for the works, it trains
-on the first mesh, and goes on with a half of that on each of them.
+on the first mesh, and goes on with a half of that on each of them. There are eight devices; with
+`FLM_PLACE=NUMBER/COUNT@HOST:PORT` in the environment, this is one of so many processes that have
+them together.
 """
 
 import json
@@ -16,13 +18,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+PLACE, _, COORDINATOR = os.environ.get("FLM_PLACE", "0/1@").partition("@")
+NUMBER, COUNT = map(int, PLACE.split("/"))
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // COUNT}"
 
 import jax
 import keras
 import numpy as np
 
 import functional_llm as flm
+from functional_llm.graph.placing import own_rows, place_rows, to_numpy
 from quick import compile_quickly
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -34,7 +39,8 @@ def train(model: flm.Backbone) -> list[float]:
     """Returns the losses of some steps."""
     steps = flm.training.LossModel(model, chunk_size=16)
     steps.compile(keras.optimizers.Adam(1e-3))
-    history = steps.fit(IDS, batch_size=8, epochs=STEPS, shuffle=False, verbose=0)
+    ids = own_rows(IDS, len(IDS))
+    history = steps.fit(ids, batch_size=len(ids), epochs=STEPS, shuffle=False, verbose=0)
     return list(history.history["loss"])
 
 
@@ -46,9 +52,7 @@ def flops(model: flm.Backbone) -> Any:
     weights = steps.trainable_variables, steps.non_trainable_variables
     groups = *weights, steps.optimizer.variables, steps.metrics_variables
     state = tuple([variable.value for variable in group] for group in groups)
-    ids = IDS
-    if (layout := keras.distribution.distribution()) is not None:
-        ids = keras.distribution.distribute_tensor(ids, layout.get_data_layout(ids.shape))
+    ids = place_rows(IDS, len(IDS))
     costs: Any = jax.jit(steps.train_step).lower(state, (ids,)).compile().cost_analysis()
     return costs["flops"]
 
@@ -59,22 +63,39 @@ def measure(folder: str, mesh: str, names: list[str]) -> dict[str, Any]:
     if mesh != "-":
         layout = flm.sharding.layout(folder, flm.sharding.mesh(mesh))
         keras.distribution.set_distribution(layout)
+    before = bytes_read()
     backbone = flm.Backbone.from_preset(folder)
+    read = bytes_read() - before
     generator = flm.TextGenerator(backbone, None)
     prompts = [row[: 3 + i].tolist() for i, row in enumerate(IDS)]
     works: dict[str, Callable[[], Any]] = {
-        "logits": lambda: np.asarray(backbone(IDS)).tolist(),
+        "logits": lambda: to_numpy(backbone(IDS)).tolist(),
         "text": lambda: generator.generate_ids(prompts, max_new_tokens=6),
         "one row": lambda: generator.generate_ids(prompts[:1], max_new_tokens=6),
         "flops": lambda: flops(backbone),
         "lora on int8": lambda: train(flm.peft.lora(flm.quantize(backbone, "int8"), rank=4)),
         "lora": lambda: train(flm.peft.lora(backbone, rank=4)),
         "all weights": lambda: train(backbone),
+        "read": lambda: read,
+        "saved": lambda: saved(flm.peft.lora(backbone, rank=4)),
         "bytes": lambda: sum(
             v.value.addressable_shards[0].data.nbytes for v in backbone.trainable_variables
         ),
     }
     return {name: work() for name, work in works.items() if name in names or "all" in names}
+
+
+def bytes_read() -> int:
+    """Returns how many bytes this process has read from files so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def saved(model: flm.Backbone) -> dict[str, str]:
+    """Returns the hash of each file that the first process has saved of a model."""
+    folder = Path(os.environ["FLM_OUTPUT"])
+    flm.peft.save_adapter(model, folder / "adapter")
+    flm.peft.merge(model).save_preset(folder / "merged")
+    return {}
 
 
 class Stop(keras.callbacks.Callback):
@@ -138,6 +159,8 @@ def resume(folder: str, mesh: str, others: list[str]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     compile_quickly(True)
+    if COUNT > 1:
+        flm.sharding.join_processes(COORDINATOR, NUMBER, COUNT)
     if sys.argv[2] == "resume":
         print(json.dumps(resume(sys.argv[1], sys.argv[3], sys.argv[3:])), flush=True)
         sys.exit()
