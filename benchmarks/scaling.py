@@ -104,9 +104,7 @@ def measure_all_layers(preset: str, mesh: str, arguments: argparse.Namespace) ->
     return {name: one[name] + (total - 1) * (two[name] - one[name]) for name in FIGURES}
 
 
-def measure(
-    preset: str, layers: int, mesh: str, arguments: argparse.Namespace
-) -> dict[str, float]:
+def measure(preset: str, layers: int, mesh: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Compiles a step of a model with so many layers; returns its figures."""
     import keras
 

@@ -92,6 +92,8 @@ def _leave(error: BaseException | None) -> None:
 
     end_run(first_line(error) if error else "")
     if error is not None:
+        if type(error).__name__ == "JaxRuntimeError":  # as of a collective without a partner
+            print("Another process may have ended first: see what it says.", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(ENDED)
