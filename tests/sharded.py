@@ -18,9 +18,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
-PLACE, _, COORDINATOR = os.environ.get("FLM_PLACE", "0/1@").partition("@")
-NUMBER, COUNT = map(int, PLACE.split("/"))
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // COUNT}"
+os.environ.setdefault("FLM_PLACE", "0/1@")
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count="
+    f"{8 // int(os.environ['FLM_PLACE'].partition('@')[0].partition('/')[2])}"
+)
 
 import jax
 import keras
@@ -28,9 +30,15 @@ import numpy as np
 
 import functional_llm as flm
 from functional_llm.graph.placing import own_rows, place_rows, to_numpy
+from functional_llm.xla import rewriter
 from quick import compile_quickly
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# It rounds activations to bfloat16, where the CPU has that: a sum in another order, as on a mesh,
+# then moves some by 1/256, and losses by 5e-4. Without it they agree as those of float32 do.
+rewriter.RULES = tuple(rule for rule in rewriter.RULES if rule.name != "int8_as_half")
+PLACE, _, COORDINATOR = os.environ["FLM_PLACE"].partition("@")
+NUMBER, COUNT = map(int, PLACE.split("/"))
 IDS = np.random.default_rng(0).integers(0, 190, (8, 24)).astype("int32")
 STEPS = 20
 
