@@ -8,7 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from functional_llm.formats.weight_table import Assembly, Tensor, entry_of, without_numbers
+from functional_llm.formats.table_checks import entry_of, without_numbers
+from functional_llm.formats.weight_table import Assembly, Tensor
 from functional_llm.graph import placing
 from functional_llm.graph.selection import walk
 from functional_llm.graph.types import Layer
