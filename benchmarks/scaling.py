@@ -156,9 +156,10 @@ def compile_step(model: Any, layout: Any, rows: int, tokens: int) -> Any:
     """Returns the compiled step of a training on so many rows."""
     import jax
 
+    from functional_llm.graph.keras_values import sharding_of
+
     def shape(x: Any) -> Any:
-        sharding = layout.get_variable_layout(x).backend_layout
-        return jax.ShapeDtypeStruct(x.shape, jax.numpy.dtype(x.dtype), sharding=sharding)
+        return jax.ShapeDtypeStruct(x.shape, jax.numpy.dtype(x.dtype), sharding=sharding_of(x))
 
     state = tuple(
         [shape(x) for x in group]

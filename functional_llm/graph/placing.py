@@ -7,6 +7,7 @@ import jax
 import keras
 import numpy as np
 
+from functional_llm.graph.keras_values import sharding_of
 from functional_llm.graph.types import Nested, Tensor
 
 Box: TypeAlias = tuple[slice, ...]  # of an array: a part along each axis
@@ -24,7 +25,7 @@ def assign(variable: keras.Variable, value: np.ndarray | Tensor) -> None:
     distribution = keras.distribution.distribution()
     if distribution is not None and isinstance(value, np.ndarray):
         dtype = jax.numpy.dtype(variable.dtype)
-        sharding = distribution.get_variable_layout(variable).backend_layout
+        sharding = sharding_of(variable)
         value = jax.make_array_from_callback(
             value.shape, sharding, lambda box: value[box].astype(dtype, copy=False)
         )
@@ -37,11 +38,9 @@ def own_boxes(variable: keras.Variable) -> list[Box] | None:
     Args:
         variable: Of a model; it need not have a value.
     """
-    distribution = keras.distribution.distribution()
-    if distribution is None:
+    if keras.distribution.distribution() is None:
         return None
-    sharding = distribution.get_variable_layout(variable).backend_layout
-    boxes = sharding.addressable_devices_indices_map(tuple(variable.shape)).values()
+    boxes = sharding_of(variable).addressable_devices_indices_map(tuple(variable.shape)).values()
     return list({str(box): box for box in boxes}.values())
 
 
