@@ -392,7 +392,7 @@ def test_variables_are_made_without_values_and_forgotten() -> None:
 def test_a_variable_says_where_it_lies() -> None:
     mesh = keras.distribution.DeviceMesh((1,), ["a"], keras.distribution.list_devices()[:1])
     places = keras.distribution.LayoutMap(mesh)
-    places["kernel"] = (None, "a")
+    places[".*/kernel"] = (None, "a")
     with keras.distribution.ModelParallel(layout_map=places, batch_dim_name="a").scope():
         layer = layers.Dense(3)
         layer.build((None, 4))
