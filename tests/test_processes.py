@@ -130,9 +130,9 @@ def test_a_process_that_stands_still_ends_the_run(
 @pytest.mark.parametrize(
     ("count", "mesh", "method"),
     [
-        (2, "data=2", "lora"),
+        (2, "fsdp=2", "lora"),
         pytest.param(4, "fsdp=2,model=2", "full", marks=NIGHT),
-        pytest.param(2, "fsdp=2", "full", marks=NIGHT),
+        pytest.param(2, "data=2", "full", marks=NIGHT),
         pytest.param(4, "data=2,model=2", "lora", marks=NIGHT),
     ],
 )

@@ -16,6 +16,7 @@ import pytest
 import functional_llm as flm
 from configs import CONFIGS
 from functional_llm.commands.main import main
+from functional_llm.graph.placing import own_rows
 from reference import save_reference
 from tiny import save_tiny
 
@@ -201,6 +202,12 @@ def test_rows_are_split_over_data_and_fsdp(folder: Path) -> None:
     assert layout.get_data_layout((16, 5)).axes == (("data", "fsdp"), None)
     with pytest.raises(ValueError, match=r"divide over 8 devices \(data=2 and fsdp=4\).* 12 rows"):
         layout.get_data_layout((12, 5))
+
+
+def test_a_batch_that_does_not_divide(folder: Path) -> None:
+    layout = flm.sharding.layout(folder, mesh_of(data=2, fsdp=4))
+    with layout.scope(), pytest.raises(ValueError, match="over 8 devices, received 12 rows. Take"):
+        own_rows(np.zeros((12, 5)), 12)
 
 
 def test_axes_may_have_other_names(folder: Path) -> None:
