@@ -83,9 +83,14 @@ class DecodeState(NamedTuple):
 
 def _on_devices(prompt: Prompt) -> Prompt:
     """Returns a prompt each of whose rows is where the weights that read it are."""
-    of_rows = ("tokens", "positions", "last", "row_ids", "keys", "mask")
+    of_rows = ("tokens", "positions", "last", "row_ids", "mask")
     data = {name: getattr(prompt, name) for name in of_rows}
-    return prompt._replace(**place_rows(data, len(prompt.last)))
+    if prompt.keys is not None:
+        data["keys"] = np.asarray(jax.random.key_data(prompt.keys))
+    data = place_rows(data, len(prompt.last))
+    if prompt.keys is not None:
+        data["keys"] = jax.random.wrap_key_data(data["keys"])
+    return prompt._replace(**data)
 
 
 class _Call(NamedTuple):

@@ -99,16 +99,23 @@ def own_rows(data: Nested, rows: int) -> Nested:
 def place_rows(data: Nested, rows: int) -> Nested:
     """Returns arrays, each device with its rows of them; as they are if they do not divide.
 
+    Several processes have each to know then that what they have is the same.
+
     Args:
         data: Arrays whose first axis is that of the rows, the same in all processes.
         rows: How many there are.
     """
     distribution = keras.distribution.distribution()
-    if distribution is None or num_parts(rows) == 1:
+    if distribution is None:
         return data
+    is_split = num_parts(rows) > 1
 
     def place(x: Any) -> Any:
-        layout = distribution.get_data_layout(x.shape)
+        if not is_split and (jax.process_count() == 1 or not isinstance(x, np.ndarray)):
+            return x
+        layout: Any = keras.distribution.TensorLayout([None] * x.ndim, distribution.device_mesh)
+        if is_split:
+            layout = distribution.get_data_layout(x.shape)
         if isinstance(x, np.ndarray):
             return jax.make_array_from_callback(x.shape, layout.backend_layout, x.__getitem__)
         return keras.distribution.distribute_tensor(x, layout)
