@@ -136,9 +136,7 @@ def test_a_process_that_stands_still_ends_the_run(
         pytest.param(4, "data=2,model=2", "lora", marks=NIGHT),
     ],
 )
-def test_a_command_in_several_processes(
-    count: int, mesh: str, method: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_command_in_several_processes(count: int, mesh: str, method: str, tmp_path: Path) -> None:
     """On a stream: each process has its rows of the batches that one process would have."""
     preset, data = save_tiny(tmp_path / "tiny"), write(tmp_path / "data.jsonl", ROWS)
     options = ["finetune", "--preset", preset, "--dataset", data, "--streaming", "--steps", "20"]
@@ -169,7 +167,11 @@ def test_a_command_in_several_processes(
     }
 
 
-def test_options_of_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    several = ["--save", "keras", "--mesh", "data=2", "--processes", "2"]
+    with pytest.raises(SystemExit):
+        main(["finetune", "--dataset", "a", "--output", "b", *several])
+    assert "--save keras: Keras writes files in one process" in capsys.readouterr().err
     for options, message in (
         (["--processes", "2"], "--processes: say what lies where: --mesh"),
         (["--processes", "0", "--mesh", "data=2"], "expected how many to start here"),
