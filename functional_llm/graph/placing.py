@@ -41,7 +41,7 @@ def own_boxes(variable: keras.Variable) -> list[Box] | None:
     if keras.distribution.distribution() is None:
         return None
     boxes = sharding_of(variable).addressable_devices_indices_map(tuple(variable.shape)).values()
-    return list({str(box): box for box in boxes}.values())
+    return list({str(box): box for box in boxes if box is not None}.values())
 
 
 def to_numpy(value: Tensor) -> np.ndarray:
