@@ -22,7 +22,8 @@ from functional_llm.xla.jax_private import blackboard
 
 _WIDTH = 6  # digits of a process's number, in keys
 _BEATS, _STEPS, _ENDS = "flm/beat/", "flm/step/", "flm/end/"
-_COMPUTE: tuple[str, ...] = ("jax", "jaxlib", "keras", "numpy")  # other versions compute other numbers
+# Other versions of these compute other numbers.
+_COMPUTE: tuple[str, ...] = ("jax", "jaxlib", "keras", "numpy")
 ENDED = 2  # exit code of a process whose run another has ended
 LOST_SECONDS, STALLED_SECONDS = 60.0, 900.0
 
