@@ -83,6 +83,8 @@ class DecodeState(NamedTuple):
 
 def _on_devices(prompt: Prompt) -> Prompt:
     """Returns a prompt each of whose rows is where the weights that read it are."""
+    if keras.distribution.distribution() is None:
+        return prompt
     of_rows = ("tokens", "positions", "last", "row_ids", "mask")
     data = {name: getattr(prompt, name) for name in of_rows}
     if prompt.keys is not None:
