@@ -23,7 +23,10 @@ _FREE = {
 _IN_PLACE = ("dynamic-update-slice", "scatter")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^  (ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
-_ARRAY = re.compile(r"\b[a-z]\w*\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_BITS = re.compile(r"\d+")
+_OPERANDS = re.compile(r"\((?:[^%()]*%)?([\w.\-]+)")
+_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
@@ -35,7 +38,7 @@ class Instruction:
     Args:
         name: Its name.
         opcode: What it does.
-        sizes: How many elements each array of its result has.
+        shapes: Type and dimensions of each array of its result.
         called: The computations that it calls.
         trips: How often a loop is known to run, else 1.
         text: The line.
@@ -43,10 +46,22 @@ class Instruction:
 
     name: str
     opcode: str
-    sizes: tuple[int, ...]
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
     called: tuple[str, ...]
     trips: int
     text: str
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many elements each array of its result has."""
+        return tuple(math.prod(shape) for _, shape in self.shapes)
+
+    @property
+    def bytes(self) -> float:
+        """Of its result."""
+        bits = (_BITS.search(kind) for kind, _ in self.shapes)
+        widths = [int(match[0]) if match else 8 for match in bits]  # pred has none
+        return sum(n * width / 8 for n, width in zip(self.sizes, widths, strict=True))
 
     @property
     def is_kernel(self) -> bool:
@@ -65,6 +80,7 @@ class Hlo:
     text: str
     entry: str = ""
     computations: dict[str, list[Instruction]] = field(default_factory=dict)
+    _known: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         here: list[Instruction] = []
@@ -100,6 +116,24 @@ class Hlo:
         for name in kernel.called:
             yield from (y for x in self.computations[name] for y in self.inside(x))
 
+    def operations(self, dot: Instruction) -> int:
+        """Returns how many multiplications and additions a product takes."""
+        operand = _OPERANDS.search(dot.text, dot.text.index(" dot("))
+        contracted = _CONTRACTED.search(dot.text)
+        shapes = self._shapes()
+        if operand is None or contracted is None or operand[1] not in shapes:
+            return 0
+        left = shapes[operand[1]]
+        width = math.prod(left[int(axis)] for axis in contracted[1].split(",") if axis)
+        return 2 * dot.sizes[0] * width
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns name of an instruction -> dimensions of its first result."""
+        if not self._known:
+            every = (x for own in self.computations.values() for x in own if x.shapes)
+            self._known.update({x.name: x.shapes[0][1] for x in every})
+        return self._known
+
     def copies(self, computation: str, size: int) -> list[Instruction]:
         """Returns the kernels with a result of exactly so many elements, made anew."""
         kernels = (x for x, _ in self.kernels(computation) if size in x.sizes)
@@ -125,7 +159,9 @@ class Hlo:
 
 def _instruction(match: re.Match[str], line: str) -> Instruction:
     _, name, shape, opcode, rest = match.groups()
-    sizes = [math.prod(int(n) for n in dims.split(",") if n) for dims in _ARRAY.findall(shape)]
+    shapes = tuple(
+        (kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in _ARRAY.findall(shape)
+    )
     trips = _TRIPS.search(rest)
     called = tuple(dict.fromkeys(_CALLED.findall(rest)))
-    return Instruction(name, opcode, tuple(sizes), called, int(trips[1]) if trips else 1, line)
+    return Instruction(name, opcode, shapes, called, int(trips[1]) if trips else 1, line)

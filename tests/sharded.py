@@ -1,8 +1,10 @@
-"""A process with eight simulated devices, which does on a mesh what another does on one device.
+"""A process with simulated devices, which does on a mesh what another does on one device.
 
 `python sharded.py FOLDER WORKS MESH...` prints a line of JSON for each mesh, with what the works,
 "all" or some of them, have given; "-" stands for one device. With "resume" for the works, it trains
-on the first mesh, and goes on with a half of that on each of them.
+on the first mesh, and goes on with a half of that on each of them. There are eight devices; with
+`FLM_PLACE=NUMBER/COUNT@HOST:PORT` in the environment, this is one of so many processes that have
+them together.
 """
 
 import json
@@ -16,16 +18,27 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ.setdefault("FLM_PLACE", "0/1@")
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count="
+    f"{8 // int(os.environ['FLM_PLACE'].partition('@')[0].partition('/')[2])}"
+)
 
 import jax
 import keras
 import numpy as np
 
 import functional_llm as flm
+from functional_llm.graph.placing import own_rows, place_rows, to_numpy
+from functional_llm.xla import rewriter
 from quick import compile_quickly
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# It rounds activations to bfloat16, where the CPU has that: a sum in another order, as on a mesh,
+# then moves some by 1/256, and losses by 5e-4. Without it they agree as those of float32 do.
+rewriter.RULES = tuple(rule for rule in rewriter.RULES if rule.name != "int8_as_half")
+PLACE, _, COORDINATOR = os.environ["FLM_PLACE"].partition("@")
+NUMBER, COUNT = map(int, PLACE.split("/"))
 IDS = np.random.default_rng(0).integers(0, 190, (8, 24)).astype("int32")
 STEPS = 20
 
@@ -34,7 +47,8 @@ def train(model: flm.Backbone) -> list[float]:
     """Returns the losses of some steps."""
     steps = flm.training.LossModel(model, chunk_size=16)
     steps.compile(keras.optimizers.Adam(1e-3))
-    history = steps.fit(IDS, batch_size=8, epochs=STEPS, shuffle=False, verbose=0)
+    ids = own_rows(IDS, len(IDS))
+    history = steps.fit(ids, batch_size=len(ids), epochs=STEPS, shuffle=False, verbose=0)
     return list(history.history["loss"])
 
 
@@ -46,9 +60,7 @@ def flops(model: flm.Backbone) -> Any:
     weights = steps.trainable_variables, steps.non_trainable_variables
     groups = *weights, steps.optimizer.variables, steps.metrics_variables
     state = tuple([variable.value for variable in group] for group in groups)
-    ids = IDS
-    if (layout := keras.distribution.distribution()) is not None:
-        ids = keras.distribution.distribute_tensor(ids, layout.get_data_layout(ids.shape))
+    ids = place_rows(IDS, len(IDS))
     costs: Any = jax.jit(steps.train_step).lower(state, (ids,)).compile().cost_analysis()
     return costs["flops"]
 
@@ -57,24 +69,33 @@ def measure(folder: str, mesh: str, names: list[str]) -> dict[str, Any]:
     """Returns what a model computes on a mesh: of the works below those with these names."""
     keras.utils.set_random_seed(0)
     if mesh != "-":
-        layout = flm.sharding.layout(folder, flm.sharding.mesh(mesh))
+        most = 1.0 if "experts" in mesh else 0.05  # all else of a layer is on each device of it
+        layout = flm.sharding.layout(folder, flm.sharding.mesh(mesh), most_replicated=most)
         keras.distribution.set_distribution(layout)
+    before = bytes_read()
     backbone = flm.Backbone.from_preset(folder)
+    read = bytes_read() - before
     generator = flm.TextGenerator(backbone, None)
     prompts = [row[: 3 + i].tolist() for i, row in enumerate(IDS)]
     works: dict[str, Callable[[], Any]] = {
-        "logits": lambda: np.asarray(backbone(IDS)).tolist(),
+        "logits": lambda: to_numpy(backbone(IDS)).tolist(),
         "text": lambda: generator.generate_ids(prompts, max_new_tokens=6),
         "one row": lambda: generator.generate_ids(prompts[:1], max_new_tokens=6),
         "flops": lambda: flops(backbone),
         "lora on int8": lambda: train(flm.peft.lora(flm.quantize(backbone, "int8"), rank=4)),
         "lora": lambda: train(flm.peft.lora(backbone, rank=4)),
         "all weights": lambda: train(backbone),
+        "read": lambda: read,
         "bytes": lambda: sum(
             v.value.addressable_shards[0].data.nbytes for v in backbone.trainable_variables
         ),
     }
     return {name: work() for name, work in works.items() if name in names or "all" in names}
+
+
+def bytes_read() -> int:
+    """Returns how many bytes this process has read from files so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 class Stop(keras.callbacks.Callback):
@@ -138,6 +159,8 @@ def resume(folder: str, mesh: str, others: list[str]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     compile_quickly(True)
+    if COUNT > 1:
+        flm.sharding.join_processes(COORDINATOR, NUMBER, COUNT)
     if sys.argv[2] == "resume":
         print(json.dumps(resume(sys.argv[1], sys.argv[3], sys.argv[3:])), flush=True)
         sys.exit()

@@ -136,3 +136,10 @@ def test_a_loop_has_two_programs_and_runs_with_others() -> None:
     assert len(loop.body.jaxpr.outvars) == len(more.jaxpr.outvars)
     _, result = loop.run(loop.cond, more, [jnp.int32(0), VECTOR])
     np.testing.assert_array_equal(result, VECTOR * 27)
+
+
+def test_processes_have_a_blackboard() -> None:
+    """Several of them write and read there: tests/test_processes.py."""
+    assert jax_private.blackboard() is None  # this one is alone
+    client = jax_private.distributed.global_state
+    assert {"client", "process_id", "num_processes"} <= set(dir(client))

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import keras
 import numpy as np
 import pytest
@@ -388,6 +389,25 @@ def test_variables_are_made_without_values_and_forgotten() -> None:
     np.testing.assert_array_equal(layer.kernel, np.ones((4, 3)))
 
 
+def test_a_variable_says_where_it_lies() -> None:
+    mesh = keras.distribution.DeviceMesh((1,), ["a"], keras.distribution.list_devices()[:1])
+    places = keras.distribution.LayoutMap(mesh)
+    places[".*/kernel"] = (None, "a")
+    with keras.distribution.ModelParallel(layout_map=places, batch_dim_name="a").scope():
+        layer = layers.Dense(3)
+        layer.build((None, 4))
+        optimizer = keras.optimizers.Adam()
+        optimizer.build(layer.trainable_variables)
+        specs = {
+            v.name: values_page.sharding_of(v).spec  # type: ignore[attr-defined]
+            for v in (*layer.variables, *optimizer.variables)
+        }
+    split = jax.sharding.PartitionSpec(None, "a")
+    assert specs["kernel"] == split != specs["bias"]
+    moments = [spec for name, spec in specs.items() if "kernel_" in name]
+    assert len(moments) == 2 and set(moments) == {split}  # Keras would find no "kernel" for them
+
+
 # Nobody else.
 
 
@@ -444,7 +464,8 @@ def test_only_the_page_touches_private_keras() -> None:
     trees = {path: ast.parse(path.read_text("utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
     page_tree = ast.Module([x for path in PAGES for x in trees.pop(path).body], [])
     # What no module here defines belongs to somebody else: to Keras, but for these.
-    of_others = {"_replace", "_ex_iterable"}  # named tuples; `datasets`, which says it nowhere else
+    # Named tuples; `datasets`, which says it nowhere else; `os`.
+    of_others = {"_replace", "_ex_iterable", "_exit"}
     of_jax = set().union(*(used_names(x) for path, x in trees.items() if "xla" in path.parts))
     own = set().union(*map(defined_names, trees.values()))
     foreign = set().union(*map(used_names, trees.values())) - own - of_others - of_jax

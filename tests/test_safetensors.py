@@ -317,3 +317,22 @@ def test_stories260k_equals_the_library(material: Path) -> None:
     assert folder.shapes == {name: value.shape for name, value in expected.items()}
     for name, value in expected.items():
         assert np.array_equal(folder.read(name, "float32"), value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_some_rows_are_read(dtype: str, tmp_path: Path) -> None:
+    """As they are stored, and converted; the others are neither read nor filled."""
+    tensors = weights()
+    save_file(tensors, tmp_path / "model.safetensors")
+    folder = open_safetensors(tmp_path)
+    for name, rows in (("embed", slice(100, 300)), ("layer.0.q", slice(3, 8)), ("none", slice(0))):
+        received = folder.read_rows(name, dtype, slice(rows.start or 0, rows.stop))
+        assert received.shape == tensors[name].shape
+        np.testing.assert_array_equal(received[rows], folder.read(name, dtype)[rows])
+    begin = bytes_read()
+    folder.read_rows("embed", dtype, slice(5, 7))
+    assert bytes_read() - begin < 3 * tensors["embed"][0].nbytes
+
+
+def bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])

@@ -18,9 +18,9 @@ import transformers
 from functional_llm.backbones.transforms import Row, Transform, fused
 from functional_llm.formats.safetensors_reader import open_safetensors
 from functional_llm.formats.safetensors_writer import write_safetensors
+from functional_llm.formats.table_checks import check_source
 from functional_llm.formats.tensor_source import TensorSource
 from functional_llm.formats.weight_table import (
-    check_source,
     expand_table,
     export_weights,
     in_one_tensor,

@@ -29,8 +29,12 @@ class Transform:
 
     def split(self, array: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
         """Returns the values of the variables; `sizes` are those of the parts on the axis."""
+        return [np.asarray(part, order="C") for part in self.views(array, sizes)]
+
+    def views(self, array: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
+        """Returns the same without moving numbers, where that can be."""
         parts = [array] if self.axis is None else self.parts(array, sizes, self.axis)
-        return [np.asarray(self.forward(part), order="C") for part in parts]
+        return [self.forward(part) for part in parts]
 
     def join(self, arrays: Iterable[np.ndarray]) -> np.ndarray:
         """Returns the tensor of the variables' values."""

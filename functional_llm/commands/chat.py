@@ -46,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="of the random numbers")
     add_adapters(parser)
     add_precision(parser)
-    add_mesh(parser)
+    add_mesh(parser, several=False)
     add("--stats", action="store_true", help="after each turn, how much the cache spared")
 
 

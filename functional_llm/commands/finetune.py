@@ -10,6 +10,8 @@ from typing import Any
 from functional_llm.commands import finetune_options
 from functional_llm.commands.command import Command, first_line
 from functional_llm.commands.loading import Model
+from functional_llm.commands.processes import join
+from functional_llm.files.processes import is_first
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -24,6 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     # Before XLA starts; its default order of work on CPUs undoes the saving.
     if arguments.remat != "nothing":
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {training.REMAT_XLA_FLAG}"
+    join(arguments)
     keras.utils.set_random_seed(arguments.seed)
     given = Model(arguments)
     arguments.preset = str(given.base)
@@ -57,6 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
         **resume,
     )
     last = {"training": history.losses[-1:], "held out": [x for _, x in history.held_out[-1:]]}
+    if not is_first():
+        return
     add_losses(arguments.output, {name: losses[0] for name, losses in last.items() if losses})
     if find_spec("matplotlib") is not None:
         draw(arguments.output / "loss.png", history, training)

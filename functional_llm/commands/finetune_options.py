@@ -88,6 +88,10 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         parser.error("--adapter: what is trained further has its method. Leave --method out")
     arguments.method = arguments.method or "lora"
     arguments.save = arguments.save or ("merged" if arguments.method == "full" else "adapter")
+    if arguments.save == "keras" and arguments.processes is not None:
+        parser.error(
+            "--save keras: Keras writes files in one process: save `merged`, and `convert`"
+        )
     _check_data(parser, arguments)
     if arguments.method == "full" and arguments.save == "adapter":
         parser.error("--method full has no adapter: save `merged` or `keras`")

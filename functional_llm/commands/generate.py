@@ -19,6 +19,7 @@ from functional_llm.commands.options import (
     filled,
     positive,
 )
+from functional_llm.commands.processes import join
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +62,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Loads, writes."""
+    join(arguments)
     # First what needs no model: it may be wrong.
     text = read_prompt(arguments.prompt, arguments.prompt_file)
     sampler = make_sampler(arguments)

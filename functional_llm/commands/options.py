@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from functional_llm.commands.processes import processes
+
 QUANTIZED = ("int8", "int4")
 DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 DEFAULT_PRESET = "smollm2_135m_instruct"
@@ -49,20 +51,36 @@ def add_precision(parser: argparse.ArgumentParser, quantize: bool = True) -> Non
         parser.add_argument("--quantize", choices=QUANTIZED, help=explanation)
 
 
-def add_mesh(parser: argparse.ArgumentParser) -> None:
-    """Adds the option that spreads the model over several devices."""
+def add_mesh(parser: argparse.ArgumentParser, several: bool = True) -> None:
+    """Adds the options that spread the model over several devices, and the work over processes.
+
+    Args:
+        parser: The command's.
+        several: Whether it can be several processes.
+    """
     parser.add_argument(
         "--mesh",
         metavar="AXIS=N,...",
         help="spread over all devices, as data=4,model=2: data splits the rows of a batch, fsdp "
         "these and the weights, model heads and MLPs, experts the experts (one device)",
     )
+    if several:
+        parser.add_argument(
+            "--processes",
+            type=processes,
+            metavar="N",
+            help="with --mesh, over the devices of all: start N processes on this machine; or "
+            "'auto' where Slurm, Kubernetes or a TPU pod has started them; or which this one is, "
+            "as 0/4@HOST:PORT of process 0",
+        )
 
 
 def check_model(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Checks the options that name the model, as far as no file is opened for it."""
     if getattr(arguments, "quantize", None) and arguments.dtype in ("float16", "mixed_float16"):
         parser.error("--quantize leaves the range of float16: use --dtype bfloat16")
+    if getattr(arguments, "processes", None) is not None and arguments.mesh is None:
+        parser.error("--processes: say what lies where: --mesh, as data=4")
     check_adapters(parser, arguments)
     if arguments.preset is None and not arguments.adapter:
         arguments.preset = DEFAULT_PRESET

@@ -17,6 +17,7 @@ from functional_llm.commands.options import (
     filled,
     positive,
 )
+from functional_llm.commands.processes import join
 
 if TYPE_CHECKING:
     from functional_llm.evaluation.tasks import Evaluation
@@ -50,6 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Reads, loads, scores, writes, prints."""
+    join(arguments)
     # First what needs no model: it may be wrong.
     from functional_llm.files.replacing import check_writable
     from functional_llm.training.record_sources import read_records

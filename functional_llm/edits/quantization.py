@@ -31,6 +31,7 @@ from functional_llm.edits.quantized_layers import (
 )
 from functional_llm.formats.grid import Grid
 from functional_llm.graph.backend import require_jax
+from functional_llm.graph.placing import to_numpy
 from functional_llm.graph.rewiring import rewire
 from functional_llm.graph.selection import Where, select, walk
 from functional_llm.graph.types import Layer
@@ -267,7 +268,7 @@ def _quantize_layer(layer: Layer, mode: str) -> Layer:
     values = {variable.name: variable for variable in layer.weights}
     for variable in new.weights:
         if variable.name in MATRICES:
-            set_matrix(new, variable.name, ops.convert_to_numpy(values[variable.name]))
+            set_matrix(new, variable.name, to_numpy(values[variable.name]))
         elif variable.name in values:
             variable.assign(ops.copy(values[variable.name]))  # training deletes the array of one
     return new

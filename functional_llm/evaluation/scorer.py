@@ -23,6 +23,7 @@ from functional_llm.generation.programs import Weights
 from functional_llm.generation.samplers import Greedy
 from functional_llm.generation.text_generator import TextGenerator
 from functional_llm.graph.backend import require_jax
+from functional_llm.graph.placing import to_numpy
 from functional_llm.graph.precision import full_float32
 from functional_llm.graph.types import Tensor
 from functional_llm.layers.cache import Cache, capped_num_slots, fill_cache, num_slots
@@ -196,7 +197,7 @@ class Scorer:
             for contexts, batches in make_batches(rows, tokens, batch_size, self._turning_lengths):
                 new = None if contexts is None else self._read(weights, contexts)
                 for places, batch in batches:
-                    found = jax.device_get(self._program(weights, batch, new))
+                    found = map(to_numpy, self._program(weights, batch, new))
                     results |= self._collect(rows, places, batch, *found)
                     progress(len(results))
         return [results[i] for i in range(len(rows))]

@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from functional_llm.files.processes import is_first
+
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
     """Yields an empty file beside `path`, which takes its place when the block ends.
 
-    If the block fails, the file at `path` stays as it was and nothing else is left.
+    If the block fails, the file at `path` stays as it was and nothing else is left. Of several
+    processes the first one writes; what others write is thrown away.
 
     Args:
         path: The file to write. Its folder is made if it is missing.
@@ -20,6 +23,10 @@ def replaced_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: If the folder cannot be written to.
     """
+    if not is_first():
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch, path.name)
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         begin = f".{path.name}."
@@ -41,7 +48,8 @@ def replaced_folder(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
     """Yields an empty folder beside; its files move into `folder` when the block ends.
 
     Other files that are in `folder` already stay, except those that match `stale`. If the block
-    fails, nothing of the old is lost and nothing of the new is left.
+    fails, nothing of the old is lost and nothing of the new is left. Of several processes the first
+    one writes; what others write is thrown away.
 
     Args:
         folder: Where the files go. It is made if it is missing.
@@ -50,6 +58,10 @@ def replaced_folder(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
     Raises:
         OSError: If there is a file at `folder`, or it cannot be written to.
     """
+    if not is_first():
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+        return
     if folder.exists() and not folder.is_dir():
         raise OSError(f"Expected a folder to write to. Received: {folder}, which is a file.")
     try:

@@ -14,6 +14,7 @@ import numpy as np
 
 from functional_llm.files.json_files import parse_json_object
 from functional_llm.formats.tensor_reader import (
+    WHOLE,
     bad_file,
     find_entry,
     float_dtype,
@@ -60,11 +61,16 @@ class SafetensorsFolder:
         return {name: entry.shape for name, entry in self.entries.items()}
 
     def read(self, name: str, dtype: str) -> np.ndarray:
-        """Reads one tensor.
+        """Reads one tensor; the arguments and errors of `read_rows`, without rows."""
+        return self.read_rows(name, dtype, WHOLE)
+
+    def read_rows(self, name: str, dtype: str, rows: slice) -> np.ndarray:
+        """Reads some rows of one tensor.
 
         Args:
             name: Name of the tensor, a key of `shapes`.
             dtype: `"float32"`, `"float16"` or `"bfloat16"`.
+            rows: Those to read, of its first axis; the others have any values, and no memory.
 
         Returns:
             A new array of that dtype.
@@ -81,8 +87,12 @@ class SafetensorsFolder:
                 "Use a checkpoint that is not quantised."
             )
         stored = stored_dtype(_FLOATS[entry.stored])
+        part = rows
+        if rows != WHOLE:
+            row = math.prod(entry.shape[1:])
+            part = slice(rows.start * row, rows.stop * row)
         if stored == float_dtype(dtype):
-            return read_as_stored(entry.path, name, entry.offset, entry.shape, dtype)
+            return read_as_stored(entry.path, name, entry.offset, entry.shape, dtype, part)
         return read_blocks(
             entry.path,
             name,
@@ -91,6 +101,7 @@ class SafetensorsFolder:
             dtype,
             block=(1, stored.itemsize),
             decode=lambda raw: raw.view(stored),
+            part=part,
         )
 
 

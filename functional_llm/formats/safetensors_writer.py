@@ -1,13 +1,18 @@
 """Writes the weights of a directory in Hugging Face layout, in shards."""
 
+import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
 
 from functional_llm.files.json_files import write_json
+from functional_llm.files.processes import is_first
 from functional_llm.files.replacing import share
 from functional_llm.formats.safetensors_reader import INDEX_NAME
 
@@ -53,7 +58,66 @@ def write_safetensors(
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": placed})
 
 
+def write_one_by_one(
+    path: Path,
+    shapes: Mapping[str, tuple[tuple[int, ...], Any]],
+    tensors: Iterable[np.ndarray],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes a safetensors file, with no more than one tensor in memory.
+
+    Of several processes the first one writes; the others only take the tensors, which may be
+    something that all must do.
+
+    Args:
+        path: The file.
+        shapes: Shape and dtype of each tensor, by name.
+        tensors: The tensors, in this order.
+        metadata: Texts to keep beside.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    if not is_first():
+        for _ in tensors:
+            pass
+        return
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (shape, dtype) in shapes.items():
+        start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {
+            "dtype": _stored(np.dtype(dtype)),
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+
+
+def _stored(dtype: np.dtype[Any]) -> str:
+    """Returns what safetensors calls a dtype."""
+    if dtype.kind == "b":
+        return "BOOL"
+    if dtype == ml_dtypes.bfloat16:
+        return "BF16"
+    return f"{dtype.kind.upper()}{8 * dtype.itemsize}"
+
+
+def read_dtype(stored: str) -> np.dtype[Any]:
+    """Returns the dtype that safetensors calls so, of those that `write_one_by_one` writes."""
+    if stored in ("BOOL", "BF16"):
+        return np.dtype(bool if stored == "BOOL" else ml_dtypes.bfloat16)
+    return np.dtype(f"{stored[0].lower()}{int(stored[1:]) // 8}")
+
+
 def _write_shard(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    if not is_first():
+        return path.touch()
     # Not `safetensors.numpy.save_file`, which copies every array. The arrays outlive the call.
     specs = {
         name: safetensors.TensorSpec(

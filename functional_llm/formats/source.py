@@ -11,12 +11,11 @@ from tqdm import tqdm
 
 from functional_llm.backbones.family import Family, ModelConfig
 from functional_llm.backbones.transforms import Rows
+from functional_llm.formats.table_checks import check_copies, check_source
 from functional_llm.formats.tensor_source import TensorSource, with_originals
 from functional_llm.formats.weight_table import (
     Target,
     Tensor,
-    check_copies,
-    check_source,
     expand_table,
     load_weights,
     shapes_of,

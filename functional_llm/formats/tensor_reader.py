@@ -18,6 +18,7 @@ _STORED: dict[str, np.dtype[Any]] = {
 _DTYPES = {name: dtype for name, dtype in _STORED.items() if name != "float64"}
 # A block and its float32 form fit the second-level cache, so conversion costs no memory traffic.
 _BLOCK_ELEMENTS = 1 << 17
+WHOLE = slice(None)
 _DAMAGED = "The file is truncated or damaged: download it again."
 
 
@@ -30,6 +31,7 @@ def read_blocks(
     *,
     block: tuple[int, int],
     decode: Callable[[np.ndarray], np.ndarray],
+    part: slice = WHOLE,
 ) -> np.ndarray:
     """Reads a stretch of a file into an array, converting a small block at a time.
 
@@ -44,9 +46,11 @@ def read_blocks(
         dtype: `"float32"`, `"float16"` or `"bfloat16"`.
         block: How many elements are stored together, and in how many bytes.
         decode: Function from the bytes of whole blocks (uint8, one dimension) to their numbers.
+        part: The elements to read, in the order of the file, from the beginning of a block to that
+            of another.
 
     Returns:
-        A new array of the shape and dtype.
+        A new array of the shape and dtype. What was not read of it takes no memory.
 
     Raises:
         ValueError: If `dtype` is none of these or too narrow, or the file has become shorter.
@@ -55,11 +59,12 @@ def read_blocks(
     result = np.empty(shape, target)
     flat = result.reshape(-1)
     block_elements, block_bytes = block
+    first, end, _ = part.indices(flat.size)
     step = max(_BLOCK_ELEMENTS // block_elements, 1) * block_elements
     with path.open("rb") as file:
-        file.seek(offset)
-        for start in range(0, flat.size, step):
-            stop = min(start + step, flat.size)
+        file.seek(offset + first // block_elements * block_bytes)
+        for start in range(first, end, step):
+            stop = min(start + step, end)
             raw = np.fromfile(file, np.uint8, (stop - start) // block_elements * block_bytes)
             if raw.size * block_elements != (stop - start) * block_bytes:
                 raise bad_file(path, f"the data of the tensor {name!r}", "the end of the file")
@@ -68,7 +73,7 @@ def read_blocks(
 
 
 def read_as_stored(
-    path: Path, name: str, offset: int, shape: tuple[int, ...], dtype: str
+    path: Path, name: str, offset: int, shape: tuple[int, ...], dtype: str, part: slice = WHOLE
 ) -> np.ndarray:
     """Reads a stretch of a file that holds numbers of the wanted dtype: straight into the array.
 
@@ -78,14 +83,15 @@ def read_as_stored(
         offset: Where its bytes begin.
         shape: Its shape.
         dtype: Of the file and of the array.
+        part: As for `read_blocks`.
 
     Raises:
         ValueError: If the file has become shorter.
     """
     result = np.empty(shape, float_dtype(dtype))
     with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        left: Any = result.reshape(-1).view(np.uint8)
+        left: Any = result.reshape(-1)[part].view(np.uint8)
+        file.seek(offset + part.indices(result.size)[0] * result.itemsize)
         while left.size:  # the system reads 2 GB at once at most
             count = file.readinto(left)
             if not count:

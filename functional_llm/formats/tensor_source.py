@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +21,14 @@ class TensorSource(Protocol):
         """Returns one tensor in a dtype."""
 
 
+@runtime_checkable
+class HasRows(Protocol):
+    """A checkpoint of whose tensors some rows can be read."""
+
+    def read_rows(self, name: str, dtype: str, rows: slice) -> np.ndarray:
+        """Returns one tensor in a dtype, with any values beside these rows of its first axis."""
+
+
 @dataclass(frozen=True)
 class _Renamed:
     """A checkpoint under other names."""
@@ -35,10 +43,25 @@ class _Renamed:
     def read(self, name: str, dtype: str) -> np.ndarray:
         return self.source.read(self.names[name], dtype)
 
+    def read_rows(self, name: str, dtype: str, rows: slice) -> np.ndarray:
+        return read_rows(self.source, self.names[name], dtype, rows)
+
     def read_grid(self, name: str) -> Grid | None:
         return (
             self.source.read_grid(self.names[name]) if isinstance(self.source, HasGrids) else None
         )
+
+
+def read_rows(source: TensorSource, name: str, dtype: str, rows: slice) -> np.ndarray:
+    """Returns a tensor of which these rows of the first axis are needed.
+
+    The others have any values.
+    """
+    return (
+        source.read_rows(name, dtype, rows)
+        if isinstance(source, HasRows)
+        else source.read(name, dtype)
+    )
 
 
 def read_grid(source: TensorSource, name: str) -> Grid | None:

@@ -15,7 +15,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from itertools import islice, starmap
 from typing import Any, Protocol
 
@@ -25,8 +24,8 @@ import numpy as np
 from functional_llm.backbones.transforms import TRANSFORMS, Row, Transform
 from functional_llm.formats.grid import SIZE, Grid
 from functional_llm.formats.tensor_reader import float_dtype
-from functional_llm.formats.tensor_source import TensorSource, read_grid, stored_name
-from functional_llm.graph.placing import assign
+from functional_llm.formats.tensor_source import TensorSource, read_grid, read_rows
+from functional_llm.graph.placing import assign, own_boxes, to_numpy
 
 _NUMBERED = re.compile(r"\[(.*?)\{(\w+)\}(.*?)\]")  # in the names of rows
 
@@ -87,7 +86,7 @@ class Tensor:
     def join(self, values: Iterable[Any]) -> np.ndarray:
         """Returns the tensor of the variables' values, whole ones, on any device."""
         own = (x if self.entry is None else x[self.entry.number] for x in values)
-        return self.transform.join(keras.ops.convert_to_numpy(x) for x in own)
+        return self.transform.join(map(to_numpy, own))
 
     def sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
         """Returns how long each part is on the axis, from the shapes of the variables."""
@@ -212,93 +211,6 @@ def module_names(table: Sequence[Row], num_layers: int) -> dict[str, str]:
     }
 
 
-def check_source(
-    tensors: Sequence[Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    source: TensorSource,
-    ignored: Sequence[str] = (),
-) -> None:
-    """Compares a checkpoint with a model before anything is read.
-
-    Args:
-        tensors: From `expand_table`.
-        shapes: Variable path -> shape.
-        source: The checkpoint.
-        ignored: Patterns of tensor names that may be there and are not used.
-
-    Raises:
-        ValueError: Naming every missing tensor, every unknown one and every wrong shape.
-    """
-    problems = []
-    for tensor in tensors:
-        expected, name = tensor.shape(shapes), tensor.name
-        if name not in source.shapes:
-            what = f", {tensor.entry}" if tensor.entry else ""
-            paths = ", ".join(tensor.paths)
-            problems.append(f"missing tensor {name!r} of shape {expected}{what} (for {paths})")
-        elif tuple(source.shapes[name]) != expected:
-            received, stored = tuple(source.shapes[name]), stored_name(source, name)
-            problems.append(f"tensor {stored!r}: expected shape {expected}, received {received}")
-    entries = {without_numbers(tensor.name): tensor for tensor in tensors if tensor.entry}
-    for name in sorted(set(source.shapes) - {tensor.name for tensor in tensors}):
-        if not any(fnmatch(name, pattern) for pattern in ignored):
-            stored = stored_name(source, name)
-            what = entry_of(name, entries)
-            problems.append(
-                f"unknown tensor {stored!r} of shape {tuple(source.shapes[name])}{what}"
-            )
-    if problems:
-        raise ValueError(
-            f"The checkpoint does not fit the config, {len(problems)} differences:\n  "
-            + "\n  ".join(problems)
-            + "\nCheck that config and weights belong together."
-        )
-
-
-def entry_of(name: str, tensors: Mapping[str, Tensor]) -> str:
-    """Returns which entry a tensor that the model does not have would be, in words, or nothing.
-
-    Args:
-        name: Its name.
-        tensors: Those that hold entries, by their names without numbers.
-    """
-    alike = tensors.get(without_numbers(name))
-    if alike is None or alike.entry is None:
-        return ""
-    *layer, number = map(int, _NUMBER.findall(name))
-    return f", {Entry(alike.entry.kind, number, *(layer or [0]))}"
-
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-
-
-def without_numbers(name: str) -> str:
-    """Returns the name of a tensor without the numbers of its layer and entry."""
-    return _NUMBER.sub("", name)
-
-
-def check_copies(copies: Mapping[str, str], source: TensorSource) -> None:
-    """Checks that tensors which are not loaded equal those that stand for them.
-
-    Args:
-        copies: Name of a tensor that may be there -> name of the loaded tensor that it must equal.
-        source: The checkpoint.
-
-    Raises:
-        ValueError: If a tensor is no copy.
-    """
-    for name, original in copies.items():
-        if name not in source.shapes:
-            continue
-        if not np.array_equal(source.read(original, "float32"), source.read(name, "float32")):
-            raise ValueError(
-                f"The config ties {stored_name(source, name)!r} to "
-                f"{stored_name(source, original)!r}: expected equal tensors, received "
-                "different ones. If both belong to the model, set tie_word_embeddings to false in "
-                "config.json."
-            )
-
-
 def load_weights(
     variables: Sequence[Target],
     tensors: Sequence[Tensor],
@@ -306,6 +218,8 @@ def load_weights(
     progress: Callable[[Iterator[Any], int], Iterator[Any]] = lambda items, total: items,
 ) -> None:
     """Streams a checkpoint into variables, each tensor straight into the variable's dtype.
+
+    With a distribution, only those rows of a tensor are read that this process needs.
 
     Args:
         variables: All variables of the model.
@@ -321,6 +235,9 @@ def load_weights(
             return tensor, grids
         dtype = by_path[tensor.paths[0]].dtype
         if not tensor.transform.computes:
+            if (rows := _own_rows(tensor, by_path, shapes)) is not None:
+                array = read_rows(source, tensor.name, dtype, rows)
+                return tensor, tensor.transform.views(array, tensor.sizes(shapes))
             array = source.read(tensor.name, dtype)
             return tensor, tensor.split(array, tensor.sizes(shapes))
         parts = tensor.split(source.read(tensor.name, "float32"), tensor.sizes(shapes))
@@ -335,6 +252,32 @@ def load_weights(
                     assign(target, array)
                 else:
                     target.assign(array)
+
+
+def _own_rows(
+    tensor: Tensor, targets: Mapping[str, Target], shapes: Mapping[str, tuple[int, ...]]
+) -> slice | None:
+    """Returns the rows of a tensor that devices of this process need; `None` for all."""
+    shape = tensor.shape(shapes)
+    if keras.distribution.distribution() is None or not shape:
+        return None
+    # Each number of the tensor says in which row it is; the transform takes it where it goes.
+    marks = np.arange(shape[0], dtype="int32").reshape(-1, *(1 for _ in shape[1:]))
+    views = tensor.transform.views(np.broadcast_to(marks, shape), tensor.sizes(shapes))
+    needed: list[int] = []
+    for path, view in zip(tensor.paths, views, strict=True):
+        variable = targets[path]
+        boxes = own_boxes(variable) if isinstance(variable, keras.Variable) else None
+        if boxes is None:
+            return None
+        for box in boxes:
+            if tensor.entry is not None:
+                if tensor.entry.number not in range(shapes[path][0])[box[0]]:
+                    continue
+                box = box[1:]
+            rows = view[box]
+            needed += [int(rows.min()), int(rows.max()) + 1]
+    return slice(min(needed, default=0), max(needed, default=0))
 
 
 def _read_grids(

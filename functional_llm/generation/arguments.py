@@ -10,6 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
+
+from functional_llm.files.processes import place_among_processes
 
 _STOP_IDS = 8  # stop ids are padded to a multiple of this, so that few programs serve all numbers
 
@@ -160,7 +163,7 @@ def padded_stop_ids(ids: Sequence[int]) -> np.ndarray:
 
 def make_keys(seed: int | Sequence[int] | None, num_rows: int) -> jax.Array:
     """Returns a random key for each row, (B,): of `seed + i`, or of its own seed."""
-    seeds: Any = int.from_bytes(os.urandom(4), "little") if seed is None else seed
+    seeds: Any = _any_seed() if seed is None else seed
     if is_whole(seeds):
         seeds = [int(seeds) + i for i in range(num_rows)]
     if np.ndim(seeds) != 1 or len(seeds) != num_rows or not all(map(is_whole, seeds)):
@@ -168,6 +171,14 @@ def make_keys(seed: int | Sequence[int] | None, num_rows: int) -> jax.Array:
             f"Expected an integer seed, or one for each of {num_rows} rows, received {seed!r}."
         )
     return jax.vmap(jax.random.key)(np.array([int(s) % 2**32 for s in seeds], "uint32"))
+
+
+def _any_seed() -> int:
+    """Returns another number at every call, the same in all processes."""
+    seed = np.frombuffer(os.urandom(4), "uint32")[0]
+    if place_among_processes()[1] > 1:
+        seed = multihost_utils.broadcast_one_to_all(seed)
+    return int(seed)
 
 
 def is_whole(x: object) -> bool:

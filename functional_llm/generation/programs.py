@@ -20,7 +20,7 @@ import numpy as np
 from functional_llm.generation.equal_layers import trace_equal_layers_once
 from functional_llm.generation.results import Stats
 from functional_llm.generation.samplers import Sampler, needs_keys
-from functional_llm.graph.placing import place_rows
+from functional_llm.graph.placing import place_rows, to_numpy
 from functional_llm.graph.precision import full_float32
 from functional_llm.layers.cache import Cache, fill_cache, grow_cache, make_cache, num_slots
 from functional_llm.xla.rewriter import compiler_options, optimize_for_cpu, optimize_for_gpu
@@ -83,9 +83,16 @@ class DecodeState(NamedTuple):
 
 def _on_devices(prompt: Prompt) -> Prompt:
     """Returns a prompt each of whose rows is where the weights that read it are."""
-    of_rows = ("tokens", "positions", "last", "row_ids", "keys", "mask")
+    if keras.distribution.distribution() is None:
+        return prompt
+    of_rows = ("tokens", "positions", "last", "row_ids", "mask")
     data = {name: getattr(prompt, name) for name in of_rows}
-    return prompt._replace(**place_rows(data, len(prompt.last)))
+    if prompt.keys is not None:
+        data["keys"] = np.asarray(jax.random.key_data(prompt.keys))
+    data = place_rows(data, len(prompt.last))
+    if prompt.keys is not None:
+        data["keys"] = jax.random.wrap_key_data(data["keys"])
+    return prompt._replace(**data)
 
 
 class _Call(NamedTuple):
@@ -187,7 +194,7 @@ class CompiledPrograms:
         program = self._compiled([call])
         with self.stats.timed("decode_seconds"):
             *written, state = program(*call.arguments)
-            new_BC, count = jax.device_get(written)
+            new_BC, count = map(to_numpy, written)
             new_BC = new_BC[:, :count]
         self.stats.decode_tokens += int((new_BC >= 0).sum())
         return new_BC, state

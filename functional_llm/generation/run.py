@@ -22,6 +22,7 @@ from functional_llm.generation.programs import (
 from functional_llm.generation.prompt_cache import PromptCache
 from functional_llm.generation.results import NewTokens
 from functional_llm.generation.samplers import Sampler, needs_keys
+from functional_llm.graph.placing import to_numpy
 from functional_llm.layers.cache import Cache, capped_num_slots, num_slots
 from functional_llm.layers.long_texts import turning_lengths
 
@@ -159,7 +160,7 @@ class Run:
         )
         if self._prompt_cache is not None:
             self._prompt_cache.keep_states(self._state.cache)
-        return np.asarray(token_B)[:, None]
+        return to_numpy(token_B)[:, None]
 
     def _decode(self, positions: Sequence[int]) -> np.ndarray:
         """Runs the decode loop once.

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from typing import Any, TypeAlias, Unpack, overload
 
 import jax
-import jax.numpy as jnp
 import keras
 import numpy as np
 
@@ -314,5 +313,5 @@ class TextGenerator:
         return Run(self._programs, request, prompt_cache).new_tokens()
 
 
-def _as_array(number: float) -> jax.Array:
-    return jnp.asarray(number, "int32" if isinstance(number, int) else "float32")
+def _as_array(number: float) -> np.ndarray:
+    return np.asarray(number, "int32" if isinstance(number, int) else "float32")

@@ -37,6 +37,17 @@ def uninitialized() -> Iterator[None]:
     global_state.set_global_attribute("uninitialized_variables", [])
 
 
+def sharding_of(variable: keras.Variable) -> jax.sharding.Sharding:
+    """Returns where a variable lies on the mesh of the distribution that is set.
+
+    Keras gives an optimizer's variables the layout of the weights that they belong to, and asks the
+    distribution only for others.
+    """
+    variable._initialize_layout()
+    layout: Any = variable._layout
+    return getattr(layout, "backend_layout", layout)
+
+
 def has_value(variable: keras.Variable) -> bool:
     """Returns whether a variable has a value, which one made by `uninitialized` may not have."""
     return variable._value is not None

@@ -9,6 +9,7 @@ from typing import Any, Self
 import keras
 from keras import ops
 
+from functional_llm.graph.placing import to_numpy
 from functional_llm.graph.selection import Where
 from functional_llm.graph.types import Layer, Tensor
 from functional_llm.peft.adapter import Adapter, attach, origin_of, targets_for
@@ -77,7 +78,7 @@ class LoRA(Adapter):
         self.b = self.add_weight(sizes[1], zeros, name="lora_b")
         self.a0 = self.b0 = None
         if self.init != "zeros":
-            matrix = ops.convert_to_numpy(linear.kernel())
+            matrix = to_numpy(linear.kernel())
             a, b = PARTS[self.init](matrix, self.rank, self.scale)
             self.a.assign(a)
             self.b.assign(b)

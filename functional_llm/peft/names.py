@@ -8,7 +8,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from functional_llm.formats.weight_table import Assembly, Tensor, entry_of, without_numbers
+from functional_llm.formats.table_checks import entry_of, without_numbers
+from functional_llm.formats.weight_table import Assembly, Tensor
+from functional_llm.graph import placing
 from functional_llm.graph.selection import walk
 from functional_llm.graph.types import Layer
 from functional_llm.peft.adapter import REVERSED, origin_of
@@ -154,4 +156,4 @@ class NamedModel:
 
 def to_numpy(x: object) -> np.ndarray:
     """Returns an array or a variable as NumPy, in float32."""
-    return np.asarray(ops.convert_to_numpy(ops.cast(x, "float32")))
+    return placing.to_numpy(ops.cast(x, "float32"))

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from functional_llm.graph.placing import to_numpy
 from functional_llm.graph.selection import Where
 from functional_llm.graph.types import Tensor
 from functional_llm.peft.adapter import DEFAULT_TARGETS, Adapter, attach
@@ -23,7 +24,7 @@ class SVF(Adapter):
     """
 
     def make_weights(self, linear: Linear) -> None:
-        matrix = np.asarray(ops.convert_to_numpy(linear.kernel()))
+        matrix = to_numpy(linear.kernel())
         vt = singular_directions(matrix)
         self.us = self.add_constant(matrix @ vt.T, "singular_inputs")
         self.v = self.add_constant(vt, "singular_outputs")
@@ -31,14 +32,14 @@ class SVF(Adapter):
 
     def fingerprint(self) -> np.ndarray:
         """Returns s, and how far each direction points along a fixed one; (2, k), float32."""
-        us, vt = (np.asarray(ops.convert_to_numpy(x)) for x in (self.us, self.v))
+        us, vt = (to_numpy(x) for x in (self.us, self.v))
         probe = np.random.default_rng(0).normal(size=(vt.shape[1],)).astype("float32")
         return np.stack([np.linalg.norm(us, axis=0), np.abs(vt @ probe)])
 
     def check_fingerprint(self, saved: np.ndarray) -> None:
         """Raises a ValueError if z belongs to other directions than those of this base."""
         s, along = self.fingerprint()
-        moved = np.abs(np.asarray(ops.convert_to_numpy(self.z)) - 1)
+        moved = np.abs(to_numpy(self.z) - 1)
         if saved.shape != (2, len(s)):
             raise ValueError(f"expected a fingerprint of shape (2, {len(s)}): {saved.shape}")
         distance = np.abs(s - saved[0]).max() / max(s.max(), 1e-30)

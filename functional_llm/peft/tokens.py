@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from functional_llm.graph.placing import to_numpy
 from functional_llm.graph.types import Tensor
 from functional_llm.peft.adapter import Adapter, join
 from functional_llm.peft.linear import Linear
@@ -18,7 +19,7 @@ class TrainedTokens(Adapter):
     token_ids: Sequence[int] = ()
 
     def make_weights(self, linear: Linear) -> None:
-        matrix = np.asarray(ops.convert_to_numpy(linear.kernel()))
+        matrix = to_numpy(linear.kernel())
         self._by_token = linear.takes_integers
         table = matrix if self._by_token else matrix.T
         ids = np.asarray(self.token_ids, "int64")

@@ -16,9 +16,9 @@ from functional_llm.backbones.keras_hub.column import KerasHub
 from functional_llm.formats.keras_hub_config import make_arguments, read_arguments
 from functional_llm.formats.keras_hub_lora import load_lora
 from functional_llm.formats.keras_hub_weights import KerasHubLayers
+from functional_llm.formats.table_checks import check_source
 from functional_llm.formats.weight_table import (
     Tensor,
-    check_source,
     expand_table,
     export_weights,
     load_weights,

@@ -84,12 +84,12 @@ class Layout(keras.distribution.ModelParallel):
         roles: Mapping[str, Role],
         weights: list[Weight],
     ) -> None:
+        self._axes = axes  # Keras asks for the replicas at once, if there are several processes
         super().__init__(
             layout_map=keras.distribution.LayoutMap(device_mesh),
             batch_dim_name=(axes.of_rows or device_mesh.axis_names)[0],
             auto_shard_dataset=False,
         )
-        self._axes = axes
         self._roles = dict(roles)
         self.weights = weights
 
@@ -98,18 +98,30 @@ class Layout(keras.distribution.ModelParallel):
         """In how many parts the rows of a batch are split."""
         return math.prod(self._axes.sizes[name] for name in self._axes.of_rows)
 
+    @property
+    def _num_own_parts(self) -> int:
+        """How many of these parts are on devices of this process."""
+        parts = self.num_model_replicas
+        if self.num_processes == 1:
+            return parts
+        sharding = RowsLayout(self._axes.of_rows, 1, self.device_mesh).backend_layout
+        return len({str(x) for x in sharding.addressable_devices_indices_map((parts,)).values()})
+
     def get_data_layout(self, data_shape: tuple[int, ...]) -> keras.distribution.TensorLayout:
         """Returns where data lie, by their rows.
+
+        Keras asks with the rows of this process, if there are several.
 
         Raises:
             ValueError: If the rows do not divide.
         """
         parts = self.num_model_replicas
-        if data_shape and data_shape[0] % parts:
+        if data_shape and data_shape[0] % self._num_own_parts:
             names = " and ".join(f"{name}={self._axes.sizes[name]}" for name in self._axes.of_rows)
+            here = "" if parts == self._num_own_parts else f", {self._num_own_parts} of them here"
             raise ValueError(
-                f"Expected a batch whose rows divide over {parts} devices ({names}). Received: "
-                f"{data_shape[0]} rows. Take a multiple of {parts}."
+                f"Expected a batch whose rows divide over {parts} devices ({names}){here}. "
+                f"Received: {data_shape[0]} rows. Take a multiple of {self._num_own_parts}."
             )
         return RowsLayout(self._axes.of_rows, len(data_shape), self.device_mesh)
 

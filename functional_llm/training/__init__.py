@@ -1,6 +1,6 @@
 """Training: datasets, packing, the loss, and the loop around Keras's own `fit`.
 
-May import: files, graph, xla, kernels, tokenizers, layers.
+May import: files, graph, xla, kernels, tokenizers, layers, formats.
 
 Offers: `train`, `LossModel`, `make_examples`, `pack`, `balance_experts`, `draw_experts`; for data
 that do not fit into memory, `stream_records`, `interleave`, `StreamedRows`.

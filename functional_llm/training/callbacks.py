@@ -8,10 +8,12 @@ from typing import Any, TypeAlias
 
 import keras
 
+from functional_llm.files.processes import is_first
 from functional_llm.graph.types import JSON
 from functional_llm.training.checkpoints import save_checkpoint
 from functional_llm.training.display import Display, make_display
 from functional_llm.training.packing import Batches
+from functional_llm.training.processes import begin_step
 from functional_llm.training.streaming import StreamedBatches
 
 Logs: TypeAlias = dict[str, float] | None  # what Keras gives to callbacks
@@ -43,6 +45,9 @@ class History(keras.callbacks.Callback):
         self.accumulate, self.step = accumulate, step
         self.losses, self.held_out = list(losses or []), list(held_out or [])
         self._parts: list[tuple[float, float]] = []  # loss and weight of the step's batches
+
+    def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
+        begin_step(self.step * self.accumulate + len(self._parts) + 1)
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         logs = logs or {}
@@ -137,7 +142,7 @@ class Progress(keras.callbacks.Callback):
         self._first = True
 
     def on_train_begin(self, logs: Logs = None) -> None:
-        if self._display is None:  # a run calls `fit` several times
+        if self._display is None and is_first():  # a run calls `fit` several times
             self._display = make_display(self.steps, self.history.step)
 
     def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:

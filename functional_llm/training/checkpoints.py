@@ -3,13 +3,18 @@
 import json
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 import jax
 import keras
+import numpy as np
 import safetensors
-from safetensors.flax import load_file, save_file
 
+from functional_llm.files.processes import is_first
 from functional_llm.files.replacing import replaced_file
+from functional_llm.formats.safetensors_reader import read_header
+from functional_llm.formats.safetensors_writer import read_dtype, write_one_by_one
+from functional_llm.graph.placing import assign, to_numpy
 from functional_llm.graph.types import JSON
 from functional_llm.training.streaming import StreamState
 
@@ -45,6 +50,9 @@ def save_checkpoint(
 ) -> None:
     """Writes the state of training. An earlier file is replaced when the new one is complete.
 
+    Tensors are gathered and written one after the other. Of several processes, all must call this,
+    and the first one writes.
+
     Args:
         path: The file.
         model: A compiled model.
@@ -54,17 +62,19 @@ def save_checkpoint(
     Raises:
         OSError: If the file cannot be written, on a full disk for example. An earlier file stays.
     """
-    tensors = {name: v.value for name, v in training_state(model).items()}
+    tensors: dict[str, Any] = dict(training_state(model))
     if data is not None:
         stream, arrays = data.to_tensors()
         facts = {**facts, "stream": stream}
         tensors |= {f"{_DATA}{name}": array for name, array in arrays.items()}
     metadata = {key: json.dumps(value) for key, value in facts.items()}
     try:
-        _remove_unfinished(path)
+        if is_first():
+            _remove_unfinished(path)
         with replaced_file(path) as beside:
-            save_file(tensors, beside, metadata=metadata)
-    except (OSError, safetensors.SafetensorError) as error:
+            shapes = {name: (x.shape, jax.numpy.dtype(x.dtype)) for name, x in tensors.items()}
+            write_one_by_one(beside, shapes, map(to_numpy, tensors.values()), metadata)
+    except OSError as error:
         kept = "The one before is as it was." if path.exists() else "There was none before."
         raise OSError(f"{path} could not be written: {error}. {kept}") from error
 
@@ -117,7 +127,7 @@ def load_checkpoint(path: Path, model: keras.Model) -> JSON:
     """
     facts = read_facts(path)
     variables = training_state(model)
-    tensors = {name: x for name, x in load_file(path).items() if not name.startswith(_DATA)}
+    tensors = _open(path)
     problems = [f"{name} is not in the file" for name in variables if name not in tensors]
     problems += [f"{name} is not in the model" for name in tensors if name not in variables]
     for name in variables.keys() & tensors.keys():
@@ -128,11 +138,23 @@ def load_checkpoint(path: Path, model: keras.Model) -> JSON:
         lines = "\n  ".join(sorted(problems))
         raise ValueError(f"{path} does not fit this model:\n  {lines}")
     for name, variable in variables.items():
-        variable.assign(tensors[name])
+        assign(variable, tensors[name])
     return facts
 
 
-def _dtype_and_shape(x: jax.Array | keras.Variable) -> str:
+def _open(path: Path) -> dict[str, np.ndarray]:
+    """Returns the tensors of the model, in a file whose pages are read when they are looked at."""
+    file = np.memmap(path, np.uint8, "c")
+    return {
+        name: file[entry.offset : entry.offset + entry.size]
+        .view(read_dtype(entry.stored))
+        .reshape(entry.shape)
+        for name, entry in read_header(path).items()
+        if not name.startswith(_DATA)
+    }
+
+
+def _dtype_and_shape(x: np.ndarray | keras.Variable) -> str:
     return f"{getattr(x.dtype, 'name', x.dtype)} {tuple(x.shape)}"  # Keras's dtypes are strings
 
 

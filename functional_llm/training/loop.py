@@ -7,6 +7,7 @@ from pathlib import Path
 
 import keras
 
+from functional_llm.files.processes import is_first
 from functional_llm.graph.types import JSON
 from functional_llm.training.callbacks import Checkpoints, History, Logs, Progress, TensorBoard
 from functional_llm.training.checked_data import check_batch
@@ -20,6 +21,7 @@ from functional_llm.training.loss import LossModel
 from functional_llm.training.memory import advise, predict_memory
 from functional_llm.training.optimizer import make_optimizer, make_schedule
 from functional_llm.training.packing import Batches, Rows
+from functional_llm.training.processes import agree
 from functional_llm.training.rematerialize import remat_name
 from functional_llm.training.streaming import StreamedBatches, StreamedRows
 
@@ -103,6 +105,9 @@ def train(
     A run that is killed at any moment and resumed ends with the same weights, bit for bit, as one
     that is not: on the same machine and with the same versions of its libraries.
 
+    Several processes train together if each calls this with the same arguments, after
+    `flm.sharding.join_processes`. All of them read the folder; the first one writes.
+
     Args:
         backbone: The model, changed in place.
         rows: Training data, from `pack`; or a stream of them, which begins again where it ends.
@@ -131,6 +136,8 @@ def train(
         OSError: If the folder cannot be made, or a checkpoint cannot be written.
     """
     path = Path(folder) / CHECKPOINT
+    if not is_first():
+        say, tensorboard = _say_nothing, False
     _check_trainable(backbone)
     path.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is known at once
     check_resume(folder, rows, held_out, settings, resume=resume, arguments=arguments)
@@ -142,6 +149,10 @@ def train(
     run.predict_memory(check_memory)
     boards = [TensorBoard(Path(folder) / "tensorboard", run.history)] if tensorboard else []
     return run.run(_Finish(settings.steps, run.history, save), boards, callbacks)
+
+
+def _say_nothing(line: str) -> None:
+    """Receives what the first of several processes says."""
 
 
 class _Run:
@@ -287,6 +298,8 @@ def check_resume(
 ) -> None:
     """Checks, before a model is loaded, that a run can begin or go on in a folder.
 
+    Several processes compare their arguments, data and checkpoints here.
+
     Args:
         folder: As for `train`; the others too.
         rows: Training data.
@@ -297,9 +310,12 @@ def check_resume(
 
     Raises:
         ValueError: If there is a checkpoint and `resume` is `False`, or it is damaged or of a run
-            with other arguments.
+            with other arguments, or if processes do not agree.
     """
     path = Path(folder) / CHECKPOINT
+    given = _all_arguments(settings, rows, held_out, arguments)
+    step = read_facts(path).get("step") if path.exists() else None
+    agree("arguments", {**given, "step of the checkpoint": step})
     if not path.exists():
         return
     if not resume:
@@ -307,7 +323,6 @@ def check_resume(
             f"{path} is the checkpoint of an earlier run. Ask to resume it, choose another output, "
             "or delete it to begin anew."
         )
-    given = _all_arguments(settings, rows, held_out, arguments)
     kept = {"remat": "nothing", **read_facts(path).get("arguments", {})}
     check_arguments(path, {**kept, "remat": remat_name(kept["remat"])}, given)  # 0.1: a boolean
 

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import keras
 import numpy as np
 
+from functional_llm.graph.placing import own_rows
 from functional_llm.training.examples import Example
 
 Batch: TypeAlias = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]
@@ -123,7 +124,8 @@ def _fill_rows(examples: Sequence[Example], length: int) -> list[list[Example]]:
 class Batches(keras.utils.PyDataset):
     """Batches for `fit` and `evaluate`: inputs, labels, and weights that are 0 without a label.
 
-    The number of a batch alone decides its rows, so that training can resume at any batch.
+    The number of a batch alone decides its rows, so that training can resume at any batch. Of
+    several processes, each gets those that its devices compute.
 
     Args:
         rows: From `pack`.
@@ -161,7 +163,11 @@ class Batches(keras.utils.PyDataset):
         return self.num_batches
 
     def __getitem__(self, index: int) -> Batch:
-        """Returns batch `start + index`: inputs, labels (B, T), weights (B, T) float32."""
+        """Returns batch `start + index`: inputs, labels (B, T), weights (B, T) float32.
+
+        Raises:
+            ValueError: If B does not divide over the devices.
+        """
         chosen = self._chosen(self.start + index)
         taken = {name: getattr(self.rows, name)[chosen] for name in Rows.__annotations__}
         missing = self.batch_size - len(chosen)
@@ -171,7 +177,7 @@ class Batches(keras.utils.PyDataset):
                 name: np.pad(x, ((0, missing), (0, 0)), constant_values=empty[name])
                 for name, x in taken.items()
             }
-        return Rows(**taken).as_batch()
+        return own_rows(Rows(**taken).as_batch(), self.batch_size)
 
     def count_tokens(self, number: int) -> int:
         """Returns the number of tokens in batch `number`, without padding."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
+from functional_llm.graph.placing import own_rows
 from functional_llm.graph.types import JSON
 from functional_llm.tokenizers import TextTokenizer
 from functional_llm.training.examples import (
@@ -257,6 +258,9 @@ def _size(example: Example) -> int:
 class StreamedBatches:
     """Batches of a stream, each made once and in order; the last few are kept.
 
+    Of several processes, each reads the stream and gets the rows that its devices compute: the
+    batches are those of one process, and a run may go on with other devices.
+
     Args:
         rows: The stream.
         batch_size: B.
@@ -285,7 +289,7 @@ class StreamedBatches:
             self._states[self._next] = self._reader.state()
             self._batches.pop(self._next - _KEPT_BATCHES, None)
             self._states.pop(self._next - _KEPT_BATCHES, None)
-        return self._batches[number]
+        return own_rows(self._batches[number], self._batch_size)
 
     def describe(self, number: int) -> str:
         """Returns a sentence about what was read for the batches before `number`."""
@@ -305,7 +309,8 @@ class StreamedBatches:
 
     def count_tokens(self, number: int) -> int:
         """Returns the number of tokens in batch `number`, without padding."""
-        return int((self[number][0]["positions"] >= 0).sum())
+        _ = self[number]
+        return int((self._batches[number][0]["positions"] >= 0).sum())
 
     def tokens_before(self, number: int) -> int:
         """Returns the number of tokens in all batches before `number`, without padding."""

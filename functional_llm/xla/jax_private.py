@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias, cast
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.extend import core
 from jax.extend.core import primitives
 
@@ -28,6 +29,19 @@ jit_p = primitives.jit_p
 scatter_p = primitives.scatter_p
 transpose_p = primitives.transpose_p
 while_p = primitives.while_p
+
+
+class Blackboard(Protocol):
+    """What processes write for all of them to read: the service that `jax.distributed` starts."""
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None: ...
+    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]: ...
+    def wait_at_barrier(self, barrier_id: str, timeout_in_ms: int) -> None: ...
+
+
+def blackboard() -> Blackboard:
+    """Returns what the processes of `jax.distributed` have in common."""
+    return cast(Blackboard, distributed.global_state.client)
 
 
 class Shaped(Protocol):
