@@ -130,6 +130,8 @@ SAID: dict[str, dict[str, Any]] = {
     "glm4_moe_one_chosen": {"num_mtp_layers": 0},
     "lfm2_wide_kernel": {},
     "lfm2_old_keys": {},
+    "mamba2_groups": {},
+    "mamba2_one_layer_no_convolution_bias": {"use_conv_bias": True},
 }
 # Those whose experts are in MXFP4, in the directory and in the GGUF file.
 PACKED = {"gpt_oss_clamped"}

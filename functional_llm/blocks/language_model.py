@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, S slots, W positions of a window, D model, V vocabulary.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -24,6 +25,7 @@ from functional_llm.graph.types import Nested, Tensor
 from functional_llm.layers.attention import AttentionMask, KVCacheLookup
 from functional_llm.layers.states import PaddingBack, PaddingLast, StatePosition
 
+Kinds: TypeAlias = str | tuple[str, ...]  # the type of a layer, or all that it is of
 Graph: TypeAlias = tuple[dict[str, Nested], dict[str, Nested]]  # symbolic inputs and outputs
 
 
@@ -62,8 +64,8 @@ def causal_lm(
     vocabulary_size: int,
     hidden_dim: int,
     layer_types: Mapping[str, LayerType | StateType],
-    layers: Sequence[tuple[str, CompositeLayer]],
-    keeps: Shapes | Sequence[Shapes],
+    layers: Sequence[tuple[Kinds, CompositeLayer]],
+    keeps: Shapes | Sequence[Shapes | Sequence[Shapes]],
     final_norm: Part,
     tie_word_embeddings: bool,
     head_bias: bool = False,
@@ -76,10 +78,11 @@ def causal_lm(
         vocabulary_size: V.
         hidden_dim: D.
         layer_types: Name of a type -> what its layers share.
-        layers: Decoder layers in order, each with the name of its type.
+        layers: Decoder layers in order, each with the name of its type; or with those of several,
+            as layers that attend and keep a state have, or of none, as those that keep nothing.
         keeps: What all layers keep of a token in the cache, or what each of them keeps; in a dtype
             of its own where it is a `Kept`, nothing where it is an empty dict. Of a `StateType`,
-            the states.
+            the states. Of a layer with several types, one for each of them.
         final_norm: Part before the head.
         tie_word_embeddings: Whether the head is the transposed embedding.
         head_bias: Whether a head of its own adds a bias.
@@ -91,11 +94,14 @@ def causal_lm(
         `logits` (B, T, V), `hidden` (B, T, D), which the head turns into logits, and `cache`. A
         cache holds, for each type of layers, the positions in its slots and what each layer keeps.
     """
-    used = {kind: layer_types[kind] for kind in dict.fromkeys(kind for kind, _ in layers)}
+    kinds = [(kind,) if isinstance(kind, str) else kind for kind, _ in layers]
+    used = {kind: layer_types[kind] for kind in dict.fromkeys(itertools.chain(*kinds))}
     all_keep = [keeps] * len(layers) if isinstance(keeps, Mapping) else keeps
     kept: dict[str, dict[str, Shapes]] = {kind: {} for kind in used}
-    for (kind, layer), own in zip(layers, all_keep, strict=True):
-        kept[kind][layer.name] = own
+    for own_kinds, (_, layer), keep in zip(kinds, layers, all_keep, strict=True):
+        each = [keep] if isinstance(keep, Mapping) else keep
+        for kind, own in zip(own_kinds, each, strict=True):
+            kept[kind][layer.name] = own
     inputs = make_inputs(used, kept)
     read = _with_padding_last(inputs) if _has_states(used) else inputs
     embedding = keras.layers.ReversibleEmbedding(
@@ -106,9 +112,16 @@ def causal_lm(
     for kind, layer_type in used.items():
         shared[kind], slot_positions = shared_inputs(kind, layer_type, read)
         cache[kind] = {"positions": slot_positions}
-    for kind, layer in layers:
-        result = layer({"x": x, "cache": inputs["cache"][kind][layer.name], **shared[kind]})
-        x, cache[kind][layer.name] = result["x"], result["cache"]
+    for own_kinds, (_, layer) in zip(kinds, layers, strict=True):
+        given: Inputs = {"x": x, "positions": read["positions"], "cache": {}}
+        for kind in own_kinds:
+            given |= shared[kind]
+            given["cache"] |= inputs["cache"][kind][layer.name]
+        result = layer(given)
+        x = result["x"]
+        for kind in own_kinds:
+            own = inputs["cache"][kind][layer.name]
+            cache[kind][layer.name] = {name: result["cache"][name] for name in own}
     hidden = apply_parts([final_norm], x, read)
     if _has_states(used):
         hidden = PaddingBack(name="padding_back")({"x": hidden, "places": read["places"]})

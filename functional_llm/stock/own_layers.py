@@ -22,6 +22,7 @@ from functional_llm.layers.experts import (
 )
 from functional_llm.layers.latent import LatentHeads, LatentPart
 from functional_llm.layers.long_texts import IsLongText
+from functional_llm.layers.state_space import StateSpace
 from functional_llm.layers.states import PaddingBack, PaddingLast, StateLookup, StatePosition
 from functional_llm.stock.lowering import register_lowering
 
@@ -83,5 +84,6 @@ register_lowering(PaddingBack, PaddingBack.call)
 register_lowering(StatePosition, StatePosition.call)
 register_lowering(StateLookup, StateLookup.call)
 register_lowering(CausalConvolution, CausalConvolution.call)
+register_lowering(StateSpace, StateSpace.as_one_chunk)
 register_lowering(IsLongText, IsLongText.call)
 register_lowering(OwnWeight, lambda layer, inputs: layer.variable)

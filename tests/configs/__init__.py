@@ -20,6 +20,7 @@ from configs import (
     layer_norm,
     llama_kin,
     sandwich,
+    state_spaces,
     states,
 )
 
@@ -33,6 +34,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **corrected.CONFIGS,
     **chunked.CONFIGS,
     **states.CONFIGS,
+    **state_spaces.CONFIGS,
 }
 # The first config of each family, for what no config changes.
 ONE_OF_EACH_FAMILY = list({x["model_type"]: name for name, x in reversed(CONFIGS.items())}.values())
@@ -57,4 +59,5 @@ ONE_OF_EACH_KIND = [
     "deepseek_v3_groups",  # latents in the cache, a shared expert, a correction of scores
     "llama4_chunks_then_all",  # layers that see chunks, experts in fused tensors
     "lfm2_wide_kernel",  # a state in the place of keys and values
+    "mamba2_groups",  # a state that decays, a norm of groups
 ]
