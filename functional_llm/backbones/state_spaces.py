@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from functional_llm.backbones.family import ModelConfig, dense_rows
+from functional_llm.backbones.family import ModelConfig, check_given, dense_rows
 from functional_llm.backbones.transforms import Row, Rows, Transform, axis_removed, split_axis
 from functional_llm.blocks.attention import PartFunction
 from functional_llm.blocks.mamba2 import StateSizes
@@ -163,3 +163,42 @@ GGUF_KEYS = {
     "ssm.head_size": "head_dim",
     "ssm.expand": "expand",
 }
+
+# Of models that have attention, too; those that are the same in several families.
+PREFIXED_KEYS: dict[str, str | type] = {
+    "mamba_n_heads": "num_state_heads",
+    "mamba_n_groups": "num_state_groups",
+    "mamba_d_state": "state_dim",
+    "mamba_d_conv": "convolution_width",
+    "mamba_conv_bias": "convolution_bias",
+    "mamba_expand": int,
+    "mamba_d_head": object,
+    "mamba_chunk_size": object,
+    "time_step_limit": object,
+}
+PREFIXED_DEFAULTS: JSON = {
+    "mamba_n_heads": 128,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 256,
+    "mamba_d_head": "auto",
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_conv_bias": True,
+}
+PREFIXED_GGUF_KEYS = {
+    "ssm.conv_kernel": "mamba_d_conv",
+    "ssm.state_size": "mamba_d_state",
+    "ssm.time_step_rank": "mamba_n_heads",
+    "ssm.group_count": "mamba_n_groups",
+    "ssm.head_size": "mamba_d_head",
+    "ssm.expand": "mamba_expand",
+}
+
+
+def complete_prefixed(keys: JSON, inner: int) -> JSON:
+    """Adds the fields that no key gives by itself, of an inner width."""
+    check_given(keys, list(PREFIXED_DEFAULTS))
+    size = keys["mamba_d_head"]
+    size = inner // keys["mamba_n_heads"] if size == "auto" else size
+    check_heads(keys, "mamba_n_heads", "mamba_n_groups", inner, size)
+    return {**keys, **read_steps(keys), "state_head_dim": size}

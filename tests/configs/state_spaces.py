@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from configs.common import GRANITE
+
 _MAMBA2 = {
     "model_type": "mamba2",
     "vocab_size": 128,
@@ -14,6 +16,19 @@ _MAMBA2 = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": None,
+}
+
+_GRANITE = {
+    **{key: x for key, x in GRANITE.items() if key != "rope_parameters"},
+    "model_type": "granitemoehybrid",
+    "hidden_size": 32,
+    "layer_types": ["mamba", "attention"],
+    "mamba_n_heads": 8,
+    "mamba_d_state": 6,
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "shared_intermediate_size": 40,
+    "mamba_chunk_size": 16,
 }
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -39,5 +54,33 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "state_size": 16,
         "use_conv_bias": False,
         "layer_norm_epsilon": 1e-3,
+    },
+    "granitemoehybrid_experts": {
+        **_GRANITE,
+        "intermediate_size": 24,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "mamba_n_groups": 2,
+        "mamba_proj_bias": True,
+        "attention_bias": True,
+        "time_step_limit": [0.0, 1.2],
+        "position_embedding_type": "nope",
+    },
+    "granitemoehybrid_attention_alone_rope": {
+        **_GRANITE,
+        "layer_types": ["attention", "attention"],
+        "position_embedding_type": "rope",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+        "tie_word_embeddings": True,
+    },
+    "granitemoehybrid_states_first_and_last": {
+        **_GRANITE,
+        "num_hidden_layers": 3,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "mamba_d_head": 4,
+        "mamba_expand": 1,
+        "mamba_d_conv": 3,
+        "mamba_conv_bias": False,
+        "num_key_value_heads": 1,
     },
 }
