@@ -83,8 +83,9 @@ def build_mixer(config: Config, kind: str) -> CompositeLayer:
         gated_norm(config.layer_norm_epsilon, config.num_state_groups),
         activation=config.activation,
         steps=config.steps,
-        use_bias=config.state_bias,
+        input_bias=config.state_bias,
         convolution_bias=config.convolution_bias,
+        output_bias=config.state_bias,
     )
 
 

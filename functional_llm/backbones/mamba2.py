@@ -40,8 +40,8 @@ def build(config: Config) -> Graph:
     return causal_lm(
         vocabulary_size=config.vocabulary_size,
         hidden_dim=config.hidden_dim,
-        layer_types={"mamba": StateType()},
-        layers=[("mamba", build_decoder(config, i)) for i in range(config.num_layers)],
+        layer_types={"linear_attention": StateType()},
+        layers=[("linear_attention", build_decoder(config, i)) for i in range(config.num_layers)],
         keeps=mamba2_shapes(config.state_sizes),
         final_norm=rms_norm(config.layer_norm_epsilon, "final_norm"),
         tie_word_embeddings=config.tie_word_embeddings,
@@ -57,8 +57,9 @@ def build_decoder(config: Config, index: int) -> CompositeLayer:
         gated_norm(config.layer_norm_epsilon, config.num_state_groups),
         activation=config.activation,
         steps=config.steps,
-        use_bias=config.use_bias,
+        input_bias=config.use_bias,
         convolution_bias=config.convolution_bias,
+        output_bias=config.use_bias,
     )
     norm = rms_norm(config.layer_norm_epsilon, "mamba_norm")
     return decoder(

@@ -1,6 +1,7 @@
 """The decoder layer: residual branches in order."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from functional_llm.blocks.attention import BesideX, Inputs, Part, apply_parts
@@ -10,7 +11,18 @@ from functional_llm.graph.types import Nested, Tensor
 NamedPart: TypeAlias = CompositeLayer | BesideX  # named "attention" or "mlp"
 
 
-def decoder(name: str, branches: Sequence[Sequence[Part]]) -> CompositeLayer:
+@dataclass(frozen=True)
+class Sum:
+    """Branches that see the same, as a part of a branch: their results are added.
+
+    Args:
+        branches: Lists of parts.
+    """
+
+    branches: Sequence[Sequence[Part]]
+
+
+def decoder(name: str, branches: Sequence[Sequence[Part | Sum]]) -> CompositeLayer:
     """Residual branches in order: `x = x + branch(x)` for each.
 
     A branch is a list of parts, such as `[rms_norm(...), attention(...)]`. A CompositeLayer whose
@@ -18,18 +30,24 @@ def decoder(name: str, branches: Sequence[Sequence[Part]]) -> CompositeLayer:
 
     Args:
         name: Name of the layer.
-        branches: Lists of parts.
+        branches: Lists of parts, a `Sum` of branches among them.
 
     Returns:
         Layer from `{"x", "positions", "mask", "rotation", "cache"}` to `{"x", "cache"}`.
     """
 
     def step(x: Tensor, apply: _Apply) -> Tensor:
-        for branch in branches:
-            y = x
+        def through(branch: Sequence[Part | Sum], y: Tensor) -> Tensor:
             for part in branch:
-                y = apply(part, y)
-            x = x + y
+                if isinstance(part, Sum):
+                    first, *others = [through(inner, y) for inner in part.branches]
+                    y = sum(others, start=first)
+                else:
+                    y = apply(part, y)
+            return y
+
+        for branch in branches:
+            x = x + through(branch, x)
         return x
 
     return _layer(name, step)

@@ -75,6 +75,22 @@ def gated_norm(epsilon: float, num_groups: int = 1) -> Gate:
     return lambda y, z: norm(ops.cast(y, "float32") * ops.silu(ops.cast(z, "float32")))
 
 
+def norm_before_gate(epsilon: float, num_groups: int = 1) -> Gate:
+    """Joins them as norm(y) * silu(z).
+
+    Args:
+        epsilon: As for `gated_norm`.
+        num_groups: As for `gated_norm`.
+    """
+    norm = RMSNormOfGroups(epsilon, num_groups, name="norm")
+    return lambda y, z: norm(y) * ops.silu(z)
+
+
+def gate_alone(y: Tensor, z: Tensor) -> Tensor:
+    """Joins them as y * silu(z)."""
+    return y * ops.silu(z)
+
+
 def mamba2(
     sizes: StateSizes,
     hidden_dim: int,
@@ -82,8 +98,9 @@ def mamba2(
     *,
     activation: str = "silu",
     steps: tuple[float, float | None] = (0.0, None),
-    use_bias: bool = False,
+    input_bias: bool = False,
     convolution_bias: bool = True,
+    output_bias: bool = False,
     projected: Sequence[Part] = (),
 ) -> CompositeLayer:
     """A selective state space between a short convolution and a gate.
@@ -94,8 +111,9 @@ def mamba2(
         gate: What joins what was read from the state and the gate: `gated_norm`, or your own.
         activation: A key of `ACTIVATIONS`, behind the convolution.
         steps: The least and the largest step; `None` for no bound.
-        use_bias: Whether the projections add biases.
+        input_bias: Whether the first projection adds biases.
         convolution_bias: Whether the convolution does.
+        output_bias: Whether the last projection does.
         projected: Parts after the first projection, whose channels are z, x, the ways in, the ways
             out, and the steps.
 
@@ -114,7 +132,7 @@ def mamba2(
         begin = StateLookup(sizes.states, name="state_lookup")({x: inputs[x] for x in names})
         at = {name: inputs[name] for name in ("positions", "segment_ids")}
         width = inner + sizes.channels + sizes.num_heads
-        project = keras.layers.Dense(width, use_bias=use_bias, name="input")
+        project = keras.layers.Dense(width, use_bias=input_bias, name="input")
         whole = apply_parts(projected, project(inputs["x"]), inputs)
         z, mixed, dt = ops.split(whole, [inner, inner + sizes.channels], axis=-1)
         convolution = CausalConvolution(sizes.width, convolution_bias, name="convolution")
@@ -132,7 +150,7 @@ def mamba2(
             }
         )
         y = keras.layers.Reshape((-1, inner), name="merge_heads")(result["x"])
-        output = keras.layers.Dense(hidden_dim, use_bias=use_bias, name="output")
+        output = keras.layers.Dense(hidden_dim, use_bias=output_bias, name="output")
         states = {"inputs": around["state"], "state": result["state"]}
         cache = {name: ops.expand_dims(state, 1) for name, state in states.items()}
         return {"x": output(gate(y, z)), "cache": cache}

@@ -31,7 +31,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def gated_mlp(
     intermediate_dim: int,
     hidden_dim: int,
-    activation: str,
+    activation: str | Callable[[Tensor], Tensor],
     use_bias: bool = False,
     name: str = "mlp",
 ) -> CompositeLayer:
@@ -40,7 +40,7 @@ def gated_mlp(
     Args:
         intermediate_dim: Width of gate and up.
         hidden_dim: Width of the result.
-        activation: A key of `ACTIVATIONS`.
+        activation: A key of `ACTIVATIONS`, or a function.
         use_bias: Whether the three Dense layers have a bias.
         name: Of the layer.
 
@@ -51,8 +51,10 @@ def gated_mlp(
     up = keras.layers.Dense(intermediate_dim, use_bias=use_bias, name="up")
     down = keras.layers.Dense(hidden_dim, use_bias=use_bias, name="down")
 
+    act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+
     def body(x: Tensor) -> Tensor:
-        return down(ACTIVATIONS[activation](gate(x)) * up(x))
+        return down(act(gate(x)) * up(x))
 
     return CompositeLayer(body, name=name)
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from configs.common import GRANITE
+from configs.common import GRANITE, LLAMA
 
 _MAMBA2 = {
     "model_type": "mamba2",
@@ -29,6 +29,25 @@ _GRANITE = {
     "num_experts_per_tok": 0,
     "shared_intermediate_size": 40,
     "mamba_chunk_size": 16,
+}
+
+_FALCON_H1 = {
+    **LLAMA,
+    "model_type": "falcon_h1",
+    "hidden_size": 32,
+    "mamba_d_ssm": 48,
+    "mamba_n_heads": 6,
+    "mamba_d_state": 5,
+    "mamba_chunk_size": 16,
+    "embedding_multiplier": 2.0,
+    "lm_head_multiplier": 0.4,
+    "key_multiplier": 0.6,
+    "attention_in_multiplier": 1.3,
+    "attention_out_multiplier": 0.7,
+    "ssm_in_multiplier": 1.5,
+    "ssm_out_multiplier": 0.5,
+    "mlp_multipliers": [0.8, 1.2],
+    "ssm_multipliers": [0.7, 0.9, 1.1, 1.3, 1.6],
 }
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -82,5 +101,34 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mamba_d_conv": 3,
         "mamba_conv_bias": False,
         "num_key_value_heads": 1,
+    },
+    "falcon_h1_multipliers": _FALCON_H1,
+    "falcon_h1_norm_before_gate_biases": {
+        **_FALCON_H1,
+        "mamba_rms_norm": True,
+        "mamba_norm_before_gate": True,
+        "mamba_n_groups": 2,
+        "mamba_proj_bias": True,
+        "projectors_bias": False,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "mlp_multipliers": None,
+        "time_step_limit": [0.3, 0.9],
+        "head_dim": 12,
+    },
+    "falcon_h1_gate_before_norm_tied": {
+        **_FALCON_H1,
+        "num_hidden_layers": 1,
+        "mamba_d_ssm": None,
+        "mamba_expand": 1,
+        "mamba_n_heads": 4,
+        "mamba_n_groups": 2,
+        "mamba_rms_norm": True,
+        "mamba_norm_before_gate": False,
+        "projectors_bias": True,
+        "mamba_conv_bias": False,
+        "ssm_multipliers": None,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
     },
 }
