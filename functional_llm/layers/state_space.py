@@ -153,11 +153,12 @@ def _one_chunk(
     is_behind = ops.expand_dims(is_behind_BTS, (1, 2))
     between = ops.cumsum(ops.where(is_behind, ops.expand_dims(decay_BGRT, 4), 0.0), axis=3)
     is_seen_BTS = ops.expand_dims(place_BT, 2) >= ops.expand_dims(place_BT, 1)
-    is_seen_BTS = is_seen_BTS & (ops.expand_dims(text_BT, 2) == ops.expand_dims(text_BT, 1))
+    is_same_BTS = ops.equal(ops.expand_dims(text_BT, 2), ops.expand_dims(text_BT, 1))
+    is_seen_BTS = ops.logical_and(is_seen_BTS, is_same_BTS)
     left_BGRTS = ops.where(ops.expand_dims(is_seen_BTS, (1, 2)), ops.exp(between), 0.0)
     scores_BGTS = ops.einsum("btgn,bsgn->bgts", c_BTGN, b_BTGN)
     y = ops.einsum("bgrts,bsgrp->btgrp", ops.expand_dims(scores_BGTS, 2) * left_BGRTS, x)
-    is_of_state_BT = ops.expand_dims(text_B, 1) == text_BT
+    is_of_state_BT = ops.equal(ops.expand_dims(text_B, 1), text_BT)
     kept_BGRT = ops.where(
         ops.expand_dims(is_of_state_BT, (1, 2)), ops.exp(ops.cumsum(decay_BGRT, axis=3)), 0.0
     )
