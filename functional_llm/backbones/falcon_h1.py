@@ -9,8 +9,8 @@ import keras
 import numpy as np
 
 from functional_llm.backbones.family import (
-    ROPE_BUFFERS,
     COMMON_KEYS,
+    ROPE_BUFFERS,
     DecoderConfig,
     Family,
     complete_common_keys,

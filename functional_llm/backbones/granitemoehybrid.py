@@ -94,9 +94,7 @@ def build_mlp(config: Config) -> NamedPart:
     width, activation = config.hidden_dim, config.activation
     if not config.experts:
         return gated_mlp(config.shared_dim, width, activation)
-    router = Router(
-        num_experts=config.experts, num_chosen=config.chosen_experts, weights=[softmax]
-    )
+    router = Router(num_experts=config.experts, num_chosen=config.chosen_experts, weights=[softmax])
     shared = gated_mlp(config.shared_dim, width, activation, name="shared")
     return expert_mlp(router, config.intermediate_dim, width, activated(activation), shared=shared)
 
@@ -136,7 +134,11 @@ def written_keys(config: Config) -> JSON:
     }
 
 
-_NO_NULLS = ("mamba_expand", "mamba_proj_bias", "num_local_experts", "shared_intermediate_size")
+_NO_NULLS = (
+    *("mamba_expand", "mamba_proj_bias", "shared_intermediate_size"),
+    *("num_local_experts", "num_experts_per_tok"),
+)
+
 
 _LAYER = "model.layers.{}"
 _WHOLE, _ = fused()

@@ -62,9 +62,7 @@ def build_decoder(config: Config, index: int) -> CompositeLayer:
         output_bias=config.use_bias,
     )
     norm = rms_norm(config.layer_norm_epsilon, "mamba_norm")
-    return decoder(
-        f"decoder_{index}", [[norm, mixer, *residual_parts(config.float32_residuals)]]
-    )
+    return decoder(f"decoder_{index}", [[norm, mixer, *residual_parts(config.float32_residuals)]])
 
 
 def complete_keys(keys: JSON) -> JSON:

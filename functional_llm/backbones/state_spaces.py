@@ -57,7 +57,11 @@ def read_steps(keys: JSON) -> JSON:
     # As Transformers writes what JSON has no number for.
     said = [x.get("__float__") if isinstance(x, dict) else x for x in limit or ()]
     bounds = [math.inf if x in ("Infinity", "inf") else x for x in said]
-    if len(bounds) != 2 or not all(type(x) in (int, float) for x in bounds) or bounds != sorted(bounds):
+    if (
+        len(bounds) != 2
+        or not all(type(x) in (int, float) for x in bounds)
+        or bounds != sorted(bounds)
+    ):
         raise ValueError(
             "config.json: expected a time_step_limit of two numbers, the smaller first, received "
             f"{limit}."
@@ -118,9 +122,7 @@ def mixer_rows(source: str) -> list[Row]:
 
 
 # llama.cpp's files have a number, whose logarithm others have, and an axis more.
-_NEGATIVE = Transform(
-    lambda x: np.log(-x[:, 0]), lambda x: -np.exp(x)[:, None], computes=True
-)
+_NEGATIVE = Transform(lambda x: np.log(-x[:, 0]), lambda x: -np.exp(x)[:, None], computes=True)
 
 
 def gguf_mixer_rows(source: str, dt_bias: str = "dt_proj.bias") -> Callable[[SpaceConfig], Rows]:

@@ -1,7 +1,7 @@
 """Mamba-2 in the place of attention.
 
-Shapes: B batch, T tokens, D model, W width of the convolution; G groups, R heads in each, H = G * R,
-P size of a head, I = H * P, N size of a state.
+Shapes: B batch, T tokens, D model, W width of the convolution; G groups, H heads, P size of a head,
+I = H * P, N size of a state.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,11 +12,10 @@ from keras import ops
 
 from functional_llm.blocks.attention import Inputs, Kept, Part, Shapes, apply_parts
 from functional_llm.blocks.mlp import ACTIVATIONS
-from functional_llm.blocks.norm import RMSNormOfGroups
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import Nested, Tensor
 from functional_llm.layers.convolution import CausalConvolution
-from functional_llm.layers.state_space import StateSpace
+from functional_llm.layers.state_space import RMSNormOfGroups, StateSpace
 from functional_llm.layers.states import StateLookup
 
 Gate = Callable[[Tensor, Tensor], Tensor]  # what was read from the state, and the gate z, (B, T, I)

@@ -77,35 +77,6 @@ def offset_layer_norm(epsilon: float, name: str) -> PartFunction:
 
 
 @keras.saving.register_keras_serializable("functional_llm")
-class RMSNormOfGroups(CompositeLayer):
-    """Root mean square norm of each group of channels, with a learned scale for each channel.
-
-    Args:
-        epsilon: Added to the mean square.
-        num_groups: How many groups of neighbouring channels there are.
-        **kwargs: Of `keras.layers.Layer`.
-
-    Reference:
-        [Mamba-2](https://arxiv.org/abs/2405.21060), section 7.2.
-    """
-
-    def __init__(self, epsilon: float, num_groups: int, **kwargs: Any) -> None:
-        super().__init__(**{"autocast": False, **kwargs})
-        self.epsilon, self.num_groups = epsilon, num_groups
-
-    def functional_build(self, inputs: Tensor) -> Tensor:
-        width = inputs.shape[-1]
-        self.scale = self.add_weight((width,), "ones", name="scale")
-        groups = keras.layers.Reshape((-1, self.num_groups, width // self.num_groups), dtype="float32")
-        normed = ops.rms_normalization(groups(inputs), epsilon=self.epsilon)
-        merge = keras.layers.Reshape((-1, width), dtype="float32")
-        return ops.cast(merge(normed), self.compute_dtype) * self.scale
-
-    def get_config(self) -> JSON:
-        return {**super().get_config(), "epsilon": self.epsilon, "num_groups": self.num_groups}
-
-
-@keras.saving.register_keras_serializable("functional_llm")
 class LayerNormOfHeads(CompositeLayer):
     """Layer norm of each head, (..., N, H), with scales of its own and no bias.
 

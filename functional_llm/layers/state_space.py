@@ -22,8 +22,8 @@ CHUNK = 64
 class StateSpace(keras.layers.Layer):
     """Reads and writes a state: y = state c + D x, after state = exp(A dt) state + dt x b.
 
-    The step dt is softplus(dt + bias), A = -exp(a_log). Tokens of a chunk are computed together, and
-    chunks one after another; all in float32.
+    The step dt is softplus(dt + bias), A = -exp(a_log). Tokens of a chunk are computed together,
+    and chunks one after another; all in float32.
 
     Args:
         least_step: dt is no less.
@@ -107,6 +107,48 @@ class StateSpace(keras.layers.Layer):
 
     def get_config(self) -> JSON:
         own = {"least_step": self.least_step, "most_step": self.most_step}
+        return {**super().get_config(), **own}
+
+
+@keras.saving.register_keras_serializable("functional_llm")
+class RMSNormOfGroups(keras.layers.Layer):
+    """Root mean square norm of each group of channels, with a learned scale for each channel.
+
+    Args:
+        epsilon: Added to the mean square.
+        num_groups: How many groups of neighbouring channels there are.
+        **kwargs: Of `keras.layers.Layer`.
+
+    Reference:
+        [Mamba-2](https://arxiv.org/abs/2405.21060), section 7.2.
+    """
+
+    def __init__(self, epsilon: float, num_groups: int, **kwargs: Any) -> None:
+        super().__init__(**{"autocast": False, **kwargs})
+        self.epsilon, self.num_groups = epsilon, num_groups
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        self.scale = self.add_weight(input_shape[-1:], "ones", name="scale")
+
+    def call(self, inputs: Tensor) -> Tensor:
+        """Norms.
+
+        Args:
+            inputs: (..., channels).
+
+        Returns:
+            As many, in the dtype that the layer computes in.
+        """
+        parts = ops.split(ops.cast(inputs, "float32"), self.num_groups, axis=-1)
+        normed = [ops.rms_normalization(part, epsilon=self.epsilon) for part in parts]
+        scale = ops.cast(self.scale, self.compute_dtype)
+        return ops.cast(ops.concatenate(normed, axis=-1), self.compute_dtype) * scale
+
+    def compute_output_spec(self, inputs: Tensor) -> keras.KerasTensor:
+        return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+
+    def get_config(self) -> JSON:
+        own = {"epsilon": self.epsilon, "num_groups": self.num_groups}
         return {**super().get_config(), **own}
 
 

@@ -22,7 +22,7 @@ from functional_llm.layers.experts import (
 )
 from functional_llm.layers.latent import LatentHeads, LatentPart
 from functional_llm.layers.long_texts import IsLongText
-from functional_llm.layers.state_space import StateSpace
+from functional_llm.layers.state_space import RMSNormOfGroups, StateSpace
 from functional_llm.layers.states import PaddingBack, PaddingLast, StateLookup, StatePosition
 from functional_llm.stock.lowering import register_lowering
 
@@ -85,5 +85,6 @@ register_lowering(StatePosition, StatePosition.call)
 register_lowering(StateLookup, StateLookup.call)
 register_lowering(CausalConvolution, CausalConvolution.call)
 register_lowering(StateSpace, StateSpace.as_one_chunk)
+register_lowering(RMSNormOfGroups, RMSNormOfGroups.call)
 register_lowering(IsLongText, IsLongText.call)
 register_lowering(OwnWeight, lambda layer, inputs: layer.variable)

@@ -76,6 +76,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "granitemoehybrid_experts": {
         **_GRANITE,
+        "layer_types": ["attention", "mamba"],
         "intermediate_size": 24,
         "num_local_experts": 6,
         "num_experts_per_tok": 2,
