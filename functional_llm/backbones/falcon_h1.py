@@ -8,21 +8,18 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
+from functional_llm.backbones import falcon_h1_keys
 from functional_llm.backbones.family import (
-    COMMON_KEYS,
     ROPE_BUFFERS,
     DecoderConfig,
     Family,
-    complete_common_keys,
     dense_rows,
 )
 from functional_llm.backbones.stacks import build_around, with_rope
 from functional_llm.backbones.state_spaces import (
     PREFIXED_DEFAULTS,
     PREFIXED_GGUF_KEYS,
-    PREFIXED_KEYS,
     SpaceConfig,
-    complete_prefixed,
     gguf_mixer_rows,
     mixer_rows,
     written_steps,
@@ -43,13 +40,6 @@ from functional_llm.blocks.mlp import ACTIVATIONS, gated_mlp
 from functional_llm.blocks.norm import rms_norm
 from functional_llm.blocks.rope import rotary
 from functional_llm.graph.composite import CompositeLayer
-from functional_llm.graph.types import JSON
-
-_SINGLE = (
-    *("embedding_multiplier", "lm_head_multiplier", "key_multiplier"),
-    *("attention_in_multiplier", "attention_out_multiplier"),
-    *("ssm_in_multiplier", "ssm_out_multiplier"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,36 +142,6 @@ def build_states(config: Config) -> CompositeLayer:
     )
 
 
-def complete_keys(keys: JSON) -> JSON:
-    """Adds Transformers' defaults for keys that a `config.json` leaves out."""
-    own: JSON = {
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 8192,
-        **PREFIXED_DEFAULTS,
-        "mamba_d_ssm": 1024,
-        "mamba_proj_bias": False,
-        "projectors_bias": False,
-        "mamba_rms_norm": False,
-        "mamba_norm_before_gate": True,
-        "attention_bias": False,
-        "mlp_bias": False,
-        **dict.fromkeys(_SINGLE, 1.0),
-        "mlp_multipliers": [1.0] * 2,
-        "ssm_multipliers": [1.0] * 5,
-    }
-    keys = complete_common_keys(own | keys)
-    for key, count in (("mlp_multipliers", 2), ("ssm_multipliers", 5)):
-        if len(keys[key]) != count:
-            raise ValueError(
-                f"config.json: expected {count} numbers in {key}, received {keys[key]}."
-            )
-    inner = keys["mamba_d_ssm"]
-    inner = keys["mamba_expand"] * keys["hidden_size"] if inner is None else inner
-    return complete_prefixed(keys, inner)
-
-
 _LAYER = "model.layers.{}"
 _ATTENTION, _MLP = f"{_LAYER}.self_attn", f"{_LAYER}.feed_forward"
 WEIGHTS: Rows = [
@@ -206,22 +166,10 @@ FAMILY = Family(
     models="Falcon-H1 0.5B–34B",
     config_class=Config,
     build=build,
-    config_keys={
-        **COMMON_KEYS,
-        **PREFIXED_KEYS,
-        **dict.fromkeys(("num_logits_to_keep", "mlp_expansion_factor"), object),
-        **{key: key for key in (*_SINGLE, "mlp_multipliers", "ssm_multipliers")},
-        "mamba_d_ssm": int,
-        "mamba_proj_bias": "state_bias",
-        "projectors_bias": "output_bias",
-        "mamba_rms_norm": "has_norm",
-        "mamba_norm_before_gate": "norm_first",
-        "attention_bias": "attention_bias",
-        "mlp_bias": "mlp_bias",
-    },
+    config_keys=falcon_h1_keys.CONFIG_KEYS,
     config_constants={"mamba_use_mlp": True},
     config_nulls=["num_key_value_heads", "mamba_d_ssm", "time_step_limit", *PREFIXED_DEFAULTS],
-    complete_keys=complete_keys,
+    complete_keys=falcon_h1_keys.complete_keys,
     written_keys=lambda config: {
         "mamba_d_ssm": config.state_sizes.inner_dim,
         "mamba_d_head": config.state_head_dim,
