@@ -132,6 +132,15 @@ SAID: dict[str, dict[str, Any]] = {
     "lfm2_old_keys": {},
     "mamba2_groups": {},
     "mamba2_one_layer_no_convolution_bias": {"use_conv_bias": True},
+    "granitemoehybrid_experts": {"mamba_proj_bias": False, "time_step_limit": [0.0, 1e9]},
+    "falcon_h1_multipliers": {"head_dim": 8},
+    "falcon_h1_gate_before_norm_tied": {
+        "head_dim": 8,
+        "mamba_d_ssm": 32,
+        "projectors_bias": False,
+        "mamba_conv_bias": True,
+        "ssm_multipliers": [1.0] * 5,
+    },
 }
 # Those whose experts are in MXFP4, in the directory and in the GGUF file.
 PACKED = {"gpt_oss_clamped"}
@@ -143,6 +152,7 @@ WANTED: dict[str, dict[str, Any]] = {
     "gpt_neox": {"rotary_pct": 0.35},
     "deepseek_v2": {"scoring_func": "softmax"},
     "deepseek_v3": {"scoring_func": "sigmoid"},
+    "granitemoehybrid": {"layer_types": ["attention", "mamba"]},
 }
 # The vocabulary is not what is tested here: the converter shall not look for one it knows.
 CONVERT = """
