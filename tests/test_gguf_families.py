@@ -152,6 +152,17 @@ SAID: dict[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": 128,
     },
     "gemma4_experts": {"num_global_key_value_heads": 1},  # without an effect
+    "mamba2_groups": {},
+    "mamba2_one_layer_no_convolution_bias": {"use_conv_bias": True},
+    "granitemoehybrid_experts": {"mamba_proj_bias": False, "time_step_limit": [0.0, 1e9]},
+    "falcon_h1_multipliers": {"head_dim": 8},
+    "falcon_h1_gate_before_norm_tied": {
+        "head_dim": 8,
+        "mamba_d_ssm": 32,
+        "projectors_bias": False,
+        "mamba_conv_bias": True,
+        "ssm_multipliers": [1.0] * 5,
+    },
 }
 # Those whose experts are in MXFP4, in the directory and in the GGUF file.
 PACKED = {"gpt_oss_clamped"}
@@ -168,6 +179,7 @@ WANTED: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), {"mtp_num_hidden_layers": 1}
     ),
+    "granitemoehybrid": {"layer_types": ["attention", "mamba"]},
 }
 # The vocabulary is not what is tested here: the converter shall not look for one it knows.
 CONVERT = """

@@ -51,6 +51,9 @@ COUNTS = {
     "lfm2_700m": 742_489_344,
     "lfm2_1.2b": 1_170_340_608,
     "lfm2_2.6b": 2_569_272_320,
+    # As the Hub counts their tensors, too.
+    "granite4_h_tiny": 6_939_037_248,
+    "mamba_codestral_7b": 7_285_403_648,
     "llama2_7b": 6_738_415_616,
     "llama3.1_8b": 8_030_261_248,
     "llama3.2_1b": 1_235_814_400,

@@ -53,35 +53,44 @@ def build(config: Config) -> Graph:
 
 def build_stack(config: MultipliedConfig, build_mlp: Callable[[], Part]) -> Graph:
     """Returns the graph, for this family and its kin; `build_mlp` makes the MLP of a layer."""
-    layers = [
-        ("full_attention", build_decoder(config, f"decoder_{i}", build_mlp()))
-        for i in range(config.num_layers)
-    ]
-    return build_around(
-        config,
-        layers,
-        one_rope(config),
-        embedding_parts=[scale(config.embedding_multiplier)],
-        logit_parts=[scale(1 / config.logits_scaling)],
-    )
+
+    def build_layer(name: str) -> CompositeLayer:
+        return build_decoder(config, name, self_attention(config, rotary()), build_mlp())
+
+    layers = [("full_attention", build_layer(f"decoder_{i}")) for i in range(config.num_layers)]
+    return build_around(config, layers, one_rope(config), **multiplied(config))
 
 
-def build_decoder(config: MultipliedConfig, name: str, mlp: Part) -> CompositeLayer:
-    """Returns one decoder layer."""
+def multiplied(config: MultipliedConfig) -> JSON:
+    """Returns what multiplies embeddings and logits, for `causal_lm`."""
+    return {
+        "embedding_parts": [scale(config.embedding_multiplier)],
+        "logit_parts": [scale(1 / config.logits_scaling)],
+    }
+
+
+def self_attention(config: MultipliedConfig, *turn: Part) -> CompositeLayer:
+    """Returns self-attention; `turn` is what queries and keys go through."""
     queries, keys, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
-    epsilon, bias = config.layer_norm_epsilon, config.attention_bias
-    self_attention = attention(
-        query=[heads(queries, size, "query", bias), rotary()],
-        key=[heads(keys, size, "key", bias), rotary()],
+    bias = config.attention_bias
+    return attention(
+        query=[heads(queries, size, "query", bias), *turn],
+        key=[heads(keys, size, "key", bias), *turn],
         value=[heads(keys, size, "value", bias)],
         output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),
         product=AttentionDotProduct(config.attention_multiplier, name="dot_product"),
     )
-    scaled = scale(config.residual_multiplier)
+
+
+def build_decoder(
+    config: MultipliedConfig, name: str, mixer: CompositeLayer, mlp: Part
+) -> CompositeLayer:
+    """Returns one decoder layer of two branches."""
+    epsilon, scaled = config.layer_norm_epsilon, scale(config.residual_multiplier)
     return decoder(
         name,
         [
-            [rms_norm(epsilon, "attention_norm"), self_attention, scaled],
+            [rms_norm(epsilon, f"{mixer.name}_norm"), mixer, scaled],
             [rms_norm(epsilon, "mlp_norm"), mlp, scaled],
         ],
     )

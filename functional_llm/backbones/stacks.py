@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from functional_llm.backbones.family import DecoderConfig, MultiHeadConfig
 from functional_llm.blocks.attention import Part, key_value_shapes
-from functional_llm.blocks.language_model import Graph, LayerType, StateType, causal_lm
+from functional_llm.blocks.language_model import Graph, Kinds, LayerType, StateType, causal_lm
 from functional_llm.blocks.norm import rms_norm
 from functional_llm.blocks.rope import Rope
 from functional_llm.graph.composite import CompositeLayer
@@ -16,7 +16,7 @@ AnyConfig = TypeVar("AnyConfig", bound=DecoderConfig | MultiHeadConfig)
 
 def build_around(
     config: DecoderConfig | MultiHeadConfig,
-    layers: Sequence[tuple[str, CompositeLayer]],
+    layers: Sequence[tuple[Kinds, CompositeLayer]],
     layer_types: Mapping[str, LayerType | StateType],
     norm: Callable[[float, str], Part] = rms_norm,
     **others: Any,

@@ -1,6 +1,7 @@
 """The decoder layer: residual branches in order."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from functional_llm.blocks.attention import BesideX, Inputs, Part, apply_parts
@@ -10,8 +11,19 @@ from functional_llm.graph.types import Nested, Tensor
 NamedPart: TypeAlias = CompositeLayer | BesideX  # named "attention" or "mlp"
 
 
+@dataclass(frozen=True)
+class Sum:
+    """Branches that see the same, as a part of a branch: their results are added.
+
+    Args:
+        branches: Lists of parts.
+    """
+
+    branches: Sequence[Sequence[Part]]
+
+
 def decoder(
-    name: str, branches: Sequence[Sequence[Part]], behind: Sequence[Part] = ()
+    name: str, branches: Sequence[Sequence[Part | Sum]], behind: Sequence[Part] = ()
 ) -> CompositeLayer:
     """Residual branches in order: `x = x + branch(x)` for each.
 
@@ -20,7 +32,7 @@ def decoder(
 
     Args:
         name: Name of the layer.
-        branches: Lists of parts.
+        branches: Lists of parts, a `Sum` of branches among them.
         behind: Parts behind the last sum.
 
     Returns:
@@ -29,11 +41,17 @@ def decoder(
     """
 
     def step(x: Tensor, apply: Apply) -> Tensor:
-        for branch in branches:
-            y = x
+        def through(branch: Sequence[Part | Sum], y: Tensor) -> Tensor:
             for part in branch:
-                y = apply(part, y)
-            x = x + y
+                if isinstance(part, Sum):
+                    first, *others = [through(inner, y) for inner in part.branches]
+                    y = sum(others, start=first)
+                else:
+                    y = apply(part, y)
+            return y
+
+        for branch in branches:
+            x = x + through(branch, x)
         for part in behind:
             x = apply(part, x)
         return x

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, S slots, W positions of a window, D model, V vocabulary.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -24,6 +25,7 @@ from functional_llm.graph.types import Nested, Tensor
 from functional_llm.layers.attention import AttentionMask, KVCacheLookup
 from functional_llm.layers.states import PaddingBack, PaddingLast, StatePosition
 
+Kinds: TypeAlias = str | tuple[str, ...]  # the type of a layer, or all that it is of
 Graph: TypeAlias = tuple[dict[str, Nested], dict[str, Nested]]  # symbolic inputs and outputs
 # From embedded tokens and the model's inputs to what each decoder layer receives of its own.
 OwnInputs: TypeAlias = Callable[[Tensor, Inputs], Sequence[Inputs]]
@@ -64,8 +66,8 @@ def causal_lm(
     vocabulary_size: int,
     hidden_dim: int,
     layer_types: Mapping[str, LayerType | StateType],
-    layers: Sequence[tuple[str, CompositeLayer]],
-    keeps: Shapes | Sequence[Shapes],
+    layers: Sequence[tuple[Kinds, CompositeLayer]],
+    keeps: Shapes | Sequence[Shapes | Sequence[Shapes]],
     final_norm: Part,
     tie_word_embeddings: bool,
     head_bias: bool = False,
@@ -80,10 +82,11 @@ def causal_lm(
         vocabulary_size: V.
         hidden_dim: D.
         layer_types: Name of a type -> what its layers share.
-        layers: Decoder layers in order, each with the name of its type.
+        layers: Decoder layers in order, each with the name of its type; or with those of several,
+            as layers that attend and keep a state have, or of none, as those that keep nothing.
         keeps: What all layers keep of a token in the cache, or what each of them keeps; in a dtype
             of its own where it is a `Kept`, nothing where it is an empty dict. Of a `StateType`,
-            the states.
+            the states. Of a layer with several types, one for each of them.
         final_norm: Part before the head.
         tie_word_embeddings: Whether the head is the transposed embedding.
         head_bias: Whether a head of its own adds a bias.
@@ -98,11 +101,14 @@ def causal_lm(
         `logits` (B, T, V), `hidden` (B, T, D), which the head turns into logits, and `cache`. A
         cache holds, for each type of layers, the positions in its slots and what each layer keeps.
     """
-    used = {kind: layer_types[kind] for kind in dict.fromkeys(kind for kind, _ in layers)}
+    kinds = [(kind,) if isinstance(kind, str) else kind for kind, _ in layers]
+    used = {kind: layer_types[kind] for kind in dict.fromkeys(itertools.chain(*kinds))}
     all_keep = [keeps] * len(layers) if isinstance(keeps, Mapping) else keeps
     kept: dict[str, dict[str, Shapes]] = {kind: {} for kind in used}
-    for (kind, layer), own in zip(layers, all_keep, strict=True):
-        kept[kind][layer.name] = own
+    for own_kinds, (_, layer), keep in zip(kinds, layers, all_keep, strict=True):
+        each = [keep] if isinstance(keep, Mapping) else keep
+        for kind, own in zip(own_kinds, each, strict=True):
+            kept[kind][layer.name] = own
     inputs = make_inputs(used, kept)
     read = _with_padding_last(inputs) if _has_states(used) else inputs
     embedding = keras.layers.ReversibleEmbedding(
@@ -116,12 +122,18 @@ def causal_lm(
     each = own_inputs(x, read) if own_inputs else [{}] * len(layers)
     lent: dict[str, Nested] = {}
     lenders = lenders or {}
-    for (kind, layer), own in zip(layers, each, strict=True):
+    for own_kinds, (_, layer), own in zip(kinds, layers, each, strict=True):
+        given: Inputs = {"x": x, "positions": read["positions"], "cache": {}, **own}
         if layer.name in lenders:
-            own = {**own, "lent": lent[lenders[layer.name]]}
-        result = layer({"x": x, "cache": inputs["cache"][kind][layer.name], **shared[kind], **own})
-        x, cache[kind][layer.name] = result["x"], result["cache"]
-        lent[layer.name] = result.get("lent")
+            given["lent"] = lent[lenders[layer.name]]
+        for kind in own_kinds:
+            given |= shared[kind]
+            given["cache"] |= inputs["cache"][kind][layer.name]
+        result = layer(given)
+        x, lent[layer.name] = result["x"], result.get("lent")
+        for kind in own_kinds:
+            names = inputs["cache"][kind][layer.name]
+            cache[kind][layer.name] = {name: result["cache"][name] for name in names}
     hidden = apply_parts([final_norm], x, read)
     if _has_states(used):
         hidden = PaddingBack(name="padding_back")({"x": hidden, "places": read["places"]})

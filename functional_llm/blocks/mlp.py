@@ -52,6 +52,8 @@ def gated_mlp(
     up = keras.layers.Dense(intermediate_dim, use_bias=use_bias, name="up")
     down = keras.layers.Dense(hidden_dim, use_bias=use_bias, name="down")
 
+    act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+
     def body(x: Tensor) -> Tensor:
         return down(act(gate(x)) * up(x))
 

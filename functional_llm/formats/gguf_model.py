@@ -62,6 +62,7 @@ _TOLD_BY_TENSORS = {
     "attention_bias": ("attn_q.bias", "attn_qkv.bias"),
     "attention_out_bias": ("attn_output.bias",),
     "bias": ("attn_qkv.bias",),
+    "mamba_rms_norm": ("ssm_norm.weight",),
     "mlp_bias": ("ffn_up.bias",),
     "qkv_bias": ("attn_q.bias",),
     "qk_layernorm": ("attn_q_norm.weight",),

@@ -317,8 +317,15 @@ def targets_for(targets: Where | None, rank: int | dict[str, int]) -> Where:
     return list(rank) if isinstance(rank, dict) else DEFAULT_TARGETS
 
 
+def has_named(model: keras.Model, name: str) -> bool:
+    """Whether any layer of a model has this name."""
+    return any(path.rpartition("/")[2] == name for path, _ in walk(model, composites=True))
+
+
 def find_targets(model: keras.Model, targets: Where) -> dict[str, Layer]:
     """Returns the layers, by path, that `targets` (as for `attach`) stands for."""
+    if targets == DEFAULT_TARGETS and not has_named(model, "query"):
+        targets = "input"  # of what has states in the place of attention
     if isinstance(targets, str) and targets == "all":
         found = {path: x for path, x in walk(model) if not _is_head(model, path, x)}
         # An adapter of every expert would be as large as that of a model with as many layers.

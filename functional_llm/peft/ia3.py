@@ -5,9 +5,9 @@ from typing import Any
 
 import keras
 
-from functional_llm.graph.selection import Where, walk
+from functional_llm.graph.selection import Where
 from functional_llm.graph.types import Layer, Tensor
-from functional_llm.peft.adapter import Adapter, attach, find_targets
+from functional_llm.peft.adapter import Adapter, attach, find_targets, has_named
 from functional_llm.peft.linear import Linear
 
 _USUAL = ("key", "value", "down")
@@ -62,9 +62,9 @@ def ia3(
     Reference:
         [IA3](https://arxiv.org/abs/2205.05638), section 3.3.
     """
-    has_down = any(_named("down")(layer, path) for path, layer in walk(model, composites=True))
-    if not has_down:
-        targets = _named("key", "value") if targets == _USUAL else targets
+    if not has_named(model, "down"):
+        usual = _named("key", "value") if has_named(model, "key") else _named("input")
+        targets = usual if targets == _USUAL else targets
         feedforward = [] if feedforward == "down" else feedforward
     scaled = find_targets(model, feedforward) if feedforward else {}
 

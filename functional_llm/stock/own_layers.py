@@ -24,6 +24,7 @@ from functional_llm.layers.experts import (
 from functional_llm.layers.latent import LatentHeads, LatentPart
 from functional_llm.layers.long_texts import IsLongText
 from functional_llm.layers.rwkv import StateEvolution, TokenBefore
+from functional_llm.layers.state_space import RMSNormOfGroups, StateSpace
 from functional_llm.layers.states import PaddingBack, PaddingLast, StateLookup, StatePosition
 from functional_llm.stock.lowering import register_lowering
 
@@ -104,5 +105,7 @@ register_lowering(DeltaRule, _lower_delta_rule)
 register_lowering(LogDecay, LogDecay.call)
 register_lowering(StateEvolution, _refuse_evolution)
 register_lowering(TokenBefore, TokenBefore.call)
+register_lowering(StateSpace, StateSpace.as_one_chunk)
+register_lowering(RMSNormOfGroups, RMSNormOfGroups.call)
 register_lowering(IsLongText, IsLongText.call)
 register_lowering(OwnWeight, lambda layer, inputs: layer.variable)

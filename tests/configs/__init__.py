@@ -22,6 +22,7 @@ from configs import (
     llama_kin,
     sandwich,
     shared_keys,
+    state_spaces,
     states,
 )
 
@@ -37,6 +38,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **states.CONFIGS,
     **delta_nets.CONFIGS,
     **shared_keys.CONFIGS,
+    **state_spaces.CONFIGS,
 }
 # The first config of each family, for what no config changes.
 ONE_OF_EACH_FAMILY = list({x["model_type"]: name for name, x in reversed(CONFIGS.items())}.values())
@@ -63,4 +65,5 @@ ONE_OF_EACH_KIND = [
     "lfm2_wide_kernel",  # a state in the place of keys and values
     "qwen3_5_grouped_values",  # gated delta nets, attention with a gate
     "gemma4_shared_keys",  # layers look at the keys of others, embeddings for each layer
+    "mamba2_groups",  # a state that decays, a norm of groups
 ]

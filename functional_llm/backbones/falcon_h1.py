@@ -1,0 +1,187 @@
+"""Falcon-H1: attention and Mamba-2 side by side in each layer, and a multiplier wherever one fits.
+
+Reference: [Falcon-H1](https://arxiv.org/abs/2507.22448).
+"""
+
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+
+from functional_llm.backbones import falcon_h1_keys
+from functional_llm.backbones.family import (
+    ROPE_BUFFERS,
+    DecoderConfig,
+    Family,
+    dense_rows,
+)
+from functional_llm.backbones.stacks import build_around, with_rope
+from functional_llm.backbones.state_spaces import (
+    PREFIXED_DEFAULTS,
+    PREFIXED_GGUF_KEYS,
+    SpaceConfig,
+    gguf_mixer_rows,
+    mixer_rows,
+    written_steps,
+)
+from functional_llm.backbones.transforms import Rows
+from functional_llm.blocks.attention import attention, heads, key_value_shapes
+from functional_llm.blocks.decoder import Sum, decoder
+from functional_llm.blocks.language_model import Graph, StateType, scale
+from functional_llm.blocks.mamba2 import (
+    Gate,
+    gate_alone,
+    gated_norm,
+    mamba2,
+    mamba2_shapes,
+    norm_before_gate,
+)
+from functional_llm.blocks.mlp import ACTIVATIONS, gated_mlp
+from functional_llm.blocks.norm import rms_norm
+from functional_llm.blocks.rope import rotary
+from functional_llm.graph.composite import CompositeLayer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DecoderConfig, SpaceConfig):
+    """The numbers of a Falcon-H1, beside those of `DecoderConfig` and of Mamba-2 layers.
+
+    Multipliers of MLPs are of the gate and of the result; those of states, of the gate, the inputs,
+    the ways into the state and out of it, and the steps.
+    """
+
+    attention_bias: bool
+    mlp_bias: bool
+    state_bias: bool
+    output_bias: bool
+    has_norm: bool
+    norm_first: bool
+    embedding_multiplier: float
+    lm_head_multiplier: float
+    key_multiplier: float
+    attention_in_multiplier: float
+    attention_out_multiplier: float
+    ssm_in_multiplier: float
+    ssm_out_multiplier: float
+    mlp_multipliers: tuple[float, ...]
+    ssm_multipliers: tuple[float, ...]
+
+
+def build(config: Config) -> Graph:
+    """Returns the inputs and outputs of the graph."""
+    kinds = ("full_attention", "linear_attention")
+    kept = key_value_shapes(config.num_key_value_heads, config.head_dim)
+    return build_around(
+        config,
+        [(kinds, build_decoder(config, i)) for i in range(config.num_layers)],
+        dict(zip(kinds, (with_rope(config), StateType()), strict=True)),
+        keeps=[(kept, mamba2_shapes(config.state_sizes))] * config.num_layers,
+        embedding_parts=[scale(config.embedding_multiplier)],
+        logit_parts=[scale(config.lm_head_multiplier)],
+    )
+
+
+def build_decoder(config: Config, index: int) -> CompositeLayer:
+    """Returns the decoder layer of this number."""
+    epsilon, (of_gate, of_result) = config.layer_norm_epsilon, config.mlp_multipliers
+    act = ACTIVATIONS[config.activation]
+    mlp = gated_mlp(
+        config.intermediate_dim, config.hidden_dim, lambda x: act(x * of_gate), config.mlp_bias
+    )
+    states = [
+        scale(config.ssm_in_multiplier),
+        build_states(config),
+        scale(config.ssm_out_multiplier),
+    ]
+    attends = [
+        scale(config.attention_in_multiplier),
+        build_attention(config),
+        scale(config.attention_out_multiplier),
+    ]
+    return decoder(
+        f"decoder_{index}",
+        [
+            [rms_norm(epsilon, "mixer_norm"), Sum([states, attends])],
+            [rms_norm(epsilon, "mlp_norm"), mlp, scale(of_result)],
+        ],
+    )
+
+
+def build_attention(config: Config) -> CompositeLayer:
+    """Returns self-attention."""
+    keys, size, bias = config.num_key_value_heads, config.head_dim, config.attention_bias
+    return attention(
+        query=[heads(config.num_query_heads, size, "query", bias), rotary()],
+        key=[heads(keys, size, "key", bias), scale(config.key_multiplier), rotary()],
+        value=[heads(keys, size, "value", bias)],
+        output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),
+    )
+
+
+def build_states(config: Config) -> CompositeLayer:
+    """Returns Mamba-2."""
+    sizes, groups = config.state_sizes, config.num_state_groups
+    ways = groups * config.state_dim
+    widths = (sizes.inner_dim, sizes.inner_dim, ways, ways, sizes.num_heads)
+    factors = np.repeat(np.asarray(config.ssm_multipliers), widths).tolist()
+    gate: Gate = gate_alone
+    if config.has_norm:
+        gate = (norm_before_gate if config.norm_first else gated_norm)(
+            config.layer_norm_epsilon, groups
+        )
+    return mamba2(
+        sizes,
+        config.hidden_dim,
+        gate,
+        activation=config.activation,
+        steps=config.steps,
+        input_bias=config.state_bias,
+        convolution_bias=config.convolution_bias,
+        output_bias=config.output_bias,
+        projected=[lambda x, inputs: x * keras.ops.convert_to_tensor(factors, x.dtype)],
+    )
+
+
+_LAYER = "model.layers.{}"
+_ATTENTION, _MLP = f"{_LAYER}.self_attn", f"{_LAYER}.feed_forward"
+WEIGHTS: Rows = [
+    ("model.embed_tokens.weight", "token_embedding/embeddings", "same"),
+    (f"{_LAYER}.input_layernorm.weight", "decoder_{}/mixer_norm/scale", "same"),
+    *mixer_rows(f"{_LAYER}.mamba"),
+    *dense_rows(f"{_ATTENTION}.q_proj", "decoder_{}/attention/query"),
+    *dense_rows(f"{_ATTENTION}.k_proj", "decoder_{}/attention/key"),
+    *dense_rows(f"{_ATTENTION}.v_proj", "decoder_{}/attention/value"),
+    *dense_rows(f"{_ATTENTION}.o_proj", "decoder_{}/attention/output"),
+    (f"{_LAYER}.pre_ff_layernorm.weight", "decoder_{}/mlp_norm/scale", "same"),
+    *dense_rows(f"{_MLP}.gate_proj", "decoder_{}/mlp/gate"),
+    *dense_rows(f"{_MLP}.up_proj", "decoder_{}/mlp/up"),
+    *dense_rows(f"{_MLP}.down_proj", "decoder_{}/mlp/down"),
+    ("model.final_layernorm.weight", "final_norm/scale", "same"),
+    ("lm_head.weight", "head/kernel", "transpose"),
+]
+
+FAMILY = Family(
+    model_type="falcon_h1",
+    architecture="FalconH1ForCausalLM",
+    models="Falcon-H1 0.5B–34B",
+    config_class=Config,
+    build=build,
+    config_keys=falcon_h1_keys.CONFIG_KEYS,
+    config_constants={"mamba_use_mlp": True},
+    config_nulls=["num_key_value_heads", "mamba_d_ssm", "time_step_limit", *PREFIXED_DEFAULTS],
+    complete_keys=falcon_h1_keys.complete_keys,
+    written_keys=lambda config: {
+        "mamba_d_ssm": config.state_sizes.inner_dim,
+        "mamba_d_head": config.state_head_dim,
+        **written_steps(config),
+    },
+    weights=WEIGHTS,
+    ignored=(*ROPE_BUFFERS, "*.mup_vector"),
+    gguf_architecture="falcon-h1",
+    gguf_keys={
+        **{key: x for key, x in PREFIXED_GGUF_KEYS.items() if key != "ssm.expand"},
+        "ssm.inner_size": "mamba_d_ssm",
+    },
+    gguf_defaults=lambda keys: {"mamba_norm_before_gate": False},
+    gguf_rows=gguf_mixer_rows(f"{_LAYER}.mamba"),
+)

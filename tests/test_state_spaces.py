@@ -1,0 +1,94 @@
+"""The state space of Mamba-2 by itself: one token after another is the law."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from functional_llm.layers.state_space import CHUNK, StateSpace
+
+ROWS, LENGTH, GROUPS, HEADS, SIZE, STATE = 2, 3 * CHUNK + 9, 2, 3, 4, 5
+
+
+def _inputs(length: int = LENGTH, dtype: str = "float32") -> dict[str, Any]:
+    random = np.random.default_rng(0)
+
+    def normal(*shape: int) -> Any:
+        return jnp.asarray(random.normal(size=(ROWS, *shape)), dtype)
+
+    return {
+        "x": normal(length, GROUPS, HEADS, SIZE),
+        "dt": normal(length, GROUPS, HEADS),
+        "b": normal(length, GROUPS, STATE),
+        "c": normal(length, GROUPS, STATE),
+        "state": normal(GROUPS * HEADS, SIZE, STATE).astype("float32"),
+        "positions": np.arange(length, dtype="int32")[None].repeat(ROWS, axis=0),
+        "segment_ids": None,
+    }
+
+
+def _layer(*steps: Any) -> StateSpace:
+    layer = StateSpace(*steps)
+    layer.build({"state": (None, GROUPS * HEADS, SIZE, STATE)})
+    random = np.random.default_rng(1)
+    for weight in layer.weights:
+        weight.assign(random.normal(size=weight.shape))
+    return layer
+
+
+def _one_by_one(layer: StateSpace, inputs: Any, least: float, most: float) -> tuple[Any, Any]:
+    """The recurrence as the paper writes it; padding changes no state."""
+    given = {key: np.asarray(x, "float64") for key, x in inputs.items() if x is not None}
+    a_log, d, bias = (np.asarray(w).reshape(GROUPS, HEADS) for w in layer.weights)
+    state = given["state"].reshape(ROWS, GROUPS, HEADS, SIZE, STATE)
+    outputs = np.zeros_like(given["x"])
+    for t in range(given["x"].shape[1]):
+        dt = np.clip(np.logaddexp(given["dt"][:, t] + bias, 0), least, most)
+        dt = np.where(given["positions"][:, t, None, None] < 0, 0, dt)[..., None]
+        x, b, c = (given[name][:, t] for name in ("x", "b", "c"))
+        if "segment_ids" in given and t:
+            is_new = given["segment_ids"][:, t] != given["segment_ids"][:, t - 1]
+            state = np.where(is_new[:, None, None, None, None], 0, state)
+        decay = np.exp(-np.exp(a_log)[..., None] * dt)[..., None]
+        state = decay * state + (dt * x)[..., None] * b[:, :, None, None]
+        outputs[:, t] = (state * c[:, :, None, None]).sum(-1) + d[..., None] * x
+    return outputs, state.reshape(ROWS, -1, SIZE, STATE)
+
+
+@pytest.mark.parametrize("case", ["plain", "clamped", "padded", "packed"])
+def test_chunks_and_one_chunk_equal_token_by_token(case: str) -> None:
+    steps = (0.4, 0.9) if case == "clamped" else (0.0, None)
+    layer, inputs = _layer(*steps), _inputs()
+    if case == "padded":
+        inputs["positions"][0, 100:] = -1
+        inputs["positions"][1, :1] = -1
+    if case == "packed":
+        ends = [0, 1, CHUNK, CHUNK + 1, 2 * CHUNK + 30, LENGTH]
+        inputs["segment_ids"] = np.repeat(np.arange(5), np.diff(ends))[None].repeat(ROWS, axis=0)
+    expected = _one_by_one(layer, inputs, steps[0], steps[1] or np.inf)
+    is_token = inputs["positions"] >= 0
+    for form in (layer.call, layer.as_one_chunk):
+        result = jax.jit(form)(inputs)
+        np.testing.assert_allclose(
+            np.asarray(result["x"])[is_token], expected[0][is_token], atol=2e-4, rtol=1e-4
+        )
+        np.testing.assert_allclose(result["state"], expected[1], atol=2e-4, rtol=1e-4)
+
+
+def test_gradients_in_bfloat16_at_2048_tokens_are_finite() -> None:
+    layer, inputs = _layer(), _inputs(2048, "bfloat16")
+    layer.a_log.assign(np.full(GROUPS * HEADS, 5.0))  # decays that are zero within few tokens
+    floats = {key: x for key, x in inputs.items() if key not in ("positions", "segment_ids")}
+
+    def total(weights: Any, floats: Any) -> Any:
+        result = layer.stateless_call(weights, [], {**inputs, **floats})[0]
+        return jnp.sum(jnp.square(result["x"].astype("float32")))
+
+    weights = [v.value for v in layer.trainable_variables]
+    gradients = jax.jit(jax.grad(total, argnums=(0, 1)))(weights, floats)
+    for x in jax.tree.leaves(gradients):
+        assert np.isfinite(np.asarray(x, "float32")).all()
+    assert gradients[1]["x"].dtype == "bfloat16"
+    assert all(np.abs(np.asarray(x, "float32")).max() > 0 for x in gradients[0])
