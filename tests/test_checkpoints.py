@@ -217,8 +217,9 @@ def test_pickles_are_not_opened(one: Any, tmp_path: Path) -> None:
 
 
 def their_config(config: Config) -> Any:
-    decode = {"object_hook": lambda x: float(x["__float__"]) if "__float__" in x else x}
-    return transformers.AutoConfig.for_model(**json.loads(json.dumps(config), **decode))
+    text = json.dumps(config)
+    keys = json.loads(text, object_hook=lambda x: float(x["__float__"]) if "__float__" in x else x)
+    return transformers.AutoConfig.for_model(**keys)
 
 
 def same_model(one: Any, config: Config) -> bool:

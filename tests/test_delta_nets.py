@@ -62,7 +62,7 @@ def test_the_rule_equals_the_recurrence(rule: Any) -> None:
     first = np.zeros((1, 1, 1, 1), "int32")
     program = jax.jit(
         lambda inputs, state, text: rule(
-            DeltaInputs(*inputs, text=text[None, None, None], text_before=first), state
+            DeltaInputs(*[*inputs, text[None, None, None], first]), state
         )
     )
     one, several = np.zeros(T, "int32"), np.repeat(np.arange(5), np.diff(ENDS)).astype("int32")

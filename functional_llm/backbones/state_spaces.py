@@ -56,7 +56,7 @@ def read_steps(keys: JSON) -> JSON:
     limit = keys.get("time_step_limit", [0.0, math.inf])
     # As Transformers writes what JSON has no number for.
     said = [x.get("__float__") if isinstance(x, dict) else x for x in limit or ()]
-    bounds = [math.inf if x in ("Infinity", "inf") else x for x in said]
+    bounds: list[Any] = [math.inf if x in ("Infinity", "inf") else x for x in said]
     if (
         len(bounds) != 2
         or not all(type(x) in (int, float) for x in bounds)

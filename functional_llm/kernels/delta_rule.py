@@ -151,8 +151,11 @@ def delta_rule_in_chunks(inputs: DeltaInputs, state: jax.Array) -> tuple[jax.Arr
     if text is not None:
         before = jnp.concatenate([before[None], text[:-1, ..., -1:]])
     parts = DeltaInputs(
-        *(cut(x, -2) for x in (inputs.query, inputs.key, inputs.value)),
-        *(cut(x, -1) for x in (inputs.decay, inputs.rate)),
+        query=cut(inputs.query, -2),
+        key=cut(inputs.key, -2),
+        value=cut(inputs.value, -2),
+        decay=cut(inputs.decay, -1),
+        rate=cut(inputs.rate, -1),
         text=text,
         text_before=before,
     )
