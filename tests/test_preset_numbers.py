@@ -191,7 +191,8 @@ def test_numbers_are_those_published(path: Path) -> None:
 
 def test_every_family_has_a_published_config() -> None:
     families = {read_preset(name)["family"] for name in flm.preset_names()}
-    assert families == set(FAMILIES)
+    # Phi-3.5-MoE's is its file alone: nobody quotes the 128 factors of its RoPE.
+    assert families == set(FAMILIES) - {"phimoe"}
     assert {read_preset(path.stem)["family"] for path in PUBLISHED} == families
 
 
