@@ -14,6 +14,7 @@ import functional_llm as flm
 from configs import CONFIGS
 from functional_llm.formats.gguf_model import part_of_head
 from mxfp4_files import load_packed, pack_experts
+from nightly import LAYOUTS
 from pair import compiled
 from reference import reference_logits, save_reference
 
@@ -212,13 +213,19 @@ for folder in map(Path, sys.argv[2:]):
 
 
 @pytest.fixture(scope="module")
-def converted(llama_cpp: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def converted(
+    llama_cpp: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[str, Any]:
     """Name -> Transformers' model and the folder with its GGUF file; one process converts all."""
     models = {}
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.BPE({chr(200 + i): i for i in range(128)}, [])
     )
+    asking = [x for x in request.session.items if "converted" in getattr(x, "fixturenames", ())]
+    asked = {x.callspec.params["name"] for x in asking}  # type: ignore[attr-defined]
     for name, changes in SAID.items():
+        if name not in asked:
+            continue
         folder = tmp_path_factory.mktemp(name)
         model = save_reference({**CONFIGS[name], **changes}, folder)
         if name in PACKED:
@@ -236,8 +243,12 @@ def converted(llama_cpp: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return models
 
 
+_FIRSTS = {CONFIGS[name]["model_type"]: name for name in reversed(SAID)}.values()
+
+
 @pytest.mark.real
 @pytest.mark.tiny
+@pytest.mark.nightly(unless=lambda x: x["name"] in _FIRSTS or x["name"] in LAYOUTS)
 @pytest.mark.parametrize("name", SAID)
 def test_logits_out_of_a_gguf_file(converted: dict[str, Any], name: str) -> None:
     reference, folder = converted[name]
