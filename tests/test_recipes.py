@@ -161,6 +161,7 @@ def test_activations_page(repository: Path, folder: Path) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.nightly  # by day, a tiny model
 def test_activations_page_with_smollm2(repository: Path, smollm2_gguf: Path) -> None:
     names = run(blocks(repository / "docs" / "activations.md"), smollm2_gguf, {})
     assert names["lens"][names["last"]] == " Paris"
