@@ -27,7 +27,8 @@ def test_worker_measures_and_survives_an_error(material: Path, tmp_path: Path) -
         worker.close()
 
 
-@pytest.mark.parametrize("work", ["lora", pytest.param("train", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("work", ["lora", "train"])
 def test_worker_trains(material: Path, tmp_path: Path, work: str) -> None:
     worker = Worker("functional_llm", "float32", material / "stories260K", tmp_path, work)
     try:

@@ -45,7 +45,9 @@ def test_the_loop_is_short() -> None:
     assert all("functional_llm" not in block for block in STOCK)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "backend", [x if x == "torch" else pytest.param(x, marks=pytest.mark.nightly) for x in BACKENDS]
+)
 def test_the_page_runs(tmp_path: Path, backend: str) -> None:
     tiny = str(save_tiny(tmp_path / "tiny", vocabulary_size=49152))
     names: dict[str, Any] = {}
@@ -60,7 +62,7 @@ def test_the_page_runs(tmp_path: Path, backend: str) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("backend", ["jax", "tensorflow"])
+@pytest.mark.parametrize("backend", [pytest.param("jax", marks=pytest.mark.nightly), "tensorflow"])
 def test_smollm2_writes_the_same(smollm2_gguf: Path, tmp_path: Path, backend: str) -> None:
     names: dict[str, Any] = {}
     run_ours(OURS[:1], str(smollm2_gguf), tmp_path, names)
