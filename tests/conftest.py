@@ -40,8 +40,8 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Puts the tests that need downloaded material last: what is quick fails first.
 
-    The longest of them, one that trains, comes before the others: at the end one process would wait
-    for it alone.
+    The longest of them, one that trains, stays in its place: at the end one process would wait for
+    it alone.
 
     Tests of one tiny model stay in one process of several (`-n 2 --dist loadgroup`), as do those of
     one file else: they share what it took long to make.
@@ -62,11 +62,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     oldest = ".".join(map(str, OLDEST_JAX))
     too_old = pytest.mark.skipif(jax.__version_info__ < OLDEST_JAX, reason=f"before JAX {oldest}")
 
-    def place(item: pytest.Item) -> tuple[bool, bool]:
+    def is_last(item: pytest.Item) -> bool:
         is_real = item.get_closest_marker("real") is not None
-        return is_real, item.path.stem != "test_finetune_real"
+        return is_real and item.path.stem != "test_finetune_real"
 
-    items.sort(key=place)
+    items.sort(key=is_last)
     for item in items:
         if item.path.stem in _REWRITTEN:
             item.add_marker(too_old)
