@@ -45,6 +45,24 @@ def _has_its_backend(parameters: Mapping[str, Any]) -> bool:
 one_of_each_kind = pytest.mark.nightly(unless=_is_of_a_kind)
 # What a family's tables say: `make test` takes one model of each family, and of each kind.
 one_of_each_family = pytest.mark.nightly(unless=_is_of_a_family_or_kind)
+# What differs with how tokens see others: with caches, masks and positions, not with tensors.
+_SEEING = (
+    "llama_grouped",
+    "gemma2_soft_caps",
+    "gpt2_tied",
+    "phi3_long_texts",
+    "bloom_five_heads",
+    "gpt_oss_clamped",
+    "deepseek_v3_groups",
+    "llama4_chunks_then_all",
+    "lfm2_wide_kernel",
+    "qwen3_5_grouped_values",
+    "gemma4_shared_keys",
+    "mamba2_groups",
+)
+one_of_each_way_of_seeing = pytest.mark.nightly(
+    unless=lambda parameters: any(x in _SEEING for x in parameters.values())
+)
 # What hardly differs with parts: norms, rings, biases, experts, states.
 _FEW = (
     "llama_grouped",

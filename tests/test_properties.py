@@ -27,7 +27,12 @@ from functional_llm.formats.weight_table import (
 from functional_llm.generation.text_generator import TextGenerator
 from functional_llm.layers.cache import make_cache
 from functional_llm.presets.backbone import Backbone
-from nightly import FAMILIES_AND_KINDS, one_of_each_family, one_of_each_kind
+from nightly import (
+    FAMILIES_AND_KINDS,
+    one_of_each_family,
+    one_of_each_kind,
+    one_of_each_way_of_seeing,
+)
 from pair import LENGTH, ROWS, SLOTS, TOKENS, Pair, compiled, random_tokens
 from reference import attention_of, reference_greedy, reference_logits
 
@@ -48,7 +53,7 @@ def test_logits_of_a_long_text_equal_the_reference(pair: Pair) -> None:
     _assert_near(compiled(pair.ours)(token_ids), reference_logits(pair.reference, token_ids))
 
 
-@one_of_each_kind
+@one_of_each_way_of_seeing
 def test_an_eager_call_and_its_padding_equal_the_reference(pair: Pair) -> None:
     token_ids, mask = TOKENS[:, :9], np.ones((ROWS, 9), int)
     mask[0, :4], mask[2, :8] = 0, 0
@@ -62,7 +67,7 @@ def test_an_eager_call_and_its_padding_equal_the_reference(pair: Pair) -> None:
     np.testing.assert_array_equal(np.asarray(as_argument)[mask == 1], logits[mask == 1])
 
 
-@one_of_each_kind
+@one_of_each_way_of_seeing
 def test_a_mask_of_ones_own_equals_the_reference_and_goes_through_the_cache(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,7 +104,7 @@ def test_a_mask_of_ones_own_equals_the_reference_and_goes_through_the_cache(
         cache = result["cache"]
 
 
-@one_of_each_kind
+@one_of_each_way_of_seeing
 def test_positions_follow_what_the_cache_holds(pair: Pair) -> None:
     cache = make_cache(pair.ours, ROWS, 2 * LENGTH)
     result = pair.run({"token_ids": TOKENS, "cache": cache})
@@ -120,8 +125,8 @@ def test_greedy_text_equals_the_reference(pair: Pair) -> None:
 @pytest.mark.parametrize(
     "chunks",
     [
-        pytest.param([LENGTH], id="whole", marks=one_of_each_kind),
-        pytest.param([1] * 20, id="token_by_token", marks=one_of_each_kind),
+        pytest.param([LENGTH], id="whole", marks=one_of_each_way_of_seeing),
+        pytest.param([1] * 20, id="token_by_token", marks=one_of_each_way_of_seeing),
         pytest.param([20, 1, 31, 1, 1, 18], id="mixed", marks=one_of_each_family),
     ],
 )
@@ -181,7 +186,7 @@ def test_a_cache_keeps_no_more_than_its_windows_in_the_models_dtype(pair: Pair) 
         assert {x.dtype.name for x in jax.tree.leaves(kept)} == {"float32"}
 
 
-@one_of_each_family
+@one_of_each_kind
 def test_influence(pair: Pair) -> None:
     """Changing token i moves exactly the positions that may see it, through all layers."""
     changed, at = TOKENS.copy(), 11
@@ -217,7 +222,7 @@ def _states(model: Any) -> set[str]:
     return set(model.input["cache"]) - set(model.input["mask"])
 
 
-@one_of_each_family
+@one_of_each_kind
 def test_packed_segments_do_not_see_each_other(pair: Pair) -> None:
     positions, segments, places = np.full_like(TOKENS, -1), np.zeros_like(TOKENS), []
     for i, lengths in enumerate([[30, 1, 41], [72], [8, 20, 32]]):  # the last ends in padding

@@ -193,6 +193,7 @@ print(resident() - before)
 
 @pytest.mark.real
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+@pytest.mark.nightly  # by day, what the GGUF file takes
 def test_a_float32_file_loads_as_bfloat16_without_a_float32_copy(
     smollm2_gguf: Path, tmp_path: Path
 ) -> None:

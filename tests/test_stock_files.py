@@ -39,7 +39,7 @@ ADAPTERS: dict[str, Callable[[Any], Any]] = {
 ADAPTED = "qwen2_tied"  # it has biases
 TRAINED_FULLY = "gpt2_tied"
 # On all three backends; the others take turns, and `make nightly` takes all.
-EVERYWHERE = ("lora", "lora_under_dora", "int8", "int4")
+EVERYWHERE = ("lora", "int4")
 # The config, the mode, and the layers.
 QUANTIZED: dict[str, tuple[str, str, Any]] = {
     "int8": (ADAPTED, "int8", None),
