@@ -260,6 +260,7 @@ def test_a_base_that_does_not_fit_and_one_in_int8(
     assert not output.exists()
 
 
+@pytest.mark.filterwarnings("ignore:No class of KerasHub's is a Llama3 tokenizer:UserWarning")
 def test_conversions(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], material: Path
 ) -> None:

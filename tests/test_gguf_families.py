@@ -156,14 +156,8 @@ SAID: dict[str, dict[str, Any]] = {
     "mamba2_groups": {},
     "mamba2_one_layer_no_convolution_bias": {"use_conv_bias": True},
     "granitemoehybrid_experts": {"mamba_proj_bias": False, "time_step_limit": [0.0, 1e9]},
+    # Not one with a tied head: the converter folds the embedding's multiplier into both.
     "falcon_h1_multipliers": {"head_dim": 8},
-    "falcon_h1_gate_before_norm_tied": {
-        "head_dim": 8,
-        "mamba_d_ssm": 32,
-        "projectors_bias": False,
-        "mamba_conv_bias": True,
-        "ssm_multipliers": [1.0] * 5,
-    },
 }
 # Those whose experts are in MXFP4, in the directory and in the GGUF file.
 PACKED = {"gpt_oss_clamped"}

@@ -331,7 +331,8 @@ def test_some_rows_are_read(dtype: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(received[rows], folder.read(name, dtype)[rows])
     begin = bytes_read()
     folder.read_rows("embed", dtype, slice(5, 7))
-    assert bytes_read() - begin < 3 * tensors["embed"][0].nbytes
+    ahead = 2 * 4096  # of a buffered file
+    assert bytes_read() - begin < 3 * tensors["embed"][0].nbytes + ahead < tensors["embed"].nbytes
 
 
 def bytes_read() -> int:

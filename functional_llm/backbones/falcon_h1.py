@@ -168,7 +168,11 @@ FAMILY = Family(
     build=build,
     config_keys=falcon_h1_keys.CONFIG_KEYS,
     config_constants={"mamba_use_mlp": True},
-    config_nulls=["num_key_value_heads", "mamba_d_ssm", "time_step_limit", *PREFIXED_DEFAULTS],
+    config_nulls=[
+        *("num_key_value_heads", "mamba_d_ssm", "time_step_limit"),
+        *PREFIXED_DEFAULTS,
+        *falcon_h1_keys.SINGLE,
+    ],
     complete_keys=falcon_h1_keys.complete_keys,
     written_keys=lambda config: {
         "mamba_d_ssm": config.state_sizes.inner_dim,

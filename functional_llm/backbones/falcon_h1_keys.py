@@ -1,6 +1,6 @@
 """The keys of a Falcon-H1's `config.json`."""
 
-from functional_llm.backbones.family import COMMON_KEYS, complete_common_keys
+from functional_llm.backbones.family import COMMON_KEYS, check_given, complete_common_keys
 from functional_llm.backbones.state_spaces import (
     PREFIXED_DEFAULTS,
     PREFIXED_KEYS,
@@ -8,7 +8,7 @@ from functional_llm.backbones.state_spaces import (
 )
 from functional_llm.graph.types import JSON
 
-_SINGLE = (
+SINGLE = (
     *("embedding_multiplier", "lm_head_multiplier", "key_multiplier"),
     *("attention_in_multiplier", "attention_out_multiplier"),
     *("ssm_in_multiplier", "ssm_out_multiplier"),
@@ -17,7 +17,7 @@ CONFIG_KEYS: dict[str, str | type] = {
     **COMMON_KEYS,
     **PREFIXED_KEYS,
     **dict.fromkeys(("num_logits_to_keep", "mlp_expansion_factor"), object),
-    **{key: key for key in (*_SINGLE, "mlp_multipliers", "ssm_multipliers")},
+    **{key: key for key in (*SINGLE, "mlp_multipliers", "ssm_multipliers")},
     "mamba_d_ssm": int,
     "mamba_proj_bias": "state_bias",
     "projectors_bias": "output_bias",
@@ -43,16 +43,17 @@ def complete_keys(keys: JSON) -> JSON:
         "mamba_norm_before_gate": True,
         "attention_bias": False,
         "mlp_bias": False,
-        **dict.fromkeys(_SINGLE, 1.0),
-        "mlp_multipliers": [1.0] * 2,
-        "ssm_multipliers": [1.0] * 5,
+        **dict.fromkeys(SINGLE, 1.0),
     }
-    keys = complete_common_keys(own | keys)
+    keys = own | keys
+    check_given(keys, SINGLE)
     for key, count in (("mlp_multipliers", 2), ("ssm_multipliers", 5)):
+        keys[key] = [1.0] * count if keys.get(key) is None else keys[key]
         if len(keys[key]) != count:
             raise ValueError(
                 f"config.json: expected {count} numbers in {key}, received {keys[key]}."
             )
+    keys = complete_common_keys(keys)
     inner = keys["mamba_d_ssm"]
     inner = keys["mamba_expand"] * keys["hidden_size"] if inner is None else inner
     return complete_prefixed(keys, inner)
