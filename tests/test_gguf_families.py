@@ -164,6 +164,15 @@ SAID: dict[str, dict[str, Any]] = {
         "mamba_conv_bias": True,
         "ssm_multipliers": [1.0] * 5,
     },
+    "nemotron_h_four_mixers": {"hybrid_override_pattern": "EM*", "n_group": 1},
+    "nemotron_h_experts_of_latents_first_biases": {
+        **dict.fromkeys(("mlp_bias", "use_bias"), False),
+        **{"norm_topk_prob": True, "use_conv_bias": True, "mlp_hidden_act": "relu2"},
+    },
+    "nemotron_h_no_attention_ends_with_states": {
+        "hybrid_override_pattern": "-M*",
+        "residual_in_fp32": False,
+    },
 }
 # Those whose experts are in MXFP4, in the directory and in the GGUF file.
 PACKED = {"gpt_oss_clamped"}
@@ -181,6 +190,11 @@ WANTED: dict[str, dict[str, Any]] = {
         ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), {"mtp_num_hidden_layers": 1}
     ),
     "granitemoehybrid": {"layer_types": ["attention", "mamba"]},
+    "nemotron_h": {"norm_eps": 1e-5},  # beside `layer_norm_epsilon`, as published files have it
+    # It tells models without experts by the absence of a key, and their layers by the pattern.
+    "nemotron_h_no_attention_ends_with_states": {
+        **{"norm_eps": 1e-3, "hybrid_override_pattern": "-M*", "num_experts_per_tok": None},
+    },
 }
 # The vocabulary is not what is tested here: the converter shall not look for one it knows.
 CONVERT = """
@@ -195,6 +209,8 @@ for folder in map(Path, sys.argv[2:]):
     # Transformers, through which the first goes, drops old keys.
     numbers = ModelBase.load_hparams(folder, False)
     numbers |= json.loads((folder / "config.json").read_text())
+    if numbers.get("num_experts_per_tok", 0) is None:
+        del numbers["num_experts_per_tok"]
     converter = get_model_class(numbers["architectures"][0])
     def set_vocab(self):
         self.gguf_writer.add_tokenizer_model("none")
@@ -233,7 +249,7 @@ def converted(
             model = load_packed(folder)
         models[name] = (model, folder)
         tokenizer.save(str(folder / "tokenizer.json"))
-        if wanted := WANTED.get(CONFIGS[name]["model_type"]):
+        if wanted := WANTED.get(name, WANTED.get(CONFIGS[name]["model_type"])):
             config = json.loads((folder / "config.json").read_text())
             (folder / "config.json").write_text(json.dumps({**config, **wanted}))
     folders = [str(folder) for _, folder in models.values()]
