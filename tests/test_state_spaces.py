@@ -1,4 +1,4 @@
-"""The state space of Mamba-2 by itself: one token after another is the law. Nemotron-H's configs."""
+"""The state space of Mamba-2: one token after another is the law. Configs of Nemotron-H."""
 
 from pathlib import Path
 from typing import Any
@@ -128,11 +128,11 @@ FOUR = CONFIGS["nemotron_h_four_mixers"]
 
 def test_layers_of_nemotron_h_as_files_have_named_them() -> None:
     expected = read_config(FOUR, FAMILIES["nemotron_h"])
-    kinds = ["linear_attention", "full_attention", "mlp", "moe"]
+    kinds = ["full_attention", "linear_attention", "mlp", "moe"]
     assert expected.layer_types == tuple(kinds)
     without = {key: x for key, x in FOUR.items() if key != "hybrid_override_pattern"}
     old = {
-        "layers_block_type": ["mamba", "attention", "mlp", "moe"],
+        "layers_block_type": ["attention", "mamba", "mlp", "moe"],
         "mamba_n_groups": 3,
         "attention_head_dim": 12,
         "rms_norm_eps": 1e-5,
@@ -146,8 +146,8 @@ def test_layers_of_nemotron_h_as_files_have_named_them() -> None:
     ("changes", "message"),
     [
         ({"num_hidden_layers": 5}, "layer_types of 5 words .* received 4"),
-        ({"hybrid_override_pattern": "M*X"}, "of the letters [*]M-E, received .'X'"),
-        ({"layers_block_type": ["mamba"]}, "layers_block_type to say the same, received 'M[*]-E'"),
+        ({"hybrid_override_pattern": "*MX"}, "of the letters [*]M-E, received .'X'"),
+        ({"layers_block_type": ["mamba"]}, "layers_block_type to say the same, received '[*]M-E'"),
         ({"hybrid_override_pattern": None}, "lacks the keys .*num_hidden_layers"),
         (
             {"hybrid_override_pattern": None, "layers_block_type": ["mamba", "conv"]},

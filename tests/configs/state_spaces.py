@@ -156,7 +156,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "nemotron_h_four_mixers": {
         **_NEMOTRON_H,
-        "hybrid_override_pattern": "M*-E",
+        "hybrid_override_pattern": "*M-E",
         "n_routed_experts": 6,
         "n_group": 2,
         "topk_group": 1,
