@@ -140,6 +140,7 @@ def build_experts(config: Config) -> BesideX:
 
 _LAYER = "model.layers.{}"
 _MIXER = f"{_LAYER}.mixer"
+_EXPERT = f"{_MIXER}.experts[.{{expert}}]"
 _ATTENTION, _MLP = "decoder_{}/attention", "decoder_{}/mlp"
 _PARTS = ("mamba", "attention", "mlp")
 _ROUTER = (f"{_MIXER}.gate.weight", f"{_MLP}/router/kernel", "transpose")
@@ -155,8 +156,8 @@ WEIGHTS: Rows = [
     *dense_rows(f"{_MIXER}.down_proj", f"{_MLP}/down"),
     _ROUTER,
     (f"{_MIXER}.gate.e_score_correction_bias", CORRECTION, "same"),
-    *dense_rows(f"{_MIXER}.experts[.{{expert}}].up_proj", f"{_MLP}/experts_up"),
-    *dense_rows(f"{_MIXER}.experts[.{{expert}}].down_proj", f"{_MLP}/experts_down"),
+    (f"{_EXPERT}.up_proj.weight", f"{_MLP}/experts_up/kernel", "transpose"),
+    (f"{_EXPERT}.down_proj.weight", f"{_MLP}/experts_down/kernel", "transpose"),
     *dense_rows(f"{_MIXER}.shared_experts.up_proj", f"{_MLP}/shared/up"),
     *dense_rows(f"{_MIXER}.shared_experts.down_proj", f"{_MLP}/shared/down"),
     *dense_rows(f"{_MIXER}.fc1_latent_proj", f"{_MLP}/into_latents"),
