@@ -164,7 +164,10 @@ SAID: dict[str, dict[str, Any]] = {
         "mamba_conv_bias": True,
         "ssm_multipliers": [1.0] * 5,
     },
-    "nemotron_h_four_mixers": {"hybrid_override_pattern": "E*M", "n_group": 1},
+    "nemotron_h_four_mixers": {
+        **{"hybrid_override_pattern": "E*M", "n_group": 1},
+        "num_nextn_predict_layers": 1,  # which is not read
+    },
     "nemotron_h_experts_of_latents_first_biases": {
         **dict.fromkeys(("mlp_bias", "use_bias"), False),
         **{"norm_topk_prob": True, "use_conv_bias": True, "mlp_hidden_act": "relu2"},

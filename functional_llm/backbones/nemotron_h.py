@@ -198,7 +198,7 @@ FAMILY = Family(
         (f"{_MIXER}.experts.up_proj", f"{_MLP}/experts_up/kernel", "transpose"),
         (f"{_MIXER}.experts.down_proj", f"{_MLP}/experts_down/kernel", "transpose"),
     ],
-    ignored=["mtp.*"],
+    ignored=lambda config: ["mtp.*", f"blk.{config.num_layers}.*"],
     stored_prefixes={"backbone.": "model."},
     gguf_architecture="nemotron_h",
     other_gguf_architectures=["nemotron_h_moe"],

@@ -144,9 +144,13 @@ def complete_keys(keys: JSON) -> JSON:
 def gguf_given(given: JSON) -> JSON:
     """Returns a GGUF file's keys with the types of layers, and the size of a Mamba-2's head.
 
-    It says of each layer how many heads have keys, and how wide the MLP is: of a Mamba-2, zero.
+    It says of each layer how many heads have keys, and how wide the MLP is: of a Mamba-2, zero. The
+    last ones may be layers that predict further tokens.
     """
-    heads, widths = given["attention.head_count_kv"], given["feed_forward_length"]
+    count = given["block_count"] - given.get("nextn_predict_layers", 0)
+    heads, widths = (
+        given[key][:count] for key in ("attention.head_count_kv", "feed_forward_length")
+    )
     wide = "moe" if "expert_count" in given else "mlp"
     kinds = [
         "full_attention" if keys else wide if width else "linear_attention"
