@@ -172,8 +172,7 @@ SAID: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("mlp_bias", "use_bias"), False),
         **{"norm_topk_prob": True, "use_conv_bias": True, "mlp_hidden_act": "relu2"},
     },
-    "nemotron_h_no_attention_ends_with_states": {
-        "hybrid_override_pattern": "-M*",
+    "nemotron_h_mlp_first_states_last": {
         "residual_in_fp32": False,
     },
 }
@@ -195,8 +194,8 @@ WANTED: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["attention", "mamba"]},
     "nemotron_h": {"norm_eps": 1e-5},  # beside `layer_norm_epsilon`, as published files have it
     # It tells models without experts by the absence of a key, and their layers by the pattern.
-    "nemotron_h_no_attention_ends_with_states": {
-        **{"norm_eps": 1e-3, "hybrid_override_pattern": "-M*", "num_experts_per_tok": None},
+    "nemotron_h_mlp_first_states_last": {
+        **{"norm_eps": 1e-3, "hybrid_override_pattern": "-*M", "num_experts_per_tok": None},
     },
 }
 # The vocabulary is not what is tested here: the converter shall not look for one it knows.

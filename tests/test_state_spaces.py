@@ -110,7 +110,7 @@ def test_steps_of_nemotron_h_have_the_bounds_of_its_limit_alone(
     https://github.com/huggingface/transformers/pull/48989 has the figures of published models.
     """
     config = {
-        **CONFIGS["nemotron_h_no_attention_ends_with_states"],
+        **CONFIGS["nemotron_h_mlp_first_states_last"],
         "time_step_min": 0.5,
         "time_step_limit": limit,
     }
@@ -158,7 +158,6 @@ def test_layers_of_nemotron_h_as_files_have_named_them() -> None:
         ({"num_experts_per_tok": 4}, "num_experts_per_tok experts at most in those"),
         ({"attention_bias": True}, "attention_bias=True .expected False"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings=True .expected False"),
-        ({"mamba_proj_bias": True}, "mamba_proj_bias and use_bias to say the same"),
         ({"time_step_limit": [1.0]}, "a time_step_limit of two numbers"),
     ],
 )

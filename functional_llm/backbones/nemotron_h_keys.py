@@ -32,13 +32,13 @@ CONFIG_KEYS: dict[str, str | type] = {
     "time_step_limit": object,
     # How they are trained, served, and predict further tokens. The inner width is that of the
     # heads, whatever `expand` says, and there is one shared MLP, whatever `n_shared_experts` says;
-    # no RoPE, though some files have its base.
+    # no RoPE, though some files have its base; `use_bias` is of both projections of a Mamba-2.
     **dict.fromkeys(("time_step_min", "time_step_max", "time_step_floor"), float),
     **dict.fromkeys(("time_step_rank", "chunk_size", "rescale_prenorm_residual"), object),
     **dict.fromkeys(("expand", "n_shared_experts", "moe_shared_expert_overlap"), object),
     **dict.fromkeys(("num_logits_to_keep", "use_mamba_kernels", "mamba_ssm_cache_dtype"), object),
     **dict.fromkeys(("num_nextn_predict_layers", "mtp_layers_block_type"), object),
-    **dict.fromkeys(("mtp_hybrid_override_pattern", "rope_theta"), object),
+    **dict.fromkeys(("mtp_hybrid_override_pattern", "rope_theta", "mamba_proj_bias"), object),
 }
 ALIASES = {
     "layer_types": "layers_block_type",
@@ -55,7 +55,6 @@ ALIASES = {
 }
 IGNORED = {
     "attention_head_dim": "head_dim",
-    "mamba_proj_bias": "use_bias",
     "norm_eps": "layer_norm_epsilon",
     "rms_norm_eps": "layer_norm_epsilon",
 }

@@ -182,9 +182,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mlp_hidden_act": "silu",
         "chunk_size": 7,
     },
-    "nemotron_h_no_attention_ends_with_states": {
+    "nemotron_h_mlp_first_states_last": {
         **_NEMOTRON_H,
-        "hybrid_override_pattern": "-MM",
+        "hybrid_override_pattern": "-*M",
         "n_groups": 6,
         "mamba_head_dim": 4,
         "layer_norm_epsilon": 1e-3,
