@@ -153,7 +153,7 @@ def test_layers_of_nemotron_h_as_files_have_named_them() -> None:
             {"hybrid_override_pattern": None, "layers_block_type": ["mamba", "conv"]},
             "unknown ones: .'conv'",
         ),
-        ({"hybrid_override_pattern": 4}, "hybrid_override_pattern, received 4"),
+        ({"hybrid_override_pattern": 4, "num_hidden_layers": 4}, "pattern, received 4"),
         ({"n_groups": 4}, "share an inner width of 48, and are a multiple of n_groups"),
         ({"num_experts_per_tok": 4}, "num_experts_per_tok experts at most in those"),
         ({"attention_bias": True}, "attention_bias=True .expected False"),
