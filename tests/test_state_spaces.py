@@ -117,7 +117,7 @@ def test_steps_of_nemotron_h_have_the_bounds_of_its_limit_alone(
     reference = save_reference(config, tmp_path)
     ids = np.random.default_rng(0).integers(0, 128, (2, 24))
     logits = compiled(flm.Backbone.from_preset(tmp_path))(ids)
-    assert np.abs(logits - reference_logits(reference, ids)).max() > 1e-2
+    assert np.abs(logits - reference_logits(reference, ids)).max() > 1e-3
     for layer in reference.model.layers:
         layer.mixer.time_step_limit = tuple(limit)
     np.testing.assert_allclose(logits, reference_logits(reference, ids), atol=1e-4, rtol=0)
