@@ -192,10 +192,12 @@ WANTED: dict[str, dict[str, Any]] = {
         ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), {"mtp_num_hidden_layers": 1}
     ),
     "granitemoehybrid": {"layer_types": ["attention", "mamba"]},
-    "nemotron_h": {"norm_eps": 1e-5},  # beside `layer_norm_epsilon`, as published files have it
+    # Beside `layer_norm_epsilon`, as published files have it; else heads would have to fit to 64.
+    "nemotron_h": {"norm_eps": 1e-5, "mamba_d_head": 8},
     # It tells models without experts by the absence of a key, and their layers by the pattern.
     "nemotron_h_mlp_first_states_last": {
         **{"norm_eps": 1e-3, "hybrid_override_pattern": "-*M", "num_experts_per_tok": None},
+        "mamba_d_head": 4,
     },
 }
 # The vocabulary is not what is tested here: the converter shall not look for one it knows.

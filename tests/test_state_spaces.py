@@ -127,7 +127,7 @@ FOUR = CONFIGS["nemotron_h_four_mixers"]
 
 
 def test_layers_of_nemotron_h_as_files_have_named_them() -> None:
-    expected = read_config(FOUR, FAMILIES["nemotron_h"])
+    expected: Any = read_config(FOUR, FAMILIES["nemotron_h"])
     kinds = ["full_attention", "linear_attention", "mlp", "moe"]
     assert expected.layer_types == tuple(kinds)
     without = {key: x for key, x in FOUR.items() if key != "hybrid_override_pattern"}

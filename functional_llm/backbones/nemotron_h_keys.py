@@ -76,7 +76,7 @@ def config_given(keys: JSON) -> JSON:
             the list.
     """
     pattern, kinds = keys.get("hybrid_override_pattern"), keys.get("layers_block_type")
-    if isinstance(kinds, list):
+    if isinstance(kinds, list | tuple):
         kinds = [_WORDS.get(kind, kind) if isinstance(kind, str) else kind for kind in kinds]
     if isinstance(pattern, str):
         words = {letter: word for word, letter in LETTERS.items()}
@@ -150,7 +150,7 @@ def gguf_given(given: JSON) -> JSON:
     heads, widths = (
         given[key][:count] for key in ("attention.head_count_kv", "feed_forward_length")
     )
-    wide = "moe" if "expert_count" in given else "mlp"
+    wide = "moe" if "expert_feed_forward_length" in given else "mlp"
     kinds = [
         "full_attention" if keys else wide if width else "linear_attention"
         for keys, width in zip(heads, widths, strict=True)
