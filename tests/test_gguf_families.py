@@ -154,6 +154,8 @@ SAID: dict[str, dict[str, Any]] = {
     },
     "gemma4_experts": {"num_global_key_value_heads": 1},  # without an effect
     "mamba2_groups": {},
+    "mamba_default_rank": {},
+    "mamba_biases_untied": {"use_bias": False, "use_conv_bias": True},
     "mamba2_one_layer_no_convolution_bias": {"use_conv_bias": True},
     "granitemoehybrid_experts": {"mamba_proj_bias": False, "time_step_limit": [0.0, 1e9]},
     "falcon_h1_multipliers": {"head_dim": 8},

@@ -48,8 +48,13 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 EVERY_METHOD = ["llama_grouped", "gpt2_tied", "gpt_neox_five_heads"]
 
 
-# Of these, PEFT adapts no module of this name.
-NO_OUT_PROJ = {"mamba2", "falcon_h1", "nemotron_h"}
+# Family -> modules of it that PEFT does not adapt, or whose adapter Transformers does not compute.
+NOT_ADAPTED = {
+    "mamba": ["out_proj", "dt_proj"],
+    "mamba2": ["out_proj"],
+    "falcon_h1": ["out_proj"],
+    "nemotron_h": ["out_proj"],
+}
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
@@ -63,9 +68,9 @@ def test_every_family_both_ways(name: str, tmp_path: Path) -> None:
     if CONFIGS[name]["model_type"] == "llama4_text":  # a linear layer that returns two results
         options["exclude_modules"] = ["router"]
     targets: Any = "all"
-    if CONFIGS[name]["model_type"] in NO_OUT_PROJ:
-        options["exclude_modules"] = ["out_proj"]
-        targets = "input" if "mamba2" in name else ["input", "up"]
+    if refused := NOT_ADAPTED.get(CONFIGS[name]["model_type"]):
+        options["exclude_modules"] = refused
+        targets = "input" if "mamba" in name else ["input", "up"]
     last = ["down_proj", "c_fc", "mlp.c_proj", "dense_4h_to_h"]  # of one family or another
     configs = [
         theirs.LoraConfig(**options),
@@ -132,7 +137,7 @@ def test_names_of_every_family(name: str, tmp_path: Path) -> None:
     reference.save_pretrained(tmp_path)
     modules = reference.named_modules()
     norms = sorted({x.rpartition(".")[2] for x, m in modules if "Norm" in type(m).__name__})
-    refused = ["out_proj"] if CONFIGS[name]["model_type"] in NO_OUT_PROJ else None
+    refused = NOT_ADAPTED.get(CONFIGS[name]["model_type"])
     config = theirs.LoraConfig(
         r=2,
         lora_alpha=5,

@@ -18,6 +18,17 @@ _MAMBA2 = {
     "pad_token_id": None,
 }
 
+_MAMBA = {
+    "model_type": "mamba",
+    "vocab_size": 128,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "state_size": 5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
 _GRANITE = {
     **{key: x for key, x in GRANITE.items() if key != "rope_parameters"},
     "model_type": "granitemoehybrid",
@@ -95,6 +106,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "state_size": 16,
         "use_conv_bias": False,
         "layer_norm_epsilon": 1e-3,
+    },
+    "mamba_default_rank": _MAMBA,
+    "mamba_biases_untied": {
+        **_MAMBA,
+        "time_step_rank": 3,
+        "use_bias": True,
+        "use_conv_bias": False,
+        "conv_kernel": 2,
+        "residual_in_fp32": False,
+        "tie_word_embeddings": False,
+        "layer_norm_epsilon": 1e-3,
+    },
+    "mamba_one_layer_narrow": {
+        **_MAMBA,
+        "num_hidden_layers": 1,
+        "expand": 1,
+        "state_size": 16,
+        "conv_kernel": 3,
     },
     "granitemoehybrid_experts": {
         **_GRANITE,
