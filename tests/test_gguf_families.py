@@ -154,10 +154,30 @@ SAID: dict[str, dict[str, Any]] = {
     },
     "gemma4_experts": {"num_global_key_value_heads": 1},  # without an effect
     "mamba2_groups": {},
+    "mamba_default_rank": {},
+    "mamba_biases_untied": {"use_bias": False, "use_conv_bias": True},
     "mamba2_one_layer_no_convolution_bias": {"use_conv_bias": True},
     "granitemoehybrid_experts": {"mamba_proj_bias": False, "time_step_limit": [0.0, 1e9]},
     # Not one with a tied head: the converter folds the embedding's multiplier into both.
     "falcon_h1_multipliers": {"head_dim": 8},
+    "falcon_h1_gate_before_norm_tied": {
+        "head_dim": 8,
+        "mamba_d_ssm": 32,
+        "projectors_bias": False,
+        "mamba_conv_bias": True,
+        "ssm_multipliers": [1.0] * 5,
+    },
+    "nemotron_h_four_mixers": {
+        **{"hybrid_override_pattern": "E*M", "n_group": 1},
+        "num_nextn_predict_layers": 1,  # which is not read
+    },
+    "nemotron_h_experts_of_latents_first_biases": {
+        **dict.fromkeys(("mlp_bias", "use_bias"), False),
+        **{"norm_topk_prob": True, "use_conv_bias": True, "mlp_hidden_act": "relu2"},
+    },
+    "nemotron_h_mlp_first_states_last": {
+        "residual_in_fp32": False,
+    },
 }
 # Those whose experts are in MXFP4, in the directory and in the GGUF file.
 PACKED = {"gpt_oss_clamped"}
@@ -175,6 +195,13 @@ WANTED: dict[str, dict[str, Any]] = {
         ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), {"mtp_num_hidden_layers": 1}
     ),
     "granitemoehybrid": {"layer_types": ["attention", "mamba"]},
+    # Beside `layer_norm_epsilon`, as published files have it; else heads would have to fit to 64.
+    "nemotron_h": {"norm_eps": 1e-5, "mamba_d_head": 8},
+    # It tells models without experts by the absence of a key, and their layers by the pattern.
+    "nemotron_h_mlp_first_states_last": {
+        **{"norm_eps": 1e-3, "hybrid_override_pattern": "-*M", "num_experts_per_tok": None},
+        "mamba_d_head": 4,
+    },
 }
 # The vocabulary is not what is tested here: the converter shall not look for one it knows.
 CONVERT = """
@@ -189,6 +216,8 @@ for folder in map(Path, sys.argv[2:]):
     # Transformers, through which the first goes, drops old keys.
     numbers = ModelBase.load_hparams(folder, False)
     numbers |= json.loads((folder / "config.json").read_text())
+    if numbers.get("num_experts_per_tok", 0) is None:
+        del numbers["num_experts_per_tok"]
     converter = get_model_class(numbers["architectures"][0])
     def set_vocab(self):
         self.gguf_writer.add_tokenizer_model("none")
@@ -227,7 +256,7 @@ def converted(
             model = load_packed(folder)
         models[name] = (model, folder)
         tokenizer.save(str(folder / "tokenizer.json"))
-        if wanted := WANTED.get(CONFIGS[name]["model_type"]):
+        if wanted := WANTED.get(name, WANTED.get(CONFIGS[name]["model_type"])):
             config = json.loads((folder / "config.json").read_text())
             (folder / "config.json").write_text(json.dumps({**config, **wanted}))
     folders = [str(folder) for _, folder in models.values()]

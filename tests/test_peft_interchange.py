@@ -48,10 +48,17 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 EVERY_METHOD = ["llama_grouped", "gpt2_tied", "gpt_neox_five_heads"]
 
 
-# Linear layers that PEFT is not to adapt: it refuses those of states, and "all-linear" takes the
-# places in a list of them for those of decoder layers, too.
-LEFT_OUT = {"mamba2": ["out_proj"], "falcon_h1": ["out_proj"], "gemma3n_text": ["0", "1", "2"]}
-LEFT_OUT["llama4_text"] = ["router"]  # a linear layer that returns two results
+# Family -> linear layers that PEFT is not to adapt: those of states it refuses, or Transformers does
+# not compute their adapters; "all-linear" takes places in a list of them for decoder layers, too; a
+# router returns two results.
+LEFT_OUT = {
+    "mamba": ["out_proj", "dt_proj"],
+    "mamba2": ["out_proj"],
+    "falcon_h1": ["out_proj"],
+    "nemotron_h": ["out_proj"],
+    "gemma3n_text": ["0", "1", "2"],
+    "llama4_text": ["router"],
+}
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
@@ -64,8 +71,8 @@ def test_every_family_both_ways(name: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear"}
     options["exclude_modules"] = LEFT_OUT.get(CONFIGS[name]["model_type"])
     targets: Any = "all"
-    if options["exclude_modules"] == ["out_proj"]:
-        targets = ["input", "up"] if "falcon" in name else "input"
+    if "out_proj" in (LEFT_OUT.get(CONFIGS[name]["model_type"]) or ()):
+        targets = "input" if "mamba" in name else ["input", "up"]
     last = ["down_proj", "c_fc", "mlp.c_proj", "dense_4h_to_h"]  # of one family or another
     configs = [
         theirs.LoraConfig(**options),

@@ -53,7 +53,11 @@ COUNTS = {
     "lfm2_2.6b": 2_569_272_320,
     # As the Hub counts their tensors, too.
     "granite4_h_tiny": 6_939_037_248,
+    "mamba_130m": 129_135_360,
     "mamba_codestral_7b": 7_285_403_648,
+    "nemotron_h_8b": 8_100_852_736,
+    "nemotron_nano_v2_9b": 8_888_227_328,
+    "nemotron3_nano_30b_a3b": 31_577_937_344 + 23 * 128,  # with the corrections of choices
     "llama2_7b": 6_738_415_616,
     "llama3.1_8b": 8_030_261_248,
     "llama3.2_1b": 1_235_814_400,

@@ -125,7 +125,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 10000.0}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "model_type is 'mamba'. Known families: apertus, bloom"),
+        ({"model_type": "plamo2"}, "model_type is 'plamo2'. Known families: apertus, bloom"),
         ({"model_type": "absent"}, "model_type is None"),
         ({"model_type": ["llama"]}, "model_type is ['llama']"),
         ({"sliding_window": 7}, "does not handle: sliding_window=7"),
@@ -215,13 +215,13 @@ def test_damaged_weights(folder: Path, damage: str) -> None:
 
 
 def test_gguf_of_another_architecture(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "mamba")
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "plamo2")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(
-        ValueError, match="general.architecture is 'mamba'. Known families: .*gemma"
+        ValueError, match="general.architecture is 'plamo2'. Known families: .*gemma"
     ):
         flm.Backbone.from_preset(tmp_path / "x.gguf")
 

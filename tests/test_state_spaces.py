@@ -1,5 +1,6 @@
-"""The state space of Mamba-2 by itself: one token after another is the law."""
+"""The state space of Mamba-2: one token after another is the law. Configs of Nemotron-H."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -7,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import functional_llm as flm
+from configs import CONFIGS
+from functional_llm.backbones.families import FAMILIES
+from functional_llm.formats.hf_config import read_config
 from functional_llm.layers.state_space import CHUNK, StateSpace
+from pair import compiled
+from reference import reference_logits, save_reference
 
 ROWS, LENGTH, GROUPS, HEADS, SIZE, STATE = 2, 3 * CHUNK + 9, 2, 3, 4, 5
 
@@ -92,3 +99,68 @@ def test_gradients_in_bfloat16_at_2048_tokens_are_finite() -> None:
         assert np.isfinite(np.asarray(x, "float32")).all()
     assert gradients[1]["x"].dtype == "bfloat16"
     assert all(np.abs(np.asarray(x, "float32")).max() > 0 for x in gradients[0])
+
+
+@pytest.mark.parametrize("limit", [[0.0, float("inf")], [0.1, 0.3]])
+def test_steps_of_nemotron_h_have_the_bounds_of_its_limit_alone(
+    tmp_path: Path, limit: list[float]
+) -> None:
+    """As in NVIDIA's code and in training; Transformers 5.23 takes another bound for prompts.
+
+    https://github.com/huggingface/transformers/pull/48989 has the figures of published models.
+    """
+    config = {
+        **CONFIGS["nemotron_h_mlp_first_states_last"],
+        "time_step_min": 0.5,
+        "time_step_limit": limit,
+    }
+    reference = save_reference(config, tmp_path)
+    ids = np.random.default_rng(0).integers(0, 128, (2, 24))
+    logits = compiled(flm.Backbone.from_preset(tmp_path))(ids)
+    assert np.abs(logits - reference_logits(reference, ids)).max() > 1e-3
+    for layer in reference.model.layers:
+        layer.mixer.time_step_limit = tuple(limit)
+    np.testing.assert_allclose(logits, reference_logits(reference, ids), atol=1e-4, rtol=0)
+
+
+FOUR = CONFIGS["nemotron_h_four_mixers"]
+
+
+def test_layers_of_nemotron_h_as_files_have_named_them() -> None:
+    expected: Any = read_config(FOUR, FAMILIES["nemotron_h"])
+    kinds = ["full_attention", "linear_attention", "mlp", "moe"]
+    assert expected.layer_types == tuple(kinds)
+    without = {key: x for key, x in FOUR.items() if key != "hybrid_override_pattern"}
+    old = {
+        "layers_block_type": ["attention", "mamba", "mlp", "moe"],
+        "mamba_n_groups": 3,
+        "attention_head_dim": 12,
+        "rms_norm_eps": 1e-5,
+        "num_hidden_layers": 4,
+    }
+    for keys in ({**without, **old}, {**without, "layer_types": kinds}, {**FOUR, **old}):
+        assert read_config(keys, FAMILIES["nemotron_h"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 5}, "layer_types of 5 words .* received 4"),
+        ({"hybrid_override_pattern": "*MX"}, "of the letters [*]M-E, received .'X'"),
+        ({"layers_block_type": ["mamba"]}, "layers_block_type to say the same, received '[*]M-E'"),
+        ({"hybrid_override_pattern": None}, "lacks the keys .*num_hidden_layers"),
+        (
+            {"hybrid_override_pattern": None, "layers_block_type": ["mamba", "conv"]},
+            "unknown ones: .'conv'",
+        ),
+        ({"hybrid_override_pattern": 4, "num_hidden_layers": 4}, "pattern, received 4"),
+        ({"n_groups": 4}, "share an inner width of 48, and are a multiple of n_groups"),
+        ({"num_experts_per_tok": 4}, "num_experts_per_tok experts at most in those"),
+        ({"attention_bias": True}, "attention_bias=True .expected False"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings=True .expected False"),
+        ({"time_step_limit": [1.0]}, "a time_step_limit of two numbers"),
+    ],
+)
+def test_configs_of_nemotron_h_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_config({**FOUR, **changes}, FAMILIES["nemotron_h"])

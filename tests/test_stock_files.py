@@ -106,7 +106,11 @@ def stock_file(
     stock_keras: dict[str, StockKeras],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> StockFile:
-    """One of each config."""
+    """One of each config that has one."""
+    if CONFIGS[pair.name]["model_type"] == "mamba":
+        with pytest.raises(ValueError, match="no form in built-in layers.*save_preset"):
+            pair.ours.save(tmp_path_factory.mktemp("stock") / "model.keras")
+        pytest.skip("goes from token to token in a loop")
     path = tmp_path_factory.mktemp("stock") / "model.keras"
     trains = pair.name in ONE_OF_EACH_KIND or is_night(request.config)
     training = "fully" if pair.name == TRAINED_FULLY else "briefly" if trains else ""

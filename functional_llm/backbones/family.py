@@ -129,6 +129,7 @@ class Family:
         config_keys: Key of a `config.json` -> field of the config, or the type of a key that only
             `complete_keys` reads. RoPE's keys are known to the reader.
         config_aliases: Another name of a key -> the key.
+        config_given: Keys of a `config.json` -> the same, in the form that other files have.
         config_nulls: Keys that `complete_keys` gets as `None` where a file says null, because null
             means something else there than that the key is absent.
         config_ignored: Key that Transformers does not read -> the key that it reads instead. They
@@ -158,6 +159,7 @@ class Family:
             `weights`, which has the names of Transformers' modules.
         stored_parts: Other parts of names in checkpoints -> what they are in `weights`.
         gguf_architecture: Its name in GGUF files; `None` if they have none of their own.
+        other_gguf_architectures: Names there that mean the same.
         gguf_told_by: Key of a GGUF file, without the architecture, which tells this family from
             the others whose files have the same architecture; `None` if no key does. Or a pair of
             a key and its value.
@@ -188,6 +190,7 @@ class Family:
     build: Callable[[Any], Graph]
     config_keys: Mapping[str, str | type]
     config_aliases: Mapping[str, str] = field(default_factory=dict)
+    config_given: Callable[[JSON], JSON] = dict
     config_nulls: Sequence[str] = ("num_key_value_heads",)
     config_ignored: Mapping[str, str] = field(default_factory=dict)
     layer_types: Sequence[str] = ("full_attention", "sliding_attention")
@@ -204,6 +207,7 @@ class Family:
     stored_prefixes: Mapping[str, str] = field(default_factory=dict)
     stored_parts: Mapping[str, str] = field(default_factory=dict)
     gguf_architecture: str | None = None
+    other_gguf_architectures: Sequence[str] = ()
     gguf_told_by: str | tuple[str, Any] | None = None
     gguf_given: Callable[[JSON], JSON] = dict
     gguf_keys: Mapping[str, str] = field(default_factory=dict)

@@ -37,23 +37,34 @@ class MixedConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutedConfig(MixedConfig, RotaryConfig):
-    """The numbers of such a model. With one group, all experts are open to a token."""
+class GroupedConfig(ModelConfig):
+    """The numbers of a router. With one group, all experts are open to a token."""
 
     num_experts: int
     num_experts_per_token: int
-    num_shared_experts: int
-    first_expert_layer: int
     routed_scale: float
     num_groups: int
     num_open_groups: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorrectedConfig(RoutedConfig):
-    """The numbers of one whose experts are scored one by one, and balanced by a correction."""
+class SigmoidConfig(GroupedConfig):
+    """The numbers of one that scores experts one by one; a correction balances the choices."""
 
     normalize_weights: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedConfig(MixedConfig, GroupedConfig, RotaryConfig):
+    """The numbers of a model in which all layers but the first ones have experts."""
+
+    num_shared_experts: int
+    first_expert_layer: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectedConfig(RoutedConfig, SigmoidConfig):
+    """The numbers of such a model with a `sigmoid_router`."""
 
 
 def build_mixed(
@@ -98,7 +109,7 @@ def build_decoder(
     return build_mixed(config, index, attention, there, shared_dim)
 
 
-def sigmoid_router(config: CorrectedConfig) -> Router:
+def sigmoid_router(config: SigmoidConfig) -> Router:
     """Returns what chooses by sigmoids; the correction counts in the choice, not in the weights."""
     groups, kept = config.num_groups, config.num_open_groups
     return Router(
@@ -114,20 +125,40 @@ def sigmoid_router(config: CorrectedConfig) -> Router:
 
 
 # Without which Transformers makes no model.
-NO_NULLS = (
-    *("first_k_dense_replace", "n_routed_experts", "num_experts_per_tok"),
-    *("n_group", "topk_group", "n_shared_experts", "routed_scaling_factor"),
+ROUTING = (
+    *("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"),
+    *("n_shared_experts", "routed_scaling_factor"),
 )
+NO_NULLS = ("first_k_dense_replace", *ROUTING)
 
 
 def check_routing(keys: JSON, least: int = 1) -> JSON:
+    """Checks what `check_groups` does, and which layers have experts.
+
+    Args:
+        keys: Of a `config.json`, defaults among them.
+        least: As for `check_groups`.
+    """
+    check_given(keys, NO_NULLS)
+    check_groups(keys, least)
+    if keys["first_k_dense_replace"] < 0:
+        raise ValueError(
+            "config.json: expected a first_k_dense_replace of at least 0, received "
+            f"{keys['first_k_dense_replace']}."
+        )
+    return keys
+
+
+def check_groups(keys: JSON, least: int = 1) -> None:
     """Checks that as many experts and groups can be chosen as shall be.
 
     Args:
         keys: Of a `config.json`, defaults among them.
         least: How many experts a group has at least, if there are several.
+
+    Raises:
+        ValueError: If they cannot.
     """
-    check_given(keys, NO_NULLS)
     experts = keys["n_routed_experts"]
     # Those that are not there fit nowhere.
     chosen, groups, kept = (
@@ -142,12 +173,6 @@ def check_routing(keys: JSON, least: int = 1) -> JSON:
             f"topk_group={keys.get('topk_group')}, "
             f"num_experts_per_tok={keys.get('num_experts_per_tok')}."
         )
-    if keys["first_k_dense_replace"] < 0:
-        raise ValueError(
-            "config.json: expected a first_k_dense_replace of at least 0, received "
-            f"{keys['first_k_dense_replace']}."
-        )
-    return keys
 
 
 _MLP = "model.layers.{}.mlp"

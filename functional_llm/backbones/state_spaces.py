@@ -51,20 +51,21 @@ def read_steps(keys: JSON) -> JSON:
     """Returns the fields that `time_step_limit` means: absent, it is from zero on.
 
     Raises:
-        ValueError: If it is anything but two numbers, the first no larger.
+        ValueError: If it is anything but two numbers from zero on, the first no larger.
     """
     limit = keys.get("time_step_limit", [0.0, math.inf])
     # As Transformers writes what JSON has no number for.
-    said = [x.get("__float__") if isinstance(x, dict) else x for x in limit or ()]
+    limits = limit if isinstance(limit, list | tuple) else ()
+    said = [x.get("__float__") if isinstance(x, dict) else x for x in limits]
     bounds: list[Any] = [math.inf if x in ("Infinity", "inf") else x for x in said]
     if (
         len(bounds) != 2
-        or not all(type(x) in (int, float) for x in bounds)
+        or not all(type(x) in (int, float) and (0 <= x <= 1e9 or x == math.inf) for x in bounds)
         or bounds != sorted(bounds)
     ):
         raise ValueError(
-            "config.json: expected a time_step_limit of two numbers, the smaller first, received "
-            f"{limit}."
+            "config.json: expected a time_step_limit of two numbers from 0 to 1e9 or infinity, the "
+            f"smaller first, received {limit!r:.200}."
         )
     least, most = map(float, bounds)
     return {"least_step": least, "most_step": None if most == math.inf else most}

@@ -23,7 +23,7 @@ from functional_llm.layers.experts import (
 from functional_llm.layers.sparse_mixer import SparseMixer
 
 Scores: TypeAlias = Callable[[Tensor], Tensor]  # a part of a router, from scores to scores
-Gate: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # what joins the outputs of gate and up
+Gate: TypeAlias = Callable[..., Tensor]  # what joins the outputs of gate and up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +216,7 @@ def expert_mlp(
     hidden_dim: int,
     gate: Gate,
     *,
+    inner: Sequence[str] = ("gate", "up"),
     use_bias: bool = False,
     weighs_inputs: bool = False,
     shared: Callable[[Tensor], Tensor] | None = None,
@@ -229,6 +230,8 @@ def expert_mlp(
         intermediate_dim: F.
         hidden_dim: D.
         gate: What joins the outputs of gate and up: `activated`, `clamped`, or your own.
+        inner: The experts' layers whose outputs `gate` joins: with `("up",)`, it is a function of
+            one, an activation.
         use_bias: Whether the experts' layers have biases.
         weighs_inputs: Whether the weights are factors on the experts' inputs, not on their outputs.
         shared: A branch that all tokens take: a layer, or a function of `x`. Its result is added.
@@ -253,8 +256,8 @@ def expert_mlp(
         weights, routing = sent["weights"], sent["routing"]
         rows = sent["x"] * weights if weighs_inputs else sent["x"]
         into = {"x": rows, "routing": routing}
-        inner = gate(dense(intermediate_dim, "gate")(into), dense(intermediate_dim, "up")(into))
-        rows = dense(hidden_dim, "down")({"x": inner, "routing": routing})
+        joined = gate(*(dense(intermediate_dim, name)(into) for name in inner))
+        rows = dense(hidden_dim, "down")({"x": joined, "routing": routing})
         rows = rows if weighs_inputs else rows * weights
         y = _apply(behind, ExpertCombine(name="combine")({"x": rows, "routing": routing}))
         return y if shared is None else y + shared(x)

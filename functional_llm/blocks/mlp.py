@@ -61,7 +61,11 @@ def gated_mlp(
 
 
 def mlp(
-    intermediate_dim: int, hidden_dim: int, activation: str | Layer, use_bias: bool = True
+    intermediate_dim: int,
+    hidden_dim: int,
+    activation: str | Layer,
+    use_bias: bool = True,
+    name: str = "mlp",
 ) -> CompositeLayer:
     """down(activation(up(x))), each a Dense.
 
@@ -70,11 +74,12 @@ def mlp(
         hidden_dim: Width of the result.
         activation: A key of `ACTIVATIONS`, or a layer.
         use_bias: Whether the two Dense layers have a bias.
+        name: Of the layer.
     """
     act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
     up = keras.layers.Dense(intermediate_dim, use_bias=use_bias, name="up")
     down = keras.layers.Dense(hidden_dim, use_bias=use_bias, name="down")
-    return CompositeLayer(lambda x: down(act(up(x))), name="mlp")
+    return CompositeLayer(lambda x: down(act(up(x))), name=name)
 
 
 @keras.saving.register_keras_serializable("functional_llm")

@@ -15,6 +15,7 @@ import numpy as np
 
 from functional_llm.backbones.family import Family, ModelConfig
 from functional_llm.backbones.transforms import Row, Rows
+from functional_llm.backbones.wrapper import with_other_prefix
 from functional_llm.formats.gguf_file import GGUFFile, open_gguf
 from functional_llm.formats.gguf_grids import read_grid
 from functional_llm.formats.grid import Grid
@@ -30,6 +31,7 @@ from functional_llm.tokenizers import TextTokenizer, save_tokenizer
 
 _Tokenizer = TypeVar("_Tokenizer", bound=TextTokenizer)
 
+_ARCHITECTURE = "general.architecture"
 _KEYS = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -96,15 +98,17 @@ class GGUFModel(Source):
     def family(self) -> Family:
         families: dict[str, list[Family]] = {}
         for family in self.families.values():
-            if family.gguf_architecture:
-                families.setdefault(family.gguf_architecture, []).append(family)
-        architecture = self._file.metadata.get("general.architecture")
-        sharing = known_family(architecture, f"{self.path}: general.architecture", families)
+            own = [family.gguf_architecture] if family.gguf_architecture else []
+            for name in (*own, *family.other_gguf_architectures):
+                families.setdefault(name, []).append(family)
+        architecture = self._file.metadata.get(_ARCHITECTURE)
+        sharing = known_family(architecture, f"{self.path}: {_ARCHITECTURE}", families)
         return self._told_apart(sharing)
 
     def _told_apart(self, sharing: Sequence[Family]) -> Family:
         """Returns the one of several families with an architecture whose key is in the file."""
-        prefix, metadata = f"{sharing[0].gguf_architecture}.", self._file.metadata
+        metadata = self._file.metadata
+        prefix = f"{metadata[_ARCHITECTURE]}."
 
         def tells(told_by: str | tuple[str, Any] | None) -> bool:
             if isinstance(told_by, tuple):
@@ -174,7 +178,7 @@ def _read_raw_config(file: GGUFFile, family: Family) -> JSON:
     Raises:
         ValueError: At keys of the architecture that have no counterpart, all named.
     """
-    prefix = f"{family.gguf_architecture}."
+    prefix = f"{file.metadata[_ARCHITECTURE]}."
     keys = {**_KEYS, **family.gguf_keys}
     given = {
         key.removeprefix(prefix): value
@@ -295,11 +299,13 @@ class _HuggingFaceView:
         }
         architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
         name_map = gguf.get_tensor_name_map(
-            architectures[str(family.gguf_architecture)], config.num_layers
+            architectures[file.metadata[_ARCHITECTURE]], config.num_layers
         )
         self._names: dict[str, str] = {}
+        stored = {ours: theirs for theirs, ours in family.stored_prefixes.items()}
         for name in names:
-            for known in (name, name.removeprefix(family.base_prefix)):
+            as_stored = with_other_prefix(name, stored)
+            for known in (name, name.removeprefix(family.base_prefix), as_stored):
                 theirs = name_map.get_name(known, try_suffixes=(".weight", ".bias"))
                 if theirs in file.shapes:
                     self._names.setdefault(name, theirs)

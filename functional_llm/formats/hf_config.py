@@ -92,7 +92,7 @@ def read_config(raw: Mapping[str, Any], family: Family) -> ModelConfig:
     if is_mxfp4(raw.get(_QUANTIZATION)) or is_float8(raw.get(_QUANTIZATION)):
         # The tensors say which of them are.
         raw = {key: value for key, value in raw.items() if key != _QUANTIZATION}
-    raw = _rename_aliases(raw, family)
+    raw = family.config_given(_rename_aliases(raw, family))
     has_meaning = _nullable_keys(family)
     given = {key: value for key, value in raw.items() if value is not None or key in has_meaning}
     _check_known(given, family)

@@ -1,6 +1,6 @@
 """What RWKV keeps of a text: the token before, and a matrix for each head.
 
-Shapes: B batch, T tokens, D model, H heads, N size of a head, C tokens of a chunk.
+Shapes: B batch, T tokens, D model, H heads, N size of a head.
 """
 
 from collections.abc import Mapping
@@ -9,10 +9,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from functional_llm.graph.types import Nested, Tensor
-
-# Tokens. The backward pass computes states again, from one that was kept for each chunk.
-CHUNK = 32
+from functional_llm.graph.types import Tensor
+from functional_llm.layers.token_loop import begins_text, through_tokens
 
 
 @keras.saving.register_keras_serializable("functional_llm")
@@ -52,17 +50,6 @@ class TokenBefore(keras.layers.Layer):
         }
 
 
-def begins_text(segments_BT: Tensor) -> Tensor:
-    """Returns whether each token is the first of its segment in this call, (B, T)."""
-    return ops.concatenate(
-        [
-            ops.ones_like(segments_BT[:, :1], dtype="bool"),
-            segments_BT[:, 1:] != segments_BT[:, :-1],
-        ],
-        axis=1,
-    )
-
-
 @keras.saving.register_keras_serializable("functional_llm")
 class StateEvolution(keras.layers.Layer):
     """Reads a matrix of each head after what each token makes of it, all in float32.
@@ -99,16 +86,8 @@ class StateEvolution(keras.layers.Layer):
             begins = begins_text(inputs["segment_ids"]) & (inputs["positions"] >= 0)
             keeps_BT = 1.0 - ops.cast(begins, "float32")
         tokens["keeps"] = ops.expand_dims(keeps_BT, (2, 3))
-        tokens = {name: ops.swapaxes(x, 0, 1) for name, x in tokens.items()}
-        length, state = inputs["positions"].shape[1], inputs["state"]
-        if length == 1:
-            state, y = _step(state, {name: x[0] for name, x in tokens.items()})
-            return {"x": ops.expand_dims(y, 1), "state": state}
-        if length <= CHUNK:
-            state, y_TBHN = ops.scan(_step, state, tokens)
-        else:
-            state, y_TBHN = _by_chunks(state, tokens, length)
-        return {"x": ops.swapaxes(y_TBHN, 0, 1), "state": state}
+        state, y = through_tokens(_step, inputs["state"], tokens)
+        return {"x": y, "state": state}
 
     def compute_output_spec(self, inputs: Mapping[str, Tensor]) -> dict[str, keras.KerasTensor]:
         shape, state = inputs["receptance"].shape, inputs["state"]
@@ -129,22 +108,3 @@ def _step(state_BHVK: Tensor, token: Mapping[str, Tensor]) -> tuple[Tensor, Tens
         + ops.expand_dims(token["value"], 3) * ops.expand_dims(token["key"], 2)
     )
     return state_BHVK, ops.sum(state_BHVK * ops.expand_dims(token["receptance"], 2), axis=3)
-
-
-def _by_chunks(state: Tensor, tokens: Mapping[str, Tensor], length: int) -> tuple[Tensor, Nested]:
-    """Returns the state after all tokens, and what each reads; keeps one state a chunk."""
-    chunks = -(-length // CHUNK)
-    further = chunks * CHUNK - length
-
-    def cut(name: str, x: Tensor) -> Tensor:
-        widths = [(0, further), *((0, 0) for _ in x.shape[1:])]
-        x = ops.pad(x, widths, constant_values=1.0 if name == "keeps" else 0.0)
-        return ops.reshape(x, (chunks, CHUNK, *ops.shape(x)[1:]))
-
-    def chunk(state: Tensor, inner: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return ops.scan(_step, state, inner)
-
-    through = keras.remat(chunk)
-    state, y = ops.scan(through, state, {name: cut(name, x) for name, x in tokens.items()})
-    y = ops.reshape(y, (chunks * CHUNK, *ops.shape(y)[2:]))
-    return state, y[:length]

@@ -46,7 +46,8 @@ def _row(family: Family, presets: int) -> JSON:
         wrappers = ", ".join(f"`{wrapper.model_type}`" for wrapper in family.wrappers)
         reads[0] += f" (also in {wrappers})"
     if family.gguf_architecture is not None:
-        reads.append(f"GGUF (`{family.gguf_architecture}`)")
+        names = (family.gguf_architecture, *family.other_gguf_architectures)
+        reads.append(f"GGUF ({', '.join(f'`{name}`' for name in names)})")
     writes = ["Hugging Face"]
     if family.keras_hub is not None:
         reads.append("KerasHub")

@@ -24,6 +24,7 @@ from functional_llm.layers.experts import (
 from functional_llm.layers.latent import LatentHeads, LatentPart
 from functional_llm.layers.long_texts import IsLongText
 from functional_llm.layers.rwkv import StateEvolution, TokenBefore
+from functional_llm.layers.selective_scan import SelectiveScan
 from functional_llm.layers.state_space import RMSNormOfGroups, StateSpace
 from functional_llm.layers.states import PaddingBack, PaddingLast, StateLookup, StatePosition
 from functional_llm.stock.lowering import register_lowering
@@ -78,11 +79,11 @@ def _lower_padding_last(layer: Layer, inputs: dict[str, Tensor]) -> dict[str, Te
     return {**{name: inputs[name] for name in names}, "places": None}
 
 
-def _refuse_evolution(layer: Layer, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _refuse_loop(layer: Layer, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     raise ValueError(
         f"'{layer.name}' goes from token to token in a loop, which has no form in built-in layers: "
         "pairs of tokens would take memory for each channel of each. Expected a model without "
-        "RWKV's states for a stock file. Save this one with `save_preset`."
+        "states of RWKV or Mamba-1 for a stock file. Save this one with `save_preset`."
     )
 
 
@@ -103,7 +104,8 @@ register_lowering(StateLookup, StateLookup.call)
 register_lowering(CausalConvolution, CausalConvolution.call)
 register_lowering(DeltaRule, _lower_delta_rule)
 register_lowering(LogDecay, LogDecay.call)
-register_lowering(StateEvolution, _refuse_evolution)
+register_lowering(StateEvolution, _refuse_loop)
+register_lowering(SelectiveScan, _refuse_loop)
 register_lowering(TokenBefore, TokenBefore.call)
 register_lowering(StateSpace, StateSpace.as_one_chunk)
 register_lowering(RMSNormOfGroups, RMSNormOfGroups.call)

@@ -66,4 +66,5 @@ ONE_OF_EACH_KIND = [
     "qwen3_5_grouped_values",  # gated delta nets, attention with a gate
     "gemma4_shared_keys",  # layers look at the keys of others, embeddings for each layer
     "mamba2_groups",  # a state that decays, a norm of groups
+    "mamba_default_rank",  # a state that goes from token to token
 ]

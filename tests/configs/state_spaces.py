@@ -18,6 +18,17 @@ _MAMBA2 = {
     "pad_token_id": None,
 }
 
+_MAMBA = {
+    "model_type": "mamba",
+    "vocab_size": 128,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "state_size": 5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
 _GRANITE = {
     **{key: x for key, x in GRANITE.items() if key != "rope_parameters"},
     "model_type": "granitemoehybrid",
@@ -50,6 +61,28 @@ _FALCON_H1 = {
     "ssm_multipliers": [0.7, 0.9, 1.1, 1.3, 1.6],
 }
 
+_NEMOTRON_H = {
+    "model_type": "nemotron_h",
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 8,
+    "n_groups": 3,
+    "ssm_state_size": 5,
+    "chunk_size": 16,
+    # Below which Transformers lets no step of a prompt fall: `test_state_spaces.py`.
+    "time_step_min": 1e-20,
+    "time_step_max": 1.0,
+    "time_step_floor": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "mamba2_groups": {**_MAMBA2, "chunk_size": 16},
     "mamba2_clamped_steps_biases": {
@@ -73,6 +106,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "state_size": 16,
         "use_conv_bias": False,
         "layer_norm_epsilon": 1e-3,
+    },
+    "mamba_default_rank": _MAMBA,
+    "mamba_biases_untied": {
+        **_MAMBA,
+        "time_step_rank": 3,
+        "use_bias": True,
+        "use_conv_bias": False,
+        "conv_kernel": 2,
+        "residual_in_fp32": False,
+        "tie_word_embeddings": False,
+        "layer_norm_epsilon": 1e-3,
+    },
+    "mamba_one_layer_narrow": {
+        **_MAMBA,
+        "num_hidden_layers": 1,
+        "expand": 1,
+        "state_size": 16,
+        "conv_kernel": 3,
     },
     "granitemoehybrid_experts": {
         **_GRANITE,
@@ -131,5 +182,41 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "ssm_multipliers": None,
         "num_key_value_heads": 1,
         "tie_word_embeddings": True,
+    },
+    "nemotron_h_four_mixers": {
+        **_NEMOTRON_H,
+        "hybrid_override_pattern": "*M-E",
+        "n_routed_experts": 6,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 24,
+        "moe_shared_expert_intermediate_size": 20,
+        "routed_scaling_factor": 1.7,
+    },
+    "nemotron_h_experts_of_latents_first_biases": {
+        **_NEMOTRON_H,
+        "layers_block_type": ["moe", "mamba", "attention"],
+        "num_key_value_heads": 1,
+        "n_routed_experts": 5,
+        "num_experts_per_tok": 3,
+        "moe_latent_size": 12,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 28,
+        "norm_topk_prob": False,
+        "mlp_bias": True,
+        "use_bias": True,
+        "use_conv_bias": False,
+        "conv_kernel": 2,
+        "n_groups": 1,
+        "mlp_hidden_act": "silu",
+        "chunk_size": 7,
+    },
+    "nemotron_h_mlp_first_states_last": {
+        **_NEMOTRON_H,
+        "hybrid_override_pattern": "-*M",
+        "n_groups": 6,
+        "mamba_head_dim": 4,
+        "layer_norm_epsilon": 1e-3,
+        "residual_in_fp32": True,
     },
 }

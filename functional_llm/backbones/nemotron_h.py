@@ -1,0 +1,222 @@
+"""Nemotron-H: a layer is a Mamba-2, attention without RoPE, an MLP or experts, one of them alone.
+
+Activations are squared ReLUs, without gates. Experts may work on a narrower projection of their
+input. Steps of states are bounded by `time_step_limit` alone, as in training; Transformers up to
+5.23 raises those of a prompt to `time_step_min`. Checkpoints may hold layers that predict further
+tokens: they are not read. References: [Nemotron-H](https://arxiv.org/abs/2504.03624),
+[Nemotron Nano 2](https://arxiv.org/abs/2508.14444),
+[the steps](https://github.com/huggingface/transformers/pull/48989).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import keras
+
+from functional_llm.backbones import llama, nemotron_h_keys
+from functional_llm.backbones.family import Family, dense_rows, gguf_expert_rows
+from functional_llm.backbones.nemotron_h_keys import LETTERS
+from functional_llm.backbones.routed_experts import (
+    CORRECTION,
+    GGUF_KEYS,
+    ROUTING,
+    MixedConfig,
+    SigmoidConfig,
+    sigmoid_router,
+)
+from functional_llm.backbones.state_spaces import (
+    SpaceConfig,
+    gguf_mixer_rows,
+    mixer_rows,
+    residual_parts,
+    written_steps,
+)
+from functional_llm.backbones.transforms import Rows
+from functional_llm.blocks.attention import BesideX, Shapes, attention, heads, key_value_shapes
+from functional_llm.blocks.decoder import NamedPart, decoder
+from functional_llm.blocks.experts import expert_mlp
+from functional_llm.blocks.language_model import Graph, Kinds, LayerType, StateType, causal_lm
+from functional_llm.blocks.mamba2 import gated_norm, mamba2, mamba2_shapes
+from functional_llm.blocks.mlp import ACTIVATIONS, mlp
+from functional_llm.blocks.norm import rms_norm
+from functional_llm.graph.composite import CompositeLayer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(SpaceConfig, MixedConfig, SigmoidConfig):
+    """The numbers of a Nemotron-H, beside those of Mamba-2 layers and of experts."""
+
+    layer_types: tuple[str, ...]
+    num_query_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    mlp_bias: bool
+    state_bias: bool
+    shared_dim: int
+    latent_dim: int | None
+    float32_residuals: bool
+
+
+def build(config: Config) -> Graph:
+    """Returns the inputs and outputs of the graph."""
+    kept: dict[str, Shapes] = {
+        "linear_attention": mamba2_shapes(config.state_sizes),
+        "full_attention": key_value_shapes(config.num_key_value_heads, config.head_dim),
+    }
+    kinds: list[Kinds] = [kind if kind in kept else () for kind in config.layer_types]
+    layers = [build_decoder(config, i) for i in range(config.num_layers)]
+    return causal_lm(
+        vocabulary_size=config.vocabulary_size,
+        hidden_dim=config.hidden_dim,
+        layer_types={"linear_attention": StateType(), "full_attention": LayerType()},
+        layers=list(zip(kinds, layers, strict=True)),
+        keeps=[kept.get(kind, ()) for kind in config.layer_types],
+        final_norm=rms_norm(config.layer_norm_epsilon, "final_norm"),
+        tie_word_embeddings=config.tie_word_embeddings,
+        embedding_parts=residual_parts(config.float32_residuals),
+    )
+
+
+def build_decoder(config: Config, index: int) -> CompositeLayer:
+    """Returns the decoder layer of this number."""
+    builders: dict[str, Callable[[Config], NamedPart]] = {
+        "linear_attention": build_states,
+        "full_attention": build_attention,
+        "mlp": lambda config: build_mlp(config, config.intermediate_dim),
+        "moe": build_experts,
+    }
+    mixer = builders[config.layer_types[index]](config)
+    norm = rms_norm(config.layer_norm_epsilon, f"{mixer.name}_norm")
+    return decoder(f"decoder_{index}", [[norm, mixer, *residual_parts(config.float32_residuals)]])
+
+
+def build_states(config: Config) -> CompositeLayer:
+    """Returns Mamba-2."""
+    return mamba2(
+        config.state_sizes,
+        config.hidden_dim,
+        gated_norm(config.layer_norm_epsilon, config.num_state_groups),
+        steps=config.steps,
+        input_bias=config.state_bias,
+        convolution_bias=config.convolution_bias,
+        output_bias=config.state_bias,
+    )
+
+
+def build_attention(config: Config) -> CompositeLayer:
+    """Returns self-attention."""
+    return attention(
+        query=[heads(config.num_query_heads, config.head_dim, "query")],
+        key=[heads(config.num_key_value_heads, config.head_dim, "key")],
+        value=[heads(config.num_key_value_heads, config.head_dim, "value")],
+        output=keras.layers.Dense(config.hidden_dim, use_bias=False, name="output"),
+    )
+
+
+def build_mlp(config: Config, width: int, name: str = "mlp") -> CompositeLayer:
+    """Returns an MLP of a width."""
+    return mlp(width, config.hidden_dim, config.activation, config.mlp_bias, name)
+
+
+def build_experts(config: Config) -> BesideX:
+    """Returns experts beside an MLP that all tokens take."""
+
+    def latent(width: int, name: str) -> list[keras.layers.Layer]:
+        dense = keras.layers.Dense(width, use_bias=config.mlp_bias, name=name)
+        return [] if config.latent_dim is None else [dense]
+
+    inner = config.latent_dim or config.hidden_dim
+    return expert_mlp(
+        sigmoid_router(config),
+        config.expert_dim,
+        inner,
+        ACTIVATIONS[config.activation],
+        inner=("up",),
+        shared=build_mlp(config, config.shared_dim, "shared"),
+        before=latent(inner, "into_latents"),
+        behind=latent(config.hidden_dim, "from_latents"),
+    )
+
+
+_LAYER = "model.layers.{}"
+_MIXER = f"{_LAYER}.mixer"
+_EXPERT = f"{_MIXER}.experts[.{{expert}}]"
+_ATTENTION, _MLP = "decoder_{}/attention", "decoder_{}/mlp"
+_PARTS = ("mamba", "attention", "mlp")
+_ROUTER = (f"{_MIXER}.gate.weight", f"{_MLP}/router/kernel", "transpose")
+WEIGHTS: Rows = [
+    ("model.embeddings.weight", "token_embedding/embeddings", "same"),
+    *((f"{_LAYER}.norm.weight", f"decoder_{{}}/{part}_norm/scale", "same") for part in _PARTS),
+    *mixer_rows(_MIXER),
+    *dense_rows(f"{_MIXER}.q_proj", f"{_ATTENTION}/query"),
+    *dense_rows(f"{_MIXER}.k_proj", f"{_ATTENTION}/key"),
+    *dense_rows(f"{_MIXER}.v_proj", f"{_ATTENTION}/value"),
+    *dense_rows(f"{_MIXER}.o_proj", f"{_ATTENTION}/output"),
+    *dense_rows(f"{_MIXER}.up_proj", f"{_MLP}/up"),
+    *dense_rows(f"{_MIXER}.down_proj", f"{_MLP}/down"),
+    _ROUTER,
+    (f"{_MIXER}.gate.e_score_correction_bias", CORRECTION, "same"),
+    (f"{_EXPERT}.up_proj.weight", f"{_MLP}/experts_up/kernel", "transpose"),
+    (f"{_EXPERT}.down_proj.weight", f"{_MLP}/experts_down/kernel", "transpose"),
+    *dense_rows(f"{_MIXER}.shared_experts.up_proj", f"{_MLP}/shared/up"),
+    *dense_rows(f"{_MIXER}.shared_experts.down_proj", f"{_MLP}/shared/down"),
+    *dense_rows(f"{_MIXER}.fc1_latent_proj", f"{_MLP}/into_latents"),
+    *dense_rows(f"{_MIXER}.fc2_latent_proj", f"{_MLP}/from_latents"),
+    ("model.norm_f.weight", "final_norm/scale", "same"),
+    ("lm_head.weight", "head/kernel", "transpose"),
+]
+
+
+def gguf_rows(config: Config) -> Rows:
+    """Returns what llama.cpp's files hold otherwise."""
+    correction = (f"{_MIXER}.gate.e_score_correction.bias", CORRECTION, "same")
+    return [*gguf_mixer_rows(_MIXER)(config), *gguf_expert_rows(), correction]
+
+
+FAMILY = Family(
+    model_type="nemotron_h",
+    architecture="NemotronHForCausalLM",
+    models="Nemotron-H 4B–56B, Nemotron Nano 2 9B, 12B, Nemotron 3 Nano, Super",
+    config_class=Config,
+    build=build,
+    config_keys=nemotron_h_keys.CONFIG_KEYS,
+    config_aliases=nemotron_h_keys.ALIASES,
+    config_given=nemotron_h_keys.config_given,
+    config_ignored=nemotron_h_keys.IGNORED,
+    config_constants=nemotron_h_keys.CONSTANTS,
+    config_nulls=["num_key_value_heads", "time_step_limit", *ROUTING],
+    layer_types=tuple(LETTERS),
+    complete_keys=nemotron_h_keys.complete_keys,
+    # Which other programs read, and Transformers before 5.
+    written_keys=lambda config: {
+        "hybrid_override_pattern": "".join(LETTERS[kind] for kind in config.layer_types),
+        **written_steps(config),
+    },
+    weights=WEIGHTS,
+    parameters=[
+        _ROUTER,
+        (f"{_MIXER}.experts.up_proj", f"{_MLP}/experts_up/kernel", "transpose"),
+        (f"{_MIXER}.experts.down_proj", f"{_MLP}/experts_down/kernel", "transpose"),
+    ],
+    ignored=lambda config: ["mtp.*", f"blk.{config.num_layers}.*"],
+    stored_prefixes={"backbone.": "model."},
+    gguf_architecture="nemotron_h",
+    other_gguf_architectures=["nemotron_h_moe"],
+    gguf_given=nemotron_h_keys.gguf_given,
+    gguf_keys={
+        "layers": "layers_block_type",
+        "ssm.conv_kernel": "conv_kernel",
+        "ssm.state_size": "ssm_state_size",
+        "ssm.time_step_rank": "mamba_num_heads",
+        "ssm.group_count": "n_groups",
+        "ssm.head_size": "mamba_head_dim",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+        "attention.layer_norm_rms_epsilon": "layer_norm_epsilon",  # of the converter, too
+        **{key: x for key, x in GGUF_KEYS.items() if key != "leading_dense_block_count"},
+        "expert_shared_feed_forward_length": "moe_shared_expert_intermediate_size",
+        "moe_latent_size": "moe_latent_size",
+    },
+    gguf_ignored=["rope.dimension_count", "rope.freq_base", "expert_gating_func"],
+    gguf_permuted=llama.FAMILY.gguf_permuted,  # which has no effect without RoPE, but on adapters
+    gguf_rows=gguf_rows,
+)
