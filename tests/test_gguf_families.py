@@ -153,6 +153,7 @@ SAID: dict[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": 128,
     },
     "gemma4_experts": {"num_global_key_value_heads": 1},  # without an effect
+    "kimi_linear_nets_then_attention": {},
     "mamba2_groups": {},
     "mamba2_one_layer_no_convolution_bias": {"use_conv_bias": True},
     "granitemoehybrid_experts": {"mamba_proj_bias": False, "time_step_limit": [0.0, 1e9]},
@@ -181,6 +182,10 @@ WANTED: dict[str, dict[str, Any]] = {
         ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), {"mtp_num_hidden_layers": 1}
     ),
     "granitemoehybrid": {"layer_types": ["attention", "mamba"]},
+    "kimi_linear": {  # as the published file has it, and newer ones do not
+        key: CONFIGS["kimi_linear_nets_then_attention"][key]
+        for key in ("linear_attn_config", "first_k_dense_replace", "moe_router_activation_func")
+    },
 }
 # The vocabulary is not what is tested here: the converter shall not look for one it knows.
 CONVERT = """

@@ -98,6 +98,11 @@ def complete_keys(keys: JSON) -> JSON:
     own["layer_types"] = [_KINDS[i % 4 == 0 and i > 0] for i in layers]
     keys = own | _said_by(keys, _of_nets(keys, len(layers))) | _said_by(keys, _of_mlps(keys))
     keys |= {key: bool(keys[key]) for key in _NULL_IS_FALSE}
+    if keys.get("tie_word_embeddings"):
+        raise ValueError(
+            "config.json: expected tie_word_embeddings to be false, for Transformers ties no Kimi "
+            "Linear. Received: true."
+        )
     return latent.complete_keys(routed_experts.check_routing(keys, 2, _EXPERTS))
 
 
