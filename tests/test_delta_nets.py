@@ -173,7 +173,7 @@ _NETS = CONFIGS["kimi_linear_nets_then_attention"]["linear_attn_config"]
         ({"mlp_layer_types": ["sparse"] * 2}, "expected first_k_dense_replace to say what"),
         ({"mla_use_nope": False}, "mla_use_nope=False"),
         ({"tie_word_embeddings": True}, "expected tie_word_embeddings to be false"),
-        ({"num_expert_group": 3}, "expected num_expert_group that divides num_experts"),
+        ({"num_expert_group": 3}, "expected n_group that divides"),
     ],
 )
 def test_configs_of_no_kimi_linear(changes: dict[str, Any], message: str) -> None:

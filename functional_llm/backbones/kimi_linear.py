@@ -11,7 +11,6 @@ from functional_llm.backbones import (
     kimi_linear_keys,
     kimi_linear_weights,
     latent,
-    latent_experts,
     llama,
 )
 from functional_llm.backbones.family import Family
@@ -69,17 +68,6 @@ def written_keys(config: Config) -> JSON:
     }
 
 
-def gguf_defaults(keys: JSON) -> JSON:
-    """Returns what a GGUF file does not say, as llama.cpp takes it."""
-    return {
-        **latent_experts.gguf_defaults(keys),
-        "linear_num_heads": keys["num_attention_heads"],
-        "moe_renormalize": True,
-        "num_expert_group": 1,
-        "topk_group": 1,
-    }
-
-
 FAMILY = Family(
     model_type="kimi_linear",
     architecture="KimiLinearForCausalLM",
@@ -97,9 +85,9 @@ FAMILY = Family(
     ignored=llama.ROPE_BUFFERS,
     stored_parts=kimi_linear_weights.STORED_PARTS,
     gguf_architecture="kimi-linear",
-    gguf_given=kimi_linear_weights.gguf_given,
+    gguf_given=kimi_linear_keys.gguf_given,
     gguf_keys=kimi_linear_keys.GGUF_KEYS,
     gguf_ignored=["expert_gating_func", "rope.freq_base"],
-    gguf_defaults=gguf_defaults,
+    gguf_defaults=kimi_linear_keys.gguf_defaults,
     gguf_rows=kimi_linear_weights.gguf_rows,
 )

@@ -56,10 +56,8 @@ _SIZES = {  # in the dict -> in Transformers' files
     "short_conv_kernel_size": "linear_conv_kernel_dim",
 }
 _LISTS = {"full_attn_layers": "full_attention", "kda_layers": "linear_attention"}
-_EXPERTS = _renamed(routed_experts.CONFIG_KEYS)
 CONFIG_KEYS: dict[str, str | type] = {
-    **_renamed(latent.CONFIG_KEYS),
-    **_EXPERTS,
+    **_renamed({**latent.CONFIG_KEYS, **routed_experts.CONFIG_KEYS}),
     "moe_renormalize": "normalize_weights",
     "layer_types": "layer_types",
     "linear_head_dim": "delta_dim",
@@ -103,7 +101,8 @@ def complete_keys(keys: JSON) -> JSON:
             "config.json: expected tie_word_embeddings to be false, for Transformers ties no Kimi "
             "Linear. Received: true."
         )
-    return latent.complete_keys(routed_experts.check_routing(keys, 2, _EXPERTS))
+    routed_experts.check_routing(keys | {x: keys[y] for x, y in _OTHER_NAMES.items()}, least=2)
+    return latent.complete_keys(keys)
 
 
 _KINDS = ("linear_attention", "full_attention")
@@ -174,3 +173,23 @@ GGUF_KEYS = {
     "ssm.conv_kernel": "linear_conv_kernel_dim",
     "kda.head_dim": "linear_head_dim",
 }
+
+
+def gguf_given(keys: JSON) -> JSON:
+    """Returns the keys of a file with the layers that are nets: they have no heads of keys."""
+    heads = keys.get("attention.head_count_kv")
+    nets = [x == 0 for x in heads] if isinstance(heads, list) else None
+    given = latent.gguf_given(keys)
+    return given if nets is None else given | {"attention.sliding_window_pattern": nets}
+
+
+def gguf_defaults(keys: JSON) -> JSON:
+    """Returns what a GGUF file does not say, as llama.cpp takes it."""
+    return {
+        "qk_nope_head_dim": keys["qk_head_dim"] - keys["qk_rope_head_dim"],
+        "q_lora_rank": None,
+        "linear_num_heads": keys["num_attention_heads"],
+        "moe_renormalize": True,
+        "num_expert_group": 1,
+        "topk_group": 1,
+    }

@@ -8,7 +8,6 @@ from functional_llm.backbones.family import dense_rows, gguf_expert_rows
 from functional_llm.backbones.kimi_linear_keys import KimiConfig
 from functional_llm.backbones.routed_experts import CORRECTION
 from functional_llm.backbones.transforms import Rows, Transform, split_axis
-from functional_llm.graph.types import JSON
 
 _LAYER = "model.layers.{}"
 _NET, _TARGET = f"{_LAYER}.self_attn", "decoder_{}/delta_net"
@@ -55,13 +54,6 @@ STORED_PARTS = {
     **{f".block_sparse_moe.{x}": f".mlp.{x}" for x in ("gate.", "experts.", "shared_experts.")},
     **{f".self_attn.{x}": f".self_attn.forget_gate.{x}" for x in _OF_GATE},
 }
-
-
-def gguf_given(keys: JSON) -> JSON:
-    """Returns the keys of a file with the layers that are nets, which have no heads of keys."""
-    heads = keys.get("attention.head_count_kv")
-    nets = {} if heads is None else {"attention.sliding_window_pattern": [x == 0 for x in heads]}
-    return latent.gguf_given(keys) | nets
 
 
 def gguf_rows(config: KimiConfig) -> Rows:

@@ -5,7 +5,6 @@ groups. Reference: [DeepSeek-V3](https://arxiv.org/abs/2412.19437), section
 2.1.2.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -114,6 +113,48 @@ def sigmoid_router(config: CorrectedConfig) -> Router:
     )
 
 
+# Without which Transformers makes no model.
+NO_NULLS = (
+    *("first_k_dense_replace", "n_routed_experts", "num_experts_per_tok"),
+    *("n_group", "topk_group", "n_shared_experts", "routed_scaling_factor"),
+)
+
+
+def check_routing(keys: JSON, least: int = 1) -> JSON:
+    """Checks that as many experts and groups can be chosen as shall be.
+
+    Args:
+        keys: Of a `config.json`, defaults among them.
+        least: How many experts a group has at least, if there are several.
+    """
+    check_given(keys, NO_NULLS)
+    experts = keys["n_routed_experts"]
+    # Those that are not there fit nowhere.
+    chosen, groups, kept = (
+        keys.get(key) or experts + 1 for key in ("num_experts_per_tok", "n_group", "topk_group")
+    )
+    fits = experts % groups == 0 and kept <= groups and chosen <= experts // groups * kept
+    if not fits or (groups > 1 and experts // groups < least):
+        raise ValueError(
+            "config.json: expected n_group that divides n_routed_experts into groups of at least "
+            f"{least}, topk_group of them, and num_experts_per_tok experts at most in those. "
+            f"Received: n_routed_experts={experts}, n_group={keys.get('n_group')}, "
+            f"topk_group={keys.get('topk_group')}, "
+            f"num_experts_per_tok={keys.get('num_experts_per_tok')}."
+        )
+    if keys["first_k_dense_replace"] < 0:
+        raise ValueError(
+            "config.json: expected a first_k_dense_replace of at least 0, received "
+            f"{keys['first_k_dense_replace']}."
+        )
+    return keys
+
+
+_MLP = "model.layers.{}.mlp"
+CORRECTION = "decoder_{}/mlp/correction/bias"
+ROWS: Rows = [*expert_rows(_MLP), *shared_rows(f"{_MLP}.shared_experts")]
+CORRECTED_ROWS: Rows = [*ROWS, (f"{_MLP}.gate.e_score_correction_bias", CORRECTION, "same")]
+
 CONFIG_KEYS: dict[str, str | type] = {
     "n_routed_experts": "num_experts",
     "num_experts_per_tok": "num_experts_per_token",
@@ -124,45 +165,6 @@ CONFIG_KEYS: dict[str, str | type] = {
     "n_group": "num_groups",
     "topk_group": "num_open_groups",
 }
-# Without which Transformers makes no model.
-NO_NULLS = tuple(key for key, field in CONFIG_KEYS.items() if field != "expert_dim")
-
-
-def check_routing(
-    keys: JSON, least: int = 1, config_keys: Mapping[str, str | type] = CONFIG_KEYS
-) -> JSON:
-    """Checks that as many experts and groups can be chosen as shall be.
-
-    Args:
-        keys: Of a `config.json`, defaults among them.
-        least: How many experts a group has at least, if there are several.
-        config_keys: What the family calls them.
-    """
-    names = {field: key for key, field in config_keys.items() if field in CONFIG_KEYS.values()}
-    check_given(keys, [key for field, key in names.items() if field != "expert_dim"])
-    all_experts, first = names["num_experts"], names["first_expert_layer"]
-    limits = [names[x] for x in ("num_groups", "num_open_groups", "num_experts_per_token")]
-    experts = keys[all_experts]
-    # Those that are not there fit nowhere.
-    groups, kept, chosen = (keys.get(key) or experts + 1 for key in limits)
-    fits = experts % groups == 0 and kept <= groups and chosen <= experts // groups * kept
-    if not fits or (groups > 1 and experts // groups < least):
-        received = ", ".join(f"{key}={keys.get(key)}" for key in (all_experts, *limits))
-        raise ValueError(
-            f"config.json: expected {limits[0]} that divides {all_experts} into groups of at least "
-            f"{least}, {limits[1]} of them, and {limits[2]} experts at most in those. "
-            f"Received: {received}."
-        )
-    if keys[first] < 0:
-        raise ValueError(f"config.json: expected a {first} of at least 0, received {keys[first]}.")
-    return keys
-
-
-_MLP = "model.layers.{}.mlp"
-CORRECTION = "decoder_{}/mlp/correction/bias"
-ROWS: Rows = [*expert_rows(_MLP), *shared_rows(f"{_MLP}.shared_experts")]
-CORRECTED_ROWS: Rows = [*ROWS, (f"{_MLP}.gate.e_score_correction_bias", CORRECTION, "same")]
-
 GGUF_KEYS = {
     "leading_dense_block_count": "first_k_dense_replace",
     "expert_count": "n_routed_experts",
