@@ -29,6 +29,8 @@ from functional_llm.presets.table import PresetTable, read_preset
 # 35B-A3B) no whole quotation was found: they
 # are written down as they are remembered, and agree with parts of them (slime's `glm4.5-*.sh`,
 # MindIE's `ernie_moe`), and with the parameters' published number.
+# Kimi Linear's is that of a quantised copy (Firworks, NVFP4), the last keys of which are its family's
+# defaults in Transformers.
 # LFM3's are the defaults of Transformers, which names that model there.
 PUBLISHED = sorted((Path(__file__).parent / "published_configs").glob("*.json"))
 
@@ -53,6 +55,7 @@ COUNTS = {
     "lfm2_2.6b": 2_569_272_320,
     # As the Hub counts their tensors, too.
     "granite4_h_tiny": 6_939_037_248,
+    "kimi_linear_48b_a3b_instruct": 49_122_681_728,
     "mamba_codestral_7b": 7_285_403_648,
     "llama2_7b": 6_738_415_616,
     "llama3.1_8b": 8_030_261_248,
