@@ -29,8 +29,8 @@ from functional_llm.presets.table import PresetTable, read_preset
 # 35B-A3B) no whole quotation was found: they
 # are written down as they are remembered, and agree with parts of them (slime's `glm4.5-*.sh`,
 # MindIE's `ernie_moe`), and with the parameters' published number.
-# Kimi Linear's is that of a quantised copy (Firworks, NVFP4), the last keys of which are its family's
-# defaults in Transformers.
+# Kimi Linear's is that of a quantised copy (Firworks, NVFP4); its last keys are Transformers'
+# defaults.
 # LFM3's are the defaults of Transformers, which names that model there.
 PUBLISHED = sorted((Path(__file__).parent / "published_configs").glob("*.json"))
 
