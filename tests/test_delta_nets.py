@@ -188,7 +188,7 @@ def test_a_kimi_linear_as_published_and_as_transformers_writes_it() -> None:
     sizes = {"linear_head_dim": 8, "linear_num_heads": 3, "linear_conv_kernel_dim": 4}
     words["mlp_layer_types"] = ["dense", "sparse"]
     assert _read("kimi_linear_nets_then_attention", **absent, **words, **sizes) == published
-    default = _read("kimi_linear_nets_alone_all_chosen", num_hidden_layers=9)
+    default = _read("kimi_linear_wide_kernel_all_chosen", num_hidden_layers=9, layer_types="absent")
     assert [i for i, x in enumerate(default.layer_types) if x == "full_attention"] == [4, 8]
     assert default.first_expert_layer == 1
 

@@ -188,8 +188,8 @@ WANTED: dict[str, dict[str, Any]] = {
     },
 }
 # The vocabulary is not what is tested here: the converter shall not look for one it knows.
-CONVERT = """
-import json, sys
+CONVERT = r"""
+import json, re, sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
 import gguf, torch
@@ -205,9 +205,11 @@ for folder in map(Path, sys.argv[2:]):
         self.gguf_writer.add_tokenizer_model("none")
         self.gguf_writer.add_vocab_size(128)
     modify = converter.modify_tensors
-    def modify_tensors(self, *args, modify=modify):
+    def modify_tensors(self, data, name, *args, modify=modify):
+        # Transformers writes the one MLP of a Kimi Linear's layer among the experts.
+        name = re.sub(r"block_sparse_moe(?=\.(gate|up|down)_proj)", "mlp", name)
         # StableLM's returns norms, as it did before it yielded the other tensors.
-        yield from (yield from modify(self, *args)) or ()
+        yield from (yield from modify(self, data, name, *args)) or ()
     converter.modify_tensors = modify_tensors
     for kind in (converter, getattr(converter, "Ministral3Model", converter)):
         kind.set_vocab = set_vocab

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from keras import ops
-
-from functional_llm.kernels.inverse import lower_of_blocks
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,10 @@ def by_halves(query: Any, key: Any, decay: Any) -> Products:
     """The same in matrix products: none has a decay for each pair and channel.
 
     Of two neighbouring halves, what decays from a token of the first to one of the second is what
-    decays to the end of the first, and from the begin of the second: a factor of each.
+    decays to the end of the first, and from the begin of the second: a factor of each. Each pair
+    is in two such halves of one size, 1, 2, 4, ... tokens. One product has the pairs of all halves
+    of a size, and others, which do not count. (To put blocks together instead, as the inverse of a
+    matrix does, makes programs of whose gradients XLA's for CPUs crash.)
 
     Args:
         query: [..., C, H], C a power of two.
@@ -74,25 +77,24 @@ def by_halves(query: Any, key: Any, decay: Any) -> Products:
     """
     key = jnp.broadcast_to(key, decay.shape)
     both = jnp.stack([jnp.broadcast_to(query, decay.shape), key])
+    length = decay.shape[-2]
 
-    def halves(x: Any, rows: int) -> tuple[Any, Any]:
-        """Returns the first and the second ones (..., C / 2 / rows, rows, size)."""
-        pairs = x.reshape(*x.shape[:-2], -1, 2, rows, x.shape[-1])
-        return pairs[..., 0, :, :], pairs[..., 1, :, :]
+    def sums(rows: int) -> tuple[Any, Any]:
+        """Returns the sums from the begin and to the end of blocks of so many tokens."""
+        blocks = decay.reshape(*decay.shape[:-2], -1, rows, decay.shape[-1])
+        behind = jnp.concatenate([blocks[..., 1:, :], jnp.zeros_like(blocks[..., :1, :])], axis=-2)
+        axis = blocks.ndim - 2
+        since, until = lax.cumsum(blocks, axis), lax.cumsum(behind, axis, reverse=True)
+        return since.reshape(decay.shape), until.reshape(decay.shape)
 
-    # Of blocks of one token, of two, of four, ...
-    products = jnp.sum(both * key, axis=-1)[..., None, None]
-    since, until, rows = decay, jnp.zeros_like(decay), 1
-    while rows < decay.shape[-2]:
-        (since_1, since_2), (until_1, until_2) = halves(since, rows), halves(until, rows)
-        later = halves(both, rows)[1] * jnp.exp(since_2)
-        earlier = halves(key, rows)[0] * jnp.exp(until_1)
-        corner = later @ jnp.swapaxes(earlier, -1, -2)
-        pairs = products.reshape(*products.shape[:-3], -1, 2, rows, rows)
-        products = lower_of_blocks(pairs[..., 0, :, :], corner, pairs[..., 1, :, :])
-        since = jnp.concatenate([since_1, since_2 + since_1[..., -1:, :]], axis=-2)
-        until = jnp.concatenate([until_1 + since_2[..., -1:, :], until_2], axis=-2)
-        since, until = since.reshape(decay.shape), until.reshape(decay.shape)
+    products = jnp.sum(both * key, axis=-1)[..., None] * jnp.eye(length, dtype=decay.dtype)
+    rows = 1
+    while rows < length:
+        since, until = sums(rows)
+        pairs = (both * jnp.exp(since)) @ jnp.swapaxes(key * jnp.exp(until), -1, -2)
+        block = np.arange(length) // rows
+        is_between = (block[:, None] % 2 == 1) & (block[None] == block[:, None] - 1)
+        products = jnp.where(is_between, pairs, products)
         rows *= 2
-    scores, likeness = products[..., 0, :, :]
-    return Products(scores, likeness, since, until)
+    scores, likeness = products
+    return Products(scores, likeness, *sums(length))

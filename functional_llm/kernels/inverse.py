@@ -31,15 +31,10 @@ def inverse_of_unit_lower(lower: jax.Array) -> jax.Array:
         pairs = inverse.reshape(*outer, -1, 2, rows, rows)
         first, second = pairs[..., 0, :, :], pairs[..., 1, :, :]
         corner = -second @ (below @ first)
-        inverse = lower_of_blocks(first, corner, second)
+        upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+        inverse = jnp.concatenate([upper, jnp.concatenate([corner, second], axis=-1)], axis=-2)
         rows *= 2
     return inverse[..., 0, :, :]
-
-
-def lower_of_blocks(first: jax.Array, corner: jax.Array, second: jax.Array) -> jax.Array:
-    """Returns the matrix of two blocks on the diagonal, one below the first, and zeros."""
-    upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
-    return jnp.concatenate([upper, jnp.concatenate([corner, second], axis=-1)], axis=-2)
 
 
 @inverse_of_unit_lower.defjvp

@@ -130,8 +130,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "linear_num_heads": 1,
         "linear_conv_kernel_dim": 2,
     },
-    "kimi_linear_nets_alone_all_chosen": {
+    "kimi_linear_wide_kernel_all_chosen": {
         **_KIMI,
+        "layer_types": ["linear_attention", "full_attention"],
         "num_experts_per_token": 8,
         "num_shared_experts": 1,
         "moe_renormalize": False,
