@@ -111,7 +111,8 @@ _KINDS = ("linear_attention", "full_attention")
 def _said_by(keys: JSON, said: JSON) -> JSON:
     """Returns keys with what other keys say of them; they may not say different things."""
     for key, x in said.items():
-        if keys.get(key, x) != x:
+        own = keys.get(key, x)
+        if (list(own) if isinstance(own, tuple) else own) != x:
             raise ValueError(
                 f"config.json: expected {key} to say what linear_attn_config and mlp_layer_types "
                 f"do, received {key}={keys[key]!r:.200}, and {x!r:.200}."
