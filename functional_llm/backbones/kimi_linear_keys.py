@@ -123,7 +123,7 @@ def _said_by(keys: JSON, said: JSON) -> JSON:
 def _of_nets(keys: JSON, count: int) -> JSON:
     """Returns what the dict of the delta nets says."""
     nets = keys.get("linear_attn_config", {})
-    lists = [nets.get(x) for x in _LISTS] if isinstance(nets, dict) else []
+    lists: list[Any] = [nets.get(x) for x in _LISTS] if isinstance(nets, dict) else []
     sizes = {key: nets[x] for x, key in _SIZES.items() if x in nets} if lists else {}
     right = bool(lists) and all(type(x) is int and 0 < x < 2**31 for x in sizes.values())
     if right and None not in lists:

@@ -57,15 +57,11 @@ class DeltaRule(keras.layers.Layer):
             return of_heads(ops.where(is_token, x, ops.cast(0, x.dtype)))
 
         rule = delta_rule_in_chunks if self.in_chunks else delta_rule
-        x, state = rule(
-            DeltaInputs(
-                *(of_heads(inputs[name]) for name in ("query", "key", "value")),
-                at_tokens(inputs["decay"]),
-                at_tokens(ops.expand_dims(inputs["rate"], -1))[..., 0],
-                *_texts(inputs["segment_ids"], is_token_BT),
-            ),
-            inputs["state"],
-        )
+        query, key, value = (of_heads(inputs[name]) for name in ("query", "key", "value"))
+        decay, rate = at_tokens(inputs["decay"]), at_tokens(ops.expand_dims(inputs["rate"], -1))
+        texts = _texts(inputs["segment_ids"], is_token_BT)
+        all_inputs = DeltaInputs(query, key, value, decay, rate[..., 0], *texts)
+        x, state = rule(all_inputs, inputs["state"])
         return {"x": ops.transpose(x, (0, 3, 1, 2, 4)), "state": state}
 
     def compute_output_spec(self, inputs: Mapping[str, Tensor]) -> dict[str, keras.KerasTensor]:
