@@ -5,6 +5,7 @@ a plain `lax.scan`, and as the definition has it, which stock files hold. The mo
 Qwen 3.5 of random weights, the same in both libraries; each writes in turns in this process.
 
     python -m benchmarks.delta_nets layer
+    python -m benchmarks.delta_nets layer --channels
     python -m benchmarks.delta_nets decode --rounds 5
 """
 
@@ -45,22 +46,25 @@ SHAPE = {
 
 def _by_tokens(inputs: DeltaInputs, state: Any) -> tuple[Any, Any]:
     """Returns what the rule does, token by token."""
-    rows = (inputs.query, inputs.key, inputs.value)
-    numbers = (inputs.decay, inputs.rate)
-    tokens = (*(jnp.moveaxis(x, -2, 0) for x in rows), *(jnp.moveaxis(x, -1, 0) for x in numbers))
+    rows = (inputs.query, inputs.key, inputs.value, inputs.decay)
+    tokens = (*(jnp.moveaxis(x, -2, 0) for x in rows), jnp.moveaxis(inputs.rate, -1, 0))
 
     def step(state: Any, token: Any) -> tuple[Any, Any]:
-        rows = (x[..., None, :] for x in token[:3])
-        numbers = (x[..., None] for x in token[3:])
-        x, state = delta_rule_in_chunks(DeltaInputs(*rows, *numbers), state)
+        *rows, rate = token
+        one = DeltaInputs(*(x[..., None, :] for x in rows), rate[..., None])
+        x, state = delta_rule_in_chunks(one, state)
         return state, x[..., 0, :]
 
     state, x = lax.scan(step, state, tokens)
     return jnp.moveaxis(x, 0, -2), state
 
 
-def _layer_programs() -> dict[str, Callable[[], Any]]:
-    """Returns the ways through a layer, and through its gradients."""
+def _layer_programs(channels: int) -> dict[str, Callable[[], Any]]:
+    """Returns the ways through a layer, and through its gradients.
+
+    Args:
+        channels: How many decays a token has in each head.
+    """
     random = np.random.default_rng(0)
 
     def normal(*shape: int) -> jax.Array:
@@ -73,11 +77,13 @@ def _layer_programs() -> dict[str, Callable[[], Any]]:
         unit(normal(1, _HEADS, 1, _TOKENS, _SIZE)),
         unit(normal(1, _HEADS, 1, _TOKENS, _SIZE)),
         normal(1, _HEADS, 1, _TOKENS, _SIZE),
-        -jnp.exp(normal(1, _HEADS, 1, _TOKENS)),
+        -jnp.exp(normal(1, _HEADS, 1, _TOKENS, channels)),
         jax.nn.sigmoid(normal(1, _HEADS, 1, _TOKENS)),
     )
     state = normal(1, _HEADS, 1, _SIZE, _SIZE)
     rules = {"chunks": delta_rule_in_chunks, "scan": _by_tokens, "definition": delta_rule}
+    if channels > 1:
+        del rules["definition"]  # which has a number for each pair of tokens and channel
     programs: dict[str, Callable[[], Any]] = {}
     for name, rule in rules.items():
 
@@ -147,9 +153,11 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("layer", "decode"))
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count (5)")
+    parser.add_argument("--channels", action="store_true", help="each channel decays by itself")
     options = parser.parse_args()
     if options.what == "layer":
-        for name, seconds in _seconds(_layer_programs(), options.rounds).items():
+        programs = _layer_programs(_SIZE if options.channels else 1)
+        for name, seconds in _seconds(programs, options.rounds).items():
             best, middle = min(seconds) * 1e3, statistics.median(seconds) * 1e3
             print(f"{name:24} {best:8.1f} ms at best, {middle:8.1f} in the median")
         return

@@ -275,6 +275,7 @@ WORKED_OUT = {
     "lfm2": ["intermediate_size"],
     "deepseek_v2": ["n_group", "topk_group"],
     "gemma4_text": ["global_head_dim", "num_global_key_value_heads"],
+    "kimi_linear": ["first_k_dense_replace"],
 }
 
 

@@ -153,6 +153,7 @@ SAID: dict[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": 128,
     },
     "gemma4_experts": {"num_global_key_value_heads": 1},  # without an effect
+    "kimi_linear_nets_then_attention": {},
     "mamba2_groups": {},
     "mamba_default_rank": {},
     "mamba_biases_untied": {"use_bias": False, "use_conv_bias": True},
@@ -160,13 +161,6 @@ SAID: dict[str, dict[str, Any]] = {
     "granitemoehybrid_experts": {"mamba_proj_bias": False, "time_step_limit": [0.0, 1e9]},
     # Not one with a tied head: the converter folds the embedding's multiplier into both.
     "falcon_h1_multipliers": {"head_dim": 8},
-    "falcon_h1_gate_before_norm_tied": {
-        "head_dim": 8,
-        "mamba_d_ssm": 32,
-        "projectors_bias": False,
-        "mamba_conv_bias": True,
-        "ssm_multipliers": [1.0] * 5,
-    },
     "nemotron_h_four_mixers": {
         **{"hybrid_override_pattern": "E*M", "n_group": 1},
         "num_nextn_predict_layers": 1,  # which is not read
@@ -202,10 +196,14 @@ WANTED: dict[str, dict[str, Any]] = {
         **{"norm_eps": 1e-3, "hybrid_override_pattern": "-*M", "num_experts_per_tok": None},
         "mamba_d_head": 4,
     },
+    "kimi_linear": {  # as the published file has it, and newer ones do not
+        key: CONFIGS["kimi_linear_nets_then_attention"][key]
+        for key in ("linear_attn_config", "first_k_dense_replace", "moe_router_activation_func")
+    },
 }
 # The vocabulary is not what is tested here: the converter shall not look for one it knows.
-CONVERT = """
-import json, sys
+CONVERT = r"""
+import json, re, sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
 import gguf, torch
@@ -223,9 +221,11 @@ for folder in map(Path, sys.argv[2:]):
         self.gguf_writer.add_tokenizer_model("none")
         self.gguf_writer.add_vocab_size(128)
     modify = converter.modify_tensors
-    def modify_tensors(self, *args, modify=modify):
+    def modify_tensors(self, data, name, *args, modify=modify):
+        # Transformers writes the one MLP of a Kimi Linear's layer among the experts.
+        name = re.sub(r"block_sparse_moe(?=\.(gate|up|down)_proj)", "mlp", name)
         # StableLM's returns norms, as it did before it yielded the other tensors.
-        yield from (yield from modify(self, *args)) or ()
+        yield from (yield from modify(self, data, name, *args)) or ()
     converter.modify_tensors = modify_tensors
     for kind in (converter, getattr(converter, "Ministral3Model", converter)):
         kind.set_vocab = set_vocab

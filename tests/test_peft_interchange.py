@@ -48,9 +48,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 EVERY_METHOD = ["llama_grouped", "gpt2_tied", "gpt_neox_five_heads"]
 
 
-# Family -> linear layers that PEFT is not to adapt: those of states it refuses, or Transformers does
-# not compute their adapters; "all-linear" takes places in a list of them for decoder layers, too; a
-# router returns two results.
+# Family -> linear layers that PEFT is not to adapt: those of states it refuses, or Transformers
+# does not compute their adapters; "all-linear" takes places in a list of them for decoder layers,
+# too; a router returns two results.
 LEFT_OUT = {
     "mamba": ["out_proj", "dt_proj"],
     "mamba2": ["out_proj"],

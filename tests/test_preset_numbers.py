@@ -29,6 +29,8 @@ from functional_llm.presets.table import PresetTable, read_preset
 # 35B-A3B) no whole quotation was found: they
 # are written down as they are remembered, and agree with parts of them (slime's `glm4.5-*.sh`,
 # MindIE's `ernie_moe`), and with the parameters' published number.
+# Kimi Linear's is that of a quantised copy (Firworks, NVFP4); its last keys are Transformers'
+# defaults.
 # LFM3's are the defaults of Transformers, which names that model there.
 PUBLISHED = sorted((Path(__file__).parent / "published_configs").glob("*.json"))
 
@@ -54,6 +56,7 @@ COUNTS = {
     # As the Hub counts their tensors, too.
     "granite4_h_tiny": 6_939_037_248,
     "mamba_130m": 129_135_360,
+    "kimi_linear_48b_a3b_instruct": 49_122_681_728,
     "mamba_codestral_7b": 7_285_403_648,
     "nemotron_h_8b": 8_100_852_736,
     "nemotron_nano_v2_9b": 8_888_227_328,

@@ -33,7 +33,7 @@ def build(config: Config) -> Graph:
             scores=scores,
             weights=[scaled(config.routed_scale)],
         )
-        attention = latent.build_attention(config, rotary_pairs())
+        attention = latent.build_attention(config, [rotary_pairs()], config.rope_scaling)
         layers.append(routed_experts.build_decoder(config, i, attention, router))
     return latent.build_around(config, layers)
 

@@ -30,7 +30,7 @@ def build(config: Config) -> Graph:
     rotate = rotary_pairs() if config.rotates_pairs else rotary()
     layers = []
     for i in range(config.num_layers):
-        attention = latent.build_attention(config, rotate)
+        attention = latent.build_attention(config, [rotate], config.rope_scaling)
         layers.append(routed_experts.build_decoder(config, i, attention, sigmoid_router(config)))
     return latent.build_around(config, layers)
 

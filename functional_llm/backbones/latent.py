@@ -7,7 +7,13 @@ from typing import Any
 
 import keras
 
-from functional_llm.backbones.family import COMMON_KEYS, RotaryConfig, check_given, dense_rows
+from functional_llm.backbones.family import (
+    COMMON_KEYS,
+    ModelConfig,
+    RotaryConfig,
+    check_given,
+    dense_rows,
+)
 from functional_llm.backbones.transforms import Rows, Transform, fused, heads_first, transposed
 from functional_llm.blocks.attention import Part, PartFunction, heads
 from functional_llm.blocks.language_model import Graph, LayerType, causal_lm
@@ -20,6 +26,7 @@ from functional_llm.blocks.latent_attention import (
 )
 from functional_llm.blocks.norm import rms_norm
 from functional_llm.blocks.rope import Rope
+from functional_llm.blocks.rope_scaling import RopeScaling
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
 from functional_llm.layers.latent import LatentProduct
@@ -28,13 +35,14 @@ _EPSILON = 1e-6  # of the norms of latents, whatever that of the others is
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentConfig(RotaryConfig):
-    """The numbers of a model with latent attention.
+class LatentSizes(ModelConfig):
+    """The numbers of a model with latent attention, whether it has RoPE or not.
 
     Queries are made of a latent, too, if it has a `query_latent_dim`. A head's key has `key_dim`
     numbers of its own, and `rotary_dim` that all heads share.
     """
 
+    num_query_heads: int
     query_latent_dim: int | None
     latent_dim: int
     key_dim: int
@@ -43,13 +51,26 @@ class LatentConfig(RotaryConfig):
     attention_bias: bool
 
 
-def build_attention(config: LatentConfig, rotate: PartFunction) -> CompositeLayer:
-    """Returns the attention of a decoder layer."""
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig(LatentSizes, RotaryConfig):
+    """The numbers of a model with latent attention and RoPE."""
+
+
+def build_attention(
+    config: LatentSizes, rotate: Sequence[PartFunction], scaling: RopeScaling | None = None
+) -> CompositeLayer:
+    """Returns the attention of a decoder layer.
+
+    Args:
+        config: The numbers of the model.
+        rotate: RoPE, or nothing.
+        scaling: Of RoPE.
+    """
     bias, size = config.attention_bias, config.key_dim + config.rotary_dim
     dense = partial(keras.layers.Dense, use_bias=bias)
     query: list[Part] = [
         heads(config.num_query_heads, size, "query"),
-        on_last_channels(rotate),
+        *map(on_last_channels, rotate),
     ]
     if config.query_latent_dim is not None:
         down = dense(config.query_latent_dim, name="query_latent")
@@ -64,7 +85,7 @@ def build_attention(config: LatentConfig, rotate: PartFunction) -> CompositeLaye
         config.num_query_heads,
         config.rotary_dim,
         config.value_dim,
-        latent_scale(size, config.rope_scaling),
+        latent_scale(size, scaling),
         name="product",
     )
     return latent_attention(
@@ -138,12 +159,12 @@ def complete_keys(keys: JSON) -> JSON:
     return keys
 
 
-def written_keys(config: LatentConfig) -> JSON:
+def written_keys(config: LatentSizes) -> JSON:
     """Returns what Transformers needs in a `config.json` beside `CONFIG_KEYS`."""
     return {"num_key_value_heads": config.num_query_heads}
 
 
-def _by_heads(config: LatentConfig) -> Transform:
+def _by_heads(config: LatentSizes) -> Transform:
     """Returns the transform of a tensor with keys and values of each head."""
     return fused(config.num_query_heads)[0]
 
@@ -152,7 +173,7 @@ _SELF = "model.layers.{}.self_attn"
 _OURS = "decoder_{}/attention"
 
 
-def attention_rows(config: LatentConfig) -> Rows:
+def attention_rows(config: LatentSizes) -> Rows:
     """Returns the rows of the attention's tensors."""
     query = "q_proj" if config.query_latent_dim is None else "q_b_proj"
     return [
@@ -195,7 +216,7 @@ def gguf_given(keys: JSON) -> JSON:
     return given
 
 
-def gguf_rows(config: LatentConfig) -> Rows:
+def gguf_rows(config: LatentSizes) -> Rows:
     """Returns the rows of keys and values in GGUF files: apart, or as in checkpoints."""
     keys, values = f"{_OURS}/product/key/kernel", f"{_OURS}/product/value/kernel"
     of_values = heads_first(config.num_query_heads, config.value_dim)

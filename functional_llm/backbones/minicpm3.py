@@ -50,7 +50,7 @@ def build_decoder(config: Config, name: str) -> CompositeLayer:
         [
             [
                 rms_norm(epsilon, "attention_norm"),
-                latent.build_attention(config, rotary()),
+                latent.build_attention(config, [rotary()], config.rope_scaling),
                 scaled,
             ],
             [rms_norm(epsilon, "mlp_norm"), mlp, scaled],

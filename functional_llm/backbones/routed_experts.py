@@ -11,7 +11,7 @@ from functools import partial
 from keras import ops
 
 from functional_llm.backbones.experts import expert_rows, shared_rows
-from functional_llm.backbones.family import ModelConfig, RotaryConfig, check_given
+from functional_llm.backbones.family import ModelConfig, check_given
 from functional_llm.backbones.transforms import Rows
 from functional_llm.blocks.decoder import NamedPart, pre_norm
 from functional_llm.blocks.experts import (
@@ -55,7 +55,7 @@ class SigmoidConfig(GroupedConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutedConfig(MixedConfig, GroupedConfig, RotaryConfig):
+class RoutedConfig(MixedConfig, GroupedConfig):
     """The numbers of a model in which all layers but the first ones have experts."""
 
     num_shared_experts: int

@@ -1,15 +1,17 @@
-"""The gated delta net in the place of attention.
+"""Delta nets in the place of attention.
 
 Shapes: B batch, T tokens, D model, K key heads, N value heads, H size of keys, V size of values, W
 width of the convolution.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import keras
 from keras import ops
 
-from functional_llm.blocks.attention import Inputs, Kept, Shapes
+from functional_llm.blocks.attention import Inputs, Kept, Part, Shapes, apply_parts
 from functional_llm.blocks.mlp import ACTIVATIONS
 from functional_llm.blocks.norm import rms_norm
 from functional_llm.graph.composite import CompositeLayer
@@ -21,7 +23,7 @@ from functional_llm.layers.states import StateLookup
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaNet:
-    """The sizes of a gated delta net.
+    """The sizes of a delta net.
 
     Args:
         key_heads: K.
@@ -56,17 +58,14 @@ class DeltaNet:
 
 
 def delta_net_shapes(sizes: DeltaNet) -> Shapes:
-    """Returns what a decoder layer with one `gated_delta_net` keeps."""
+    """Returns what a decoder layer with one delta net keeps."""
     return {"delta_net": {name: Kept(shape, "float32") for name, shape in sizes.states.items()}}
 
 
 def gated_delta_net(
     sizes: DeltaNet, hidden_dim: int, activation: str, epsilon: float
 ) -> CompositeLayer:
-    """A gated delta net: output(norm(what queries read) * silu(gate)).
-
-    Queries, keys and values go through one short convolution and an activation; queries and keys
-    have length one then.
+    """A gated delta net: a matrix has one decay, and one convolution mixes all that goes into it.
 
     Args:
         sizes: Of its heads.
@@ -75,11 +74,119 @@ def gated_delta_net(
         epsilon: Of the norm.
 
     Returns:
-        Layer from `{"x": (B, T, D), "positions", "segment_ids", "state_position", "cache"}` to
-        `{"x": (B, T, D), "cache": {"inputs", "matrix"}}`.
+        As for `delta_net`.
 
     Reference:
         [Gated Delta Networks](https://arxiv.org/abs/2412.06464), figure 1.
+    """
+
+    def convolve(projected: Sequence[Tensor], state: Tensor, places: Inputs) -> Inputs:
+        joined = ops.concatenate(projected, axis=-1)
+        convolution = CausalConvolution(sizes.width, name="convolution")
+        return convolution({"x": joined, "state": state, **places})
+
+    return delta_net(
+        sizes,
+        hidden_dim,
+        convolve,
+        ACTIVATIONS[activation],
+        decay=[_dense(sizes.value_heads, "decay"), LogDecay(name="log_decay")],
+        gate=[_dense(sizes.widths[2], "gate"), lambda x, inputs: ops.silu(x)],
+        epsilon=epsilon,
+    )
+
+
+def channel_delta_net(
+    sizes: DeltaNet, hidden_dim: int, activation: str, epsilon: float
+) -> CompositeLayer:
+    """A delta net in which each channel of a key has a decay of its own ("KDA").
+
+    Queries, keys and values have a convolution each. Decays and the gate go through as few channels
+    as a head has.
+
+    Args:
+        sizes: Of its heads.
+        hidden_dim: D.
+        activation: Behind the convolutions, a key of `ACTIVATIONS`.
+        epsilon: Of the norm.
+
+    Returns:
+        As for `delta_net`.
+
+    Reference:
+        [Kimi Linear](https://arxiv.org/abs/2510.26692), section 4.
+    """
+
+    def convolve(projected: Sequence[Tensor], state: Tensor, places: Inputs) -> Inputs:
+        queries, keys, _ = sizes.widths
+        states = ops.split(state, [queries, queries + keys], axis=-1)
+        results = [
+            CausalConvolution(sizes.width, name=f"{name}_convolution")(
+                {"x": x, "state": own, **places}
+            )
+            for name, x, own in zip(_MIXED, projected, states, strict=True)
+        ]
+        return {
+            name: ops.concatenate([result[name] for result in results], axis=-1)
+            for name in ("x", "state")
+        }
+
+    decays = sizes.value_heads * sizes.key_dim
+    return delta_net(
+        sizes,
+        hidden_dim,
+        convolve,
+        ACTIVATIONS[activation],
+        decay=[
+            _dense(sizes.key_dim, "decay_latent"),
+            _dense(decays, "decay"),
+            LogDecay(sizes.key_dim, name="log_decay"),
+        ],
+        gate=[
+            _dense(sizes.value_dim, "gate_latent"),
+            _dense(sizes.widths[2], "gate"),
+            lambda x, inputs: ops.sigmoid(x),
+        ],
+        epsilon=epsilon,
+    )
+
+
+_MIXED = ("query", "key", "value")
+# From what is projected, the state before and `positions` and `segment_ids` to `x` and `state`.
+Convolve: TypeAlias = Callable[[Sequence[Tensor], Tensor, Inputs], Inputs]
+
+
+def _dense(width: int, name: str) -> keras.layers.Dense:
+    return keras.layers.Dense(width, use_bias=False, name=name)
+
+
+def delta_net(
+    sizes: DeltaNet,
+    hidden_dim: int,
+    convolve: Convolve,
+    activate: Callable[[Tensor], Tensor],
+    *,
+    decay: Sequence[Part],
+    gate: Sequence[Part],
+    epsilon: float,
+) -> CompositeLayer:
+    """The delta rule between projections: output(norm(what queries read) * gate).
+
+    Queries and keys have length one.
+
+    Args:
+        sizes: Of its heads.
+        hidden_dim: D.
+        convolve: Mixes queries, keys and values of neighbouring tokens.
+        activate: Of what is mixed.
+        decay: Parts from (B, T, D) to the logarithms of decays: (B, T, N), or (B, T, N * H) for one
+            of each channel.
+        gate: Parts from (B, T, D) to (B, T, N * V).
+        epsilon: Of the norm.
+
+    Returns:
+        Layer from `{"x": (B, T, D), "positions", "segment_ids", "state_position", "cache"}` to
+        `{"x": (B, T, D), "cache": {"inputs", "matrix"}}`.
     """
 
     def body(inputs: Inputs) -> dict[str, Nested]:
@@ -88,37 +195,31 @@ def gated_delta_net(
         begin = StateLookup(sizes.states, name="state_lookup")({k: inputs[k] for k in names})
         places = {name: inputs[name] for name in ("positions", "segment_ids")}
 
-        def project(width: int, name: str) -> Tensor:
-            return keras.layers.Dense(width, use_bias=False, name=name)(x)
-
         def split(x: Tensor, sizes: tuple[int, ...], name: str) -> Tensor:
             return keras.layers.Reshape((-1, *sizes), name=f"{name}_heads")(x)
 
-        parts = zip(("query", "key", "value"), sizes.widths, strict=True)
-        joined = ops.concatenate([project(width, name) for name, width in parts], axis=-1)
-        mixed = CausalConvolution(sizes.width, name="convolution")(
-            {"x": joined, "state": begin["inputs"], **places}
-        )
-        active = ACTIVATIONS[activation](mixed["x"])
+        projected = [_dense(size, name)(x) for name, size in zip(_MIXED, sizes.widths, strict=True)]
+        mixed = convolve(projected, begin["inputs"], places)
         key_width = sizes.widths[0]
-        query, key, value = ops.split(active, [key_width, 2 * key_width], axis=-1)
-        decay = LogDecay(name="log_decay")(project(sizes.value_heads, "decay"))
-        rate = ops.sigmoid(project(sizes.value_heads, "rate"))
+        query, key, value = ops.split(activate(mixed["x"]), [key_width, 2 * key_width], axis=-1)
+        decays = apply_parts(decay, x, inputs)
+        rate = ops.sigmoid(_dense(sizes.value_heads, "rate")(x))
         of_keys = (sizes.key_heads, 1, sizes.key_dim)
         of_values = (sizes.key_heads, sizes.group, sizes.value_dim)
+        of_decays = (*of_values[:2], decays.shape[-1] // sizes.value_heads)
         read = DeltaRule(name="delta_rule")(
             {
                 "query": unit_length(split(query, of_keys, "query")) * sizes.key_dim**-0.5,
                 "key": unit_length(split(key, of_keys, "key")),
                 "value": split(value, of_values, "value"),
-                "decay": split(decay, of_values[:2], "decay"),
+                "decay": split(decays, of_decays, "decay"),
                 "rate": split(rate, of_values[:2], "rate"),
                 "state": begin["matrix"],
                 **places,
             }
         )
-        gate = split(project(sizes.widths[2], "gate"), of_values, "gate")
-        normed = rms_norm(epsilon, "norm")(read["x"]) * ops.silu(gate)
+        opened = split(apply_parts(gate, x, inputs), of_values, "gate")
+        normed = rms_norm(epsilon, "norm")(read["x"]) * opened
         merged = keras.layers.Reshape((-1, sizes.widths[2]), name="merge_heads")(normed)
         output = keras.layers.Dense(hidden_dim, use_bias=False, name="output")
         kept = {"inputs": mixed["state"], "matrix": read["state"]}

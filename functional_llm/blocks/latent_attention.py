@@ -72,20 +72,20 @@ def latent_attention(
 
 
 def with_shared_key(
-    latent_dim: int, down: keras.layers.Layer, norm: Part, rotate: PartFunction
+    latent_dim: int, down: keras.layers.Layer, norm: Part, rotate: Sequence[Part]
 ) -> PartFunction:
-    """Part from (B, T, D) to (B, T, R + P): a norm of the latent, and behind it a rotated key.
+    """Part from (B, T, D) to (B, T, R + P): a norm of the latent, and behind it the shared key.
 
     Args:
         latent_dim: R.
         down: Layer from (B, T, D) to (B, T, R + P).
         norm: Of the latent.
-        rotate: Of the key, (B, T, 1, P).
+        rotate: Parts of the key, (B, T, 1, P).
     """
 
     def make(x: Tensor, inputs: Inputs) -> Tensor:
         x = down(x)
-        key = rotate(ops.expand_dims(x[..., latent_dim:], 2), inputs)
+        key = apply_parts(rotate, ops.expand_dims(x[..., latent_dim:], 2), inputs)
         latent = apply_parts([norm], x[..., :latent_dim], inputs)
         return ops.concatenate([latent, ops.squeeze(key, axis=2)], axis=-1)
 

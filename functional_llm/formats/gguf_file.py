@@ -278,6 +278,10 @@ def _read_tensor(header: _Header, name: str) -> GGUFTensor:
         )
     kind = GGMLQuantizationType(kind)
     block_elements, block_bytes = GGML_QUANT_SIZES[kind]
+    # ggml counts no axis of length one at the end. Some of llama.cpp's converters write such up to
+    # four axes; files that were quantised afterwards are without.
+    while rank == _MAX_DIMS and len(dims) > 1 and dims[-1] == 1:
+        dims.pop()
     shape = tuple(reversed(dims))
     if shape and shape[-1] % block_elements:
         raise header.bad(

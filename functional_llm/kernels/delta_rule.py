@@ -7,14 +7,15 @@ returns for the token's key, then reads it by the token's query:
     state = state + key (rate * (value - key state))
     x = query state
 
-A chunk of tokens is a few matrix products and the solution of one triangular system. Decays are
-sums of logarithms, masked before `exp`: gradients stay finite. Each is summed by itself, for the
-difference of two sums over all tokens has lost its digits where a token decays much.
+All channels of a key decay alike, as in Gated Delta Networks, or each by itself, as in Kimi Delta
+Attention. A chunk of tokens is a few matrix products and the solution of one triangular system;
+`decayed_products` has what decays between its tokens.
 
 Shapes: B batch, T tokens, K key heads, G value heads a key head, H size of keys, V of values; C
-tokens of a chunk, I and J two of them; n chunks. L is 1 where all channels of a key decay alike.
+tokens of a chunk, I and J two of them; n chunks. L is 1 where all channels decay alike, else H.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from keras import ops
 
+from functional_llm.kernels.decayed_products import Products, by_halves, by_pairs
 from functional_llm.kernels.inverse import inverse_of_unit_lower
 
 # Of 16 heads of 128 x 128 and 512 tokens on two CPU cores: see benchmarks/LOG.md.
@@ -38,7 +40,7 @@ class DeltaInputs:
         query: [..., K, 1, C, H]
         key: [..., K, 1, C, H]
         value: [..., K, G, C, V]
-        decay: [..., K, G, C], the logarithm, of at most 0.
+        decay: [..., K, G, C, L], the logarithm, of at most 0.
         rate: [..., K, G, C], from 0 to 1.
         text: [..., 1, 1, C] integers: tokens of one text follow each other, and texts are apart.
             `None` if there is one only.
@@ -61,7 +63,7 @@ class _Chunk:
     scores: Any  # of queries and keys [..., I, J]
     query: Any
     key: Any
-    decay: Any  # of the state [..., 1, 1]
+    decay: Any  # of the state [..., L, 1]
 
 
 def delta_rule(inputs: DeltaInputs, state: Any) -> tuple[Any, Any]:
@@ -74,40 +76,38 @@ def delta_rule(inputs: DeltaInputs, state: Any) -> tuple[Any, Any]:
     Returns:
         x [..., K, G, C, V], and the state after the last token.
     """
-    chunk, system, right = _prepare(inputs)
+    chunk, system, right = _prepare(inputs, by_pairs)
     places = ops.cumsum(ops.ones_like(inputs.rate), axis=-1)
     is_one = ops.equal(ops.expand_dims(places, -1), ops.expand_dims(places, -2))
     solved = ops.solve_triangular(system + ops.cast(is_one, system.dtype), right, lower=True)
     return _apply(chunk, solved, state)
 
 
-def _prepare(inputs: DeltaInputs) -> tuple[_Chunk, Any, Any]:
+def _prepare(
+    inputs: DeltaInputs, products: Callable[[Any, Any, Any], Products]
+) -> tuple[_Chunk, Any, Any]:
     """Returns what a chunk does, and the system and right sides that give its corrections."""
-    places = ops.cumsum(ops.ones_like(inputs.decay), axis=-1)  # also of an unknown number of tokens
+    places = ops.cumsum(ops.ones_like(inputs.rate), axis=-1)  # also of an unknown number of tokens
     later, earlier = ops.expand_dims(places, -1), ops.expand_dims(places, -2)
     is_seen, is_before = later >= earlier, later > earlier
-    between = ops.where(is_before, ops.expand_dims(inputs.decay, -1), 0.0)
-    pairs = ops.cumsum(between, axis=-2)  # the sum of what lies behind J, up to I
-    since = ops.cumsum(inputs.decay, axis=-1)
+    decayed = products(inputs.query, inputs.key, inputs.decay)
+    since, until = decayed.since, decayed.until
     if inputs.text is not None:
         text_I, text_J = ops.expand_dims(inputs.text, -1), ops.expand_dims(inputs.text, -2)
         is_seen = ops.logical_and(is_seen, text_I == text_J)
-        since = ops.where(inputs.text == inputs.text_before, since, -jnp.inf)
-    pairs = ops.exp(ops.where(is_seen, pairs, -jnp.inf))
-    since = ops.expand_dims(ops.exp(since), -1)
+        is_before = ops.logical_and(is_before, text_I == text_J)
+        since = ops.where(text_I == ops.expand_dims(inputs.text_before, -1), since, -jnp.inf)
+        until = ops.where(text_I == text_I[..., -1:, :], until, -jnp.inf)
+    since, until = ops.exp(since), ops.exp(until)
     rate = ops.expand_dims(inputs.rate, -1)
-    turned = ops.swapaxes(inputs.key, -1, -2)
-    likeness = ops.matmul(inputs.key, turned) * pairs * rate
-    system = ops.where(is_before, likeness, 0.0)
     right = ops.concatenate([inputs.value * rate, inputs.key * (since * rate)], axis=-1)
-    until = ops.expand_dims(pairs[..., -1, :], -1)
     chunk = _Chunk(
-        scores=ops.matmul(inputs.query, turned) * pairs,
+        scores=ops.where(is_seen, decayed.scores, 0.0),
         query=inputs.query * since,
         key=inputs.key * until,
-        decay=since[..., -1:, :],
+        decay=ops.swapaxes(since[..., -1:, :], -1, -2),
     )
-    return chunk, system, right
+    return chunk, ops.where(is_before, decayed.likeness * rate, 0.0), right
 
 
 def _apply(chunk: _Chunk, solved: Any, state: Any) -> tuple[Any, Any]:
@@ -129,7 +129,7 @@ def delta_rule_in_chunks(inputs: DeltaInputs, state: jax.Array) -> tuple[jax.Arr
     Returns:
         x (B, K, G, T, V), and the state after the last token.
     """
-    length = inputs.decay.shape[-1]
+    length = inputs.rate.shape[-1]
     if length == 1:
         return _step(inputs, state)
     size = _SMALLEST
@@ -154,12 +154,13 @@ def delta_rule_in_chunks(inputs: DeltaInputs, state: jax.Array) -> tuple[jax.Arr
         query=cut(inputs.query, -2),
         key=cut(inputs.key, -2),
         value=cut(inputs.value, -2),
-        decay=cut(inputs.decay, -1),
+        decay=cut(inputs.decay, -2),
         rate=cut(inputs.rate, -1),
         text=text,
         text_before=before,
     )
-    chunks, system, right = _prepare(parts)
+    # Products by halves cost more where one decay belongs to all channels.
+    chunks, system, right = _prepare(parts, by_pairs if parts.decay.shape[-1] == 1 else by_halves)
     solved = inverse_of_unit_lower(system) @ right
 
     def step(state: jax.Array, chunk: tuple[_Chunk, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -173,14 +174,15 @@ def delta_rule_in_chunks(inputs: DeltaInputs, state: jax.Array) -> tuple[jax.Arr
 
 def _step(inputs: DeltaInputs, state: jax.Array) -> tuple[jax.Array, jax.Array]:
     """One token: the state is read once and written once."""
-    decay = jnp.exp(inputs.decay)[..., None]
+    decay = jnp.exp(inputs.decay)
     if inputs.text is not None:
         decay = jnp.where((inputs.text == inputs.text_before)[..., None], decay, 0.0)
     query, key = inputs.query * decay, inputs.key * decay
     correction = inputs.rate[..., None] * (inputs.value - key @ state)
     likeness = jnp.sum(inputs.query * inputs.key, axis=-1, keepdims=True)
     x = query @ state + likeness * correction
-    return x, state * decay + jnp.swapaxes(inputs.key, -1, -2) * correction
+    kept = state * jnp.swapaxes(decay, -1, -2)
+    return x, kept + jnp.swapaxes(inputs.key, -1, -2) * correction
 
 
 jax.tree_util.register_dataclass(_Chunk)

@@ -1,6 +1,7 @@
 """The gated delta rule: a matrix from keys to values that each token decays and corrects.
 
-Shapes: B batch, T tokens, K key heads, G value heads a key head, H size of keys, V of values.
+Shapes: B batch, T tokens, K key heads, G value heads a key head, H size of keys, V of values. L is
+1 where all channels of a key decay alike, else H.
 """
 
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from functional_llm.graph.types import Tensor
+from functional_llm.graph.types import JSON, Tensor
 from functional_llm.kernels.delta_rule import DeltaInputs, delta_rule, delta_rule_in_chunks
 
 _PACKAGE = "functional_llm"
@@ -22,7 +23,8 @@ class DeltaRule(keras.layers.Layer):
     Padding leaves the matrix as it is, and each segment of a packed row begins with none.
 
     Reference:
-        [Gated Delta Networks](https://arxiv.org/abs/2412.06464), section 3.
+        [Gated Delta Networks](https://arxiv.org/abs/2412.06464), section 3;
+        [Kimi Linear](https://arxiv.org/abs/2510.26692), section 3, with a decay of each channel.
     """
 
     in_chunks = True  # by a loop; a stock file has the definition, which has none
@@ -35,7 +37,7 @@ class DeltaRule(keras.layers.Layer):
 
         Args:
             inputs: `query` and `key` (B, T, K, 1, H); `value` (B, T, K, G, V); `decay`
-                (B, T, K, G), the logarithm of what each token leaves of the matrix; `rate`
+                (B, T, K, G, L), the logarithm of what each token leaves of the matrix; `rate`
                 (B, T, K, G), from 0 to 1, by how much it corrects; `state` (B, K, G, H, V) float32;
                 `positions` (B, T), -1 for padding, which stands behind all tokens, or before all of
                 them and an empty state; `segment_ids` (B, T) or `None`.
@@ -49,20 +51,17 @@ class DeltaRule(keras.layers.Layer):
             """Returns (B, T, K, G, size) as (B, K, G, T, size)."""
             return ops.cast(ops.transpose(x, (0, 2, 3, 1, 4)), "float32")
 
-        def of_tokens(x: Tensor) -> Tensor:
-            """Returns (B, T, K, G) as (B, K, G, T), 0 at padding."""
-            x = ops.where(ops.expand_dims(is_token_BT, (2, 3)), x, ops.cast(0, x.dtype))
-            return ops.cast(ops.transpose(x, (0, 2, 3, 1)), "float32")
+        def at_tokens(x: Tensor) -> Tensor:
+            """Returns (B, T, K, G, size) as (B, K, G, T, size), 0 at padding."""
+            is_token = ops.expand_dims(is_token_BT, (2, 3, 4))
+            return of_heads(ops.where(is_token, x, ops.cast(0, x.dtype)))
 
         rule = delta_rule_in_chunks if self.in_chunks else delta_rule
-        x, state = rule(
-            DeltaInputs(
-                *(of_heads(inputs[name]) for name in ("query", "key", "value")),
-                *(of_tokens(inputs[name]) for name in ("decay", "rate")),
-                *_texts(inputs["segment_ids"], is_token_BT),
-            ),
-            inputs["state"],
-        )
+        query, key, value = (of_heads(inputs[name]) for name in ("query", "key", "value"))
+        decay, rate = at_tokens(inputs["decay"]), at_tokens(ops.expand_dims(inputs["rate"], -1))
+        texts = _texts(inputs["segment_ids"], is_token_BT)
+        all_inputs = DeltaInputs(query, key, value, decay, rate[..., 0], *texts)
+        x, state = rule(all_inputs, inputs["state"])
         return {"x": ops.transpose(x, (0, 3, 1, 2, 4)), "state": state}
 
     def compute_output_spec(self, inputs: Mapping[str, Tensor]) -> dict[str, keras.KerasTensor]:
@@ -94,26 +93,36 @@ def _texts(segments_BT: Tensor | None, is_token_BT: Tensor) -> tuple[Tensor, ...
 
 @keras.saving.register_keras_serializable(_PACKAGE)
 class LogDecay(keras.layers.Layer):
-    """The logarithm of a decay: -rate * softplus(x + shift), with a rate and a shift of each head.
+    """The logarithm of a decay: -rate * softplus(x + shift), with a shift of each channel.
 
-    From (..., heads) to float32 of the same shape.
+    From (..., channels) to float32 of the same shape. As many channels as the argument says share a
+    rate.
+
+    Args:
+        channels: Of each rate.
+        **kwargs: Of `keras.layers.Layer`.
 
     Reference:
         [Mamba-2](https://arxiv.org/abs/2405.21060), section 7.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, channels: int = 1, **kwargs: Any) -> None:
         super().__init__(**{"autocast": False, **kwargs})
+        self.channels = channels
 
-    def build(self, input_shape: tuple[int | None, ...]) -> None:
-        shape = (input_shape[-1],)
-        self.log_rate = self.add_weight(shape, "zeros", name="log_rate")
-        self.shift = self.add_weight(shape, "ones", name="shift")
+    def build(self, input_shape: tuple[int, ...]) -> None:
+        size = input_shape[-1]
+        self.log_rate = self.add_weight((size // self.channels,), "zeros", name="log_rate")
+        self.shift = self.add_weight((size,), "ones", name="shift")
 
     def call(self, inputs: Tensor) -> Tensor:
         """Returns the logarithm of the decay."""
         log_rate, shift, x = (ops.cast(x, "float32") for x in (self.log_rate, self.shift, inputs))
-        return -ops.exp(log_rate) * ops.softplus(x + shift)
+        rate = ops.repeat(ops.exp(log_rate), self.channels)
+        return -rate * ops.softplus(x + shift)
 
     def compute_output_spec(self, inputs: Tensor) -> keras.KerasTensor:
         return keras.KerasTensor(inputs.shape, dtype="float32")
+
+    def get_config(self) -> JSON:
+        return {**super().get_config(), "channels": self.channels}
