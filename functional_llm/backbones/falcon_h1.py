@@ -169,7 +169,7 @@ FAMILY = Family(
     config_keys=falcon_h1_keys.CONFIG_KEYS,
     config_constants={"mamba_use_mlp": True},
     config_nulls=[
-        *("num_key_value_heads", "mamba_d_ssm", "time_step_limit"),
+        *("num_key_value_heads", "mamba_d_ssm", "mamba_norm_before_gate", "time_step_limit"),
         *PREFIXED_DEFAULTS,
         *falcon_h1_keys.SINGLE,
     ],

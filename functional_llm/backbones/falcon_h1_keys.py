@@ -47,6 +47,7 @@ def complete_keys(keys: JSON) -> JSON:
     }
     keys = own | keys
     check_given(keys, SINGLE)
+    keys["mamba_norm_before_gate"] = bool(keys["mamba_norm_before_gate"])  # null is false
     for key, count in (("mlp_multipliers", 2), ("ssm_multipliers", 5)):
         keys[key] = [1.0] * count if keys.get(key) is None else keys[key]
         if len(keys[key]) != count:
