@@ -6,16 +6,15 @@ Shapes: B batch, T tokens, D model, W width of the kernel.
 import keras
 from keras import ops
 
-from functional_llm.blocks.attention import Inputs, Kept, Shapes
+from functional_llm.blocks.attention import Inputs, Shapes
+from functional_llm.blocks.states import keeping_states, state_shapes
 from functional_llm.graph.composite import CompositeLayer
-from functional_llm.graph.types import Nested
 from functional_llm.layers.convolution import CausalConvolution
-from functional_llm.layers.states import StateLookup
 
 
 def convolution_shapes(width: int, hidden_dim: int) -> Shapes:
     """Returns what a decoder layer with one `gated_convolution` keeps: W - 1 of its inputs."""
-    return {"convolution": {"inputs": Kept((width - 1, hidden_dim), "float32")}}
+    return state_shapes("convolution", {"inputs": (width - 1, hidden_dim)})
 
 
 def gated_convolution(width: int, hidden_dim: int, use_bias: bool = False) -> CompositeLayer:
@@ -34,22 +33,13 @@ def gated_convolution(width: int, hidden_dim: int, use_bias: bool = False) -> Co
         [LFM2](https://arxiv.org/abs/2511.23404).
     """
 
-    def body(inputs: Inputs) -> dict[str, Nested]:
+    def step(inputs: Inputs, begin: Inputs, places: Inputs) -> tuple[Inputs, Inputs]:
         project = keras.layers.Dense(3 * hidden_dim, use_bias=use_bias, name="input")
         before, after, x = ops.split(project(inputs["x"]), 3, axis=-1)
-        shapes = {"inputs": (width - 1, hidden_dim)}
-        names = ("cache", "state_position", "positions")
-        begin = StateLookup(shapes, name="state_lookup")({name: inputs[name] for name in names})
         result = CausalConvolution(width, use_bias, name="convolution")(
-            {
-                "x": before * x,
-                "state": begin["inputs"],
-                "positions": inputs["positions"],
-                "segment_ids": inputs["segment_ids"],
-            }
+            {"x": before * x, "state": begin["inputs"], **places}
         )
         output = keras.layers.Dense(hidden_dim, use_bias=use_bias, name="output")
-        cache = {"inputs": ops.expand_dims(result["state"], 1)}
-        return {"x": output(after * result["x"]), "cache": cache}
+        return {"x": output(after * result["x"])}, {"inputs": result["state"]}
 
-    return CompositeLayer(body, name="convolution", autocast=False)  # a cache keeps its dtypes
+    return keeping_states("convolution", {"inputs": (width - 1, hidden_dim)}, step)

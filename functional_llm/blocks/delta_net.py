@@ -11,14 +11,14 @@ from typing import TypeAlias
 import keras
 from keras import ops
 
-from functional_llm.blocks.attention import Inputs, Kept, Part, Shapes, apply_parts
+from functional_llm.blocks.attention import Inputs, Part, Shapes, apply_parts
 from functional_llm.blocks.mlp import ACTIVATIONS
 from functional_llm.blocks.norm import rms_norm
+from functional_llm.blocks.states import keeping_states, state_shapes
 from functional_llm.graph.composite import CompositeLayer
-from functional_llm.graph.types import Nested, Tensor
+from functional_llm.graph.types import Tensor
 from functional_llm.layers.convolution import CausalConvolution
 from functional_llm.layers.delta_rule import DeltaRule, LogDecay
-from functional_llm.layers.states import StateLookup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class DeltaNet:
 
 def delta_net_shapes(sizes: DeltaNet) -> Shapes:
     """Returns what a decoder layer with one delta net keeps."""
-    return {"delta_net": {name: Kept(shape, "float32") for name, shape in sizes.states.items()}}
+    return state_shapes("delta_net", sizes.states)
 
 
 def gated_delta_net(
@@ -189,11 +189,8 @@ def delta_net(
         `{"x": (B, T, D), "cache": {"inputs", "matrix"}}`.
     """
 
-    def body(inputs: Inputs) -> dict[str, Nested]:
+    def step(inputs: Inputs, begin: Inputs, places: Inputs) -> tuple[Inputs, Inputs]:
         x = inputs["x"]
-        names = ("cache", "state_position", "positions")
-        begin = StateLookup(sizes.states, name="state_lookup")({k: inputs[k] for k in names})
-        places = {name: inputs[name] for name in ("positions", "segment_ids")}
 
         def split(x: Tensor, sizes: tuple[int, ...], name: str) -> Tensor:
             return keras.layers.Reshape((-1, *sizes), name=f"{name}_heads")(x)
@@ -222,11 +219,9 @@ def delta_net(
         normed = rms_norm(epsilon, "norm")(read["x"]) * opened
         merged = keras.layers.Reshape((-1, sizes.widths[2]), name="merge_heads")(normed)
         output = keras.layers.Dense(hidden_dim, use_bias=False, name="output")
-        kept = {"inputs": mixed["state"], "matrix": read["state"]}
-        cache = {name: ops.expand_dims(state, 1) for name, state in kept.items()}
-        return {"x": output(merged), "cache": cache}
+        return {"x": output(merged)}, {"inputs": mixed["state"], "matrix": read["state"]}
 
-    return CompositeLayer(body, name="delta_net", autocast=False)  # a cache keeps its dtypes
+    return keeping_states("delta_net", sizes.states, step)
 
 
 def unit_length(x: Tensor) -> Tensor:

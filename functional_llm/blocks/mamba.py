@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import keras
 from keras import ops
 
-from functional_llm.blocks.attention import Inputs, Kept, Shapes
+from functional_llm.blocks.attention import Inputs, Shapes
 from functional_llm.blocks.mlp import ACTIVATIONS
+from functional_llm.blocks.states import keeping_states, state_shapes
 from functional_llm.graph.composite import CompositeLayer
-from functional_llm.graph.types import Nested
 from functional_llm.layers.convolution import CausalConvolution
 from functional_llm.layers.selective_scan import SelectiveScan
-from functional_llm.layers.states import StateLookup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ class ScanSizes:
 
 def mamba_shapes(sizes: ScanSizes) -> Shapes:
     """Returns what a decoder layer with one `mamba` keeps."""
-    return {"mamba": {name: Kept(shape, "float32") for name, shape in sizes.states.items()}}
+    return state_shapes("mamba", sizes.states)
 
 
 def mamba(
@@ -74,10 +73,7 @@ def mamba(
     """
     rank, ways = sizes.step_rank, sizes.state_dim
 
-    def body(inputs: Inputs) -> dict[str, Nested]:
-        names = ("cache", "state_position", "positions")
-        begin = StateLookup(sizes.states, name="state_lookup")({x: inputs[x] for x in names})
-        at = {name: inputs[name] for name in ("positions", "segment_ids")}
+    def step(inputs: Inputs, begin: Inputs, at: Inputs) -> tuple[Inputs, Inputs]:
         project = keras.layers.Dense(2 * sizes.channels, use_bias=use_bias, name="input")
         mixed, z = ops.split(project(inputs["x"]), 2, axis=-1)
         convolution = CausalConvolution(sizes.width, convolution_bias, name="convolution")
@@ -85,13 +81,12 @@ def mamba(
         x = ACTIVATIONS[activation](around["x"])
         select = keras.layers.Dense(rank + 2 * ways, use_bias=False, name="selection")
         dt, b, c = ops.split(select(x), [rank, rank + ways], axis=-1)
-        step = keras.layers.Dense(sizes.channels, use_bias=False, name="step")
+        widen = keras.layers.Dense(sizes.channels, use_bias=False, name="step")
         result = SelectiveScan(name="scan")(
-            {"x": x, "dt": step(dt), "b": b, "c": c, "state": begin["state"], **at}
+            {"x": x, "dt": widen(dt), "b": b, "c": c, "state": begin["state"], **at}
         )
         output = keras.layers.Dense(hidden_dim, use_bias=use_bias, name="output")
         states = {"inputs": around["state"], "state": result["state"]}
-        cache = {name: ops.expand_dims(state, 1) for name, state in states.items()}
-        return {"x": output(result["x"] * ops.silu(z)), "cache": cache}
+        return {"x": output(result["x"] * ops.silu(z))}, states
 
-    return CompositeLayer(body, name="mamba", autocast=False)  # a cache keeps its dtypes
+    return keeping_states("mamba", sizes.states, step)

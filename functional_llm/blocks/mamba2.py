@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import keras
 from keras import ops
 
-from functional_llm.blocks.attention import Inputs, Kept, Part, Shapes, apply_parts
+from functional_llm.blocks.attention import Inputs, Part, Shapes, apply_parts
 from functional_llm.blocks.mlp import ACTIVATIONS
+from functional_llm.blocks.states import keeping_states, state_shapes
 from functional_llm.graph.composite import CompositeLayer
-from functional_llm.graph.types import Nested, Tensor
+from functional_llm.graph.types import Tensor
 from functional_llm.layers.convolution import CausalConvolution
 from functional_llm.layers.state_space import RMSNormOfGroups, StateSpace
-from functional_llm.layers.states import StateLookup
 
 Gate = Callable[[Tensor, Tensor], Tensor]  # what was read from the state, and the gate z, (B, T, I)
 
@@ -60,7 +60,7 @@ class StateSizes:
 
 def mamba2_shapes(sizes: StateSizes) -> Shapes:
     """Returns what a decoder layer with one `mamba2` keeps."""
-    return {"mamba": {name: Kept(shape, "float32") for name, shape in sizes.states.items()}}
+    return state_shapes("mamba", sizes.states)
 
 
 def gated_norm(epsilon: float, num_groups: int = 1) -> Gate:
@@ -126,10 +126,7 @@ def mamba2(
     inner, groups, ways = sizes.inner_dim, sizes.num_groups, sizes.num_groups * sizes.state_dim
     heads = (-1, groups, sizes.num_heads // groups)
 
-    def body(inputs: Inputs) -> dict[str, Nested]:
-        names = ("cache", "state_position", "positions")
-        begin = StateLookup(sizes.states, name="state_lookup")({x: inputs[x] for x in names})
-        at = {name: inputs[name] for name in ("positions", "segment_ids")}
+    def step(inputs: Inputs, begin: Inputs, at: Inputs) -> tuple[Inputs, Inputs]:
         width = inner + sizes.channels + sizes.num_heads
         project = keras.layers.Dense(width, use_bias=input_bias, name="input")
         whole = apply_parts(projected, project(inputs["x"]), inputs)
@@ -151,7 +148,6 @@ def mamba2(
         y = keras.layers.Reshape((-1, inner), name="merge_heads")(result["x"])
         output = keras.layers.Dense(hidden_dim, use_bias=output_bias, name="output")
         states = {"inputs": around["state"], "state": result["state"]}
-        cache = {name: ops.expand_dims(state, 1) for name, state in states.items()}
-        return {"x": output(gate(y, z)), "cache": cache}
+        return {"x": output(gate(y, z))}, states
 
-    return CompositeLayer(body, name="mamba", autocast=False)  # a cache keeps its dtypes
+    return keeping_states("mamba", sizes.states, step)

@@ -10,13 +10,13 @@ from typing import Any
 import keras
 from keras import ops
 
-from functional_llm.blocks.attention import Inputs, Kept, Shapes
+from functional_llm.blocks.attention import Inputs, Shapes
 from functional_llm.blocks.mlp import ACTIVATIONS
 from functional_llm.blocks.norm import LayerNormOfHeads
+from functional_llm.blocks.states import keeping_states, state_shapes
 from functional_llm.graph.composite import CompositeLayer
-from functional_llm.graph.types import JSON, Nested, Tensor
+from functional_llm.graph.types import JSON, Tensor
 from functional_llm.layers.rwkv import StateEvolution, TokenBefore
-from functional_llm.layers.states import StateLookup
 
 
 @keras.saving.register_keras_serializable("functional_llm")
@@ -61,9 +61,12 @@ class HeadBias(CompositeLayer):
 
 def rwkv_shapes(hidden_dim: int, head_dim: int) -> Shapes:
     """Returns what a decoder layer of both branches keeps."""
-    before = Kept((hidden_dim,), "float32")
-    state = Kept((hidden_dim // head_dim, head_dim, head_dim), "float32")
-    return {"time_mix": {"before": before, "state": state}, "channel_mix": {"before": before}}
+    time, channel = _time_states(hidden_dim, head_dim), {"before": (hidden_dim,)}
+    return {**state_shapes("time_mix", time), **state_shapes("channel_mix", channel)}
+
+
+def _time_states(hidden_dim: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+    return {"before": (hidden_dim,), "state": (hidden_dim // head_dim, head_dim, head_dim)}
 
 
 def _dense(units: int, name: str) -> keras.layers.Layer:
@@ -81,18 +84,6 @@ def _low_rank(
     down = _dense(rank, f"{name}_down")
     up = keras.layers.Dense(units, use_bias=bias, name=f"{name}_up")
     return lambda x: up(activation(down(x)))
-
-
-def _begin(shapes: dict[str, tuple[int, ...]], inputs: Inputs) -> dict[str, Tensor]:
-    names = ("cache", "state_position", "positions")
-    return StateLookup(shapes, name="state_lookup")({name: inputs[name] for name in names})
-
-
-def _token_before(inputs: Inputs, state: Tensor) -> dict[str, Tensor]:
-    names = ("x", "positions", "segment_ids")
-    return TokenBefore(name="token_before")(
-        {"state": state, **{name: inputs[name] for name in names}}
-    )
 
 
 def time_mix(
@@ -114,13 +105,10 @@ def time_mix(
     Reference:
         [RWKV-7](https://arxiv.org/abs/2503.14456), section 4.
     """
-    num_heads = hidden_dim // head_dim
 
-    def body(inputs: Inputs) -> dict[str, Nested]:
+    def step(inputs: Inputs, begin: Inputs, places: Inputs) -> tuple[Inputs, Inputs]:
         x = inputs["x"]
-        kept = {"before": (hidden_dim,), "state": (num_heads, head_dim, head_dim)}
-        begin = _begin(kept, inputs)
-        before = _token_before(inputs, begin["before"])
+        before = TokenBefore(name="token_before")({"x": x, "state": begin["before"], **places})
         names = ("receptance", "decay", "key", "value", "rate", "gate")
         mixed = {name: Mix(name=f"{name}_mix")({"x": x, "before": before["x"]}) for name in names}
         value = own = _dense(hidden_dim, "value")(mixed["value"])
@@ -128,9 +116,8 @@ def time_mix(
             part = _low_rank(ranks["value"], hidden_dim, "value")(mixed["value"])
             value = own + (inputs["lent"] - own) * ops.sigmoid(part)
         heads = _in_heads({**mixed, "value": value}, hidden_dim, head_dim, ranks)
-        others = {name: inputs[name] for name in ("positions", "segment_ids")}
         result = StateEvolution(name="state_evolution")(
-            {**heads, "state": begin["state"], **others}
+            {**heads, "state": begin["state"], **places}
         )
         y = LayerNormOfHeads(epsilon, name="heads_norm")(ops.cast(result["x"], x.dtype))
         bonus = Scale(2, name="bonus")(heads["receptance"] * heads["key"])
@@ -139,11 +126,10 @@ def time_mix(
         y = keras.layers.Reshape((-1, hidden_dim), name="merge_heads")(y)
         gate = _low_rank(ranks["gate"], hidden_dim, "gate", ops.sigmoid, bias=False)(mixed["gate"])
         states = {"before": before["state"], "state": result["state"]}
-        cache = {name: ops.expand_dims(state, 1) for name, state in states.items()}
-        outputs = {"x": _dense(hidden_dim, "output")(y * gate), "cache": cache}
-        return outputs if "value" in ranks else {**outputs, "lent": own}
+        outputs = {"x": _dense(hidden_dim, "output")(y * gate)}
+        return (outputs if "value" in ranks else {**outputs, "lent": own}), states
 
-    return CompositeLayer(body, name="time_mix", autocast=False)  # a cache keeps its dtypes
+    return keeping_states("time_mix", _time_states(hidden_dim, head_dim), step)
 
 
 def _in_heads(
@@ -193,11 +179,10 @@ def channel_mix(intermediate_dim: int, hidden_dim: int, activation: str) -> Comp
     """
     up, down = _dense(intermediate_dim, "up"), _dense(hidden_dim, "down")
 
-    def body(inputs: Inputs) -> dict[str, Nested]:
-        begin = _begin({"before": (hidden_dim,)}, inputs)
-        before = _token_before(inputs, begin["before"])
-        mixed = Mix(name="mix")({"x": inputs["x"], "before": before["x"]})
-        cache = {"before": ops.expand_dims(before["state"], 1)}
-        return {"x": down(ACTIVATIONS[activation](up(mixed))), "cache": cache}
+    def step(inputs: Inputs, begin: Inputs, places: Inputs) -> tuple[Inputs, Inputs]:
+        x = inputs["x"]
+        before = TokenBefore(name="token_before")({"x": x, "state": begin["before"], **places})
+        mixed = Mix(name="mix")({"x": x, "before": before["x"]})
+        return {"x": down(ACTIVATIONS[activation](up(mixed)))}, {"before": before["state"]}
 
-    return CompositeLayer(body, name="channel_mix", autocast=False)
+    return keeping_states("channel_mix", {"before": (hidden_dim,)}, step)
