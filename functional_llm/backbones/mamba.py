@@ -5,27 +5,29 @@ Reference: [Mamba](https://arxiv.org/abs/2312.00752).
 
 from dataclasses import dataclass
 
-from functional_llm.backbones.family import Family, ModelConfig, dense_rows
-from functional_llm.backbones.state_spaces import ANY_LENGTH, residual_parts
+from functional_llm.backbones.family import Family, dense_rows
+from functional_llm.backbones.states_alone import (
+    ALONE_DEFAULTS,
+    ALONE_KEYS,
+    AloneConfig,
+    alone_rows,
+    build_alone,
+)
 from functional_llm.backbones.transforms import Rows
-from functional_llm.blocks.decoder import decoder
-from functional_llm.blocks.language_model import Graph, StateType, causal_lm
+from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.mamba import ScanSizes, mamba, mamba_shapes
-from functional_llm.blocks.norm import rms_norm
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelConfig):
+class Config(AloneConfig):
     """The numbers of a Mamba, beside those of every model."""
 
     state_dim: int
     step_rank: int
     convolution_width: int
     convolution_bias: bool
-    use_bias: bool
-    float32_residuals: bool
 
     @property
     def sizes(self) -> ScanSizes:
@@ -40,47 +42,23 @@ class Config(ModelConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    return causal_lm(
-        vocabulary_size=config.vocabulary_size,
-        hidden_dim=config.hidden_dim,
-        layer_types={"linear_attention": StateType()},
-        layers=[("linear_attention", build_decoder(config, i)) for i in range(config.num_layers)],
-        keeps=mamba_shapes(config.sizes),
-        final_norm=rms_norm(config.layer_norm_epsilon, "final_norm"),
-        tie_word_embeddings=config.tie_word_embeddings,
-        embedding_parts=residual_parts(config.float32_residuals),
-    )
 
+    def mixer() -> CompositeLayer:
+        return mamba(
+            config.sizes,
+            config.hidden_dim,
+            activation=config.activation,
+            use_bias=config.use_bias,
+            convolution_bias=config.convolution_bias,
+        )
 
-def build_decoder(config: Config, index: int) -> CompositeLayer:
-    """Returns the decoder layer of this number."""
-    mixer = mamba(
-        config.sizes,
-        config.hidden_dim,
-        activation=config.activation,
-        use_bias=config.use_bias,
-        convolution_bias=config.convolution_bias,
-    )
-    norm = rms_norm(config.layer_norm_epsilon, "mamba_norm")
-    return decoder(f"decoder_{index}", [[norm, mixer, *residual_parts(config.float32_residuals)]])
+    return build_alone(config, mixer, mamba_shapes(config.sizes))
 
 
 def complete_keys(keys: JSON) -> JSON:
     """Adds Transformers' defaults for keys that a `config.json` leaves out."""
-    own: JSON = {
-        "state_size": 16,
-        "layer_norm_epsilon": 1e-5,
-        "expand": 2,
-        "conv_kernel": 4,
-        "use_bias": False,
-        "use_conv_bias": True,
-        "hidden_act": "silu",
-        "residual_in_fp32": True,
-        "tie_word_embeddings": True,
-        "time_step_rank": "auto",
-        "max_sequence_length": ANY_LENGTH,
-    }
-    keys = own | keys
+    own = {"state_size": 16, "tie_word_embeddings": True, "time_step_rank": "auto"}
+    keys = ALONE_DEFAULTS | own | keys
     rank, width = keys["time_step_rank"], keys["expand"] * keys["hidden_size"]
     rank = -(-keys["hidden_size"] // 16) if rank == "auto" else rank
     if type(rank) is not int or rank < 1 or width < 1:
@@ -97,11 +75,8 @@ def complete_keys(keys: JSON) -> JSON:
     return {**keys, **widths, "step_rank": rank}
 
 
-_LAYER = "backbone.layers.{}"
-_MIXER, _MAMBA = f"{_LAYER}.mixer", "decoder_{}/mamba"
+_MIXER, _MAMBA = "backbone.layers.{}.mixer", "decoder_{}/mamba"
 WEIGHTS: Rows = [
-    ("backbone.embeddings.weight", "token_embedding/embeddings", "same"),
-    (f"{_LAYER}.norm.weight", "decoder_{}/mamba_norm/scale", "same"),
     *dense_rows(f"{_MIXER}.in_proj", f"{_MAMBA}/input"),
     (f"{_MIXER}.conv1d.weight", f"{_MAMBA}/convolution/kernel", "depthwise"),
     (f"{_MIXER}.conv1d.bias", f"{_MAMBA}/convolution/bias", "same"),
@@ -111,8 +86,6 @@ WEIGHTS: Rows = [
     (f"{_MIXER}.A_log", f"{_MAMBA}/scan/a_log", "same"),
     (f"{_MIXER}.D", f"{_MAMBA}/scan/d", "same"),
     *dense_rows(f"{_MIXER}.out_proj", f"{_MAMBA}/output"),
-    ("backbone.norm_f.weight", "final_norm/scale", "same"),
-    ("lm_head.weight", "head/kernel", "transpose"),
 ]
 
 FAMILY = Family(
@@ -122,24 +95,11 @@ FAMILY = Family(
     config_class=Config,
     build=build,
     config_keys={
-        "vocab_size": "vocabulary_size",
-        "num_hidden_layers": "num_layers",
-        "hidden_size": "hidden_dim",
-        "layer_norm_epsilon": "layer_norm_epsilon",
-        "hidden_act": "activation",
-        "tie_word_embeddings": "tie_word_embeddings",
-        "state_size": "state_dim",
-        "conv_kernel": "convolution_width",
-        "use_conv_bias": "convolution_bias",
-        "use_bias": "use_bias",
-        "residual_in_fp32": "float32_residuals",
-        "expand": int,
+        **ALONE_KEYS,
         "intermediate_size": int,
         "time_step_rank": object,
         # How they are trained, and how others compute.
-        **dict.fromkeys(("time_step_min", "time_step_max", "time_step_floor"), float),
-        **dict.fromkeys(("time_step_scale", "time_step_init_scheme"), object),
-        **dict.fromkeys(("rescale_prenorm_residual", "use_mambapy"), object),
+        **dict.fromkeys(("time_step_scale", "time_step_init_scheme", "use_mambapy"), object),
         **dict.fromkeys(("use_associative_scan", "fused_add_norm"), object),
         "pad_vocab_size_multiple": object,
     },
@@ -157,7 +117,7 @@ FAMILY = Family(
         "intermediate_size": config.intermediate_dim,
         "time_step_rank": config.step_rank,
     },
-    weights=WEIGHTS,
+    weights=alone_rows(WEIGHTS),
     base_prefix="backbone.",
     gguf_architecture="mamba",
     gguf_given=lambda given: {

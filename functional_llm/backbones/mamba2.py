@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from functional_llm.backbones.family import Family
 from functional_llm.backbones.state_spaces import (
-    ANY_LENGTH,
     GGUF_KEYS,
     SpaceConfig,
     check_heads,
@@ -16,53 +15,42 @@ from functional_llm.backbones.state_spaces import (
     gguf_mixer_rows,
     mixer_rows,
     read_steps,
-    residual_parts,
     written_steps,
 )
-from functional_llm.blocks.decoder import decoder
-from functional_llm.blocks.language_model import Graph, StateType, causal_lm
+from functional_llm.backbones.states_alone import (
+    ALONE_DEFAULTS,
+    ALONE_KEYS,
+    AloneConfig,
+    alone_rows,
+    build_alone,
+)
+from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.mamba2 import gated_norm, mamba2, mamba2_shapes
-from functional_llm.blocks.norm import rms_norm
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SpaceConfig):
-    """The numbers of a Mamba-2, beside those of its layers."""
-
-    use_bias: bool
-    float32_residuals: bool
+class Config(SpaceConfig, AloneConfig):
+    """The numbers of a Mamba-2."""
 
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    return causal_lm(
-        vocabulary_size=config.vocabulary_size,
-        hidden_dim=config.hidden_dim,
-        layer_types={"linear_attention": StateType()},
-        layers=[("linear_attention", build_decoder(config, i)) for i in range(config.num_layers)],
-        keeps=mamba2_shapes(config.state_sizes),
-        final_norm=rms_norm(config.layer_norm_epsilon, "final_norm"),
-        tie_word_embeddings=config.tie_word_embeddings,
-        embedding_parts=residual_parts(config.float32_residuals),
-    )
 
+    def mixer() -> CompositeLayer:
+        return mamba2(
+            config.state_sizes,
+            config.hidden_dim,
+            gated_norm(config.layer_norm_epsilon, config.num_state_groups),
+            activation=config.activation,
+            steps=config.steps,
+            input_bias=config.use_bias,
+            convolution_bias=config.convolution_bias,
+            output_bias=config.use_bias,
+        )
 
-def build_decoder(config: Config, index: int) -> CompositeLayer:
-    """Returns the decoder layer of this number."""
-    mixer = mamba2(
-        config.state_sizes,
-        config.hidden_dim,
-        gated_norm(config.layer_norm_epsilon, config.num_state_groups),
-        activation=config.activation,
-        steps=config.steps,
-        input_bias=config.use_bias,
-        convolution_bias=config.convolution_bias,
-        output_bias=config.use_bias,
-    )
-    norm = rms_norm(config.layer_norm_epsilon, "mamba_norm")
-    return decoder(f"decoder_{index}", [[norm, mixer, *residual_parts(config.float32_residuals)]])
+    return build_alone(config, mixer, mamba2_shapes(config.state_sizes))
 
 
 def complete_keys(keys: JSON) -> JSON:
@@ -71,24 +59,16 @@ def complete_keys(keys: JSON) -> JSON:
         "num_heads": 128,
         "head_dim": 64,
         "state_size": 128,
-        "layer_norm_epsilon": 1e-5,
-        "expand": 2,
-        "conv_kernel": 4,
         "n_groups": 8,
-        "use_bias": False,
-        "use_conv_bias": True,
-        "hidden_act": "silu",
-        "residual_in_fp32": True,
         "tie_word_embeddings": False,
     }
-    keys = own | keys
+    keys = ALONE_DEFAULTS | own | keys
     inner = int(keys["expand"] * keys["hidden_size"])
     check_heads(keys, "num_heads", "n_groups", inner, keys["head_dim"])
-    lengths = {"intermediate_dim": inner, "max_sequence_length": ANY_LENGTH}
-    return {**keys, **lengths, **read_steps(keys)}
+    return {**keys, "intermediate_dim": inner, **read_steps(keys)}
 
 
-_LAYER = "backbone.layers.{}"
+_MIXER = "backbone.layers.{}.mixer"
 FAMILY = Family(
     model_type="mamba2",
     architecture="Mamba2ForCausalLM",
@@ -96,25 +76,13 @@ FAMILY = Family(
     config_class=Config,
     build=build,
     config_keys={
-        "vocab_size": "vocabulary_size",
-        "num_hidden_layers": "num_layers",
-        "hidden_size": "hidden_dim",
-        "layer_norm_epsilon": "layer_norm_epsilon",
-        "hidden_act": "activation",
-        "tie_word_embeddings": "tie_word_embeddings",
+        **ALONE_KEYS,
         "num_heads": "num_state_heads",
         "head_dim": "state_head_dim",
         "n_groups": "num_state_groups",
-        "state_size": "state_dim",
-        "conv_kernel": "convolution_width",
-        "use_conv_bias": "convolution_bias",
-        "use_bias": "use_bias",
-        "residual_in_fp32": "float32_residuals",
-        "expand": int,
         "time_step_limit": object,
-        # How they are trained, and in which portions others compute.
-        **dict.fromkeys(("time_step_min", "time_step_max", "time_step_floor"), float),
-        **dict.fromkeys(("time_step_rank", "chunk_size", "rescale_prenorm_residual"), object),
+        # In which portions others compute, and what nobody does.
+        **dict.fromkeys(("chunk_size", "time_step_rank"), object),
     },
     config_nulls=["time_step_limit"],
     complete_keys=complete_keys,
@@ -122,17 +90,11 @@ FAMILY = Family(
         "expand": config.intermediate_dim // config.hidden_dim,
         **written_steps(config),
     },
-    weights=[
-        ("backbone.embeddings.weight", "token_embedding/embeddings", "same"),
-        (f"{_LAYER}.norm.weight", "decoder_{}/mamba_norm/scale", "same"),
-        *mixer_rows(f"{_LAYER}.mixer"),
-        ("backbone.norm_f.weight", "final_norm/scale", "same"),
-        ("lm_head.weight", "head/kernel", "transpose"),
-    ],
+    weights=alone_rows(mixer_rows(_MIXER)),
     base_prefix="backbone.",
     gguf_architecture="mamba2",
     gguf_keys={**GGUF_KEYS, "attention.layer_norm_rms_epsilon": "layer_norm_epsilon"},
     gguf_ignored=["context_length", "feed_forward_length", "attention.head_count"],
     gguf_given=gguf_given,
-    gguf_rows=gguf_mixer_rows(f"{_LAYER}.mixer"),
+    gguf_rows=gguf_mixer_rows(_MIXER),
 )

@@ -14,8 +14,6 @@ from functional_llm.blocks.attention import PartFunction
 from functional_llm.blocks.mamba2 import StateSizes
 from functional_llm.graph.types import JSON
 
-ANY_LENGTH = 2**20  # positions; a state has no number of them, and llama.cpp writes this one
-
 
 @dataclass(frozen=True, kw_only=True)
 class SpaceConfig(ModelConfig):
