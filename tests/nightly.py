@@ -5,7 +5,7 @@ A test that is marked so is made for all its parameters, and `make test` leaves 
 tests of one model would not be beside each other, and the model would be made again and again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pytest
@@ -26,14 +26,6 @@ def is_its_turn(position: int, place: int, places: int) -> bool:
     return position % places == place
 
 
-def _is_of_a_kind(parameters: Mapping[str, Any]) -> bool:
-    return any(isinstance(x, str) and x in ONE_OF_EACH_KIND for x in parameters.values())
-
-
-def _is_of_a_family_or_kind(parameters: Mapping[str, Any]) -> bool:
-    return any(isinstance(x, str) and x in FAMILIES_AND_KINDS for x in parameters.values())
-
-
 def _has_its_backend(parameters: Mapping[str, Any]) -> bool:
     name, place = parameters["pair"], BACKENDS.index(parameters["backend"])
     if name not in ONE_OF_EACH_KIND or name in _ON_ALL_BACKENDS:
@@ -41,10 +33,19 @@ def _has_its_backend(parameters: Mapping[str, Any]) -> bool:
     return is_its_turn(ONE_OF_EACH_KIND.index(name), place, len(BACKENDS))
 
 
+def _only(names: Collection[str]) -> pytest.MarkDecorator:
+    """Returns the mark of a test that `make test` makes for the models of these names."""
+
+    def is_one(parameters: Mapping[str, Any]) -> bool:
+        return any(isinstance(x, str) and x in names for x in parameters.values())
+
+    return pytest.mark.nightly(unless=is_one)
+
+
 # What parts do, not families: `make test` takes one model of each kind, `make nightly` all.
-one_of_each_kind = pytest.mark.nightly(unless=_is_of_a_kind)
+one_of_each_kind = _only(ONE_OF_EACH_KIND)
 # What a family's tables say: `make test` takes one model of each family, and of each kind.
-one_of_each_family = pytest.mark.nightly(unless=_is_of_a_family_or_kind)
+one_of_each_family = _only(FAMILIES_AND_KINDS)
 # What differs with how tokens see others: with caches, masks and positions, not with tensors.
 _SEEING = (
     "llama_grouped",
@@ -60,9 +61,7 @@ _SEEING = (
     "gemma4_shared_keys",
     "mamba2_groups",
 )
-one_of_each_way_of_seeing = pytest.mark.nightly(
-    unless=lambda parameters: any(x in _SEEING for x in parameters.values())
-)
+one_of_each_way_of_seeing = _only(_SEEING)
 # What hardly differs with parts: norms, rings, biases, experts, states.
 _FEW = (
     "llama_grouped",
@@ -71,9 +70,7 @@ _FEW = (
     "qwen3_moe_some_dense",
     "lfm2_wide_kernel",
 )
-one_of_a_few = pytest.mark.nightly(
-    unless=lambda parameters: any(x in _FEW for x in parameters.values())
-)
+one_of_a_few = _only(_FEW)
 # How matrices lie in files and in layers: alone, as (in, out), fused in two ways, of experts in two
 # ways, of latents, beside a state.
 LAYOUTS = (
@@ -86,9 +83,7 @@ LAYOUTS = (
     "deepseek_v3_groups",
     "lfm2_wide_kernel",
 )
-one_of_each_layout = pytest.mark.nightly(
-    unless=lambda parameters: any(x in LAYOUTS for x in parameters.values())
-)
+one_of_each_layout = _only(LAYOUTS)
 # What a file holds is the same for all backends: one model of each kind, which take the backends in
 # turn.
 one_backend_each = pytest.mark.nightly(unless=_has_its_backend)
