@@ -23,6 +23,7 @@ from functional_llm.blocks.rope import Rope
 from functional_llm.formats.hf_config import ACTIVATIONS, read_config, write_config
 from functional_llm.formats.hf_directory import HuggingFaceDirectory
 from functional_llm.presets.sources import read_numbers
+from nightly import is_night
 from reference import reference_greedy, save_reference
 
 LLAMA = FAMILIES["llama"]
@@ -313,7 +314,9 @@ nonsense = st.recursive(
 @pytest.mark.parametrize(
     "name", [*ONE_OF_EACH_FAMILY, "llama_yarn_mscale", "qwen2_some_layers_slide"]
 )
-def test_any_config_is_read_or_refused_in_one_message(name: str, tmp_path: Path) -> None:
+def test_any_config_is_read_or_refused_in_one_message(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     good = {**CONFIGS[name], "hidden_act": "silu", "rope_scaling": None, "torch_dtype": "float32"}
     good |= {"layer_types": None, "sliding_window_pattern": 6, "head_dim": 12}
     family = FAMILIES[good["model_type"]]
@@ -330,7 +333,10 @@ def test_any_config_is_read_or_refused_in_one_message(name: str, tmp_path: Path)
     )
 
     @settings(
-        max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+        max_examples=80 if is_night(request.config) else 30,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
     )
     @given(
         st.dictionaries(st.sampled_from(keys), nonsense, max_size=3),
