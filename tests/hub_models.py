@@ -192,6 +192,21 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "gpt_oss",
     ),
+    "rwkv7": (
+        "RWKV7Backbone",
+        {
+            "vocabulary_size": 128,
+            "num_layers": 2,
+            "hidden_size": 128,
+            "head_size": 64,  # for which alone KerasHub's epsilon is right
+            "intermediate_dim": 80,
+            "gate_lora": 5,
+            "mv_lora": 3,
+            "aaa_lora": 4,
+            "decay_lora": 6,
+        },
+        "rwkv7",
+    ),
     "smollm3": (
         "SmolLM3Backbone",
         {
@@ -243,6 +258,8 @@ def hub_logits(model: Any, ids: np.ndarray = IDS) -> np.ndarray:
         inputs["position_ids"] = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
     with promoting():
         hidden = model(inputs)
+        if hasattr(model, "head"):  # RWKV-7's returns logits
+            return np.asarray(hidden)
         return np.asarray(model.token_embedding(hidden, reverse=True))
 
 
@@ -258,7 +275,7 @@ def hub_text(model: Any, prompt: np.ndarray, total: int) -> list[int]:
 
 
 # Layers that KerasHub gives no name, so that Keras counts them.
-_COUNTED = re.compile(r"(_moe_block|_moe_mlp)_\d+")
+_COUNTED = re.compile(r"(_moe_block|_moe_mlp|group_normalization)_\d+")
 
 
 def values(model: keras.Model) -> dict[str, np.ndarray]:

@@ -227,8 +227,9 @@ for folder in map(Path, sys.argv[2:]):
         # StableLM's returns norms, as it did before it yielded the other tensors.
         yield from (yield from modify(self, data, name, *args)) or ()
     converter.modify_tensors = modify_tensors
-    for kind in (converter, getattr(converter, "Ministral3Model", converter)):
-        kind.set_vocab = set_vocab
+    if not (folder / "rwkv_vocab_v20230424.txt").exists():
+        for kind in (converter, getattr(converter, "Ministral3Model", converter)):
+            kind.set_vocab = set_vocab
     with torch.inference_mode():
         path = folder / "model.gguf"
         converter(folder, gguf.LlamaFileType.ALL_F32, path, eager=True, hparams=numbers).write()

@@ -1,6 +1,5 @@
 """KerasHub's models to ours and back: in memory, and as preset directories."""
 
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,6 @@ import numpy as np
 import pytest
 
 import functional_llm as flm
-from functional_llm.formats.keras_hub_weights import (
-    RANDOM_STATES,
-    KerasHubFiles,
-    KerasHubLayers,
-)
 from hub_models import (
     IDS,
     MODELS,
@@ -31,8 +25,9 @@ from hub_models import (
 from test_keras_hub_tokenizers import byte_pairs
 from test_recipes import blocks
 
+pytestmark = pytest.mark.filterwarnings("ignore:The 'rwkv_ops' package is not installed")
 # A kind of column each: `make test` takes these both ways, and reads the presets of all.
-KINDS = ("llama3", "gemma2", "gpt2", "qwen3_moe", "phi3", "gpt_oss", "bloom", "qwen3_5")
+KINDS = ("llama3", "gemma2", "gpt2", "qwen3_moe", "phi3", "gpt_oss", "bloom", "qwen3_5", "rwkv7")
 both_ways = pytest.mark.nightly(unless=lambda parameters: parameters["hub"] in KINDS)
 
 
@@ -76,30 +71,6 @@ def test_presets_of_models_that_kerashub_computes_otherwise(name: str, tmp_path:
     ours = flm.Backbone.from_preset(tmp_path)
     assert_same(ours, flm.from_keras_hub(theirs))
     assert type(ours.config).__module__.endswith(ONE_WAY[name][2])
-
-
-@pytest.mark.filterwarnings("ignore:The 'rwkv_ops' package is not installed:UserWarning")
-@pytest.mark.parametrize(
-    ("cls", "arguments"),
-    [
-        ("RWKV7Backbone", {"hidden_size": 16, "head_size": 4}),
-    ],
-)
-def test_places_of_layers_with_state(cls: str, arguments: dict[str, Any], tmp_path: Path) -> None:
-    """The engine reads classes that no family here has yet: every weight, in file and in memory."""
-    sizes = {"vocabulary_size": 32, "num_layers": 4, "intermediate_dim": 24}
-    if cls != "RWKV7Backbone":
-        sizes |= {"num_query_heads": 4, "num_key_value_heads": 2, "hidden_dim": 16, "head_dim": 4}
-    with promoting():
-        theirs = getattr(keras_hub.models, cls)(**sizes, **arguments)
-    theirs.save_to_preset(tmp_path)
-    in_file = KerasHubFiles(tmp_path)
-    names = [name for name in in_file.shapes if not fnmatch(name, RANDOM_STATES)]
-    in_memory = KerasHubLayers(theirs, names)
-    assert len(names) == len(theirs.trainable_weights) > 20
-    for name in names:
-        expected = in_memory.read(name, "float32")
-        np.testing.assert_array_equal(in_file.read(name, "float32"), expected)
 
 
 @pytest.mark.nightly

@@ -18,8 +18,9 @@ import functional_llm as flm
 from functional_llm.layers.cache import make_cache
 from pair import compiled
 from test_gguf_families import CONVERT
+from test_world_tokenizer import TEXTS, write_vocabulary
 
-V, D, N, LAYERS, LENGTH = 128, 24, 8, 3, 75  # more than two chunks of tokens
+V, D, N, LAYERS, LENGTH = 300, 24, 8, 3, 75  # more than two chunks of tokens
 SIZES = {"gate_lora": 5, "mv_lora": 3, "aaa_lora": 4, "decay_lora": 6}
 CONFIG: dict[str, Any] = {
     "model_type": "rwkv7",
@@ -201,13 +202,22 @@ def test_the_checkpoint_and_back(folder: Path, backbone: flm.Backbone, tmp_path:
 
 
 @pytest.mark.real
+@pytest.mark.tiny
 def test_a_gguf_file(folder: Path, backbone: flm.Backbone, llama_cpp: Path) -> None:
+    write_vocabulary(folder)
     command = [sys.executable, "-c", CONVERT, str(llama_cpp), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     read = flm.Backbone.from_preset(folder / "model.gguf")
     for ours, theirs in zip(backbone.variables, read.variables, strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=ours.path)
+    in_file, in_folder = map(flm.Tokenizer.from_preset, (folder / "model.gguf", folder))
+    for text in TEXTS:
+        assert in_file.encode(text) == in_folder.encode(text)
+        assert in_file.decode(in_file.encode(text)) == text
+    end_of_turn = in_folder.token_id("\n\n")
+    assert in_file.stop_token_ids == {0, end_of_turn}
+    assert in_file.eos_token_id == 0
 
 
 def test_no_stock_file(backbone: flm.Backbone, tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from keras import ops, tree
 
 import functional_llm as flm
 from configs import CONFIGS
+from functional_llm.backbones import llama
 from functional_llm.backbones.families import FAMILIES
+from functional_llm.backbones.stacks import build_around, with_rope
 from functional_llm.formats.hf_config import read_config, write_config
 from functional_llm.graph.selection import walk
 from functional_llm.graph.types import Layer
@@ -105,3 +107,14 @@ def test_written_numbers_are_read_again(name: str) -> None:
     family = FAMILIES[CONFIGS[name]["model_type"]]
     config = read_config(CONFIGS[name], family)
     assert read_config(write_config(config, family, "float32"), family) == config
+
+
+@pytest.mark.parametrize("lender", ["decoder_0", "decoder_1", "decoder_7"])
+def test_a_lender_that_lends_nothing(lender: str) -> None:
+    name = "llama_grouped"
+    config: Any = read_config(CONFIGS[name], FAMILIES[CONFIGS[name]["model_type"]])
+    layers = [("full_attention", llama.build_decoder(config, f"decoder_{i}")) for i in range(2)]
+    with pytest.raises(ValueError, match=rf"Received: '{lender}'; such layers are \[\]"):
+        build_around(
+            config, layers, {"full_attention": with_rope(config)}, lenders={"decoder_1": lender}
+        )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tokenizers
 
-from functional_llm.tokenizers import TextTokenizer
+from functional_llm.tokenizers import TOKENIZER_FILES, TextTokenizer, copy_tokenizer
 from functional_llm.tokenizers.engines import BYTE_ALPHABET
 from test_tokenizer_files import CORPUS
 
@@ -95,3 +95,13 @@ def test_a_malformed_file(folder: Path, line: str, message: str) -> None:
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(ValueError, match=f"is malformed. Expected: lines of a token.*{message}"):
         TextTokenizer.from_directory(folder)
+
+
+def test_what_a_tokenizer_needs_is_fetched_and_copied(folder: Path, tmp_path: Path) -> None:
+    """Both take `TOKENIZER_FILES`."""
+    assert {path.name for path in folder.iterdir()} <= {"config.json", *TOKENIZER_FILES}
+    (copy := tmp_path / "copy").mkdir()
+    copy_tokenizer(folder, copy)
+    (copy / "config.json").write_text(json.dumps({"model_type": "kimi_k2"}))
+    ours, copied = map(TextTokenizer.from_directory, (folder, copy))
+    assert all(ours.encode(text) == copied.encode(text) for text in TEXTS)

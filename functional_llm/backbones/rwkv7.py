@@ -10,6 +10,7 @@ from functools import partial
 
 from functional_llm.backbones import rwkv7_rows
 from functional_llm.backbones.family import Family, ModelConfig
+from functional_llm.backbones.keras_hub import rwkv as keras_hub
 from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph, StateType, causal_lm
 from functional_llm.blocks.norm import layer_norm
@@ -86,6 +87,8 @@ def complete_keys(keys: JSON) -> JSON:
 
 
 _CONSTANTS: JSON = {"hidden_act": "sqrelu", "norm_first": True, "norm_bias": True, "attn": None}
+# How fla computes it.
+_KERNELS = "attn_mode fuse_norm fuse_cross_entropy fuse_linear_cross_entropy use_l2warp".split()
 FAMILY = Family(
     model_type="rwkv7",
     architecture="RWKV7ForCausalLM",
@@ -108,11 +111,7 @@ FAMILY = Family(
         "hidden_ratio": float,
         "num_heads": int,
         "value_dim": list,
-        # How fla computes it.
-        **dict.fromkeys(
-            ("attn_mode", "fuse_norm", "fuse_cross_entropy", "fuse_linear_cross_entropy"), object
-        ),
-        **dict.fromkeys(("use_l2warp",), object),
+        **dict.fromkeys(_KERNELS, object),
     },
     config_constants=_CONSTANTS,
     config_nulls=(),
@@ -126,4 +125,5 @@ FAMILY = Family(
     gguf_given=lambda given: {k: x for k, x in given.items() if k != "attention.head_count"},
     gguf_keys=rwkv7_rows.GGUF_KEYS,
     gguf_rows=rwkv7_rows.gguf_rows,
+    keras_hub=keras_hub.RWKV7,
 )

@@ -100,6 +100,9 @@ def causal_lm(
         Inputs `token_ids`, `positions`, `segment_ids`, `mask`, `in_order`, `cache`; outputs
         `logits` (B, T, V), `hidden` (B, T, D), which the head turns into logits, and `cache`. A
         cache holds, for each type of layers, the positions in its slots and what each layer keeps.
+
+    Raises:
+        ValueError: If a lender is no earlier layer, or lends nothing.
     """
     kinds = [(kind,) if isinstance(kind, str) else kind for kind, _ in layers]
     used = {kind: layer_types[kind] for kind in dict.fromkeys(itertools.chain(*kinds))}
@@ -125,7 +128,7 @@ def causal_lm(
     for own_kinds, (_, layer), own in zip(kinds, layers, each, strict=True):
         given: Inputs = {"x": x, "positions": read["positions"], "cache": {}, **own}
         if layer.name in lenders:
-            given["lent"] = lent[lenders[layer.name]]
+            given["lent"] = _lent_by(lenders[layer.name], layer.name, lent)
         for kind in own_kinds:
             given |= shared[kind]
             given["cache"] |= inputs["cache"][kind][layer.name]
@@ -143,6 +146,16 @@ def causal_lm(
         logits = keras.layers.Dense(vocabulary_size, use_bias=head_bias, name="head")(hidden)
     logits = apply_parts(logit_parts, logits, inputs)
     return inputs, {"logits": logits, "hidden": hidden, "cache": cache}
+
+
+def _lent_by(lender: str, borrower: str, lent: Mapping[str, Nested]) -> Nested:
+    lending = [name for name, tensors in lent.items() if tensors is not None]
+    if lender not in lending:
+        raise ValueError(
+            f'Expected lenders["{borrower}"] to name an earlier layer that returns "lent". Received: '
+            f"{lender!r}; such layers are {lending}."
+        )
+    return lent[lender]
 
 
 def _has_states(types: Mapping[str, LayerType | StateType]) -> bool:

@@ -2,10 +2,10 @@
 
 May import: files.
 
-Offers: `TextTokenizer`, which holds what a model needs of its tokenizer; two engines that cut text
+Offers: `TextTokenizer`, which holds what a model needs of its tokenizer; engines that cut text
 into tokens, `TokenizersEngine` (a tokenizer.json, or the byte-pair vocabulary of a GGUF file) and
-`SentencePieceEngine` (a .model, or the vocabulary with scores of a GGUF file); both as operations
-of TensorFlow (`in_graph`); `StreamDecoder`; `save_tokenizer`.
+`SentencePieceEngine` (a .model, or the vocabulary with scores of a GGUF file), both as operations
+of TensorFlow (`in_graph`) too; one of RWKV's vocabulary; `StreamDecoder`; `save_tokenizer`.
 """
 
 from functional_llm.tokenizers.chat_template import RenderedChat

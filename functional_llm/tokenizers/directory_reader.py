@@ -7,7 +7,7 @@ from typing import Any
 import tokenizers
 
 from functional_llm.files.json_files import read_json
-from functional_llm.tokenizers import tiktoken_files
+from functional_llm.tokenizers import longest_match, tiktoken_files
 from functional_llm.tokenizers.added_tokens import AddedTokens, check, read_added_tokens
 from functional_llm.tokenizers.engines import Engine, TokenizerFields, TokenizersEngine
 from functional_llm.tokenizers.sentencepiece_conversion import PrependScheme, convert_sentencepiece
@@ -73,9 +73,12 @@ def _engine_from_directory(
     if (path / "tokenizer.model").is_file():
         scheme = llama_scheme(config, model)
         return _engine_from_sentencepiece(path / "tokenizer.model", added, scheme)
-    if class_name(config, model) == tiktoken_files.CLASS and (path / "tiktoken.model").is_file():
-        tokenizer = tiktoken_files.read_tiktoken(path / "tiktoken.model", added.ids)
-        return _with_added(tokenizer, added, path / "tiktoken.model")
+    file = path / tiktoken_files.FILE_NAME
+    if class_name(config, model) == tiktoken_files.CLASS and file.is_file():
+        return _with_added(tiktoken_files.read_tiktoken(file, added.ids), added, file)
+    file = path / longest_match.FILE_NAME
+    if file.is_file():
+        return longest_match.read_world(file, added.ids)
     if is_gpt2(config, model) and (path / "vocab.json").is_file():
         return _engine_from_vocabulary(path, added, config)
     found = sorted(file.name for file in path.iterdir()) if path.is_dir() else "no such folder"

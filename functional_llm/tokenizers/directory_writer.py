@@ -9,8 +9,10 @@ from typing import Any
 import tokenizers
 
 from functional_llm.files.json_files import read_json, write_json
+from functional_llm.tokenizers import longest_match, tiktoken_files
 from functional_llm.tokenizers.directory_reader import TEMPLATE_FOLDER, read_chat_template
 from functional_llm.tokenizers.engines import TokenizersEngine
+from functional_llm.tokenizers.longest_match import LongestMatchEngine, save_world
 from functional_llm.tokenizers.sentencepiece_conversion import convert_sentencepiece
 from functional_llm.tokenizers.sentencepiece_engine import SentencePieceEngine
 from functional_llm.tokenizers.text import TextTokenizer
@@ -19,6 +21,8 @@ from functional_llm.tokenizers.text import TextTokenizer
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    tiktoken_files.FILE_NAME,
+    longest_match.FILE_NAME,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -56,7 +60,8 @@ def save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
     """Writes `tokenizer.json`, the files beside it, and the stop ids.
 
     Transformers gives the same ids with them, and so does this library. A sentencepiece model is
-    written as `tokenizer.model` too, for what reads nothing else.
+    written as `tokenizer.model` too, for what reads nothing else. A World vocabulary of RWKV is
+    written as its own file: Transformers has no class for it.
 
     Args:
         tokenizer: The tokenizer.
@@ -65,18 +70,23 @@ def save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
     Raises:
         TypeError: If the tokenizer has an engine of another library.
     """
-    engine = tokenizer.engine
-    if isinstance(engine, TokenizersEngine):
-        inner = engine.tokenizer
-    elif isinstance(engine, SentencePieceEngine):
-        inner = convert_sentencepiece(engine.proto, engine.added)
-        (folder / "tokenizer.model").write_bytes(engine.proto)
-    else:
-        raise TypeError(
-            "Expected a tokenizer of the library tokenizers or sentencepiece. Received: "
-            f"{type(engine).__name__}. Save it yourself and pass no tokenizer."
-        )
-    _save_tokenizers(tokenizer, inner, folder / "tokenizer.json")
+    kind = "PreTrainedTokenizerFast"
+    match tokenizer.engine:
+        case TokenizersEngine(tokenizer=inner):
+            _save_tokenizers(tokenizer, inner, folder / "tokenizer.json")
+        case SentencePieceEngine() as engine:
+            inner = convert_sentencepiece(engine.proto, engine.added)
+            _save_tokenizers(tokenizer, inner, folder / "tokenizer.json")
+            (folder / "tokenizer.model").write_bytes(engine.proto)
+        case LongestMatchEngine() as engine:
+            save_world(engine, folder)
+            kind = "RwkvTokenizer"
+        case engine:
+            raise TypeError(
+                "Expected a tokenizer of the library tokenizers or sentencepiece, or a World "
+                f"tokenizer. Received: {type(engine).__name__}. Save it yourself and pass no "
+                "tokenizer."
+            )
     config: dict[str, Any] = {
         **tokenizer.special_tokens,
         "bos_token": tokenizer.token_text(tokenizer.bos_token_id),
@@ -84,7 +94,7 @@ def save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
         "pad_token": tokenizer.token_text(tokenizer.pad_token_id),
         "add_bos_token": tokenizer.add_bos,
         "clean_up_tokenization_spaces": False,
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": kind,
     }
     config |= _write_template(tokenizer.chat_template, folder)
     write_json(folder / "tokenizer_config.json", config)

@@ -11,6 +11,7 @@ import tokenizers
 
 from functional_llm.tokenizers.byte_pairs import byte_pair_engine
 from functional_llm.tokenizers.engines import Engine, TokenizerFields
+from functional_llm.tokenizers.longest_match import LongestMatchEngine, unescape
 from functional_llm.tokenizers.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from functional_llm.tokenizers.sentencepiece_engine import SentencePieceEngine
 from functional_llm.tokenizers.sentencepiece_model import (
@@ -41,11 +42,14 @@ def read_gguf_vocabulary(metadata: Mapping[str, Any]) -> TokenizerFields:
         case "llama":
             engine = _sentencepiece_engine(metadata)
             add_bos, default_ids = True, {"bos": 1, "eos": 2}
+        case "rwkv":
+            engine = _world_engine(metadata)
+            add_bos, default_ids = False, {"bos": 0, "eos": 0}
         case _:
             raise ValueError(
-                "The GGUF file has an unknown kind of tokenizer. Expected: gpt2, gemma4 or llama. "
-                f"Received: {_GGUF}.model = {kind!r}. Take the tokenizer from the checkpoint's "
-                "directory in Hugging Face layout."
+                "The GGUF file has an unknown kind of tokenizer. Expected: gpt2, gemma4, llama or "
+                f"rwkv. Received: {_GGUF}.model = {kind!r}. Take the tokenizer from the "
+                "checkpoint's directory in Hugging Face layout."
             )
     ids = {
         name: metadata.get(f"{_GGUF}.{name}_token_id", default_ids.get(name))
@@ -174,3 +178,13 @@ def _sentencepiece_engine(metadata: Mapping[str, Any]) -> Engine:
         if kind == USER_DEFINED
     }
     return SentencePieceEngine(proto, added, "The GGUF file's vocabulary")
+
+
+def _world_engine(metadata: Mapping[str, Any]) -> Engine:
+    tokens = _gguf_tokens(metadata)
+    known = {i: text for i, (text, kind) in enumerate(tokens) if kind == NORMAL}
+    special = {i: text for i, (text, kind) in enumerate(tokens) if kind == CONTROL}
+    try:
+        return LongestMatchEngine({i: unescape(text) for i, text in known.items()}, special)
+    except ValueError as error:
+        raise _malformed_vocabulary("all bytes among the tokens", str(error)) from error

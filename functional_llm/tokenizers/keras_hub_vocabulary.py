@@ -14,6 +14,7 @@ import tokenizers
 from functional_llm.files.json_files import read_json
 from functional_llm.tokenizers.byte_pairs import byte_pair_engine
 from functional_llm.tokenizers.engines import Engine, TokenizerFields
+from functional_llm.tokenizers.longest_match import read_world
 from functional_llm.tokenizers.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from functional_llm.tokenizers.sentencepiece_engine import SentencePieceEngine
 from functional_llm.tokenizers.stop_tokens import stop_token_ids
@@ -27,7 +28,7 @@ class _Kind:
     """What a class of KerasHub's tokenizers knows that its files do not say.
 
     Args:
-        pre: Name of the pre-tokenizer; `None` for sentencepiece.
+        pre: Name of the pre-tokenizer; `None` for sentencepiece, `_WORLD` for RWKV's.
         bos: Text of the token that begins a text.
         eos: Text of the token that ends one.
         pad: Text of the token that pads.
@@ -41,6 +42,7 @@ class _Kind:
     stops: tuple[str, ...] = ()
 
 
+_WORLD = "world"
 _SENTENCES = _Kind(bos="<s>", eos="</s>")
 _GEMMA = _Kind(bos="<bos>", eos="<eos>", pad="<pad>", stops=("<end_of_turn>",))
 _QWEN3_5 = _Kind(pre="qwen35", eos="<|im_end|>", pad="<|endoftext|>")
@@ -69,6 +71,7 @@ KINDS = {
     "Qwen3_5Tokenizer": _QWEN3_5,
     "QwenTokenizer": _QWEN,
     "QwenMoeTokenizer": _QWEN,
+    "RWKVTokenizer": _Kind(pre=_WORLD, eos="\n\n"),
     "SmolLM3Tokenizer": _Kind(pre="llama3", eos="<|end_of_text|>", stops=("<|im_end|>",)),
 }
 
@@ -89,7 +92,10 @@ def read_keras_hub_tokenizer(path: Path) -> TokenizerFields:
             "in Hugging Face layout."
         )
     kind, assets = KINDS[name], path / "assets" / Path(str(config.get("config_file", _CONFIG))).stem
-    engine = _sentences(assets) if kind.pre is None else _byte_pairs(assets, kind, config)
+    if kind.pre == _WORLD:
+        engine: Engine = read_world(_asset(assets, "vocabulary.txt"), {})
+    else:
+        engine = _sentences(assets) if kind.pre is None else _byte_pairs(assets, kind, config)
     texts = {"bos_token": kind.bos, "eos_token": kind.eos, "pad_token": kind.pad}
     ids = {key: None if x is None else engine.token_id(x) for key, x in texts.items()}
     missing = [x for key, x in texts.items() if x is not None and ids[key] is None]

@@ -1,7 +1,7 @@
 """The engine of the library `sentencepiece`."""
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -9,8 +9,7 @@ import tokenizers
 
 from functional_llm.tokenizers.engines import SPACE, Offsets
 from functional_llm.tokenizers.sentencepiece_model import load_sentencepiece, read_fields
-
-_PLAIN = "\ufdd0"  # stands for text between tokens; no text holds this character
+from functional_llm.tokenizers.splitting import Splitter, special_token
 
 
 class SentencePieceEngine:
@@ -39,7 +38,7 @@ class SentencePieceEngine:
         processor = load_sentencepiece(proto, origin)
         size = processor.vocab_size()
         control = {
-            processor.id_to_piece(i): (_special(processor.id_to_piece(i)), i)
+            processor.id_to_piece(i): (special_token(processor.id_to_piece(i)), i)
             for i in range(size)
             if processor.is_control(i) or processor.is_unknown(i)
         }
@@ -51,8 +50,8 @@ class SentencePieceEngine:
         self._texts = {i: text for text, (_, i) in self.added.items()}
         tokens = [token for token, _ in self.added.values()]
         self._splitters = {
-            False: _Splitter(token for token in tokens if not token.special),
-            True: _Splitter(tokens),
+            False: Splitter(token for token in tokens if not token.special),
+            True: Splitter(tokens),
         }
         self.vocabulary_size = max([size, *(i + 1 for i in self._texts)])
         self.num_tokens = len({*range(size), *self._texts})
@@ -113,27 +112,3 @@ class SentencePieceEngine:
 
     def _id(self, token: str) -> int:
         return self.added[token][1]
-
-
-class _Splitter:
-    """Splits text at added tokens, as the library `tokenizers` does: it is asked to.
-
-    To it, all text between tokens is one unknown word.
-    """
-
-    def __init__(self, tokens: Iterable[tokenizers.AddedToken]) -> None:
-        model = tokenizers.models.WordLevel({_PLAIN: 0}, unk_token=_PLAIN)
-        self._tokenizer = tokenizers.Tokenizer(model)
-        self._tokenizer.add_tokens(list(tokens))
-        added = self._tokenizer.get_added_tokens_decoder()
-        self._contents = {token_id: token.content for token_id, token in added.items()}
-
-    def split(self, text: str) -> Iterator[tuple[str | None, int, int]]:
-        """Yields the token, or `None` for text between, and its start and end."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            yield self._contents.get(token_id), start, end
-
-
-def _special(text: str) -> tokenizers.AddedToken:
-    return tokenizers.AddedToken(text, special=True, normalized=False)

@@ -8,7 +8,7 @@ from functional_llm.tokenizers.engines import Engine
 END_OF_TURN = frozenset(
     "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <eos> "
     "<|endoftext|> <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <turn|> "
-    "<|tool_response> <｜end▁of▁sentence｜> [e~[".split()
+    "<|tool_response> <｜end▁of▁sentence｜> [e~[ <|rwkv_tokenizer_end_of_text|>".split()
 )
 
 

@@ -16,7 +16,7 @@ from functional_llm.tokenizers.byte_pairs import byte_pair_engine
 from functional_llm.tokenizers.engines import BYTE_ALPHABET
 from functional_llm.tokenizers.pretokenizers import PRE_TOKENIZERS
 
-CLASS = "TikTokenTokenizer"
+CLASS, FILE_NAME = "TikTokenTokenizer", "tiktoken.model"
 _RESERVED = 258  # ids behind the vocabulary, of which tokenizer_config.json describes some
 _LETTERS = {byte: letter for letter, byte in BYTE_ALPHABET.items()}
 
