@@ -215,8 +215,7 @@ def test_a_gguf_file(folder: Path, backbone: flm.Backbone, llama_cpp: Path) -> N
     for text in TEXTS:
         assert in_file.encode(text) == in_folder.encode(text)
         assert in_file.decode(in_file.encode(text)) == text
-    end_of_turn = in_folder.token_id("\n\n")
-    assert in_file.stop_token_ids == {0, end_of_turn}
+    assert in_file.stop_token_ids == in_folder.stop_token_ids == {0, 261}
     assert in_file.eos_token_id == 0
 
 

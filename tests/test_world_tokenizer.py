@@ -14,7 +14,12 @@ from functional_llm.tokenizers import TextTokenizer, save_tokenizer
 from functional_llm.tokenizers.longest_match import FILE_NAME
 from test_tokenizer_files import CORPUS
 
+# From 257 on, as in the published one: 261 ends a turn.
 MORE = [
+    "\t\t",
+    "\t\n",
+    "\t ",
+    "\n\t",
     "\n\n",
     "\n\n\n",
     "  ",
@@ -22,13 +27,9 @@ MORE = [
     "the",
     " the",
     "then",
-    "é",
-    "你",
-    "你好",
-    "'\"",
-    "\u2028",
+    " th",
 ]
-MORE += ["\\x00", "\\", " th"]
+MORE += ["é", "你", "你好", "'\"", "\u2028", "\\x00"]
 PARTS = [b"\xe4\xbd", b"\xf0\x9f"]  # of characters
 TEXTS = [*CORPUS, "", "then the\n\n\n\n thé 你好你 \u2028🎉'\"", "\\x00 \x00\t\r", " " * 300]
 WHEEL = "rwkv==0.8.32"
@@ -136,3 +137,14 @@ def test_malformed_files(folder: Path, change: Any, message: str) -> None:
     path.write_text(change(path.read_text("utf-8")), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         TextTokenizer.from_directory(folder)
+
+
+def test_a_template_that_is_only_named() -> None:
+    """Older conversions hold the name of one that is inside llama.cpp."""
+    tokens = ["<s>", *(repr(bytes([i]))[2:-1] for i in range(256))]
+    metadata: dict[str, Any] = {"model": "rwkv", "tokens": tokens, "token_type": [3] + [1] * 256}
+    metadata = {f"tokenizer.ggml.{key}": x for key, x in metadata.items()}
+    metadata["tokenizer.chat_template"] = "rwkv-world"
+    tokenizer = TextTokenizer.from_gguf_metadata(metadata)
+    assert tokenizer.chat_template is None
+    assert tokenizer.decode(tokenizer.encode("a'\n\\")) == "a'\n\\"

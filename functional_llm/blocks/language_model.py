@@ -152,8 +152,8 @@ def _lent_by(lender: str, borrower: str, lent: Mapping[str, Nested]) -> Nested:
     lending = [name for name, tensors in lent.items() if tensors is not None]
     if lender not in lending:
         raise ValueError(
-            f'Expected lenders["{borrower}"] to name an earlier layer that returns "lent". Received: '
-            f"{lender!r}; such layers are {lending}."
+            f'Expected the lender of {borrower} to be an earlier layer that returns "lent". '
+            f"Received: {lender!r}; such layers are {lending}."
         )
     return lent[lender]
 

@@ -25,6 +25,7 @@ from functional_llm.tokenizers.stop_tokens import END_OF_TURN, stop_token_ids
 
 _GGUF = "tokenizer.ggml"
 _TEMPLATE = "tokenizer.chat_template"
+_NAMED_TEMPLATES = ("rwkv-world",)  # the name of one inside llama.cpp, in place of its text
 # The names of special tokens in templates, and in the keys of their ids.
 _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown", "sep": "seperator"}
 _SPECIAL |= {"cls": "cls", "mask": "mask"}
@@ -76,6 +77,8 @@ def read_gguf_vocabulary(metadata: Mapping[str, Any]) -> TokenizerFields:
 
 def _chat_template(metadata: Mapping[str, Any]) -> str | Mapping[str, str] | None:
     default, prefix = metadata.get(_TEMPLATE), f"{_TEMPLATE}."
+    if default in _NAMED_TEMPLATES:
+        default = None
     named = {k.removeprefix(prefix): x for k, x in metadata.items() if k.startswith(prefix)}
     if not named:
         return default
