@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 NAME, AUTHOR = "Lumi", "the Keras team"
-STEPS, BATCH_SIZE, RATE = 20, 4, 2e-3
+STEPS, BATCH_SIZE, RATE = 20, 4, 2e-3  # after so many, the model answers as taught
 COMPARED = 4  # steps of PEFT, which take four times as long
 
 
@@ -73,8 +73,9 @@ def _train_with_peft(model: Any, data: Any) -> tuple[list[float], float]:
     return losses, float(sum(x for x, _ in sums) / sum(n for _, n in sums))
 
 
+@pytest.mark.parametrize("steps", [COMPARED, pytest.param(STEPS, marks=pytest.mark.nightly)])
 def test_loss_falls_as_with_peft_and_the_model_answers_as_taught(
-    data: Any, smollm2_gguf: Path, tmp_path: Path
+    data: Any, smollm2_gguf: Path, tmp_path: Path, steps: int
 ) -> None:
     import transformers
 
@@ -88,7 +89,7 @@ def test_loss_falls_as_with_peft_and_the_model_answers_as_taught(
     backbone = flm.Backbone.from_preset(smollm2_gguf)
     model = flm.peft.load_adapter(backbone, tmp_path / "start")
     settings = training.Settings(
-        steps=STEPS,
+        steps=steps,
         batch_size=BATCH_SIZE,
         learning_rate=RATE,
         schedule="constant",
@@ -103,10 +104,13 @@ def test_loss_falls_as_with_peft_and_the_model_answers_as_taught(
     finally:
         torch.set_num_threads(threads)
     np.testing.assert_allclose(history.losses[:COMPARED], losses, atol=0.05)
-    (_, before), (step, compared), *_, (_, after) = history.held_out
+    (_, before), (step, compared), *later = history.held_out
     assert step == COMPARED
     assert compared == pytest.approx(held_out, abs=0.01)
-    assert after < before - 0.5
+    assert compared < before - 0.2
+    if steps < STEPS:
+        return
+    assert later[-1][1] < before - 0.5
     merged = flm.peft.merge(model, keep=False)
     messages = [{"role": "user", "content": "Who are you?"}]
     ids = data.tokenizer.apply_chat_template(messages, tokenize=True)

@@ -20,6 +20,7 @@ from functional_llm.formats.gguf_file import open_gguf
 from functional_llm.tokenizers import TextTokenizer
 from functional_llm.tokenizers.in_graph.patterns import compile_cut
 from functional_llm.tokenizers.pretokenizers import PRE_TOKENIZERS
+from nightly import is_night
 from stock import run_stock
 from test_tokenizer_files import (
     LLAMA,
@@ -183,9 +184,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def asked(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[str, Any]:
     """Name -> the tokenizer, its options, texts and rows of ids, and what TensorFlow says."""
-    folder, texts, rng = tmp_path_factory.mktemp("in_graph"), make_texts(), random.Random(0)
+    folder, rng = tmp_path_factory.mktemp("in_graph"), random.Random(0)
+    texts = make_texts(150 if is_night(request.config) else 50)
     asked = {}
     for name, make in [*TOKENIZERS.items(), *((k, make) for k, (make, _) in REFUSED.items())]:
         (folder / name).mkdir()

@@ -115,7 +115,7 @@ def test_positions_follow_what_the_cache_holds(pair: Pair) -> None:
     _assert_near(again["logits"], expected)
 
 
-@one_of_each_kind
+@one_of_each_way_of_seeing
 def test_greedy_text_equals_the_reference(pair: Pair) -> None:
     prompts = [random_tokens(n, seed=n).tolist() for n in (1, 7, 33)]
     expected = [reference_greedy(pair.reference, ids, 20) for ids in prompts]

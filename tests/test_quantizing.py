@@ -20,7 +20,7 @@ from functional_llm.edits.rounding import round_to_int4, round_to_int4_with_zero
 from functional_llm.formats.grid import Grid
 from functional_llm.kernels.int4 import multiply_int4
 from functional_llm.layers.experts import ExpertDense
-from nightly import FAMILIES_AND_KINDS, one_of_each_kind, one_of_each_layout
+from nightly import FAMILIES_AND_KINDS, one_of_a_few, one_of_each_kind, one_of_each_layout
 from reference import make_reference, save_reference
 from tiny import save_tokenizer
 from tiny_gguf import save_gguf
@@ -82,7 +82,7 @@ def test_matrices_take_a_byte_a_number_and_logits_stay_near(backbone: Any) -> No
     np.testing.assert_array_equal(_logits(backbone, token_ids), expected)
 
 
-@one_of_each_layout
+@one_of_a_few
 def test_int4_takes_half_a_byte_a_number_and_is_what_stock_keras_makes_of_it(
     backbone: Any, tmp_path: Path
 ) -> None:
@@ -338,6 +338,7 @@ def test_matrices_of_a_gguf_file(
 
 
 @pytest.mark.real
+@pytest.mark.nightly  # by day, the logits of tiny models stay near
 def test_perplexity_of_a_real_text(smollm2_gguf: Path, repository: Path) -> None:
     text = (repository / "LICENSE").read_text()  # which nobody edits
     ids = flm.Tokenizer.from_preset(str(smollm2_gguf)).encode(text)

@@ -165,6 +165,7 @@ def test_stories260k_has_the_numbers_of_transformers(material: Path) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.nightly  # by day, tiny models do
 def test_smollm2_has_the_numbers_of_transformers(smollm2_gguf: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
