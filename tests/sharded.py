@@ -7,15 +7,18 @@ on the first mesh, and goes on with a half of that on each of them. There are ei
 them together.
 """
 
+import gc
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("FLM_PLACE", "0/1@")
@@ -68,13 +71,15 @@ def flops(model: flm.Backbone) -> Any:
 def measure(folder: str, mesh: str, names: list[str]) -> dict[str, Any]:
     """Returns what a model computes on a mesh: of the works below those with these names."""
     keras.utils.set_random_seed(0)
+    gc.collect()  # the model on the mesh before
     if mesh != "-":
         most = 1.0 if "experts" in mesh else 0.05  # all else of a layer is on each device of it
         layout = flm.sharding.layout(folder, flm.sharding.mesh(mesh), most_replicated=most)
         keras.distribution.set_distribution(layout)
     before = bytes_read()
-    backbone = flm.Backbone.from_preset(folder)
-    read = bytes_read() - before
+    with most_on_a_device() as samples:
+        backbone = flm.Backbone.from_preset(folder)
+    read, share = bytes_read() - before, on_devices()
     generator = flm.TextGenerator(backbone, None)
     prompts = [row[: 3 + i].tolist() for i, row in enumerate(IDS)]
     works: dict[str, Callable[[], Any]] = {
@@ -86,11 +91,48 @@ def measure(folder: str, mesh: str, names: list[str]) -> dict[str, Any]:
         "lora": lambda: train(flm.peft.lora(backbone, rank=4)),
         "all weights": lambda: train(backbone),
         "read": lambda: read,
+        "peak": lambda: [max(samples), share, max(v.value.nbytes for v in backbone.weights)],
         "bytes": lambda: sum(
             v.value.addressable_shards[0].data.nbytes for v in backbone.trainable_variables
         ),
     }
     return {name: work() for name, work in works.items() if name in names or "all" in names}
+
+
+def on_devices() -> int:
+    """Returns the bytes that the fullest of the devices holds now."""
+    held: Counter[Any] = Counter()
+    parts = [part for array in jax.live_arrays() for part in array.addressable_shards]
+    # A part is an array itself, which lives from the first look at it on.
+    buffers = {part.data.unsafe_buffer_pointer(): part for part in parts}
+    for part in buffers.values():
+        held[part.device] += part.data.nbytes
+    return max(held.values())
+
+
+@contextmanager
+def most_on_a_device() -> Iterator[list[int]]:
+    """Yields a list of what the fullest device holds each time that it gets another array."""
+    samples = [0]
+
+    def sampled(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            array = function(*arguments, **options)
+            samples.append(on_devices())
+            return array
+
+        return call
+
+    with ExitStack() as stack:
+        for module, name in (
+            (jax, "make_array_from_callback"),
+            (jax, "device_put"),
+            (jax.numpy, "asarray"),
+            (jax.numpy, "array"),
+        ):
+            function = getattr(module, name)
+            stack.enter_context(mock.patch.object(module, name, sampled(function)))
+        yield samples
 
 
 def bytes_read() -> int:

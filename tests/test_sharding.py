@@ -52,7 +52,7 @@ def measured(folder: Path, works: str, *meshes: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("works", "meshes"),
     [
-        pytest.param("text,lora", [DAY], id=DAY),
+        pytest.param("text,lora,peak", [DAY, "fsdp=8"], id=DAY),
         pytest.param("all", [DAY, *NIGHT], id="all", marks=pytest.mark.nightly),
     ],
 )
@@ -68,6 +68,10 @@ def test_a_mesh_computes_what_one_device_does(folder: Path, works: str, meshes: 
             assert own[name] == one[name], mesh
         if "flops" in own and "model" not in mesh:
             assert own["flops"] < 1.1 / 8 * one["flops"], mesh
+        if "peak" in own:
+            most, share, largest = own["peak"]
+            assert share <= most <= share + largest, mesh
+            assert share < 0.5 * one["peak"][1] or mesh == "data=8"
         if "bytes" in own and mesh == "fsdp=8":
             assert own["bytes"] < 1.1 / 8 * one["bytes"]
 
