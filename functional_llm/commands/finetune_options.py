@@ -182,8 +182,8 @@ def _read(arguments: argparse.Namespace, tokenizer: "Tokenizer") -> "tuple[Rows,
         kept, held = training.split_examples(kept, arguments.held_out, arguments.seed)
     rows = training.pack(kept, arguments.length, join=arguments.packing)
     held_out = training.pack(held, arguments.length, join=arguments.packing) if held else None
-    size = f"{len(rows)} rows of {rows.token_ids.shape[1]} tokens"
-    print(f"{len(kept)} examples in {size}, {len(held)} held out")
+    counted = f"{len(kept)} examples in {len(rows)} row{'' if len(rows) == 1 else 's'}"
+    print(f"{counted} of {rows.token_ids.shape[1]} tokens, {len(held)} held out")
     return rows, held_out
 
 

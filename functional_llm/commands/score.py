@@ -33,7 +33,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_precision(parser)
     add_mesh(parser)
     add(
-        "--data",
+        *("--data", "--dataset"),
+        dest="data",
+        metavar="FILE",
         required=True,
         help=".jsonl, .json, .csv or .parquet with the columns context and continuation; or "
         "question, choices and answer; or text. Or a .txt file",
