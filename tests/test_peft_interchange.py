@@ -50,7 +50,7 @@ EVERY_METHOD = ["llama_grouped", "gpt2_tied", "gpt_neox_five_heads"]
 
 # Family -> linear layers that PEFT is not to adapt: those of states it refuses, or Transformers
 # does not compute their adapters; "all-linear" takes places in a list of them for decoder layers,
-# too; a router returns two results.
+# too; routers return several results.
 LEFT_OUT = {
     "mamba": ["out_proj", "dt_proj"],
     "mamba2": ["out_proj"],
@@ -58,6 +58,7 @@ LEFT_OUT = {
     "nemotron_h": ["out_proj"],
     "gemma3n_text": ["0", "1", "2"],
     "llama4_text": ["router"],
+    "phimoe": ["router"],
 }
 
 

@@ -16,6 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 import functional_llm as flm
 from configs import CONFIGS
+from functional_llm.peft.peft_format import _read_ia3
+from functional_llm.peft.peft_targets import target_modules
 from nightly import FAMILIES_AND_KINDS, LAYOUTS
 from pair import compiled
 from reference import make_reference, reference_logits, save_reference
@@ -433,3 +435,16 @@ def test_a_merged_head_of_its_own_does_not_fit_a_tied_config(one: Any) -> None:
     with pytest.raises(ValueError, match="(?s)reverse_embeddings.*a head of its own beside a tied"):
         merged.check_preset()
     flm.peft.merge(flm.peft.lora(one.backbone, targets=["query"]), keep=False).check_preset()
+
+
+def test_a_number_names_no_module() -> None:
+    """PEFT would take decoder layers for it, whose names end in a number, too."""
+    known = {"model.altup_projections.0", "model.altup_projections.1", "model.layers.0.mlp.up"}
+    streams = {name for name in known if "altup" in name}
+    assert target_modules(known, known) == [*sorted(streams), "up"]
+
+
+def test_a_scale_of_one_number_is_of_what_the_config_says() -> None:
+    config, one = {"feedforward_modules": ["down"]}, {"ia3_l": np.ones((1, 1), "float32")}
+    for module, is_of_inputs in (("layers.0.shared_gate", False), ("layers.0.down", True)):
+        assert _read_ia3(config, module, one).options == {"scales_inputs": is_of_inputs}

@@ -31,7 +31,13 @@ from functional_llm.peft.peft_modules import (
     join_adapters,
     split_adapter,
 )
-from functional_llm.peft.peft_targets import is_target, numbers_of, pattern_key, target_modules
+from functional_llm.peft.peft_targets import (
+    is_feedforward,
+    is_target,
+    numbers_of,
+    pattern_key,
+    target_modules,
+)
 
 PREFIX = "base_model.model."
 
@@ -201,7 +207,8 @@ def from_peft(
         if module not in grouped and is_target(config, module)
     ]
     for module, found in grouped.items():
-        whole = _read_lora(config, module, found) if is_lora else _read_ia3(found)
+        read_one = _read_lora if is_lora else _read_ia3
+        whole = read_one(config, module, found)
         paths = model.paths_of[module]
         try:
             saved += [x.at(path) for path, x in split_adapter(whole, module, paths, model)]
@@ -266,9 +273,11 @@ def _lora_options(config: JSON) -> tuple[type[LoRA], JSON]:
     return (DoRA if config.get("use_dora") else LoRA), options
 
 
-def _read_ia3(tensors: Mapping[str, np.ndarray]) -> SavedAdapter:
+def _read_ia3(config: JSON, module: str, tensors: Mapping[str, np.ndarray]) -> SavedAdapter:
     scale = tensors.get("ia3_l")
     scales_inputs = scale is not None and scale.ndim == 2 and scale.shape[0] == 1
+    if scale is not None and scale.size == 1:  # of one output, or of one input
+        scales_inputs = is_feedforward(config, module)
     return SavedAdapter(IA3, {"scales_inputs": scales_inputs}, _own_weights(tensors))
 
 

@@ -32,6 +32,11 @@ def is_parameter_target(config: JSON, parameter: str) -> bool:
     return _is_named(list(config.get("target_parameters") or ()), parameter)
 
 
+def is_feedforward(config: JSON, module: str) -> bool:
+    """Whether PEFT's IA3 scales the inputs of a module."""
+    return _is_named(config.get("feedforward_modules"), module)
+
+
 def pattern_key(config: JSON, module: str) -> str:
     """Returns the name by which PEFT looks for a module in patterns of ranks and alphas."""
     parameter = f"{module}.weight"
@@ -77,6 +82,8 @@ def numbers_of(config: JSON, key: str) -> JSON:
 def target_modules(modules: set[str], known: Iterable[str], parts: int = 1) -> list[str]:
     """Returns the last parts of a name if all modules that end in them are meant, else full names.
 
+    A number alone would name decoder layers, too, whose names end in theirs.
+
     Args:
         modules: Those meant.
         known: All.
@@ -89,5 +96,6 @@ def target_modules(modules: set[str], known: Iterable[str], parts: int = 1) -> l
     known, targets = set(known), []
     for last in sorted(set(map(end, modules))):
         same = {name for name in known if end(name) == last}
-        targets += [last] if same <= modules else sorted(same & modules)
+        is_enough = same <= modules and not last.isdigit()
+        targets += [last] if is_enough else sorted(same & modules)
     return targets
