@@ -14,6 +14,7 @@ from functional_llm.backbones.family import (
     complete_common_keys,
     dense_rows,
 )
+from functional_llm.backbones.stacks import build_with_one_rope
 from functional_llm.backbones.transforms import axis_added
 from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph
@@ -32,7 +33,7 @@ class Config(DecoderConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    return llama.build_stack(config, build_decoder, ["full_attention"] * config.num_layers)
+    return build_with_one_rope(config, build_decoder, ["full_attention"] * config.num_layers)
 
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:

@@ -9,6 +9,7 @@ from functools import partial
 
 from functional_llm.backbones import llama
 from functional_llm.backbones.family import COMMON_KEYS, DecoderConfig, Family, complete_common_keys
+from functional_llm.backbones.stacks import build_with_one_rope
 from functional_llm.blocks.language_model import Graph
 from functional_llm.blocks.rope import rotary_pairs
 from functional_llm.graph.types import JSON
@@ -25,7 +26,7 @@ def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
     bias, rotate = config.use_bias, rotary_pairs()
     decoder = partial(llama.build_decoder, rotate=rotate, bias=bias, mlp_bias=bias)
-    return llama.build_stack(config, decoder, ["full_attention"] * config.num_layers)
+    return build_with_one_rope(config, decoder, ["full_attention"] * config.num_layers)
 
 
 def complete_keys(keys: JSON) -> JSON:

@@ -15,6 +15,7 @@ from functional_llm.backbones.family import (
     PartialRotaryConfig,
     complete_common_keys,
 )
+from functional_llm.backbones.stacks import build_with_one_rope
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import sandwich
 from functional_llm.blocks.language_model import Graph
@@ -34,7 +35,7 @@ class Config(PartialRotaryConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    return llama.build_stack(config, build_decoder, ["full_attention"] * config.num_layers)
+    return build_with_one_rope(config, build_decoder, ["full_attention"] * config.num_layers)
 
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:

@@ -12,6 +12,7 @@ from functional_llm.backbones import apertus, family, llama, qwen3
 from functional_llm.backbones.experts import GGUF_KEYS, ExpertsConfig
 from functional_llm.backbones.family import COMMON_KEYS, Family, dense_rows
 from functional_llm.backbones.keras_hub import gpt_oss as keras_hub
+from functional_llm.backbones.stacks import build_with_one_rope
 from functional_llm.backbones.transforms import Rows, by_turns
 from functional_llm.blocks.attention import attending_with_sinks
 from functional_llm.blocks.decoder import pre_norm
@@ -33,7 +34,7 @@ class Config(ExpertsConfig, qwen3.Config):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    return llama.build_stack(config, build_decoder, config.layer_types, config.sliding_window)
+    return build_with_one_rope(config, build_decoder, config.layer_types, config.sliding_window)
 
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:

@@ -10,6 +10,7 @@ import keras
 
 from functional_llm.backbones import llama
 from functional_llm.backbones.family import COMMON_KEYS, DecoderConfig, Family, complete_common_keys
+from functional_llm.backbones.stacks import build_with_one_rope
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph
@@ -30,7 +31,7 @@ class Config(DecoderConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    return llama.build_stack(config, build_decoder, ["full_attention"] * config.num_layers)
+    return build_with_one_rope(config, build_decoder, ["full_attention"] * config.num_layers)
 
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:

@@ -5,7 +5,7 @@ the embedding. References: [Llama 2](https://arxiv.org/abs/2307.09288),
 [Llama 3](https://arxiv.org/abs/2407.21783), [SmolLM2](https://arxiv.org/abs/2502.02737).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,14 +14,13 @@ import keras
 from functional_llm.backbones.family import (
     COMMON_KEYS,
     ROPE_BUFFERS,
-    AnyConfig,
     DecoderConfig,
     Family,
     complete_common_keys,
     dense_rows,
 )
 from functional_llm.backbones.keras_hub import llamas
-from functional_llm.backbones.stacks import build_around, one_rope
+from functional_llm.backbones.stacks import build_with_one_rope
 from functional_llm.blocks.attention import PartFunction, Product, attention, heads
 from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph
@@ -43,7 +42,7 @@ class Config(DecoderConfig):
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
     decoder = partial(build_decoder, bias=config.attention_bias, mlp_bias=config.mlp_bias)
-    return build_stack(config, decoder, ["full_attention"] * config.num_layers)
+    return build_with_one_rope(config, decoder, ["full_attention"] * config.num_layers)
 
 
 def build_decoder(
@@ -79,20 +78,6 @@ def build_attention(
         output=keras.layers.Dense(config.hidden_dim, use_bias=bias, name="output"),
         product=product,
     )
-
-
-def build_stack(
-    config: AnyConfig,
-    build_decoder: Callable[[AnyConfig, str], CompositeLayer],
-    kinds: Sequence[str],
-    window: int | None = None,
-) -> Graph:
-    """Returns the graph around decoder layers that share one RoPE, for this family and its kin.
-
-    `kinds` has the type of each layer: "full_attention", or "sliding_attention" for the window.
-    """
-    layers = [(kind, build_decoder(config, f"decoder_{i}")) for i, kind in enumerate(kinds)]
-    return build_around(config, layers, one_rope(config, window))
 
 
 def complete_keys(keys: JSON) -> JSON:

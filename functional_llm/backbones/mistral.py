@@ -10,6 +10,7 @@ from typing import TypeVar
 from functional_llm.backbones import llama
 from functional_llm.backbones.family import COMMON_KEYS, DecoderConfig, Family, complete_common_keys
 from functional_llm.backbones.keras_hub import llamas
+from functional_llm.backbones.stacks import build_with_one_rope
 from functional_llm.backbones.wrapper import llava
 from functional_llm.blocks.language_model import Graph
 from functional_llm.graph.composite import CompositeLayer
@@ -37,7 +38,7 @@ def build_stack(
     """Returns the graph around decoder layers that all have a window, or none."""
     window = config.sliding_window
     kind = "full_attention" if window is None else "sliding_attention"
-    return llama.build_stack(config, build_decoder, [kind] * config.num_layers, window)
+    return build_with_one_rope(config, build_decoder, [kind] * config.num_layers, window)
 
 
 def complete_keys(keys: JSON) -> JSON:

@@ -17,6 +17,7 @@ from functional_llm.backbones.experts import (
     softmax_experts,
 )
 from functional_llm.backbones.family import Family, check_chosen
+from functional_llm.backbones.stacks import build_with_one_rope
 from functional_llm.blocks.attention import PartFunction
 from functional_llm.blocks.decoder import pre_norm
 from functional_llm.blocks.language_model import Graph
@@ -36,7 +37,7 @@ class Config(ExpertsConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    return llama.build_stack(config, build_decoder, ["full_attention"] * config.num_layers)
+    return build_with_one_rope(config, build_decoder, ["full_attention"] * config.num_layers)
 
 
 def build_decoder(config: Config, name: str) -> CompositeLayer:

@@ -11,6 +11,7 @@ import keras
 from functional_llm.backbones import llama, mistral
 from functional_llm.backbones.family import COMMON_KEYS, DecoderConfig, Family, complete_common_keys
 from functional_llm.backbones.keras_hub import llamas
+from functional_llm.backbones.stacks import build_with_one_rope
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import NamedPart, pre_norm
 from functional_llm.blocks.language_model import Graph
@@ -31,7 +32,7 @@ class Config(DecoderConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    return llama.build_stack(config, build_decoder, config.layer_types, config.sliding_window)
+    return build_with_one_rope(config, build_decoder, config.layer_types, config.sliding_window)
 
 
 def build_decoder(

@@ -12,6 +12,7 @@ import keras
 from functional_llm.backbones import llama, qwen2
 from functional_llm.backbones.family import DecoderConfig, Family
 from functional_llm.backbones.keras_hub import llamas
+from functional_llm.backbones.stacks import build_with_one_rope
 from functional_llm.blocks.attention import Part, attention, heads
 from functional_llm.blocks.decoder import NamedPart, pre_norm
 from functional_llm.blocks.language_model import Graph
@@ -33,7 +34,7 @@ class Config(DecoderConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    return llama.build_stack(config, build_decoder, config.layer_types, config.sliding_window)
+    return build_with_one_rope(config, build_decoder, config.layer_types, config.sliding_window)
 
 
 def build_decoder(config: Config, name: str, mlp: NamedPart | None = None) -> CompositeLayer:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from functional_llm.backbones.family import DecoderConfig, MultiHeadConfig
+from functional_llm.backbones.family import AnyConfig, DecoderConfig, MultiHeadConfig
 from functional_llm.blocks.attention import Part, key_value_shapes
 from functional_llm.blocks.language_model import Graph, Kinds, LayerType, StateType, causal_lm
 from functional_llm.blocks.norm import rms_norm
@@ -11,7 +11,7 @@ from functional_llm.blocks.rope import Rope
 from functional_llm.graph.composite import CompositeLayer
 
 # The same one throughout a signature.
-AnyConfig = TypeVar("AnyConfig", bound=DecoderConfig | MultiHeadConfig)
+AnyNumbers = TypeVar("AnyNumbers", bound=DecoderConfig | MultiHeadConfig)
 
 
 def build_around(
@@ -45,8 +45,8 @@ def build_around(
 
 
 def build_alike(
-    config: AnyConfig,
-    build_decoder: Callable[[AnyConfig, str], CompositeLayer],
+    config: AnyNumbers,
+    build_decoder: Callable[[AnyNumbers, str], CompositeLayer],
     norm: Callable[[float, str], Part],
     layer_type: LayerType,
     **others: Any,
@@ -63,6 +63,24 @@ def build_alike(
     kind = "full_attention" if layer_type.window is None else "sliding_attention"
     layers = [(kind, build_decoder(config, f"decoder_{i}")) for i in range(config.num_layers)]
     return build_around(config, layers, {kind: layer_type}, norm, **others)
+
+
+def build_with_one_rope(
+    config: AnyConfig,
+    build_decoder: Callable[[AnyConfig, str], CompositeLayer],
+    kinds: Sequence[str],
+    window: int | None = None,
+) -> Graph:
+    """Returns the graph of layers that share one RoPE.
+
+    Args:
+        config: The numbers of the model.
+        build_decoder: Config and name -> a layer.
+        kinds: The type of each layer: "full_attention", or "sliding_attention" for the window.
+        window: Of the layers that have one.
+    """
+    layers = [(kind, build_decoder(config, f"decoder_{i}")) for i, kind in enumerate(kinds)]
+    return build_around(config, layers, one_rope(config, window))
 
 
 def one_rope(config: DecoderConfig, window: int | None = None) -> dict[str, LayerType]:
