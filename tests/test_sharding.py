@@ -71,7 +71,7 @@ def test_a_mesh_computes_what_one_device_does(folder: Path, works: str, meshes: 
         if "peak" in own:
             most, share, largest = own["peak"]
             assert share <= most <= share + largest, mesh
-            assert share < 0.5 * one["peak"][1] or mesh == "data=8"
+            assert share < 0.6 * one["peak"][1] or mesh == "data=8"
         if "bytes" in own and mesh == "fsdp=8":
             assert own["bytes"] < 1.1 / 8 * one["bytes"]
 
