@@ -14,7 +14,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from keras import ops
 
 
@@ -77,24 +76,21 @@ def by_halves(query: Any, key: Any, decay: Any) -> Products:
     """
     key = jnp.broadcast_to(key, decay.shape)
     both = jnp.stack([jnp.broadcast_to(query, decay.shape), key])
-    length = decay.shape[-2]
-
-    def sums(rows: int) -> tuple[Any, Any]:
-        """Returns the sums from the begin and to the end of blocks of so many tokens."""
-        blocks = decay.reshape(*decay.shape[:-2], -1, rows, decay.shape[-1])
-        behind = jnp.concatenate([blocks[..., 1:, :], jnp.zeros_like(blocks[..., :1, :])], axis=-2)
-        axis = blocks.ndim - 2
-        since, until = lax.cumsum(blocks, axis), lax.cumsum(behind, axis, reverse=True)
-        return since.reshape(decay.shape), until.reshape(decay.shape)
-
+    length, size = decay.shape[-2:]
     products = jnp.sum(both * key, axis=-1)[..., None] * jnp.eye(length, dtype=decay.dtype)
-    rows = 1
+    # From the begin of each half up to a token, and behind it to the end.
+    since, until, rows = decay, jnp.zeros_like(decay), 1
     while rows < length:
-        since, until = sums(rows)
         pairs = (both * jnp.exp(since)) @ jnp.swapaxes(key * jnp.exp(until), -1, -2)
-        block = np.arange(length) // rows
-        is_between = (block[:, None] % 2 == 1) & (block[None] == block[:, None] - 1)
+        half = np.arange(length) // rows
+        is_between = (half[:, None] % 2 == 1) & (half[None] == half[:, None] - 1)
         products = jnp.where(is_between, pairs, products)
+        since, until = (x.reshape(*x.shape[:-2], -1, 2, rows, size) for x in (since, until))
+        whole = since[..., -1:, :]  # of each half: what is behind a first one, before a second
+        nothing = jnp.zeros_like(whole[..., :1, :, :])
+        since += jnp.concatenate([nothing, whole[..., :1, :, :]], axis=-3)
+        until += jnp.concatenate([whole[..., 1:, :, :], nothing], axis=-3)
+        since, until = since.reshape(decay.shape), until.reshape(decay.shape)
         rows *= 2
     scores, likeness = products
-    return Products(scores, likeness, *sums(length))
+    return Products(scores, likeness, since, until)
