@@ -78,11 +78,13 @@ def files(folder: Path) -> list[str]:
 
 # A shell's background jobs ignore them, and so do their children.
 HEAR_INTERRUPTS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+# A command imports by names: what downloads needs neither JAX nor Keras.
+AS_A_COMMAND = "import sys; sys.argv = ['functional-llm']\n"
 
 
 def python(code: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", HEAR_INTERRUPTS + textwrap.dedent(code)],
+        [sys.executable, "-c", HEAR_INTERRUPTS + AS_A_COMMAND + textwrap.dedent(code)],
         cwd=ROOT,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
