@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import functional_llm as flm
-from configs import CONFIGS
+from configs import CONFIGS, ONE_OF_EACH_FAMILY
 from functional_llm.backbones.families import FAMILIES
 from functional_llm.backbones.wrapper import with_other_prefix
 from nightly import FAMILIES_AND_KINDS, one_of_each_kind, one_of_each_layout
@@ -131,7 +131,7 @@ def test_an_adapter_trained_on_integers_is_one_for_the_model_in_floats(
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 @one_of_each_kind
-@pytest.mark.parametrize("name", FAMILIES_AND_KINDS)
+@pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
 def test_names_of_every_family(name: str, tmp_path: Path) -> None:
     """What PEFT calls the modules, adapted ones, whole ones and biases, both ways.
 
