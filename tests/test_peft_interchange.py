@@ -167,6 +167,16 @@ def test_names_of_every_family(name: str, tmp_path: Path) -> None:
             np.testing.assert_allclose(array, expected[key], atol=1e-5, err_msg=key)
 
 
+def test_a_norm_of_each_head_is_not_retrained(tmp_path: Path) -> None:
+    """Its weight is within a layer, of which an adapter could not take the place."""
+    reference = make_reference(CONFIGS["cohere_query_key_norm_untied"])
+    reference.save_pretrained(tmp_path)
+    config = theirs.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["k_norm"])
+    theirs.get_peft_model(reference, config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match="received decoder_0/attention/key_norm/scale, which is"):
+        flm.peft.load_adapter(flm.Backbone.from_preset(tmp_path), tmp_path / "theirs")
+
+
 def _noise(model: Any) -> None:
     """Moves every weight that trains, so that a wrong one shows."""
     generator = torch.Generator().manual_seed(1)

@@ -139,9 +139,15 @@ class NamedModel:
             assembly: Of all tensors of the file.
 
         Raises:
-            ValueError: If the tensor has another shape than the model's.
+            ValueError: If the tensor has another shape than the model's, or no layer alone has it.
         """
         tensor = self.tensors[name]
+        within = [path for path in tensor.paths if path not in self.variables]
+        if within:
+            raise ValueError(
+                f"tensor '{name}': expected one of a layer that an adapter can take the place of, "
+                f"received {within[0]}, which is within one"
+            )
         shapes = {path: tuple(self.variables[path].shape) for path in tensor.paths}
         if (expected := tensor.shape(shapes)) != array.shape:
             raise ValueError(f"tensor '{name}': expected shape {expected}, received {array.shape}")
