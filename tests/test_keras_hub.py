@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import functional_llm as flm
+from functional_llm.presets.keras_hub_writing import save_keras_hub_preset
+from functional_llm.tokenizers import TextTokenizer
 from hub_models import (
     IDS,
     MODELS,
@@ -24,6 +26,7 @@ from hub_models import (
 )
 from test_keras_hub_tokenizers import byte_pairs
 from test_recipes import blocks
+from test_world_tokenizer import write_vocabulary
 
 pytestmark = pytest.mark.filterwarnings("ignore:The 'rwkv_ops' package is not installed")
 # A kind of column each: `make test` takes these both ways, and reads the presets of all.
@@ -215,3 +218,20 @@ def test_the_page_runs(repository: Path, tmp_path: Path, monkeypatch: pytest.Mon
         [prompt], max_new_tokens=10 - len(prompt)
     )
     assert written == found["tokenizer"].decode([*prompt, *ours], skip_special_tokens=True)
+
+
+def test_a_world_vocabulary_is_not_written_and_the_model_is(tmp_path: Path) -> None:
+    ours = flm.from_keras_hub(make_hub("rwkv7"))
+    write_vocabulary(tmp_path)
+    tokenizer = TextTokenizer.from_directory(tmp_path)
+    with pytest.warns(UserWarning, match="no tokenizer: KerasHub's RWKVTokenizer is not written"):
+        save_keras_hub_preset(ours, tmp_path / "preset", tokenizer)
+    assert not (tmp_path / "preset" / "tokenizer.json").exists()
+    assert_same(flm.Backbone.from_preset(tmp_path / "preset"), ours)
+
+
+def test_heads_of_another_size_have_another_epsilon_in_keras_hub() -> None:
+    with pytest.warns(UserWarning, match="the epsilon of the norm of heads is 64e-5"):
+        ours = flm.from_keras_hub(make_hub("rwkv7", head_size=32))
+    with pytest.raises(ValueError, match="the epsilon of the norm of heads is 64e-5"):
+        flm.to_keras_hub(ours)

@@ -17,6 +17,7 @@ from functional_llm.presets.tokenizer import Tokenizer
 from functional_llm.tokenizers import TextTokenizer
 from functional_llm.tokenizers.engines import TokenizersEngine
 from functional_llm.tokenizers.keras_hub_vocabulary import KINDS
+from functional_llm.tokenizers.longest_match import FILE_NAME, LongestMatchEngine
 from functional_llm.tokenizers.sentencepiece_engine import SentencePieceEngine
 from functional_llm.tokenizers.sentencepiece_model import (
     CONTROL,
@@ -41,7 +42,7 @@ def save_keras_hub_preset(
         backbone: As for `to_keras_hub`.
         directory: Where to write; replaced when all is there.
         tokenizer: Defaults to that of the preset that the backbone was loaded from, if there is
-            one; with none, the preset has the model only.
+            one; with none, or with RWKV's, of which a warning tells, the preset has the model only.
 
     Raises:
         ImportError: As `to_keras_hub`.
@@ -52,6 +53,13 @@ def save_keras_hub_preset(
     if tokenizer is None and backbone.preset is not None:
         with suppress(FileNotFoundError):
             tokenizer = Tokenizer.from_preset(backbone.preset)
+    if tokenizer is not None and isinstance(tokenizer.engine, LongestMatchEngine):
+        warnings.warn(
+            "The preset has no tokenizer: KerasHub's RWKVTokenizer is not written. Make one of the "
+            f"model's {FILE_NAME}, and save it into the same directory.",
+            stacklevel=2,
+        )
+        tokenizer = None
     name = None if column is None else _class_of(column, tokenizer)
     hub: Any = to_keras_hub(backbone, name)
     kind = type(hub).__name__.removesuffix("Backbone")
