@@ -147,6 +147,35 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "gemma4_text",
     ),
+    "gemma3n": (
+        "Gemma3nBackbone",
+        {
+            "text_vocab_size": 128,
+            "text_hidden_size": 48,
+            "num_hidden_layers": 4,
+            "pad_token_id": 0,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "intermediate_size": [80, 40, 80, 24],
+            "hidden_activation": "gelu_approximate",
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 5,
+            "rope_theta": 5000.0,
+            "rope_local_base_freq": 700.0,
+            "max_position_embeddings": 64,
+            "vocab_size_per_layer_input": 120,  # some ids are beyond it
+            "hidden_size_per_layer_input": 6,
+            "altup_num_inputs": 3,
+            "altup_active_idx": 1,
+            "laurel_rank": 5,
+            "activation_sparsity_pattern": [0.8, 0.0, 0.3, 0.0],
+            "num_kv_shared_layers": 2,
+            "final_logit_soft_cap": 3.0,
+            "rms_norm_eps": 1e-3,
+        },
+        "gemma3n_text",
+    ),
     "gpt2": ("GPT2Backbone", {**_SIZES, "num_heads": 4, "max_sequence_length": 64}, "gpt2"),
     "bloom": (
         "BloomBackbone",
@@ -226,6 +255,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         "smollm3",
     ),
 }
+# Keys and values of the layers of a Gemma 3n that borrow them: to KerasHub they go as zeros.
+_UNREAD = re.compile(r"decoder_block_[23]/attention/[kv]_")
 # KerasHub computes them otherwise, whatever their numbers: they come, and do not go.
 ONE_WAY: dict[str, tuple[str, dict[str, Any], str]] = {
     # Twelve heads, as only slopes that are no powers of two are rounded at once.
@@ -241,6 +272,9 @@ def make_hub(name: str, **changes: Any) -> Any:
         model = getattr(keras_hub.models, kind)(**{**arguments, **changes})
     generator = np.random.default_rng(1)
     for weight in model.trainable_weights:
+        if _UNREAD.search(weight.path):
+            weight.assign(np.zeros(weight.shape))
+            continue
         scale = 0.3 if "query" in weight.path or "key" in weight.path else 0.1
         noise = generator.standard_normal(weight.shape) * scale
         weight.assign(noise + (np.asarray(weight, "float32") if len(weight.shape) == 1 else 0))
@@ -258,6 +292,7 @@ def hub_logits(model: Any, ids: np.ndarray = IDS) -> np.ndarray:
         inputs["position_ids"] = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
     with promoting():
         hidden = model(inputs)
+        model = getattr(model, "language_model", model)  # of Gemma 3n
         if hasattr(model, "head"):  # RWKV-7's returns logits
             return np.asarray(hidden)
         return np.asarray(model.token_embedding(hidden, reverse=True))

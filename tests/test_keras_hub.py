@@ -82,6 +82,7 @@ def test_greedy_text_is_the_same() -> None:
     prompt, total = IDS[:1, :7], 16
     names = ["llama3", "mistral", "qwen", "qwen3", "gemma2", "gemma3", "gpt2", "smollm3"]
     names += ["bloom", "opt", "phi3", "gpt_oss", "mixtral", "qwen_moe", "qwen3_moe"]
+    names += ["gemma3n"]
     for name in names:
         hub = make_hub(name)
         theirs = hub_text(hub, prompt, total)

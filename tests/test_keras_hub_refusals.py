@@ -30,6 +30,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma_untied": ("gemma_untied_multi_head", {}, "tie_word_embeddings=False"),
     "gemma2_scale": ("gemma2_soft_caps", {}, "query_pre_attention_scalar=24"),
     "gemma3_ropes": ("gemma3_two_ropes", {}, "rope_max_wavelength=50000.0.*layer_types"),
+    "gemma3n_untied": ("gemma3n_widths_untied", {}, "tie_word_embeddings=False"),
     "phi3_window": ("phi3_window_multi_head", {}, "sliding_window=8"),
     "phi3_part_of_each_head": ("phi3_long_texts", {}, "partial_rotary_factor=0.7"),
     "phi3_magnitude": ("phi3_tied_one_layer", {}, "tie_word_embeddings=True.*attention_factor"),
@@ -105,6 +106,10 @@ BAD_ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "scaling_without_factors": ("phi3", _SU, "rope_scaling_type='su'"),
     "factors_of_a_word": ("phi3", {**_SU, "rope_scaling_long_factor": "x"}, "list of numbers"),
     "bloom_mlp": ("bloom", {"intermediate_dim": 80}, "intermediate_dim=80 .expected 192"),
+    "gemma3n_widths": ("gemma3n", {"intermediate_size": [8]}, "for each of 4 layers, a width"),
+    "gemma3n_lender": ("gemma3n", {"num_kv_shared_layers": 3}, "one of each type"),
+    "gemma3n_rope": ("gemma3n", {"rope_scaling": 2.0}, "rope_scaling=2.0 .expected None"),
+    "gemma3n_act": ("gemma3n", {"hidden_activation": "gelu"}, "expected 'gelu_approximate'"),
     "no_heads": ("gpt_neox", {"num_heads": 0}, "positive integer for num_heads"),
 }
 

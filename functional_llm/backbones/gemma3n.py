@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from functional_llm.backbones import gemma3n_keys, gemma3n_weights
 from functional_llm.backbones.family import Family
+from functional_llm.backbones.keras_hub.gemma3n import GEMMA3N
 from functional_llm.backbones.sharing import (
     SharingConfig,
     build_sharing,
@@ -108,6 +109,7 @@ FAMILY = Family(
             parts=("vision_tower", "audio_tower", "embed_vision", "embed_audio"),
         )
     ],
+    keras_hub=GEMMA3N,
     gguf_architecture="gemma3n",
     gguf_keys=gemma3n_keys.GGUF_KEYS,
     gguf_given=gemma3n_keys.gguf_given,

@@ -65,7 +65,17 @@ def complete_keys(keys: JSON) -> JSON:
     widths = keys["intermediate_size"]
     keys["mlp_widths"] = widths if isinstance(widths, list) else [widths] * count
     keys["intermediate_dim"] = keys["mlp_widths"][0] if keys["mlp_widths"] else 0
-    _check_layers(keys, count)
+    check_numbers(keys)
+    return keys
+
+
+def check_numbers(keys: JSON) -> None:
+    """Checks that there is one of each layer's own, one that lends to each, and the stream.
+
+    Raises:
+        ValueError: If not.
+    """
+    _check_layers(keys, keys["num_hidden_layers"])
     check_sharing(keys)
     streams, active = keys["altup_num_inputs"], keys["altup_active_idx"]
     sizes = {key: keys[key] for key in ("laurel_rank", "hidden_size_per_layer_input")}
@@ -74,7 +84,6 @@ def complete_keys(keys: JSON) -> JSON:
             "config.json: expected an altup_active_idx from 0 to altup_num_inputs - 1, and "
             f"{' and '.join(sizes)} above 0. Received: {active} of {streams}, {sizes}."
         )
-    return keys
 
 
 def _check_layers(keys: JSON, count: int) -> None:

@@ -93,7 +93,7 @@ def _read(given: JSON, family: Family, column: KerasHub) -> tuple[Any, list[str]
         return None, problems
     values = {name: given.get(name, default) for name, default in column.arguments.items()}
     ours = get_type_hints(family.config_class)
-    hints = {**column.types, **ours}
+    hints = {**ours, **column.types}
     for name, value in values.items():
         if value is None:
             continue

@@ -104,14 +104,8 @@ def numbered(source: TensorSource, names: Sequence[str]) -> TensorSource:
         source: The weights; Keras leaves out the number of the first.
         names: The places that a model needs.
     """
-    needed = set(names)
-
-    def number(name: str) -> str:
-        root, _, rest = name.partition("/")
-        kind, _, rest = rest.partition("/")
-        return x if (x := f"{root}/{kind}_0/{rest}") in needed else name
-
-    return with_names(source, number)
+    needed = {name.replace("_0/", "/"): name for name in names}
+    return with_names(source, lambda name: needed.get(name, name))
 
 
 @dataclass
@@ -131,7 +125,7 @@ class KerasHubLayers:
     layers: dict[str, Layer] = field(init=False)  # by their place
 
     def __post_init__(self) -> None:
-        self.layers = _find_layers(self.model, self.names)
+        self.layers = find_layers(self.model, self.names)
         quantized = sorted({x.quantization_mode for x in self.layers.values()} - {None})
         if quantized:
             raise ValueError(
@@ -184,19 +178,14 @@ def _place(name: str) -> str:
     return name.rpartition("/vars/")[0]
 
 
-def _find_layers(model: keras.Model, names: Sequence[str]) -> dict[str, Layer]:
+def find_layers(model: keras.Model, names: Sequence[str]) -> dict[str, Layer]:
     """Returns the layers at the places of some weights."""
-    kinds: dict[str, list[Layer]] = {}
-    for layer in model.layers:
-        kinds.setdefault(_snake_case(type(layer).__name__), []).append(layer)
-    tops = {f"{kind}_{i}": x for kind, layers in kinds.items() for i, x in enumerate(layers)}
-    tops |= {kind: layers[0] for kind, layers in kinds.items()}
     found = {}
     for name in names:
-        _, top, *path = _place(name).split("/")
-        place: Any = tops.get(top)
-        for attribute in path:
-            place = getattr(place, attribute, None)
+        place: Any = model
+        for part in _place(name).split("/"):
+            inside = _by_kind(place) if isinstance(place, list) else {}
+            place = inside.get(part, getattr(place, part, None))
         if place is None:
             raise ValueError(
                 f"Expected the layer {_place(name)} in KerasHub's {type(model).__name__}. "
@@ -205,6 +194,15 @@ def _find_layers(model: keras.Model, names: Sequence[str]) -> dict[str, Layer]:
             )
         found[_place(name)] = place
     return found
+
+
+def _by_kind(layers: Sequence[Layer]) -> dict[str, Layer]:
+    """Returns the layers of a list by their kind and number; the first may lack the number."""
+    kinds: dict[str, list[Layer]] = {}
+    for layer in layers:
+        kinds.setdefault(_snake_case(type(layer).__name__), []).append(layer)
+    numbered = {f"{kind}_{i}": x for kind, some in kinds.items() for i, x in enumerate(some)}
+    return {**numbered, **{kind: some[0] for kind, some in kinds.items()}}
 
 
 def _snake_case(name: str) -> str:

@@ -15,7 +15,7 @@ from functional_llm.backbones.family import Family, ModelConfig
 from functional_llm.backbones.keras_hub.column import KerasHub
 from functional_llm.formats.keras_hub_config import make_arguments, read_arguments
 from functional_llm.formats.keras_hub_lora import load_lora
-from functional_llm.formats.keras_hub_weights import KerasHubLayers
+from functional_llm.formats.keras_hub_weights import KerasHubLayers, find_layers
 from functional_llm.formats.table_checks import check_source
 from functional_llm.formats.weight_table import (
     Tensor,
@@ -26,6 +26,7 @@ from functional_llm.formats.weight_table import (
 )
 from functional_llm.graph.backend import require_jax
 from functional_llm.graph.keras_values import uninitialized
+from functional_llm.graph.types import Layer
 from functional_llm.presets.backbone import Backbone
 
 
@@ -61,7 +62,9 @@ def from_keras_hub(
         arguments["tie_word_embeddings"] = model.tie_word_embeddings
     family, config = read_arguments(name, arguments, False, FAMILIES, f"The KerasHub {name}")
     with uninitialized():  # SmolLM3's dtype is not that of its layers
-        backbone = Backbone._build(family, config, model.token_embedding.dtype_policy.name)
+        backbone = Backbone._build(
+            family, config, _embedding(model, family, config).dtype_policy.name
+        )
     column, tensors = _tensors(backbone, family)
     computed = list(_computed(column, config))
     source = KerasHubLayers(model, [*(tensor.name for tensor in tensors), *computed])
@@ -140,6 +143,14 @@ def _tensors(backbone: Backbone, family: Family) -> tuple[KerasHub, list[Tensor]
         raise ValueError(f"KerasHub has no models of the family {family.model_type!r}.")
     config, shapes = backbone.config, shapes_of(backbone.variables)
     return column, expand_table(column.weights(config), shapes, config.num_layers)
+
+
+def _embedding(model: keras.Model, family: Family, config: ModelConfig) -> Layer:
+    """Returns the layer of a KerasHub model that embeds tokens."""
+    rows = () if family.keras_hub is None else family.keras_hub.weights(config)
+    places = [place for place, path, _ in rows if path == "token_embedding/embeddings"]
+    (layer,) = find_layers(model, places).values()
+    return layer
 
 
 def _backbone_of(model: Any) -> Any:

@@ -47,7 +47,8 @@ class KerasHub:
         wrong_text: Config -> what its `generate` computes otherwise than the class.
         ignored: Arguments without a meaning for the models that can be read, or all of whose
             values `fields` reads.
-        types: Types of arguments that are no field, where they are not just a number.
+        types: Types of arguments that are no field, or one of another type, where they are not just
+            a number.
         computed: Config -> value of weights that follow from the arguments, by their place.
     """
 
