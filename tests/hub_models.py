@@ -256,7 +256,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
 }
 # Keys and values of the layers of a Gemma 3n that borrow them: to KerasHub they go as zeros.
-_UNREAD = re.compile(r"decoder_block_[23]/attention/[kv]_")
+UNREAD = re.compile(r"decoder_block_[23]/attention/[kv]_")
 # KerasHub computes them otherwise, whatever their numbers: they come, and do not go.
 ONE_WAY: dict[str, tuple[str, dict[str, Any], str]] = {
     # Twelve heads, as only slopes that are no powers of two are rounded at once.
@@ -272,7 +272,7 @@ def make_hub(name: str, **changes: Any) -> Any:
         model = getattr(keras_hub.models, kind)(**{**arguments, **changes})
     generator = np.random.default_rng(1)
     for weight in model.trainable_weights:
-        if _UNREAD.search(weight.path):
+        if UNREAD.search(weight.path):
             weight.assign(np.zeros(weight.shape))
             continue
         scale = 0.3 if "query" in weight.path or "key" in weight.path else 0.1
@@ -286,8 +286,8 @@ def promoting() -> AbstractContextManager[Any]:
     return jax.numpy_dtype_promotion("standard")
 
 
-def hub_logits(model: Any, ids: np.ndarray = IDS) -> np.ndarray:
-    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+def hub_logits(model: Any, ids: np.ndarray = IDS, **others: np.ndarray) -> np.ndarray:
+    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids), **others}
     if "position_ids" in model.input:
         inputs["position_ids"] = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
     with promoting():

@@ -91,6 +91,12 @@ def _read(given: JSON, family: Family, column: KerasHub) -> tuple[Any, list[str]
     ]
     if problems:
         return None, problems
+    problems = [
+        f"{name}={shown(given[name])} (expected the config of an encoder, or nothing)"
+        for name in column.encoders
+        if not isinstance(given.get(name), dict | None)
+    ]
+    given = {**given, **dict.fromkeys(column.encoders)}
     values = {name: given.get(name, default) for name, default in column.arguments.items()}
     ours = get_type_hints(family.config_class)
     hints = {**ours, **column.types}

@@ -38,8 +38,12 @@ class KerasHubPreset(Source):
         return KerasHubFiles(self.path)
 
     @cached_property
+    def _raw(self) -> JSON:
+        return read_json(self.path / _CONFIG)
+
+    @cached_property
     def _read(self) -> tuple[Family, ModelConfig]:
-        raw, where = read_json(self.path / _CONFIG), str(self.path / _CONFIG)
+        raw, where = self._raw, str(self.path / _CONFIG)
         arguments = raw["config"]
         if not isinstance(arguments, dict):
             raise ValueError(f"{where}: expected the arguments of a class under config.")
@@ -75,8 +79,11 @@ class KerasHubPreset(Source):
     @property
     def ignored(self) -> Sequence[str]:
         column = self.family.keras_hub
-        computed = {} if column is None else column.computed(self.config)
-        return [RANDOM_STATES, *(place.replace("_{}", "*") for place in computed)]
+        if column is None:
+            return [RANDOM_STATES]
+        computed = [place.replace("_{}", "*") for place in column.computed(self.config)]
+        encoders = column.encoder_places(self._raw["config"])
+        return [RANDOM_STATES, *computed, *(f"{place}/*" for place in encoders)]
 
     def open_tensors(self, names: Sequence[str]) -> TensorSource:
         return numbered(self._files, names)

@@ -115,6 +115,7 @@ class KerasHubLayers:
     Args:
         model: The backbone.
         names: The places that are needed.
+        encoders: Places of layers whose weights are not needed.
 
     Raises:
         ValueError: If the model is quantized, or has weights that are at none of the places.
@@ -122,17 +123,19 @@ class KerasHubLayers:
 
     model: keras.Model
     names: Sequence[str]
+    encoders: Sequence[str] = ()
     layers: dict[str, Layer] = field(init=False)  # by their place
 
     def __post_init__(self) -> None:
-        self.layers = find_layers(self.model, self.names)
+        self.layers = find_layers(self.model, [layer_place(name) for name in self.names])
         quantized = sorted({x.quantization_mode for x in self.layers.values()} - {None})
         if quantized:
             raise ValueError(
                 f"Expected a KerasHub model in floating point. Received: one quantized to "
                 f"{', '.join(quantized)}. Load it again without quantizing it."
             )
-        found = {id(weight) for layer in self.layers.values() for weight in layer.weights}
+        known = {**self.layers, **find_layers(self.model, self.encoders)}
+        found = {id(weight) for layer in known.values() for weight in layer.weights}
         unknown = [weight.path for weight in self.model.weights if id(weight) not in found]
         if unknown:
             raise ValueError(
@@ -165,34 +168,35 @@ class KerasHubLayers:
             tensors: Place and value of each.
         """
         stores: dict[str, dict[str, np.ndarray]] = {}
-        left = {place: sum(_place(x) == place for x in self.names) for place in self.layers}
+        left = {place: sum(layer_place(x) == place for x in self.names) for place in self.layers}
         for name, array in tensors:
-            place = _place(name)
+            place = layer_place(name)
             stores.setdefault(place, {})[name.rpartition("/")[2]] = array
             left[place] -= 1
             if not left[place]:
                 self.layers[place].load_own_variables(stores.pop(place))
 
 
-def _place(name: str) -> str:
+def layer_place(name: str) -> str:
+    """Returns the place of the layer that has the weight at a place."""
     return name.rpartition("/vars/")[0]
 
 
-def find_layers(model: keras.Model, names: Sequence[str]) -> dict[str, Layer]:
-    """Returns the layers at the places of some weights."""
+def find_layers(model: keras.Model, places: Sequence[str]) -> dict[str, Layer]:
+    """Returns the layers at some places."""
     found = {}
-    for name in names:
-        place: Any = model
-        for part in _place(name).split("/"):
-            inside = _by_kind(place) if isinstance(place, list) else {}
-            place = inside.get(part, getattr(place, part, None))
-        if place is None:
+    for place in places:
+        layer: Any = model
+        for part in place.split("/"):
+            inside = _by_kind(layer) if isinstance(layer, list) else {}
+            layer = inside.get(part, getattr(layer, part, None))
+        if layer is None:
             raise ValueError(
-                f"Expected the layer {_place(name)} in KerasHub's {type(model).__name__}. "
+                f"Expected the layer {place} in KerasHub's {type(model).__name__}. "
                 "Received: none, so this is a version of KerasHub that is not known here. Install "
                 "keras-hub 0.32."
             )
-        found[_place(name)] = place
+        found[place] = layer
     return found
 
 

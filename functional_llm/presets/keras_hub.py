@@ -15,7 +15,7 @@ from functional_llm.backbones.family import Family, ModelConfig
 from functional_llm.backbones.keras_hub.column import KerasHub
 from functional_llm.formats.keras_hub_config import make_arguments, read_arguments
 from functional_llm.formats.keras_hub_lora import load_lora
-from functional_llm.formats.keras_hub_weights import KerasHubLayers, find_layers
+from functional_llm.formats.keras_hub_weights import KerasHubLayers, find_layers, layer_place
 from functional_llm.formats.table_checks import check_source
 from functional_llm.formats.weight_table import (
     Tensor,
@@ -67,7 +67,8 @@ def from_keras_hub(
         )
     column, tensors = _tensors(backbone, family)
     computed = list(_computed(column, config))
-    source = KerasHubLayers(model, [*(tensor.name for tensor in tensors), *computed])
+    names = [*(tensor.name for tensor in tensors), *computed]
+    source = KerasHubLayers(model, names, column.encoder_places(arguments))
     check_source(tensors, shapes_of(backbone.variables), source, ignored=computed)
     load_weights(backbone.variables, tensors, source)
     return backbone
@@ -149,7 +150,7 @@ def _embedding(model: keras.Model, family: Family, config: ModelConfig) -> Layer
     """Returns the layer of a KerasHub model that embeds tokens."""
     rows = () if family.keras_hub is None else family.keras_hub.weights(config)
     places = [place for place, path, _ in rows if path == "token_embedding/embeddings"]
-    (layer,) = find_layers(model, places).values()
+    (layer,) = find_layers(model, [layer_place(place) for place in places]).values()
     return layer
 
 

@@ -50,6 +50,8 @@ class KerasHub:
         types: Types of arguments that are no field, or one of another type, where they are not just
             a number.
         computed: Config -> value of weights that follow from the arguments, by their place.
+        encoders: Argument with an encoder of images or sounds -> places of all that it brings
+            along. Of such a model, the text model is read; it is written without encoders.
     """
 
     classes: Sequence[str]
@@ -63,10 +65,15 @@ class KerasHub:
     ignored: Sequence[str] = ()
     types: Mapping[str, Any] = field(default_factory=dict)
     computed: Callable[[Any], Mapping[str, np.ndarray]] = _nothing_computed
+    encoders: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def differences(self, config: Any) -> list[str]:
         """Returns what KerasHub computes otherwise than the authors of such a model."""
         return [*self.always_wrong, *self.wrong(config)]
+
+    def encoder_places(self, arguments: JSON) -> list[str]:
+        """Returns the places of the encoders that a model with these arguments has."""
+        return [x for name, places in self.encoders.items() if arguments.get(name) for x in places]
 
 
 SIZES = "vocabulary_size num_layers hidden_dim intermediate_dim".split()

@@ -125,6 +125,7 @@ _DENSE, _MOE = "layers/qwen3_5_transformer_decoder_{}", "layers/qwen3_5_moe_tran
 _COMMON: dict[str, Any] = {
     "written": _written,
     "wrong_text": _wrong_text,
+    "encoders": {"vision_encoder": ["layers/qwen3_5_vision_encoder"]},
     "ignored": ("mrope_section", "layer_types", "sliding_window_size"),  # of images, or read
     "types": {**dict.fromkeys(_NETS, int), "layer_types": tuple[str, ...]},
 }

@@ -95,7 +95,8 @@ def _written(config: Any) -> JSON:
     }
 
 
-_MODEL = "layers/gemma3n_multimodal_embedding_processor/language_model"
+_PROCESSOR = "layers/gemma3n_multimodal_embedding_processor"
+_MODEL = f"{_PROCESSOR}/language_model"
 _LAYER = f"{_MODEL}/transformer_layers/gemma3n_text_decoder_block"
 # In a layer: a Dense, or a norm.
 _DENSE = {
@@ -174,4 +175,8 @@ GEMMA3N = KerasHub(
         "rope_scaling": float,
     },
     computed=_unused,
+    encoders={
+        f"{x}_encoder_config": [f"{_PROCESSOR}/{x}_encoder", f"{_PROCESSOR}/embed_{x}"]
+        for x in ("vision", "audio")
+    },
 )

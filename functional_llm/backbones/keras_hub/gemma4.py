@@ -180,4 +180,5 @@ GEMMA4 = KerasHub(
     weights=_weights,
     ignored=[*_NOT_READ],
     types={"layer_types": tuple[str, ...]},
+    encoders={x: [f"layers/gemma4_{x}"] for x in ("vision_encoder", "audio_encoder")},
 )

@@ -173,5 +173,6 @@ GEMMA3 = KerasHub(
     },
     weights=_weights("gemma3_decoder_block"),
     wrong=_wrong,
-    ignored=["image_size"],  # without a vision encoder
+    ignored=["image_size"],
+    encoders={"vision_encoder": ["layers/gemma3_vision_encoder"]},
 )
