@@ -11,6 +11,7 @@ import pytest
 
 import functional_llm as flm
 from functional_llm.graph.keras_values import uninitialized
+from functional_llm.presets.keras_hub_writing import save_keras_hub_preset
 from hub_models import (
     IDS,
     MODELS,
@@ -21,6 +22,7 @@ from hub_models import (
     promoting,
     values,
 )
+from test_keras_hub_tokenizers import GEMMA3N, GEMMA4, sentences
 
 _WIDTH = 48  # of the text models
 _VIT = {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 12}
@@ -121,6 +123,14 @@ MAKERS: dict[str, Callable[[], Any]] = {
 }
 
 
+# The special tokens of their tokenizers, beside those of `sentences`.
+SENTENCES = {
+    "gemma3": ["<img>", "<start_of_image>", "<end_of_image>"],
+    "gemma3n": GEMMA3N.split(),
+    "gemma4": GEMMA4.split(),
+}
+
+
 def make_with_encoders(name: str) -> Any:
     """Returns a random KerasHub backbone, without the time that its own initialisers take."""
     with promoting(), uninitialized():
@@ -183,6 +193,26 @@ def test_text_alone_has_the_same_logits(name: str) -> None:
     ours = np.asarray(flm.from_keras_hub(theirs)(IDS))
     assert ours.std() > 0.1
     np.testing.assert_allclose(ours, hub_logits(theirs, **NOTHING[name]), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SENTENCES)
+def test_the_text_model_is_written_with_its_tokenizer(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without TensorFlow, which Gemma's preprocessors want before they need it."""
+    module = f"keras_hub.src.models.{name}.{name}_causal_lm_preprocessor"
+    monkeypatch.setattr(f"{module}.assert_tf_installed", lambda _: None)
+    kind = MODELS[name][0].removesuffix("Backbone")
+    tokenizer = getattr(keras_hub.tokenizers, f"{kind}Tokenizer")(sentences(*SENTENCES[name]))
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    make_with_encoders(name).save_to_preset(theirs)
+    tokenizer.save_to_preset(theirs)
+    model = flm.Backbone.from_preset(theirs)
+    save_keras_hub_preset(model, ours)
+    for file, part in (("task", "CausalLM"), ("tokenizer", "Tokenizer"), ("config", "Backbone")):
+        assert json.loads((ours / f"{file}.json").read_text())["class_name"] == f"{kind}{part}"
+    assert_same(flm.Backbone.from_preset(ours), model)
+    assert flm.Tokenizer.from_preset(ours).stop_token_ids > {tokenizer.end_token_id}
 
 
 def test_only_the_encoders_that_the_arguments_name_are_skipped(tmp_path: Path) -> None:

@@ -100,19 +100,33 @@ def test_what_no_merge_makes_is_a_special_token(tmp_path: Path) -> None:
     assert ours.stop_token_ids == {vocabulary["<|endoftext|>"], vocabulary["<|im_end|>"]}
 
 
-def sentences() -> bytes:
-    """Returns a small sentencepiece model with the special tokens of Gemma, Llama and Phi 3."""
+def sentences(*more: str) -> bytes:
+    """Returns a small sentencepiece model with the special tokens of Gemma, Llama and Phi 3.
+
+    Args:
+        *more: Texts of special tokens beside.
+    """
     names = ["<pad>", "<eos>", "<bos>", "<unk>", "<s>", "</s>"]
     tokens = [(name, 2 if name == "<unk>" else 3) for name in names]
     tokens += [(name, 4) for name in ("<end_of_turn>", "<|endoftext|>", "<|user|>", "<|end|>")]
+    tokens += [(name, 4) for name in more]
     tokens += [(f"<0x{byte:02X}>", 6) for byte in range(256)]
     tokens += [(piece, 1) for piece in ["▁", *"abcdefghT", "▁a", "bc", "▁abc"]]
     return make_sentencepiece_proto(tokens, [-float(i) for i in range(len(tokens))], True)
 
 
+# Beside what `sentences` has: turns, images and sounds.
+GEMMA3N = "<start_of_turn> <mask> [multimodal] <image_soft_token> <start_of_image> <end_of_image>"
+GEMMA3N += " <audio_soft_token> <start_of_audio> <end_of_audio>"
+
+GEMMA4 = "<|turn> <turn|> <|image> <|image|> <image|> <|video|>"
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "stops"),
     [
+        ("Gemma3nTokenizer", {}, {"<eos>", "<end_of_turn>"}),
+        ("Gemma4Tokenizer", {}, {"<eos>", "<turn|>"}),
         ("GemmaTokenizer", {}, {"<eos>", "<end_of_turn>"}),
         ("Gemma3Tokenizer", {"has_vision_tokens": False}, {"<eos>", "<end_of_turn>"}),
         ("LlamaTokenizer", {}, {"</s>"}),
@@ -122,7 +136,8 @@ def sentences() -> bytes:
 def test_sentencepiece(
     name: str, arguments: dict[str, Any], stops: set[str], tmp_path: Path
 ) -> None:
-    theirs = getattr(keras_hub.tokenizers, name)(sentences(), **arguments)
+    more = {"Gemma3nTokenizer": GEMMA3N, "Gemma4Tokenizer": GEMMA4}.get(name, "").split()
+    theirs = getattr(keras_hub.tokenizers, name)(sentences(*more), **arguments)
     theirs.save_to_preset(tmp_path)
     ours = flm.Tokenizer.from_preset(tmp_path)
     for text in [*TEXTS, "abc bad cab", "<|user|>\nabc<|end|>"]:

@@ -30,7 +30,10 @@ from functional_llm.tokenizers.sentencepiece_model import (
 # What is not there for every model, and weights, which may lie in several files.
 _FILES = ("task.json", "preprocessor.json", "tokenizer.json", "*.weights.h5", "*.weights.json")
 # What the classes of tokenizers want beside their vocabulary.
-_ARGUMENTS: dict[str, dict[str, Any]] = {"Gemma3Tokenizer": {"has_vision_tokens": False}}
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "Gemma3Tokenizer": {"has_vision_tokens": False},
+    "Gemma4Tokenizer": {"has_vision_tokens": False, "has_video_tokens": False},
+}
 
 
 def save_keras_hub_preset(
@@ -75,7 +78,8 @@ def save_keras_hub_preset(
             preprocessor = getattr(keras_hub.models, f"{kind}CausalLMPreprocessor")(
                 hub_tokenizer, add_start_token=tokenizer.add_bos
             )
-            task = getattr(keras_hub.models, f"{kind}CausalLM")(hub, preprocessor)
+            make = getattr(keras_hub.models, f"{kind}CausalLM")
+            task = make(backbone=hub, preprocessor=preprocessor)  # Gemma's order is another
             task.save_to_preset(str(folder))
         _complete(folder, arguments)
 

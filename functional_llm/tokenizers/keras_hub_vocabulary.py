@@ -55,6 +55,8 @@ KINDS = {
     "GPT2Tokenizer": _GPT2,
     "GPTNeoXTokenizer": _GPT2,
     "Gemma3Tokenizer": _GEMMA,
+    "Gemma3nTokenizer": _GEMMA,
+    "Gemma4Tokenizer": _Kind(bos="<bos>", eos="<eos>", pad="<pad>", stops=("<turn|>",)),
     "GemmaTokenizer": _GEMMA,
     "Llama3Tokenizer": _Kind(
         pre="llama3", bos="<|begin_of_text|>", eos="<|end_of_text|>", stops=("<|eot_id|>",)
