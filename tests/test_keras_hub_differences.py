@@ -13,8 +13,10 @@ from configs import CONFIGS
 from functional_llm.backbones.families import FAMILIES
 from functional_llm.backbones.keras_hub.column import REQUIRED
 from functional_llm.formats.keras_hub_config import IRRELEVANT
+from functional_llm.graph.keras_values import uninitialized
 from hub_models import (
     IDS,
+    MODELS,
     hub_logits,
     hub_text,
     keras_hub,
@@ -167,6 +169,28 @@ def test_kerashubs_saved_llama_forgets_that_its_head_is_tied(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="variables"):
         keras_hub.models.Backbone.from_preset(str(tmp_path))
     assert flm.Backbone.from_preset(tmp_path).config.tie_word_embeddings
+
+
+def test_kerashub_takes_one_of_two_classes_for_a_gemma4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order is that of a set: each may be the first."""
+    from keras_hub.src.utils import preset_utils
+
+    models, found = keras_hub.models, preset_utils.list_subclasses(keras_hub.models.CausalLM)
+    taken = set()
+    for order in (found, found[::-1]):
+        monkeypatch.setattr(preset_utils, "list_subclasses", lambda _, order=order: order)
+        kind = preset_utils.find_subclass("", models.CausalLM, models.Gemma4Backbone)
+        taken.add(kind.__name__)
+    assert taken == {"Gemma4CausalLM", "Gemma4AssistantCausalLM"}
+
+
+def test_kerashubs_enable_lora_finds_nothing_in_a_gemma3n() -> None:
+    with uninitialized():
+        hub = keras_hub.models.Gemma3nBackbone(**MODELS["gemma3n"][1])
+    hub.enable_lora(3)
+    assert not hub.trainable_weights
+    hub.enable_lora(3, target_layer_names=["q_proj", "v_proj"])
+    assert len(hub.trainable_weights) == 4 * 2 * 2  # layers, kernels, parts of an adapter
 
 
 def test_kerashub_reads_neither_epsilon_nor_stretched_rope_of_a_llama(tmp_path: Path) -> None:

@@ -29,8 +29,15 @@ _SAME = {
     "num_kv_shared_layers": "borrowing_layers",
     "rms_norm_eps": "layer_norm_epsilon",
 }
-# What it must have.
-_FIXED: JSON = {"attention_bias": False, "rope_scaling": None}
+_COUNTS = ["text_vocab_size", "text_hidden_size", "num_hidden_layers", "num_attention_heads"]
+_COUNTS += ["vocab_size_per_layer_input", "hidden_size_per_layer_input", "altup_num_inputs"]
+# What it must have; rope_scaling would stretch the layers with windows, too.
+_FIXED: JSON = {
+    "attention_bias": False,
+    "rope_scaling": None,
+    "vision_encoder_config": None,
+    "audio_encoder_config": None,
+}
 # Of training, and of encoders.
 _NOT_READ: JSON = {
     "attention_dropout": 0.0,
@@ -46,14 +53,12 @@ _NOT_READ: JSON = {
     "audio_soft_tokens_per_image": 188,
     "audio_token_id": 99,
 }
-_ENCODERS: JSON = {"vision_encoder_config": None, "audio_encoder_config": None}
 _ARGUMENTS: JSON = {
     **dict.fromkeys([*_SAME, "num_key_value_heads", "head_dim", "laurel_rank"], REQUIRED),
     **dict.fromkeys(["pad_token_id", "layer_types", "sliding_window"], REQUIRED),
     "intermediate_size": REQUIRED,
     **_FIXED,
     **_NOT_READ,
-    **_ENCODERS,
     "rope_local_base_freq": 10000.0,
     "activation_sparsity_pattern": None,
     "altup_active_idx": 0,
@@ -86,7 +91,6 @@ def _written(config: Any) -> JSON:
         **{name: getattr(config, field) for name, field in _SAME.items()},
         **_FIXED,
         **_NOT_READ,
-        **_ENCODERS,
         "pad_token_id": 0,
         "layer_types": list(config.layer_types),
         "sliding_window": config.sliding_window or 512,
@@ -168,6 +172,7 @@ GEMMA3N = KerasHub(
     weights=_weights,
     ignored=[*_NOT_READ, "pad_token_id"],
     types={
+        **dict.fromkeys(_COUNTS, int),
         "layer_types": tuple[str, ...],
         "intermediate_size": tuple[int, ...],
         "activation_sparsity_pattern": tuple[float, ...],
