@@ -195,6 +195,7 @@ def test_text_alone_has_the_same_logits(name: str) -> None:
     np.testing.assert_allclose(ours, hub_logits(theirs, **NOTHING[name]), atol=1e-4)
 
 
+@pytest.mark.nightly(unless=lambda parameters: parameters["name"] == "gemma3")
 @pytest.mark.parametrize("name", SENTENCES)
 def test_the_text_model_is_written_with_its_tokenizer(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
