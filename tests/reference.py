@@ -8,6 +8,8 @@ import numpy as np
 import torch
 import transformers
 
+import rwkv7_model  # noqa: F401  makes it known to Transformers
+
 
 def make_reference(config: dict[str, Any], seed: int = 0) -> Any:
     """Returns a random Transformers model, eager attention, float32.

@@ -67,4 +67,5 @@ ONE_OF_EACH_KIND = [
     "gemma4_shared_keys",  # layers look at the keys of others, embeddings for each layer
     "mamba2_groups",  # a state that decays, a norm of groups
     "mamba_default_rank",  # a state that goes from token to token
+    "rwkv7_three_heads",  # the same, of matrices; a first layer that lends its values
 ]

@@ -1,4 +1,4 @@
-"""State spaces: Mamba-2, and models that have it beside attention."""
+"""State spaces: Mamba, models that have it beside attention, and RWKV-7."""
 
 from typing import Any
 
@@ -78,6 +78,25 @@ _NEMOTRON_H = {
     "time_step_min": 1e-20,
     "time_step_max": 1.0,
     "time_step_floor": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
+_RWKV7 = {
+    "model_type": "rwkv7",
+    "vocab_size": 128,
+    "hidden_size": 24,
+    "head_dim": 8,
+    "num_hidden_layers": 2,
+    "intermediate_size": 40,
+    "decay_low_rank_dim": 6,
+    "a_low_rank_dim": 4,
+    "v_low_rank_dim": 3,
+    "gate_low_rank_dim": 5,
+    "hidden_act": "sqrelu",
+    "norm_eps": 1e-5,
+    "tie_word_embeddings": False,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": None,
@@ -218,5 +237,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mamba_head_dim": 4,
         "layer_norm_epsilon": 1e-3,
         "residual_in_fp32": True,
+    },
+    "rwkv7_three_heads": _RWKV7,
+    "rwkv7_one_head_tied": {
+        **_RWKV7,
+        "head_dim": 24,
+        "norm_eps": 1e-2,
+        "v_low_rank_dim": 1,
+        "tie_word_embeddings": True,
+    },
+    "rwkv7_small_heads_width_by_ratio": {
+        **{key: x for key, x in _RWKV7.items() if key != "intermediate_size"},
+        "num_hidden_layers": 3,
+        "head_dim": 4,
+        "hidden_ratio": 2.5,
+        "gate_low_rank_dim": 30,
     },
 }
