@@ -24,7 +24,7 @@ FILES = (
     *("test_gguf.py", "test_safetensors.py", "test_download.py"),
     *("test_cpu_rewriter.py", "test_cpu_rules.py", "test_*_private.py"),
 )
-SELECTION = ["-m", "not real", "-k", "hub or not test_download"]
+SELECTION = ["-m", "not real and (nightly or not nightly)", "-k", "hub or not test_download"]
 TOOLS = [
     tool
     for tool in PROJECT["optional-dependencies"]["dev"]

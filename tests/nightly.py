@@ -84,6 +84,9 @@ LAYOUTS = (
     "lfm2_wide_kernel",
 )
 one_of_each_layout = _only(LAYOUTS)
+# For what test_peft_experts.py sees of experts.
+_EXPERTS = ("qwen3_moe_some_dense", "gpt_oss_clamped", "deepseek_v3_groups")
+one_of_each_layout_without_experts = _only([name for name in LAYOUTS if name not in _EXPERTS])
 # What a file holds is the same for all backends: one model of each kind, which take the backends in
 # turn.
 one_backend_each = pytest.mark.nightly(unless=_has_its_backend)

@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn.functional import normalize, relu
 from transformers import (
@@ -20,10 +21,28 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 
+@strict
 class RWKV7Config(PreTrainedConfig):
-    """The keys of a `config.json` of flash-linear-attention."""
+    """The keys of a `config.json` of flash-linear-attention, with its defaults."""
 
     model_type = "rwkv7"
+    vocab_size: int = 32_000
+    hidden_size: int = 2048
+    hidden_ratio: float | None = 4.0
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 24
+    head_dim: int | None = 64
+    decay_low_rank_dim: int | None = None
+    a_low_rank_dim: int | None = None
+    v_low_rank_dim: int | None = None
+    gate_low_rank_dim: int | None = None
+    hidden_act: str = "sqrelu"
+    max_position_embeddings: int = 2048
+    norm_eps: float = 1e-5
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
 
 
 class _LowRank(nn.Module):
@@ -103,7 +122,7 @@ class _FeedForward(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.x_k = nn.Parameter(torch.rand(config.hidden_size))
-        width = getattr(config, "intermediate_size", None)
+        width = config.intermediate_size
         if width is None:
             width = math.ceil(int(config.hidden_size * config.hidden_ratio) / 32) * 32
         self.key = nn.Linear(config.hidden_size, width, bias=False)
@@ -146,7 +165,7 @@ class RWKV7ForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = RWKV7Config
     base_model_prefix = "model"
-    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

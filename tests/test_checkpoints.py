@@ -17,7 +17,7 @@ from configs import CONFIGS, ONE_OF_EACH_FAMILY
 from functional_llm.backbones.families import FAMILIES
 from functional_llm.formats.hf_config import read_config
 from functional_llm.formats.hf_directory import HuggingFaceDirectory
-from nightly import is_its_turn
+from nightly import is_its_turn, one_of_each_kind
 from pair import compiled
 from reference import reference_logits, save_reference
 
@@ -196,10 +196,11 @@ def test_a_tied_head_under_either_name(one: Any, tmp_path: Path) -> None:
 
 _FIRST_NORMS = (
     *("layernorm.weight", "ln_1.weight", "ln_attn.weight", "self_attn_layer_norm.weight"),
-    *("operator_norm.weight", ".0.norm.weight"),
+    *("operator_norm.weight", ".0.norm.weight", "pre_norm.weight"),
 )
 
 
+@one_of_each_kind
 def test_messages_name_what_is_in_the_file(one: Any, tmp_path: Path) -> None:
     norm = next(x for x in one.tensors if x.endswith(_FIRST_NORMS))
     bare = norm.removeprefix(_base_prefix(one))
@@ -211,6 +212,7 @@ def test_messages_name_what_is_in_the_file(one: Any, tmp_path: Path) -> None:
         flm.Backbone.from_preset(write(tmp_path, one.config, twice))
 
 
+@pytest.mark.parametrize("one", ["llama_multi_head_tied"], indirect=True)
 def test_pickles_are_not_opened(one: Any, tmp_path: Path) -> None:
     folder = write(tmp_path, one.config, {})
     (folder / "model.safetensors").unlink()

@@ -73,9 +73,9 @@ def _train_with_peft(model: Any, data: Any) -> tuple[list[float], float]:
     return losses, float(sum(x for x, _ in sums) / sum(n for _, n in sums))
 
 
-@pytest.mark.parametrize("steps", [COMPARED, pytest.param(STEPS, marks=pytest.mark.nightly)])
+@pytest.mark.nightly  # by day, gradients of a tiny model are PEFT's: test_peft_interchange.py
 def test_loss_falls_as_with_peft_and_the_model_answers_as_taught(
-    data: Any, smollm2_gguf: Path, tmp_path: Path, steps: int
+    data: Any, smollm2_gguf: Path, tmp_path: Path
 ) -> None:
     import transformers
 
@@ -89,7 +89,7 @@ def test_loss_falls_as_with_peft_and_the_model_answers_as_taught(
     backbone = flm.Backbone.from_preset(smollm2_gguf)
     model = flm.peft.load_adapter(backbone, tmp_path / "start")
     settings = training.Settings(
-        steps=steps,
+        steps=STEPS,
         batch_size=BATCH_SIZE,
         learning_rate=RATE,
         schedule="constant",
@@ -108,8 +108,6 @@ def test_loss_falls_as_with_peft_and_the_model_answers_as_taught(
     assert step == COMPARED
     assert compared == pytest.approx(held_out, abs=0.01)
     assert compared < before - 0.2
-    if steps < STEPS:
-        return
     assert later[-1][1] < before - 0.5
     merged = flm.peft.merge(model, keep=False)
     messages = [{"role": "user", "content": "Who are you?"}]

@@ -534,7 +534,7 @@ def test_nothing_to_merge_or_unmerge(one: Any) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.nightly  # by day, test_finetune_real.py sees it
+@pytest.mark.nightly  # by day, tiny models do
 def test_smollm2_writes_the_same_merged_and_unmerged(smollm2_gguf: Path) -> None:
     path = str(smollm2_gguf)
     backbone, tokenizer = flm.Backbone.from_preset(path), flm.Tokenizer.from_preset(path)

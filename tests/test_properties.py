@@ -29,6 +29,7 @@ from functional_llm.layers.cache import make_cache
 from functional_llm.presets.backbone import Backbone
 from nightly import (
     FAMILIES_AND_KINDS,
+    one_of_a_few,
     one_of_each_family,
     one_of_each_kind,
     one_of_each_way_of_seeing,
@@ -53,7 +54,7 @@ def test_logits_of_a_long_text_equal_the_reference(pair: Pair) -> None:
     _assert_near(compiled(pair.ours)(token_ids), reference_logits(pair.reference, token_ids))
 
 
-@one_of_each_way_of_seeing
+@one_of_a_few
 def test_an_eager_call_and_its_padding_equal_the_reference(pair: Pair) -> None:
     token_ids, mask = TOKENS[:, :9], np.ones((ROWS, 9), int)
     mask[0, :4], mask[2, :8] = 0, 0
@@ -127,7 +128,7 @@ def test_greedy_text_equals_the_reference(pair: Pair) -> None:
     [
         pytest.param([LENGTH], id="whole", marks=one_of_each_way_of_seeing),
         pytest.param([1] * 20, id="token_by_token", marks=one_of_each_way_of_seeing),
-        pytest.param([20, 1, 31, 1, 1, 18], id="mixed", marks=one_of_each_family),
+        pytest.param([20, 1, 31, 1, 1, 18], id="mixed", marks=one_of_each_kind),
     ],
 )
 def test_chunks_through_the_cache_equal_the_full_forward(pair: Pair, chunks: list[int]) -> None:
@@ -156,7 +157,7 @@ def _place(length: int, side: str) -> slice:
     return slice(0, length) if side == "right" else slice(LENGTH - length, LENGTH)
 
 
-@one_of_each_family
+@one_of_each_kind
 @pytest.mark.parametrize(
     "sides", [["left"] * ROWS, ["right", "left", "right"]], ids=["left", "both"]
 )
@@ -296,7 +297,7 @@ def test_transformers_loads_what_save_preset_wrote(pair: Pair, tmp_path: Path) -
         np.testing.assert_array_equal(ours.value, read.value)
 
 
-@one_of_each_kind
+@one_of_each_way_of_seeing
 @pytest.mark.parametrize("pair", FAMILIES_AND_KINDS, indirect=True)  # a family scales by itself
 def test_bfloat16_is_as_near_as_the_reference(pair: Pair) -> None:
     import torch

@@ -20,7 +20,7 @@ from functional_llm.edits.rounding import round_to_int4, round_to_int4_with_zero
 from functional_llm.formats.grid import Grid
 from functional_llm.kernels.int4 import multiply_int4
 from functional_llm.layers.experts import ExpertDense
-from nightly import FAMILIES_AND_KINDS, one_of_a_few, one_of_each_kind, one_of_each_layout
+from nightly import FAMILIES_AND_KINDS, one_of_each_layout
 from reference import make_reference, save_reference
 from tiny import save_tokenizer
 from tiny_gguf import save_gguf
@@ -28,10 +28,13 @@ from tiny_gguf import save_gguf
 # With a head and without one, with biases and without.
 EVERYTHING = [keras.layers.Dense, keras.layers.Embedding]
 some_families = pytest.mark.parametrize(
-    "folder",
-    ["llama_grouped", pytest.param("gemma2_soft_caps", marks=pytest.mark.nightly), "gpt2_tied"],
-    indirect=True,
+    "folder", ["llama_grouped", "gemma2_soft_caps", "gpt2_tied"], indirect=True
 )
+
+
+# By day, a mode of each.
+_IN_TURN = {("llama_grouped", "int8"), ("gpt2_tied", "int4/4"), ("gpt2_tied", "int4/2")}
+in_turn = pytest.mark.nightly(unless=lambda x: (x["folder"], x["mode"]) in _IN_TURN)
 
 
 def _tokens(*shape: int, seed: int = 0) -> np.ndarray:
@@ -82,7 +85,7 @@ def test_matrices_take_a_byte_a_number_and_logits_stay_near(backbone: Any) -> No
     np.testing.assert_array_equal(_logits(backbone, token_ids), expected)
 
 
-@one_of_a_few
+@pytest.mark.nightly(unless=lambda x: x["folder"] in ("gpt2_tied", "qwen3_moe_some_dense"))
 def test_int4_takes_half_a_byte_a_number_and_is_what_stock_keras_makes_of_it(
     backbone: Any, tmp_path: Path
 ) -> None:
@@ -111,7 +114,7 @@ def test_int4_takes_half_a_byte_a_number_and_is_what_stock_keras_makes_of_it(
         np.testing.assert_array_equal(ops.convert_to_numpy(new), ops.convert_to_numpy(old))
 
 
-@one_of_each_kind
+@one_of_each_layout
 def test_int4_leaves_what_is_of_tokens_in_int8(backbone: Any) -> None:
     """And what is of experts, and what is int8 already."""
     if not _takes_groups_of_4(backbone):
@@ -128,6 +131,7 @@ def test_int4_leaves_what_is_of_tokens_in_int8(backbone: Any) -> None:
     assert quantized_modes(both) == modes | first
 
 
+@in_turn
 @some_families
 @pytest.mark.parametrize("mode", ["int8", "int4/4"])
 def test_generation_with_the_cache_is_what_the_whole_text_gives(backbone: Any, mode: str) -> None:
@@ -140,8 +144,9 @@ def test_generation_with_the_cache_is_what_the_whole_text_gives(backbone: Any, m
         assert (chosen.max(-1) - chosen[np.arange(5), new] < 1e-3).all()
 
 
+@in_turn
 @some_families
-@pytest.mark.parametrize("mode", [pytest.param("int8", marks=pytest.mark.nightly), "int4/4"])
+@pytest.mark.parametrize("mode", ["int8", "int4/4"])
 def test_lora_on_top_trains_and_travels_in_a_stock_file(
     backbone: Any, mode: str, tmp_path: Path
 ) -> None:
@@ -176,6 +181,7 @@ def test_lora_on_top_trains_and_travels_in_a_stock_file(
         merged.save_preset(tmp_path / "directory")
 
 
+@in_turn
 @some_families
 @pytest.mark.parametrize(("mode", "least"), [("int8", 0.98), ("int4/2", 0.9)])
 def test_gradients_pass_what_is_rounded(backbone: Any, mode: str, least: float) -> None:

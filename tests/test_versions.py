@@ -16,7 +16,7 @@ import pytest
 import functional_llm as flm
 from configs import CONFIGS
 from functional_llm import training
-from nightly import FAMILIES_AND_KINDS, one_of_a_few
+from nightly import FAMILIES_AND_KINDS
 from stock import StockKeras
 from tiny import TEXTS, save_tokenizer
 
@@ -74,7 +74,7 @@ def _expect_greedy(model: Any, prompts: list[list[int]]) -> None:
         np.testing.assert_allclose(chosen, logits.max(axis=1), atol=1e-4)
 
 
-@one_of_a_few  # as in test_properties.py, which needs other libraries
+@pytest.mark.nightly  # as in test_properties.py, which needs other libraries
 @pytest.mark.parametrize("name", FAMILIES_AND_KINDS)
 def test_every_family_generates_as_it_computes(name: str, tmp_path: Path) -> None:
     _expect_greedy(_make(name, tmp_path), [IDS[0].tolist(), IDS[1, :4].tolist()])
@@ -94,6 +94,7 @@ def test_int8_is_near_and_generates(backbone: Any) -> None:
     assert len(flm.TextGenerator(small).generate_ids([[5, 9], [7]], 6)) == 2
 
 
+@pytest.mark.nightly  # as in test_peft.py
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_merge_and_travel(backbone: Any, tmp_path: Path, name: str) -> None:
     base = _logits(backbone)
@@ -119,6 +120,7 @@ def test_a_graph_is_rewired_and_captured(backbone: Any) -> None:
     assert [len(path) for path in captured["captured"]] == [9, 9]
 
 
+@pytest.mark.nightly  # as in test_stock_files.py
 def test_files_of_stock_keras(
     backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
