@@ -20,6 +20,7 @@ from functional_llm.evaluation import batches as batches_module
 from functional_llm.evaluation import scorer as scorer_module
 from functional_llm.evaluation.batches import make_batches
 from functional_llm.evaluation.perplexity import rolling_windows
+from functional_llm.evaluation.prefixes import find_runs
 from functional_llm.evaluation.rows import Row, encode_pair
 from nightly import one_of_a_few
 from pair import compiled
@@ -58,6 +59,16 @@ def check_scores(scores: Sequence[flm.Score], rows: Sequence[IdRow], expected: A
         assert found.log_probability == pytest.approx(right.sum(), abs=1e-4 * len(right))
         assert found.is_greedy == (logs.argmax(-1).tolist() == continuation)
         assert found.token_ids == continuation and found.num_tokens == len(continuation)
+
+
+@one_of_a_few
+def test_what_stands_before_all_contexts_counts(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorer_module, "_TOKENS_ON_CPU", 64)  # which sharing saves
+    rows = [([*ids(41, 0), *ids(n, n)], ids(k, n + k)) for n in (12, 9, 30) for k in (1, 3)]
+    rows.append(([*ids(41, 0), *ids(5, 99)], ids(2, 1)))
+    works = list(make_batches([Row(*row) for row in rows], 64))
+    assert all(work.prefix is not None for work in works)
+    check_scores(flm.score(pair.ours, rows), rows, expected_scores(pair.reference, rows))
 
 
 @one_of_a_few
@@ -255,13 +266,17 @@ def test_logits_of_all_tokens_are_never_there_at_once(scorer: flm.Scorer) -> Non
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 3, 8])
-def test_each_row_is_in_a_batch_and_shapes_are_few(batch_size: int | None) -> None:
+@pytest.mark.parametrize("examples", [0, 200])
+def test_each_row_is_in_a_batch_and_shapes_are_few(batch_size: int | None, examples: int) -> None:
     rng = np.random.default_rng(0)
     rows = [Row(ids(n, n), ids(k, n + k)) for n, k in rng.integers(1, 60, (40, 2))]
     rows += [Row(ids(n, n), ids(k, k)) for n in range(20, 60) for k in (1, 3, 5, 2)]
+    rows = [Row([*ids(examples, 0), *row.context], row.continuation) for row in rows]
     seen: list[int] = []
     shapes = set()
-    for contexts, batches in make_batches(rows, tokens=1024, batch_size=batch_size):
+    for contexts, batches, prefix in make_batches(rows, tokens=1024, batch_size=batch_size):
+        if prefix is not None:
+            shapes.add(prefix.tokens.shape)
         if contexts is not None:
             shapes.add(contexts.tokens.shape)
             assert len(contexts.tokens) <= (batch_size or 1024)
@@ -277,6 +292,8 @@ def test_each_row_is_in_a_batch_and_shapes_are_few(batch_size: int | None) -> No
                     owner = batch.owners[i]
                     is_there = contexts.positions[owner] >= 0
                     given = [*contexts.tokens[owner][is_there].tolist(), *given]
+                if prefix is not None:
+                    given = [*prefix.tokens[prefix.positions >= 0].tolist(), *given]
                 assert given == rows[place].inputs
             assert (batch.labels[len(places) :] == -1).all()
     assert sorted(seen) == list(range(len(rows)))
@@ -287,6 +304,8 @@ def read_tokens(rows: list[Row], **settings: Any) -> int:
     """Returns how many tokens a model reads, padding included."""
     works = list(make_batches(rows, tokens=1024, **settings))
     contexts = sum(work.contexts.tokens.size for work in works if work.contexts is not None)
+    prefixes = {id(work.prefix): work.prefix for work in works if work.prefix is not None}
+    contexts += sum(prefix.tokens.size for prefix in prefixes.values())
     return contexts + sum(batch.tokens.size for work in works for _, batch in work.batches)
 
 
@@ -304,6 +323,42 @@ def test_a_shared_context_is_read_once(batch_size: int | None) -> None:
     long = [Row(ids(11, 0), ids(n, n)) for n in (500, 480, 3, 4)]
     (work,) = make_batches(long, tokens=1024)
     assert {batch.tokens.shape for _, batch in work.batches} == {(2, 512)}
+
+
+def test_what_contexts_begin_with_is_read_once() -> None:
+    """Twenty questions with four answers behind the same examples, for each of two subjects."""
+    rows = [
+        Row([*ids(700, subject), *ids(40, 10 * subject + question)], [answer])
+        for subject in (1, 2)
+        for question in range(3, 23)
+        for answer in (3, 4, 5, 6)
+    ]
+    works = list(make_batches(rows, tokens=2048))
+    prefixes = {id(work.prefix): work.prefix for work in works}
+    assert [x.positions.max() for x in prefixes.values() if x is not None] == [699, 699]
+    # Each of the 40 questions, and each of the 160 answers, in one or two steps of padding.
+    assert read_tokens(rows) <= 2 * 768 + 48 * 64 + 192 * 16
+    assert read_tokens(rows, turning_lengths=[720]) > 160 * 700
+
+
+def test_runs_are_those_that_save_most() -> None:
+    texts = ["abcdefgh1", "abcdefgh2", "abcdefgh3", "ab4", "ab5", "x6", "x7", "y"]
+    contexts = [tuple(map(ord, text)) for text in texts]
+    shuffled = [contexts[i] for i in (5, 0, 3, 7, 2, 6, 1, 4)]
+
+    def found(worth: int) -> list[tuple[str, int]]:
+        runs = find_runs(shuffled, worth)
+        ends = [("".join(sorted(chr(shuffled[i][-1]) for i in x.contexts)), x.length) for x in runs]
+        return sorted(ends)
+
+    # "abcdefgh" twice saves 16, "ab" four times 8 and "ab" once more 2: less than the former.
+    assert found(1) == [("123", 8), ("67", 1)]
+    assert found(2) == [("123", 8)]
+    assert found(17) == []
+    assert find_runs([], 1) == find_runs(contexts[:1], 1) == []
+    wide = [(*[1] * 30, i) for i in range(20)] + [(*[1] * 30, 99, 7), (*[1] * 30, 99, 8)]
+    (run,) = find_runs(wide, 40)
+    assert run.length == 30 and len(run.contexts) == 22
 
 
 def test_results_do_not_depend_on_the_batches(scorer: flm.Scorer) -> None:

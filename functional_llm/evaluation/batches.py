@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from functional_llm.evaluation.prefixes import find_runs
 from functional_llm.evaluation.rows import Row
 
 _SHORTEST = 16  # T and L, from where on they are powers of two
@@ -49,10 +50,13 @@ class Work(NamedTuple):
     Args:
         contexts: `None` for rows that stand alone.
         batches: The places of a batch's first rows among all rows, and the batch.
+        prefix: What stands before all contexts, one row; the same object for all works that have
+            it. `None` for contexts that are whole.
     """
 
     contexts: Contexts | None
     batches: Sequence[tuple[list[int], Batch]]
+    prefix: Contexts | None = None
 
 
 def make_batches(
@@ -70,25 +74,27 @@ def make_batches(
         rows: Rows of ids.
         tokens: About so many tokens a batch, padding included.
         batch_size: Rows a batch; `None` for what `tokens` says.
-        turning_lengths: Lengths beyond which a model reads all of a text in another way: a context
-            is not shared across them.
+        turning_lengths: Lengths beyond which a model reads all of a text in another way: nothing is
+            shared across them.
 
     Yields:
-        Each context of several rows once, and with it all of their batches; then the other rows.
+        Contexts that begin alike, if that saves a batch; each context of several rows once, and
+        with it all of their batches; then the other rows.
     """
 
     def count(length: int) -> int:
         return batch_size or _floor(tokens // length)
 
-    shared, alone = _share_contexts(rows, turning_lengths)
-    most = _power_of_two(sum(map(len, shared)), 1)
-    lengths = [len(rows[places[0]].context) - 1 for places in shared]
-    for chosen, (num_contexts, length) in _shapes(lengths, count):
-        groups = [shared[i] for i in chosen]
-        longest = max(len(_rest(rows[i])) for places in groups for i in places)
-        # Each row gets a copy of its context's cache, whose memory is that of about as many tokens.
-        size = min(count(max(length // 2, _padded(longest))), most)
-        yield _work(rows, groups, num_contexts, length, (size, _padded(longest)))
+    groups, alone = _by_context(rows, turning_lengths)
+    keys = list(groups)
+    for run in find_runs(keys, tokens):
+        ids = keys[run.contexts[0]][: run.length]
+        prefix = _contexts([ids], 0, 1, _padded(run.length))
+        behind = [groups.pop(keys[i]) for i in run.contexts]
+        for work in _go_on(rows, behind, count, run.length):
+            yield work._replace(prefix=prefix)
+    yield from _go_on(rows, [places for places in groups.values() if len(places) > 1], count)
+    alone += [places[0] for places in groups.values() if len(places) == 1]
     lengths = [len(rows[i].inputs) for i in alone]
     for chosen, shape in _shapes(lengths, count):
         places = [alone[i] for i in chosen]
@@ -96,18 +102,54 @@ def make_batches(
         yield Work(None, [(places, batch)])
 
 
-def _share_contexts(
+def _by_context(
     rows: Sequence[Row], turning_lengths: Collection[int]
-) -> tuple[list[list[int]], list[int]]:
-    """Returns the places of rows that share a context, and those of all others."""
-    groups: dict[tuple[object, ...], list[int]] = {}
+) -> tuple[dict[tuple[int, ...], list[int]], list[int]]:
+    """Returns context -> the places of rows that have it, and the rows that can share nothing."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    alone: list[int] = []
     for i, row in enumerate(rows):
         known = len(row.context) - 1  # its last token predicts the continuation's first
-        turns = any(known <= length < len(row.inputs) for length in turning_lengths)
-        is_alone = turns or known < _SHORTEST_CONTEXT
-        groups.setdefault((i,) if is_alone else tuple(row.context), []).append(i)
-    shared = [places for places in groups.values() if len(places) > 1]
-    return shared, [places[0] for places in groups.values() if len(places) == 1]
+        turns = any(length < len(row.inputs) for length in turning_lengths)
+        if turns or known < _SHORTEST_CONTEXT:
+            alone.append(i)
+        else:
+            groups.setdefault(tuple(row.context), []).append(i)
+    return groups, alone
+
+
+def _go_on(
+    rows: Sequence[Row], groups: list[list[int]], count: Callable[[int], int], begin: int = 0
+) -> Iterator[Work]:
+    """Yields work whose contexts are read before their rows.
+
+    Args:
+        rows: Rows of ids.
+        groups: The places of the rows of each context.
+        count: Length -> rows of a batch.
+        begin: How many tokens of the contexts stand before them all.
+    """
+    most = _power_of_two(sum(map(len, groups)), 1)
+    lengths = [len(rows[places[0]].context) - 1 - begin for places in groups]
+    # Each context, and each row, gets a copy of the cache of what stands before it, whose memory is
+    # that of about as many tokens.
+    for chosen, (num_contexts, length) in _shapes(lengths, lambda x: count(begin + x)):
+        here = [groups[i] for i in chosen]
+        longest = _padded(max(len(_rest(rows[i])) for places in here for i in places))
+        size = min(count(max((begin + length) // 2, longest)), most)
+        known = [rows[places[0]].context[begin:-1] for places in here]
+        contexts = _contexts(known, begin, num_contexts, length)
+        yield Work(contexts, _rows_behind(rows, here, (size, longest)))
+
+
+def _contexts(known: Sequence[Sequence[int]], begin: int, count: int, length: int) -> Contexts:
+    """Returns contexts as arrays (count, length), whose first tokens have a position."""
+    tokens_CL, positions_CL = np.zeros((2, count, length), "int32")
+    for i in range(count):
+        ids = known[min(i, len(known) - 1)]
+        tokens_CL[i, : len(ids)] = ids
+        positions_CL[i] = _positions(begin, len(ids), length)
+    return Contexts(tokens_CL, positions_CL)
 
 
 def _shapes(
@@ -124,20 +166,10 @@ def _shapes(
         order = order[count:]
 
 
-def _work(
-    rows: Sequence[Row],
-    groups: list[list[int]],
-    num_contexts: int,
-    length: int,
-    shape: tuple[int, int],
-) -> Work:
-    """Returns contexts as arrays, and the rows of each as batches of one shape."""
-    contexts = [rows[places[0]].context[:-1] for places in groups]
-    tokens_CL, positions_CL = np.zeros((2, num_contexts, length), "int32")
-    for i in range(num_contexts):
-        ids = contexts[min(i, len(contexts) - 1)]
-        tokens_CL[i, : len(ids)] = ids
-        positions_CL[i] = _positions(0, len(ids), length)
+def _rows_behind(
+    rows: Sequence[Row], groups: list[list[int]], shape: tuple[int, int]
+) -> list[tuple[list[int], Batch]]:
+    """Returns the rows of each context as batches of one shape."""
     pairs = [(i, owner) for owner, places in enumerate(groups) for i in places]
     batches = []
     for begin in range(0, len(pairs), shape[0]):
@@ -147,7 +179,7 @@ def _work(
         owners_B[: len(chosen)] = [owner for _, owner in chosen]
         batch = _arrays(parts, shape)._replace(owners=owners_B)
         batches.append(([i for i, _ in chosen], batch))
-    return Work(Contexts(tokens_CL, positions_CL), batches)
+    return batches
 
 
 def _rest(row: Row) -> list[int]:

@@ -73,8 +73,8 @@ class Scorer:
 
     It runs the graph that trains, whatever it was rewired to. The head computes the logits of a few
     tokens at a time, and only of those that somebody asks for. Rows are sorted by length and padded
-    to few lengths; several continuations of one context read it once. New values of the weights
-    are used at the next call.
+    to few lengths; several continuations of one context read it once, and so do contexts that
+    begin alike, as behind the same examples. New values of the weights are used at the next call.
 
     Args:
         model: A Backbone, any functional model with its inputs and outputs, a `TextGenerator`, or a
@@ -194,9 +194,14 @@ class Scorer:
         weights = [variable.value for variable in self._variables]
         results: dict[int, Score] = {}
         with _progress(len(rows)) as progress:
-            for contexts, batches in make_batches(rows, tokens, batch_size, self._turning_lengths):
-                new = None if contexts is None else self._read(weights, contexts)
-                for places, batch in batches:
+            prefix, before = None, None
+            for work in make_batches(rows, tokens, batch_size, self._turning_lengths):
+                if work.prefix is not prefix:
+                    prefix = work.prefix
+                    before = None if prefix is None else self._read(weights, prefix)
+                contexts = work.contexts
+                new = None if contexts is None else self._read(weights, contexts, before)
+                for places, batch in work.batches:
                     found = map(to_numpy, self._program(weights, batch, new))
                     results |= self._collect(rows, places, batch, *found)
                     progress(len(results))
@@ -220,10 +225,25 @@ class Scorer:
             results[place] = Score(rows[place].continuation, log_T, is_greedy)
         return results
 
-    def _read_contexts(self, weights: Weights, contexts: Contexts) -> Cache:
-        """Returns what the model keeps of contexts, to be stored in a cache: (C, L, ...) arrays."""
+    def _read_contexts(
+        self, weights: Weights, contexts: Contexts, before: Cache | None = None
+    ) -> Cache:
+        """Returns what the model keeps of contexts, to be stored in a cache: (C, L, ...) arrays.
+
+        `before` is the same of the one row that stands before all of them, and then in the result.
+        """
         with self._using(weights):
-            return self._run(contexts.tokens, contexts.positions)["cache"]
+            cache = None
+            if before is not None:
+                rows, length = contexts.tokens.shape
+                owners = jnp.zeros(rows, "int32")
+                cache = self._copies(before, owners, num_slots(before) + length)
+            return self._run(contexts.tokens, contexts.positions, cache)["cache"]
+
+    def _copies(self, new: Cache, owners_B: Tensor, most: int) -> Cache:
+        """Returns a cache of what was kept of other rows, for so many tokens."""
+        cache = fill_cache(self.backbone, new, capped_num_slots(self.backbone, most))
+        return jax.tree.map(lambda x: x[owners_B], cache)
 
     def _score_batch(self, weights: Weights, batch: Batch, new: Cache | None = None) -> _Scores:
         """Returns of each token that has a label its log-probability, and whether it is likeliest.
@@ -235,8 +255,7 @@ class Scorer:
             cache = None
             if new is not None:
                 most = num_slots(new) + batch.tokens.shape[1]
-                cache = fill_cache(self.backbone, new, capped_num_slots(self.backbone, most))
-                cache = jax.tree.map(lambda x: x[batch.owners], cache)
+                cache = self._copies(new, batch.owners, most)
             hidden_BTD = self._run(batch.tokens, batch.positions, cache)["hidden"]
             return self._score_tokens(hidden_BTD, jnp.asarray(batch.labels))
 
