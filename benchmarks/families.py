@@ -54,6 +54,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_intermediate_dim": 512,
             "num_experts": 32,
             "num_experts_per_tok": 4,
+            "sliding_window_size": None,
         },
     ),
 }
