@@ -40,8 +40,8 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Puts the tests that need downloaded material last: what is quick fails first.
 
-    The longest of them, one that trains, stays in its place: at the end one process would wait for
-    it alone.
+    The longest of them, the README's, stays in its place: at the end one process would wait for it
+    alone.
 
     Tests of one tiny model stay in one process of several (`-n 2 --dist loadgroup`), as do those of
     one file else: they share what it took long to make.
@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def is_last(item: pytest.Item) -> bool:
         is_real = item.get_closest_marker("real") is not None
-        return is_real and item.path.stem != "test_finetune_real"
+        return is_real and item.path.stem != "test_readme"
 
     items.sort(key=is_last)
     for item in items:

@@ -3,9 +3,11 @@
 `python several.py NUMBER COUNT HOST:PORT FOLDER WORK [OUTPUT]`; the works are below.
 """
 
+import atexit
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,8 @@ def train(output: Path) -> None:
 if __name__ == "__main__":
     if WORK == "versions" and NUMBER == 1:
         processes._COMPUTE = (*processes._COMPUTE, "safetensors")
+    # Runs behind what joining registers: a thread in C++ would abort the process from here on.
+    atexit.register(lambda: print(*(x.name for x in threading.enumerate()), flush=True))
     try:
         flm.sharding.join_processes(COORDINATOR, NUMBER, COUNT, lost_seconds=4, stalled_seconds=8)
         if WORK == "arguments":

@@ -78,8 +78,9 @@ def results(started: list["subprocess.Popen[str]"]) -> list[tuple[int, str, str]
     ],
 )
 def test_processes_that_disagree_say_so_each(work: str, message: str, folder: Path) -> None:
-    for code, _, errors in results(start(2, folder, work)):
+    for code, output, errors in results(start(2, folder, work)):
         assert code == 2, errors
+        assert "MainThread" in output and "flm-processes" not in output
         assert re.search(message, errors, re.DOTALL), errors
 
 

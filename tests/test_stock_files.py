@@ -301,7 +301,7 @@ def test_inactive_adapters_stay_so(checkpoint: Callable[[str], Path], tmp_path: 
     np.testing.assert_allclose(again(token_ids), both(token_ids), atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.nightly)])
 def test_half_the_size(checkpoint: Callable[[str], Path], tmp_path: Path, dtype: str) -> None:
     full = tmp_path / "full.keras"
     flm.Backbone.from_preset(checkpoint("gemma2_soft_caps")).save(full)

@@ -5,6 +5,7 @@ process that waits for another in the middle of a step cannot be told anything: 
 watches, and ends it.
 """
 
+import atexit
 import json
 import os
 import sys
@@ -67,7 +68,9 @@ def join_processes(
         return
     agree("versions", {name: metadata.version(name) for name in _COMPUTE} | {"python": _python()})
     watch = _Watch(own, others, lost_seconds, stalled_seconds)
-    threading.Thread(target=watch.run, name="flm-processes", daemon=True).start()
+    thread = threading.Thread(target=watch.run, name="flm-processes", daemon=True)
+    thread.start()
+    atexit.register(_leave, watch, thread)
 
 
 def agree(what: str, facts: JSON, timeout: float = 120.0) -> None:
@@ -142,6 +145,22 @@ def end_run(error: str = "") -> None:
             time.sleep(3 * _Watch.every)
 
 
+def _leave(watch: "_Watch", thread: threading.Thread) -> None:
+    """Says how this process ends, if nothing has, and lets the watching end before Python does.
+
+    A thread that is in JAX's C++ while Python shuts down would abort the process.
+    """
+    fault = getattr(sys, "last_value", None)  # what nobody has caught
+    if isinstance(fault, jax.errors.JaxRuntimeError):  # as of a collective without a partner
+        return  # and who that was is what the watching finds, while JAX waits for it
+    with suppress(jax.errors.JaxRuntimeError):
+        ended = {key for key, _ in blackboard().key_value_dir_get(_ENDS)}
+        if f"{_ENDS}{watch.own:0{_WIDTH}}" not in ended:
+            end_run(f"{type(fault).__name__}: {fault}".partition("\n")[0] if fault else "")
+    watch.over.set()
+    thread.join(timeout=3 * watch.every)
+
+
 def _python() -> str:
     return ".".join(map(str, sys.version_info[:3]))
 
@@ -161,12 +180,13 @@ class _Watch:
     lost_seconds: float
     stalled_seconds: float
     every = 1.0  # seconds
+    over: threading.Event = field(default_factory=threading.Event)
     _seen: dict[str, tuple[str, float]] = field(default_factory=dict)  # key: value, since when
 
     def run(self) -> None:
-        """Looks until a reason to end is found; ends the process then, in whatever it is."""
+        """Looks until it is over, or a reason to end is found; ends the process then."""
         beat, failures = 0, 0.0
-        while True:
+        while not self.over.is_set():
             beat += 1
             try:
                 blackboard().key_value_set(f"{_BEATS}{self.own:0{_WIDTH}}", str(beat), True)
@@ -176,7 +196,7 @@ class _Watch:
                 reason = "process 0 does not answer" if failures > self.lost_seconds else ""
             if reason:
                 self._end(reason)
-            time.sleep(self.every)
+            self.over.wait(self.every)
 
     def reason(self, now: float) -> str:
         """Returns why this process is to end, or nothing.
