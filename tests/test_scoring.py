@@ -338,7 +338,10 @@ def test_what_contexts_begin_with_is_read_once() -> None:
     assert [x.positions.max() for x in prefixes.values() if x is not None] == [699, 699]
     # Each of the 40 questions, and each of the 160 answers, in one or two steps of padding.
     assert read_tokens(rows) <= 2 * 768 + 48 * 64 + 192 * 16
-    assert read_tokens(rows, turning_lengths=[720]) > 160 * 700
+    # Rows of 741 tokens: beyond 720 each question is read whole; across 740 each row.
+    assert 40 * 700 < read_tokens(rows, turning_lengths=[720]) < 80 * 700
+    longer = [Row(row.context, row.continuation * 2) for row in rows]
+    assert read_tokens(longer, turning_lengths=[740]) > 160 * 700
 
 
 def test_runs_are_those_that_save_most() -> None:

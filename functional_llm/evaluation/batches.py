@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, C contexts, L tokens of a context.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
@@ -74,8 +75,8 @@ def make_batches(
         rows: Rows of ids.
         tokens: About so many tokens a batch, padding included.
         batch_size: Rows a batch; `None` for what `tokens` says.
-        turning_lengths: Lengths beyond which a model reads all of a text in another way: nothing is
-            shared across them.
+        turning_lengths: Lengths beyond which a model reads all of a text in another way: a context
+            is not shared across them, nor what contexts begin with beyond the first.
 
     Yields:
         Contexts that begin alike, if that saves a batch; each context of several rows once, and
@@ -86,7 +87,8 @@ def make_batches(
         return batch_size or _floor(tokens // length)
 
     groups, alone = _by_context(rows, turning_lengths)
-    keys = list(groups)
+    shortest = min(turning_lengths, default=math.inf)
+    keys = [context for context in groups if len(context) - 1 <= shortest]
     for run in find_runs(keys, tokens):
         ids = keys[run.contexts[0]][: run.length]
         prefix = _contexts([ids], 0, 1, _padded(run.length))
@@ -110,7 +112,7 @@ def _by_context(
     alone: list[int] = []
     for i, row in enumerate(rows):
         known = len(row.context) - 1  # its last token predicts the continuation's first
-        turns = any(length < len(row.inputs) for length in turning_lengths)
+        turns = any(known <= length < len(row.inputs) for length in turning_lengths)
         if turns or known < _SHORTEST_CONTEXT:
             alone.append(i)
         else:
