@@ -31,7 +31,18 @@ from test_world_tokenizer import write_vocabulary
 
 pytestmark = pytest.mark.filterwarnings("ignore:The 'rwkv_ops' package is not installed")
 # A kind of column each: `make test` takes these both ways, and reads the presets of all.
-KINDS = ("llama3", "gemma2", "gpt2", "qwen3_moe", "phi3", "gpt_oss", "bloom", "rwkv7")
+KINDS = (
+    "llama3",
+    "gemma2",
+    "gpt2",
+    "gemma3n",
+    "qwen3_moe",
+    "phi3",
+    "gpt_oss",
+    "bloom",
+    "qwen3_5",
+    "rwkv7",
+)
 both_ways = pytest.mark.nightly(unless=lambda parameters: parameters["hub"] in KINDS)
 
 

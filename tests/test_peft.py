@@ -14,7 +14,7 @@ import functional_llm as flm
 from configs import CONFIGS
 from functional_llm.backbones import families
 from functional_llm.graph.freezing import freeze_variables
-from nightly import FAMILIES_AND_KINDS, one_of_each_layout_without_experts
+from nightly import FAMILIES_AND_KINDS, one_of_each_layout
 from pair import compiled
 from reference import save_reference
 
@@ -102,7 +102,7 @@ def test_attach_merge_save_load(backbone: Any, name: str, tmp_path: Path) -> Non
     assert list(map(id, backbone.trainable_variables)) == trainable
 
 
-@one_of_each_layout_without_experts
+@one_of_each_layout
 def test_methods_fit_every_family(backbone: Any) -> None:
     """Three kinds of change: to a kernel, to inputs and outputs, to a bias."""
     model = flm.peft.lora(backbone, 2, 5, targets="all", adapter_name="lora")

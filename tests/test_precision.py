@@ -15,7 +15,7 @@ import pytest
 import functional_llm as flm
 from configs import CONFIGS
 from functional_llm.training import LossModel
-from nightly import FAMILIES_AND_KINDS, one_of_each_layout
+from nightly import FAMILIES_AND_KINDS, one_of_each_kind
 
 IDS = np.arange(16, dtype="int32").reshape(2, 8)
 
@@ -42,7 +42,7 @@ def _forward(model: keras.Model) -> set[str]:
 HIGHEST, DEFAULT = {"[HIGHEST, HIGHEST]"}, {"[DEFAULT, DEFAULT]"}
 
 
-@one_of_each_layout
+@one_of_each_kind
 @pytest.mark.parametrize("name", FAMILIES_AND_KINDS)
 def test_a_forward_pass(tmp_path: Path, name: str) -> None:
     backbone = _tiny(tmp_path, "float32", name)

@@ -297,7 +297,7 @@ def test_transformers_loads_what_save_preset_wrote(pair: Pair, tmp_path: Path) -
         np.testing.assert_array_equal(ours.value, read.value)
 
 
-@one_of_each_way_of_seeing
+@one_of_each_kind
 @pytest.mark.parametrize("pair", FAMILIES_AND_KINDS, indirect=True)  # a family scales by itself
 def test_bfloat16_is_as_near_as_the_reference(pair: Pair) -> None:
     import torch

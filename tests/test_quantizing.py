@@ -20,7 +20,7 @@ from functional_llm.edits.rounding import round_to_int4, round_to_int4_with_zero
 from functional_llm.formats.grid import Grid
 from functional_llm.kernels.int4 import multiply_int4
 from functional_llm.layers.experts import ExpertDense
-from nightly import FAMILIES_AND_KINDS, one_of_each_layout
+from nightly import FAMILIES_AND_KINDS, one_of_each_kind, one_of_each_layout
 from reference import make_reference, save_reference
 from tiny import save_tokenizer
 from tiny_gguf import save_gguf
@@ -114,7 +114,7 @@ def test_int4_takes_half_a_byte_a_number_and_is_what_stock_keras_makes_of_it(
         np.testing.assert_array_equal(ops.convert_to_numpy(new), ops.convert_to_numpy(old))
 
 
-@one_of_each_layout
+@one_of_each_kind
 def test_int4_leaves_what_is_of_tokens_in_int8(backbone: Any) -> None:
     """And what is of experts, and what is int8 already."""
     if not _takes_groups_of_4(backbone):

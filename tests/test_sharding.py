@@ -87,14 +87,15 @@ def test_experts_on_an_axis_compute_what_one_device_does(tmp_path: Path) -> None
 
 
 @pytest.mark.nightly
-def test_several_processes_compute_what_one_device_does(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_compute_what_one_device_does(folder: Path, count: int) -> None:
     """Each reads the rows that its devices need, and all have the same text and losses."""
     names = "logits,text,one row,lora,all weights,read"
     (one,) = measured(folder, names, "-")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    for own in processes_of(folder, names, DAY, 2, address):
+    for own in processes_of(folder, names, DAY, count, address):
         assert own["text"] == one["text"] and own["one row"] == one["one row"]
         for name, close in (("logits", 3e-5), ("lora", 1e-5), ("all weights", 1e-5)):
             np.testing.assert_allclose(own[name], one[name], atol=close, rtol=0, err_msg=name)
