@@ -7,9 +7,9 @@ Shapes: B rows, T tokens of a padded prompt, S cache slots, C tokens of one run 
 V vocabulary, D model.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -171,8 +171,7 @@ class CompiledPrograms:
         if stop_ids is not None and len(jax.tree.leaves(weights)[0].devices()) == 1:
             state, done_B = self._state_shapes(slots, prompt), np.zeros(len(prompt.last), bool)
             calls.append(self._decode_call(weights, state, sampler, done_B, stop_ids, 1))
-        program = self._compiled(calls)
-        with self.stats.timed(self._phase):
+        with self._compiled(*calls) as program, self.stats.timed(self._phase):
             return jax.block_until_ready(program(*arguments))
 
     def decode(
@@ -191,8 +190,7 @@ class CompiledPrograms:
             in rows whose logits are not finite; the new state.
         """
         call = self._decode_call(weights, state, sampler, done_B, stop_ids, limit)
-        program = self._compiled([call])
-        with self.stats.timed("decode_seconds"):
+        with self._compiled(call) as program, self.stats.timed("decode_seconds"):
             *written, state = program(*call.arguments)
             new_BC, count = map(to_numpy, written)
             new_BC = new_BC[:, :count]
@@ -217,8 +215,8 @@ class CompiledPrograms:
             return grow_cache(self.backbone, cache, slots)
 
         rows = next(iter(cache.values()))["positions"].shape[0]
-        program = self._compiled([_Call(("grow", rows, num_slots(cache), slots), copy, (cache,))])
-        with self.stats.timed(self._phase):
+        call = _Call(("grow", rows, num_slots(cache), slots), copy, (cache,))
+        with self._compiled(call) as program, self.stats.timed(self._phase):
             return jax.block_until_ready(program(cache))
 
     @property
@@ -226,19 +224,26 @@ class CompiledPrograms:
         """Whose time it is: what comes before the first token is the prompt's."""
         return "decode_seconds" if self.stats.prefill_seconds else "prefill_seconds"
 
-    def _compiled(self, calls: Sequence[_Call]) -> Program:
-        """Returns the program of the first call, after all of them are compiled."""
+    @contextmanager
+    def _compiled(self, call: _Call, *later: _Call) -> Iterator[Program]:
+        """Gives the program of a call; those of later calls are compiled when the block ends."""
         # With the kind of sampler, the third argument.
-        keys = [(*call.key, jax.tree.structure(call.arguments[2:3])) for call in calls]
-        missing = [(k, call) for k, call in zip(keys, calls, strict=True) if k not in self.compiled]
-        if missing:
-            what = " and ".join(str(call.key[0]) for _, call in missing)
-            with self.stats.timed("compile_seconds"), self.announce(what):
+        calls = {(*x.key, jax.tree.structure(x.arguments[2:3])): x for x in (call, *later)}
+        first = next(iter(calls))
+        missing = {key: x for key, x in calls.items() if key not in self.compiled}
+        if not missing:
+            yield self.compiled[first]
+            return
+        what = " and ".join(str(x.key[0]) for x in missing.values())
+        with self.announce(what), ThreadPoolExecutor(len(missing)) as pool:
+            with self.stats.timed("compile_seconds"):
                 # Python traces one program while XLA compiles another.
-                with ThreadPoolExecutor(len(missing)) as pool:
-                    compiling = [(key, pool.submit(call.compile())) for key, call in missing]
-                self.compiled |= {key: program.result() for key, program in compiling}
-        return self.compiled[keys[0]]
+                compiling = {key: pool.submit(x.compile()) for key, x in missing.items()}
+                if first in compiling:
+                    self.compiled[first] = compiling.pop(first).result()
+            yield self.compiled[first]
+            with self.stats.timed("compile_seconds"):
+                self.compiled |= {key: program.result() for key, program in compiling.items()}
 
     def _decode_call(
         self,
