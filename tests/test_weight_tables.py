@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from functional_llm.backbones.transforms import Row, Transform, fused
+from functional_llm.backbones.transforms import TRANSFORMS, Row, Transform, fused
 from functional_llm.formats.safetensors_reader import open_safetensors
 from functional_llm.formats.safetensors_writer import write_safetensors
 from functional_llm.formats.table_checks import check_source
@@ -28,6 +29,7 @@ from functional_llm.formats.weight_table import (
     module_names,
     shapes_of,
 )
+from functional_llm.graph.placing import assign
 
 E, D, F, LAYERS = 3, 8, 12, 2
 
@@ -364,3 +366,20 @@ def test_numbers_that_are_computed_are_read_in_float32() -> None:
     np.testing.assert_allclose(
         np.asarray(variables[0].value, "float32"), logs, rtol=2**-8, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(300, 257), (2, 130, 300), (3, 5), (1, 400)])
+def test_matrices_larger_than_a_tile_are_transposed(shape: tuple[int, ...], dtype: str) -> None:
+    """From file to variable, and back."""
+    array = np.random.default_rng(0).normal(size=shape).astype(jnp.dtype(dtype))
+    expected = array.tobytes(), jnp.asarray(array).swapaxes(-1, -2)
+    transpose = TRANSFORMS["transpose"]
+    (split,) = transpose.split(array, [0])
+    assert split.flags.c_contiguous
+    np.testing.assert_array_equal(split, expected[1], strict=True)
+    assert transpose.join([split]).tobytes() == expected[0]
+    (view,) = transpose.views(array, [0])
+    variable = keras.Variable(jnp.zeros(view.shape), dtype=dtype)
+    assign(variable, view)
+    np.testing.assert_array_equal(np.asarray(variable.value), split, strict=True)

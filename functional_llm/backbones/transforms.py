@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TypeAlias
 
 import numpy as np
+
+_TILE = 128  # rows and columns that are moved at once: they fit the second-level cache
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Transform:
 
     def split(self, array: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
         """Returns the values of the variables; `sizes` are those of the parts on the axis."""
-        return [np.asarray(part, order="C") for part in self.views(array, sizes)]
+        return [_in_order(part) for part in self.views(array, sizes)]
 
     def views(self, array: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
         """Returns the same without moving numbers, where that can be."""
@@ -40,7 +43,7 @@ class Transform:
         """Returns the tensor of the variables' values."""
         parts = [self.inverse(array) for array in arrays]
         whole = parts[0] if self.axis is None else self.whole(parts, self.axis)
-        return np.asarray(whole, order="C")  # not `ascontiguousarray`: a number stays one
+        return _in_order(whole)
 
     @property
     def swaps(self) -> bool:
@@ -63,6 +66,21 @@ class Transform:
         rest = moved[0].shape[1:]
         grouped = np.concatenate([part.reshape(self.groups, -1, *rest) for part in moved], axis=1)
         return np.moveaxis(grouped.reshape(-1, *rest), 0, axis)
+
+
+def _in_order(array: np.ndarray) -> np.ndarray:
+    """Returns the array in C order; transposed matrices tile by tile.
+
+    NumPy copies a large one along its rows or its columns, at a fifth of the speed.
+    """
+    if array.ndim < 2 or array.strides[-2] >= array.strides[-1]:
+        return np.asarray(array, order="C")  # not `ascontiguousarray`: a number stays one
+    result = np.empty(array.shape, array.dtype)
+    starts = (range(0, size, _TILE) for size in array.shape[-2:])
+    for *index, row, column in product(*map(range, array.shape[:-2]), *starts):
+        tile = *index, slice(row, row + _TILE), slice(column, column + _TILE)
+        result[tile] = array[tile]
+    return result
 
 
 def _same(array: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ Shapes: K inputs, N outputs, G numbers in a group, R groups.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import TypeAlias
 
 import jax
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from functional_llm.formats.grid import Grid
+from functional_llm.xla.rewriter import options_for_short_rows
 
 # Shares of the range of a group that grids are tried for. One of all is what rounds no number off.
 _SHARES = tuple(np.linspace(0.76, 1.04, 8).tolist())
@@ -25,18 +26,13 @@ _PIECE = 1 << 21  # numbers that are rounded at once: temporaries are a few time
 _LEAST, _LARGEST = -8, 7  # of int4
 _FARTHEST = 119  # a zero further out would make stock Keras leave int8
 _Grids: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]  # errors, scales, zeros (R,)
-_Fit: TypeAlias = Callable[[np.ndarray], tuple[jax.Array, jax.Array, jax.Array]]
+_Fit: TypeAlias = Callable[[jax.Array], tuple[jax.Array, ...]]
 
 
 def round_to_int8(matrix_KN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns int8 (K, N) and scales (N,): a number is about `integer / scale`."""
-    integers = np.empty(matrix_KN.shape, np.int8)
-    scales = np.empty(matrix_KN.shape[1], np.float32)
-    for piece in _pieces(matrix_KN):
-        part = np.asarray(matrix_KN[:, piece], np.float32)
-        scales[piece] = 127 / (np.abs(part).max(axis=0) + 1e-7)  # as Keras does
-        integers[:, piece] = np.clip(np.rint(part * scales[piece]), -127, 127)
-    return integers, scales
+    integers_KN, scale_1N = _by_pieces(matrix_KN, matrix_KN.shape[0], _fit_int8)
+    return integers_KN, scale_1N[0]
 
 
 def round_to_int4(matrix_KN: np.ndarray, size: int) -> Grid:
@@ -48,30 +44,40 @@ def round_to_int4(matrix_KN: np.ndarray, size: int) -> Grid:
         matrix_KN: The matrix.
         size: Numbers of a group, which divides K.
     """
-    return Grid(*_round_groups(matrix_KN, size, _fit_offsets))
+    return Grid(*_by_pieces(matrix_KN, size, _fit_offsets))
 
 
 def round_to_int4_with_zeros(matrix_KN: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
     """Returns integers from -8 to 7 (K, N), scales and int8 zeros (K / size, N)."""
-    return _round_groups(matrix_KN, size, _fit_zeros)
+    return _by_pieces(matrix_KN, size, _fit_zeros)
 
 
-def _round_groups(matrix_KN: np.ndarray, size: int, fit: _Fit) -> tuple[np.ndarray, ...]:
-    parts = []
-    for piece in _pieces(matrix_KN):
-        part_CK = np.asarray(matrix_KN[:, piece], np.float32).T
-        found = fit(np.ascontiguousarray(part_CK).reshape(-1, size))
-        parts.append([np.asarray(x).reshape(len(part_CK), -1).T for x in found])
-    return tuple(np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+def _by_pieces(matrix_KN: np.ndarray, size: int, fit: _Fit) -> tuple[np.ndarray, ...]:
+    """Returns what a function finds for the groups of each output, with the outputs last."""
+    # Of equal sizes but for the last: each size is compiled.
+    step = max(1, _PIECE // matrix_KN.shape[0])
+    program, parts = _compiled(fit), []
+    for start in range(0, matrix_KN.shape[1], step):
+        piece_NK = jax.device_put(matrix_KN[:, start : start + step].T)
+        parts.append([np.asarray(x) for x in program(piece_NK, size)])
+    return tuple(np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
 
 
-def _pieces(matrix_KN: np.ndarray) -> list[slice]:
-    """Returns slices of the outputs, of equal sizes but for the last: each size is compiled."""
-    size = max(1, _PIECE // matrix_KN.shape[0])
-    return [slice(i, i + size) for i in range(0, matrix_KN.shape[1], size)]
+@cache
+def _compiled(fit: _Fit) -> Callable[[jax.Array, int], tuple[jax.Array, ...]]:
+    def run(x_NK: jax.Array, size: int) -> tuple[jax.Array, ...]:
+        found = fit(x_NK.astype(jnp.float32).reshape(-1, size))
+        return tuple(x.reshape(len(x_NK), -1).T for x in found)
+
+    return jax.jit(run, static_argnums=1, compiler_options=options_for_short_rows())
 
 
-@jax.jit
+def _fit_int8(x_RG: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns integers (R, G) and scales (R,) of groups."""
+    scale = 127 / (jnp.abs(x_RG).max(1) + 1e-7)  # as Keras does
+    return jnp.clip(jnp.round(x_RG * scale[:, None]), -127, 127).astype(jnp.int8), scale
+
+
 def _fit_offsets(x_RG: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns integers (R, G), scales and offsets (R,), float16, of groups."""
     integers, scale, zero = _fit_zeros(x_RG)
@@ -90,7 +96,6 @@ def _fit_offsets(x_RG: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     )
 
 
-@jax.jit
 def _fit_zeros(x_RG: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns integers (R, G), scales (R,) and zeros (R,) of groups."""
     low, high = x_RG.min(1), x_RG.max(1)

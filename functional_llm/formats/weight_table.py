@@ -239,7 +239,7 @@ def load_weights(
                 array = read_rows(source, tensor.name, dtype, rows)
                 return tensor, tensor.transform.views(array, tensor.sizes(shapes))
             array = source.read(tensor.name, dtype)
-            return tensor, tensor.split(array, tensor.sizes(shapes))
+            return tensor, tensor.transform.views(array, tensor.sizes(shapes))
         parts = tensor.split(source.read(tensor.name, "float32"), tensor.sizes(shapes))
         return tensor, [part.astype(float_dtype(dtype)) for part in parts]
 
@@ -320,12 +320,19 @@ class Assembly:
                 yield path, array
                 continue
             if path not in self._begun:
-                self._begun[path] = np.empty(self._shapes[path], array.dtype)
+                self._begun[path] = _empty_like(array, self._shapes[path][0])
                 self._missing[path] = set(range(self._shapes[path][0]))
             self._begun[path][tensor.entry.number] = array
             self._missing[path].discard(tensor.entry.number)
             if not self._missing[path]:
                 yield path, self._begun.pop(path)
+
+
+def _empty_like(array: np.ndarray, number: int) -> np.ndarray:
+    """Returns room for a number of such arrays, each with its axes in memory as this one's."""
+    order = np.argsort([-stride for stride in array.strides], kind="stable")
+    room = np.empty((number, *(array.shape[axis] for axis in order)), array.dtype)
+    return room.transpose(0, *(1 + np.argsort(order)))
 
 
 def _one_ahead(

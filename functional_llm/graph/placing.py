@@ -22,13 +22,15 @@ def assign(variable: keras.Variable, value: np.ndarray | Tensor) -> None:
         variable: What to assign to.
         value: Of its shape.
     """
-    distribution = keras.distribution.distribution()
-    if distribution is not None and isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray):
         dtype = jax.numpy.dtype(variable.dtype)
-        sharding = sharding_of(variable)
-        value = jax.make_array_from_callback(
-            value.shape, sharding, lambda box: value[box].astype(dtype, copy=False)
-        )
+        if keras.distribution.distribution() is None:
+            # Unlike NumPy, it moves the numbers of a transposed matrix tile by tile.
+            value = jax.device_put(value.astype(dtype, copy=False))
+        else:
+            value = jax.make_array_from_callback(
+                value.shape, sharding_of(variable), lambda box: value[box].astype(dtype, copy=False)
+            )
     variable.assign(value)
 
 
