@@ -76,8 +76,8 @@ def _in_order(array: np.ndarray) -> np.ndarray:
     if array.ndim < 2 or array.strides[-2] >= array.strides[-1]:
         return np.asarray(array, order="C")  # not `ascontiguousarray`: a number stays one
     result = np.empty(array.shape, array.dtype)
-    starts = (range(0, size, _TILE) for size in array.shape[-2:])
-    for *index, row, column in product(*map(range, array.shape[:-2]), *starts):
+    rows, columns = (range(0, size, _TILE) for size in array.shape[-2:])
+    for index, row, column in product(np.ndindex(array.shape[:-2]), rows, columns):
         tile = *index, slice(row, row + _TILE), slice(column, column + _TILE)
         result[tile] = array[tile]
     return result
