@@ -10,18 +10,12 @@ from functional_llm.graph.types import JSON
 _SIZES = ["vocabulary_size", "num_layers", "hidden_dim"]
 _SIZES += ["num_query_heads", "num_key_value_heads", "head_dim"]
 _PATTERN = 6
-# What it must have, or does not read in a model of text alone.
-_FIXED: JSON = {
-    "attention_logit_soft_cap": None,
-    "use_sliding_window_attention": True,
-    "local_rope_scaling_factor": 1.0,
-    "vision_encoder": None,
-    "audio_encoder": None,
-    "use_bidirectional_attention": False,
-    "is_embedding_model": False,
-    "pooling_intermediate_dim": None,
-    "embedding_dim": None,
+_RENAMED = {
+    "num_kv_shared_layers": "borrowing_layers",
+    "use_double_wide_mlp": "borrowing_is_wide",
+    "hidden_size_per_layer_input": "per_layer_width",
 }
+# Of a model of text alone.
 _NOT_READ: JSON = {
     "image_size": None,
     "query_head_dim_normalize": True,
@@ -31,8 +25,16 @@ _NOT_READ: JSON = {
 }
 _ARGUMENTS: JSON = {
     **dict.fromkeys([*_SIZES, "intermediate_dim"], REQUIRED),
-    **_FIXED,
     **_NOT_READ,
+    "attention_logit_soft_cap": None,
+    "use_sliding_window_attention": True,
+    "local_rope_scaling_factor": 1.0,
+    "vision_encoder": None,
+    "audio_encoder": None,
+    "use_bidirectional_attention": False,
+    "is_embedding_model": False,
+    "pooling_intermediate_dim": None,
+    "embedding_dim": None,
     "final_logit_soft_cap": None,
     "sliding_window_size": 512,
     "layer_types": None,
@@ -76,9 +78,6 @@ def _fields(x: JSON) -> JSON:
         "full_head_dim": x["global_head_dim"] or x["head_dim"],
         "num_full_key_value_heads": full or x["num_key_value_heads"],
         "values_are_keys": full is not None,
-        "borrowing_layers": x["num_kv_shared_layers"],
-        "borrowing_is_wide": x["use_double_wide_mlp"],
-        "per_layer_width": x["hidden_size_per_layer_input"],
         "per_layer_vocabulary": x["vocab_size_per_layer_input"] or x["vocabulary_size"],
         "num_experts": x["num_experts"] if has_experts else None,
         "num_experts_per_token": x["num_experts_per_token"] if has_experts else None,
@@ -89,8 +88,6 @@ def _fields(x: JSON) -> JSON:
 def _written(config: Any) -> JSON:
     scaling = config.rope_scaling or ProportionalScaling()
     return {
-        **_FIXED,
-        **_NOT_READ,
         "layer_types": list(config.layer_types),
         "sliding_window_size": config.sliding_window or 512,
         "global_head_dim": config.full_head_dim,
@@ -98,13 +95,10 @@ def _written(config: Any) -> JSON:
         "global_rope_partial_rotary_factor": scaling.partial_rotary_factor,
         "global_rope_wavelength": config.rope_max_wavelength,
         "local_rope_wavelength": config.local_rope_max_wavelength,
-        "num_kv_shared_layers": config.borrowing_layers,
         "num_global_key_value_heads": (
             config.num_full_key_value_heads if config.values_are_keys else None
         ),
-        "hidden_size_per_layer_input": config.per_layer_width,
         "vocab_size_per_layer_input": config.per_layer_vocabulary,
-        "use_double_wide_mlp": config.borrowing_is_wide,
         "enable_moe_block": config.num_experts is not None,
         "expert_intermediate_dim": config.expert_dim,
         "num_experts_per_token": config.num_experts_per_token or 8,
@@ -175,6 +169,7 @@ def _layer_weights(config: Any, index: int) -> Rows:
 GEMMA4 = KerasHub(
     classes=("Gemma4Backbone",),
     arguments=_ARGUMENTS,
+    renamed=_RENAMED,
     fields=_fields,
     written=_written,
     weights=_weights,
