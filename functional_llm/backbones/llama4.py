@@ -121,14 +121,11 @@ def gguf_defaults(keys: JSON) -> JSON:
     return own
 
 
-_MLP, _OURS = "model.layers.{}.feed_forward", "decoder_{}/mlp"
+_EXPERTS = expert_parameters("feed_forward.experts", "feed_forward.router", "last_axis", "same")
 WEIGHTS: Rows = [
     *((name.replace(".mlp.", ".feed_forward."), path, x) for name, path, x in llama.WEIGHTS),
-    (f"{_MLP}.router.weight", f"{_OURS}/router/kernel", "transpose"),
-    (f"{_MLP}.experts.gate_up_proj", f"{_OURS}/experts_gate/kernel", "last_axis"),
-    (f"{_MLP}.experts.gate_up_proj", f"{_OURS}/experts_up/kernel", "last_axis"),
-    (f"{_MLP}.experts.down_proj", f"{_OURS}/experts_down/kernel", "same"),
-    *shared_rows(f"{_MLP}.shared_expert"),
+    *_EXPERTS,
+    *shared_rows("model.layers.{}.feed_forward.shared_expert"),
 ]
 
 FAMILY = Family(
@@ -162,9 +159,7 @@ FAMILY = Family(
     written_keys=written_keys,
     weights=WEIGHTS,
     ignored=llama.FAMILY.ignored,
-    parameters=expert_parameters(
-        "feed_forward.experts", "feed_forward.router", "last_axis", "same"
-    ),
+    parameters=_EXPERTS,
     wrappers=[
         Wrapper(
             model_type="llama4",

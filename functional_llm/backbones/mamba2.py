@@ -5,11 +5,13 @@ References: [Mamba-2](https://arxiv.org/abs/2405.21060),
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from functional_llm.backbones.family import Family
 from functional_llm.backbones.state_spaces import (
     GGUF_KEYS,
     SpaceConfig,
+    build_states,
     check_heads,
     gguf_given,
     gguf_mixer_rows,
@@ -25,8 +27,7 @@ from functional_llm.backbones.states_alone import (
     build_alone,
 )
 from functional_llm.blocks.language_model import Graph
-from functional_llm.blocks.mamba2 import gated_norm, mamba2, mamba2_shapes
-from functional_llm.graph.composite import CompositeLayer
+from functional_llm.blocks.mamba2 import mamba2_shapes
 from functional_llm.graph.types import JSON
 
 
@@ -37,19 +38,7 @@ class Config(SpaceConfig, AloneConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-
-    def mixer() -> CompositeLayer:
-        return mamba2(
-            config.state_sizes,
-            config.hidden_dim,
-            gated_norm(config.layer_norm_epsilon, config.num_state_groups),
-            activation=config.activation,
-            steps=config.steps,
-            input_bias=config.use_bias,
-            convolution_bias=config.convolution_bias,
-            output_bias=config.use_bias,
-        )
-
+    mixer = partial(build_states, config, config.use_bias, activation=config.activation)
     return build_alone(config, mixer, mamba2_shapes(config.state_sizes))
 
 

@@ -2,7 +2,7 @@
 
 from functional_llm.backbones.family import check_given, renamed_keys
 from functional_llm.backbones.routed_experts import ROUTING, check_groups
-from functional_llm.backbones.state_spaces import check_heads, read_steps
+from functional_llm.backbones.state_spaces import OLDER_WORDS, check_heads, read_steps
 from functional_llm.graph.types import JSON
 
 _COMMON = renamed_keys(hidden_act="mlp_hidden_act", rms_norm_eps="layer_norm_epsilon")
@@ -65,7 +65,6 @@ CONSTANTS = {
     _NOT_CHOSEN: False,
 }
 LETTERS = {"full_attention": "*", "linear_attention": "M", "mlp": "-", "moe": "E"}
-_WORDS = {"mamba": "linear_attention", "attention": "full_attention"}  # of older files
 
 
 def config_given(keys: JSON) -> JSON:
@@ -77,7 +76,7 @@ def config_given(keys: JSON) -> JSON:
     """
     pattern, kinds = keys.get("hybrid_override_pattern"), keys.get("layers_block_type")
     if isinstance(kinds, list | tuple):
-        kinds = [_WORDS.get(kind, kind) if isinstance(kind, str) else kind for kind in kinds]
+        kinds = [OLDER_WORDS.get(kind, kind) if isinstance(kind, str) else kind for kind in kinds]
     if isinstance(pattern, str):
         words = {letter: word for word, letter in LETTERS.items()}
         if unknown := sorted(set(pattern) - set(words)):
