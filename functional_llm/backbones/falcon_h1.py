@@ -8,25 +8,10 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
-from functional_llm.backbones import falcon_h1_keys, state_spaces
-from functional_llm.backbones.family import (
-    GATED_MLP,
-    ROPE_BUFFERS,
-    DecoderConfig,
-    Family,
-    all_dense_rows,
-    attention_rows,
-)
+from functional_llm.backbones import falcon_h1_keys, family, state_spaces
+from functional_llm.backbones.family import DecoderConfig, Family
 from functional_llm.backbones.stacks import build_of_types, with_rope
-from functional_llm.backbones.state_spaces import (
-    PREFIXED_GGUF_KEYS,
-    PREFIXED_NULLS,
-    HybridConfig,
-    gguf_mixer_rows,
-    hybrid_types,
-    mixer_rows,
-    written_prefixed,
-)
+from functional_llm.backbones.state_spaces import HybridConfig
 from functional_llm.backbones.transforms import Rows
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import Sum, decoder
@@ -64,7 +49,7 @@ class Config(DecoderConfig, HybridConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    types = hybrid_types(config, with_rope(config))
+    types = state_spaces.hybrid_types(config, with_rope(config))
     return build_of_types(
         config,
         [(tuple(types), build_decoder(config, i)) for i in range(config.num_layers)],
@@ -136,10 +121,10 @@ _LAYER = "model.layers.{}"
 WEIGHTS: Rows = [
     ("model.embed_tokens.weight", "token_embedding/embeddings", "same"),
     (f"{_LAYER}.input_layernorm.weight", "decoder_{}/mixer_norm/scale", "same"),
-    *mixer_rows(f"{_LAYER}.mamba"),
-    *attention_rows(f"{_LAYER}.self_attn"),
+    *state_spaces.mixer_rows(f"{_LAYER}.mamba"),
+    *family.attention_rows(f"{_LAYER}.self_attn"),
     (f"{_LAYER}.pre_ff_layernorm.weight", "decoder_{}/mlp_norm/scale", "same"),
-    *all_dense_rows(f"{_LAYER}.feed_forward", "decoder_{}/mlp", GATED_MLP),
+    *family.all_dense_rows(f"{_LAYER}.feed_forward", "decoder_{}/mlp", family.GATED_MLP),
     ("model.final_layernorm.weight", "final_norm/scale", "same"),
     ("lm_head.weight", "head/kernel", "transpose"),
 ]
@@ -153,22 +138,22 @@ FAMILY = Family(
     config_keys=falcon_h1_keys.CONFIG_KEYS,
     config_constants={"mamba_use_mlp": True},
     config_nulls=[
-        *PREFIXED_NULLS,
+        *state_spaces.PREFIXED_NULLS,
         *("mamba_d_ssm", "mamba_norm_before_gate"),
         *falcon_h1_keys.SINGLE,
     ],
     complete_keys=falcon_h1_keys.complete_keys,
     written_keys=lambda config: {
         "mamba_d_ssm": config.state_sizes.inner_dim,
-        **written_prefixed(config),
+        **state_spaces.written_prefixed(config),
     },
     weights=WEIGHTS,
-    ignored=(*ROPE_BUFFERS, "*.mup_vector"),
+    ignored=(*family.ROPE_BUFFERS, "*.mup_vector"),
     gguf_architecture="falcon-h1",
     gguf_keys={
-        **{key: x for key, x in PREFIXED_GGUF_KEYS.items() if key != "ssm.expand"},
+        **{key: x for key, x in state_spaces.PREFIXED_GGUF_KEYS.items() if key != "ssm.expand"},
         "ssm.inner_size": "mamba_d_ssm",
     },
     gguf_defaults=lambda keys: {"mamba_norm_before_gate": False},
-    gguf_rows=gguf_mixer_rows(f"{_LAYER}.mamba"),
+    gguf_rows=state_spaces.gguf_mixer_rows(f"{_LAYER}.mamba"),
 )

@@ -8,14 +8,8 @@ from dataclasses import dataclass
 
 import keras
 
-from functional_llm.backbones import gpt2
-from functional_llm.backbones.family import (
-    Family,
-    MultiHeadConfig,
-    attention_rows,
-    dense_rows,
-    layer_norm_rows,
-)
+from functional_llm.backbones import family, gpt2
+from functional_llm.backbones.family import Family, MultiHeadConfig, dense_rows, layer_norm_rows
 from functional_llm.backbones.stacks import build_alike
 from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import parallel
@@ -70,7 +64,7 @@ _LAYER = "transformer.h.{}"
 WEIGHTS = [
     ("transformer.wte.weight", "token_embedding/embeddings", "same"),
     *layer_norm_rows(f"{_LAYER}.ln_1", "decoder_{}/norm"),
-    *attention_rows(f"{_LAYER}.attn", "out_proj"),
+    *family.attention_rows(f"{_LAYER}.attn", "out_proj"),
     *dense_rows(f"{_LAYER}.mlp.fc_in", "decoder_{}/mlp/up"),
     *dense_rows(f"{_LAYER}.mlp.fc_out", "decoder_{}/mlp/down"),
     *layer_norm_rows("transformer.ln_f", "final_norm"),

@@ -7,30 +7,10 @@ turns queries and keys. Reference:
 
 from dataclasses import dataclass
 
-from functional_llm.backbones import granite, granitemoe, llama
-from functional_llm.backbones.family import (
-    Family,
-    all_dense_rows,
-    check_chosen,
-    check_given,
-    gguf_expert_rows,
-)
+from functional_llm.backbones import family, granite, granitemoe, llama, state_spaces
+from functional_llm.backbones.family import Family
 from functional_llm.backbones.stacks import build_of_types, with_rope
-from functional_llm.backbones.state_spaces import (
-    OLDER_WORDS,
-    PREFIXED_DEFAULTS,
-    PREFIXED_GGUF_KEYS,
-    PREFIXED_KEYS,
-    PREFIXED_NULLS,
-    HybridConfig,
-    build_states,
-    complete_prefixed,
-    gguf_given,
-    gguf_mixer_rows,
-    hybrid_types,
-    mixer_rows,
-    written_prefixed,
-)
+from functional_llm.backbones.state_spaces import HybridConfig
 from functional_llm.backbones.transforms import Rows, fused
 from functional_llm.blocks.decoder import NamedPart
 from functional_llm.blocks.experts import Router, activated, expert_mlp, softmax
@@ -63,7 +43,7 @@ def build(config: Config) -> Graph:
         return granite.build_decoder(config, f"decoder_{index}", mixer, mlp)
 
     layers = [(kind, build_layer(i, kind)) for i, kind in enumerate(config.layer_types)]
-    types = hybrid_types(config, with_rope(config) if config.has_rope else LayerType())
+    types = state_spaces.hybrid_types(config, with_rope(config) if config.has_rope else LayerType())
     return build_of_types(config, layers, types, **granite.multiplied(config))
 
 
@@ -71,7 +51,7 @@ def build_mixer(config: Config, kind: str) -> CompositeLayer:
     """Returns what mixes tokens in layers of a type."""
     if kind == "full_attention":
         return granite.self_attention(config, *([rotary()] if config.has_rope else []))
-    return build_states(config, config.state_bias, activation=config.activation)
+    return state_spaces.build_states(config, config.state_bias, activation=config.activation)
 
 
 def build_mlp(config: Config) -> NamedPart:
@@ -92,16 +72,16 @@ def complete_keys(keys: JSON) -> JSON:
         "num_experts_per_tok": 2,
         "shared_intermediate_size": 1024,
         "layer_types": ["linear_attention"] * keys["num_hidden_layers"],
-        **PREFIXED_DEFAULTS,
+        **state_spaces.PREFIXED_DEFAULTS,
         "mamba_proj_bias": False,
     }
     keys = granite.complete_keys(own | keys)
-    check_given(keys, _NO_NULLS)
+    family.check_given(keys, _NO_NULLS)
     if keys["num_local_experts"]:
-        check_chosen(keys["num_experts_per_tok"], keys["num_local_experts"])
+        family.check_chosen(keys["num_experts_per_tok"], keys["num_local_experts"])
     return {
-        **complete_prefixed(keys, keys["mamba_expand"] * keys["hidden_size"]),
-        "layer_types": [OLDER_WORDS.get(kind, kind) for kind in keys["layer_types"]],
+        **state_spaces.complete_prefixed(keys, keys["mamba_expand"] * keys["hidden_size"]),
+        "layer_types": [state_spaces.OLDER_WORDS.get(kind, kind) for kind in keys["layer_types"]],
         "has_rope": keys.get("position_embedding_type") == "rope",
     }
 
@@ -111,7 +91,7 @@ def written_keys(config: Config) -> JSON:
     return {
         "position_embedding_type": "rope" if config.has_rope else "nope",
         "mamba_expand": config.state_sizes.inner_dim // config.hidden_dim,
-        **written_prefixed(config),
+        **state_spaces.written_prefixed(config),
     }
 
 
@@ -137,7 +117,7 @@ def weights(config: Config) -> Rows:
     return [
         *(row for row in granitemoe.WEIGHTS if config.experts or ".block_sparse_moe" not in row[0]),
         (f"{_LAYER}.input_layernorm.weight", "decoder_{}/mamba_norm/scale", "same"),
-        *mixer_rows(f"{_LAYER}.mamba"),
+        *state_spaces.mixer_rows(f"{_LAYER}.mamba"),
         *((gate_and_up, f"{_shared(config)}/{x}/kernel", _WHOLE) for x in ("gate", "up")),
         (f"{_SHARED}.output_linear.weight", f"{_shared(config)}/down/kernel", "transpose"),
     ]
@@ -147,8 +127,12 @@ def gguf_rows(config: Config) -> Rows:
     """Returns what llama.cpp's files hold otherwise."""
     end = "_shexp" if config.experts else ""
     names = {f"ffn_{x}{end}": x for x in ("gate", "up", "down")}
-    shared = all_dense_rows("blk.{}", _shared(config), names)
-    return [*gguf_mixer_rows(f"{_LAYER}.mamba")(config), *shared, *gguf_expert_rows()]
+    shared = family.all_dense_rows("blk.{}", _shared(config), names)
+    return [
+        *state_spaces.gguf_mixer_rows(f"{_LAYER}.mamba")(config),
+        *shared,
+        *family.gguf_expert_rows(),
+    ]
 
 
 FAMILY = Family(
@@ -159,7 +143,7 @@ FAMILY = Family(
     build=build,
     config_keys={
         **{key: x for key, x in granite.FAMILY.config_keys.items() if key != "mlp_bias"},
-        **PREFIXED_KEYS,
+        **state_spaces.PREFIXED_KEYS,
         "mamba_proj_bias": "state_bias",
         "num_local_experts": "experts",
         "num_experts_per_tok": "chosen_experts",
@@ -170,7 +154,7 @@ FAMILY = Family(
     config_aliases={"layers_block_type": "layer_types"},
     config_constants={"mlp_bias": False, "normalization_function": "rmsnorm", "init_method": "mup"},
     config_nulls=[
-        *PREFIXED_NULLS,
+        *state_spaces.PREFIXED_NULLS,
         *_NO_NULLS,
         *granite.MULTIPLIERS.values(),
     ],
@@ -181,13 +165,13 @@ FAMILY = Family(
     parameters=granitemoe.FAMILY.parameters,
     ignored=llama.FAMILY.ignored,
     gguf_architecture="granitehybrid",
-    gguf_given=gguf_given,
+    gguf_given=state_spaces.gguf_given,
     gguf_keys={
         **granite.MULTIPLIERS,
         "expert_count": "num_local_experts",
         "expert_used_count": "num_experts_per_tok",
         "expert_shared_feed_forward_length": "shared_intermediate_size",
-        **PREFIXED_GGUF_KEYS,
+        **state_spaces.PREFIXED_GGUF_KEYS,
     },
     gguf_defaults=granite.FAMILY.gguf_defaults,
     gguf_permuted=llama.FAMILY.gguf_permuted,

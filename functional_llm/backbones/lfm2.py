@@ -8,15 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from functional_llm.backbones import lfm2_keys, qwen3
-from functional_llm.backbones.family import (
-    ROPE_BUFFERS,
-    DecoderConfig,
-    Family,
-    all_dense_rows,
-    attention_rows,
-    dense_rows,
-)
+from functional_llm.backbones import family, lfm2_keys, qwen3
+from functional_llm.backbones.family import DecoderConfig, Family
 from functional_llm.backbones.stacks import build_of_types, with_rope
 from functional_llm.backbones.transforms import Rows
 from functional_llm.blocks.attention import key_value_shapes
@@ -91,15 +84,15 @@ WEIGHTS: Rows = [
     ("model.embed_tokens.weight", "token_embedding/embeddings", "same"),
     (_NORM, "decoder_{}/attention_norm/scale", "same"),
     (_NORM, "decoder_{}/convolution_norm/scale", "same"),
-    *dense_rows(f"{_CONV}.in_proj", "decoder_{}/convolution/input"),
+    *family.dense_rows(f"{_CONV}.in_proj", "decoder_{}/convolution/input"),
     (f"{_CONV}.conv.weight", "decoder_{}/convolution/convolution/kernel", "depthwise"),
     (f"{_CONV}.conv.bias", "decoder_{}/convolution/convolution/bias", "same"),
-    *dense_rows(f"{_CONV}.out_proj", "decoder_{}/convolution/output"),
-    *attention_rows(_ATTENTION, "out_proj"),
+    *family.dense_rows(f"{_CONV}.out_proj", "decoder_{}/convolution/output"),
+    *family.attention_rows(_ATTENTION, "out_proj"),
     (f"{_ATTENTION}.q_layernorm.weight", "decoder_{}/attention/query_norm/scale", "same"),
     (f"{_ATTENTION}.k_layernorm.weight", "decoder_{}/attention/key_norm/scale", "same"),
     (f"{_LAYER}.ffn_norm.weight", "decoder_{}/mlp_norm/scale", "same"),
-    *all_dense_rows(f"{_LAYER}.feed_forward", "decoder_{}/mlp", _MLP),
+    *family.all_dense_rows(f"{_LAYER}.feed_forward", "decoder_{}/mlp", _MLP),
     ("model.embedding_norm.weight", "final_norm/scale", "same"),
     ("lm_head.weight", "head/kernel", "transpose"),
 ]
@@ -124,7 +117,7 @@ FAMILY = Family(
     complete_keys=lfm2_keys.complete_keys,
     written_keys=written_keys,
     weights=WEIGHTS,
-    ignored=ROPE_BUFFERS,
+    ignored=family.ROPE_BUFFERS,
     gguf_architecture="lfm2",
     gguf_keys={
         "attention.layer_norm_rms_epsilon": "norm_eps",

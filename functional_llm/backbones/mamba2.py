@@ -7,18 +7,9 @@ References: [Mamba-2](https://arxiv.org/abs/2405.21060),
 from dataclasses import dataclass
 from functools import partial
 
+from functional_llm.backbones import state_spaces
 from functional_llm.backbones.family import Family
-from functional_llm.backbones.state_spaces import (
-    GGUF_KEYS,
-    SpaceConfig,
-    build_states,
-    check_heads,
-    gguf_given,
-    gguf_mixer_rows,
-    mixer_rows,
-    read_steps,
-    written_steps,
-)
+from functional_llm.backbones.state_spaces import SpaceConfig
 from functional_llm.backbones.states_alone import (
     ALONE_DEFAULTS,
     ALONE_KEYS,
@@ -38,7 +29,9 @@ class Config(SpaceConfig, AloneConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    mixer = partial(build_states, config, config.use_bias, activation=config.activation)
+    mixer = partial(
+        state_spaces.build_states, config, config.use_bias, activation=config.activation
+    )
     return build_alone(config, mixer, mamba2_shapes(config.state_sizes))
 
 
@@ -53,8 +46,8 @@ def complete_keys(keys: JSON) -> JSON:
     }
     keys = ALONE_DEFAULTS | own | keys
     inner = int(keys["expand"] * keys["hidden_size"])
-    check_heads(keys, "num_heads", "n_groups", inner, keys["head_dim"])
-    return {**keys, "intermediate_dim": inner, **read_steps(keys)}
+    state_spaces.check_heads(keys, "num_heads", "n_groups", inner, keys["head_dim"])
+    return {**keys, "intermediate_dim": inner, **state_spaces.read_steps(keys)}
 
 
 _MIXER = "backbone.layers.{}.mixer"
@@ -77,13 +70,13 @@ FAMILY = Family(
     complete_keys=complete_keys,
     written_keys=lambda config: {
         "expand": config.intermediate_dim // config.hidden_dim,
-        **written_steps(config),
+        **state_spaces.written_steps(config),
     },
-    weights=alone_rows(mixer_rows(_MIXER)),
+    weights=alone_rows(state_spaces.mixer_rows(_MIXER)),
     base_prefix="backbone.",
     gguf_architecture="mamba2",
-    gguf_keys={**GGUF_KEYS, "attention.layer_norm_rms_epsilon": "layer_norm_epsilon"},
+    gguf_keys={**state_spaces.GGUF_KEYS, "attention.layer_norm_rms_epsilon": "layer_norm_epsilon"},
     gguf_ignored=["context_length", "feed_forward_length", "attention.head_count"],
-    gguf_given=gguf_given,
-    gguf_rows=gguf_mixer_rows(_MIXER),
+    gguf_given=state_spaces.gguf_given,
+    gguf_rows=state_spaces.gguf_mixer_rows(_MIXER),
 )

@@ -13,33 +13,16 @@ from dataclasses import dataclass
 
 import keras
 
-from functional_llm.backbones import llama, nemotron_h_keys
-from functional_llm.backbones.family import (
-    PLAIN_MLP,
-    Family,
-    all_dense_rows,
-    attention_rows,
-    dense_rows,
-    gguf_expert_rows,
-)
+from functional_llm.backbones import family, llama, nemotron_h_keys, routed_experts, state_spaces
+from functional_llm.backbones.family import Family
 from functional_llm.backbones.nemotron_h_keys import LETTERS
-from functional_llm.backbones.routed_experts import (
-    CORRECTION,
-    GGUF_KEYS,
-    ROUTING,
-    MixedConfig,
-    SigmoidConfig,
-    sigmoid_router,
-)
+from functional_llm.backbones.routed_experts import GGUF_KEYS, MixedConfig, SigmoidConfig
 from functional_llm.backbones.stacks import build_of_types
 from functional_llm.backbones.state_spaces import (
     HybridConfig,
     build_states,
-    gguf_mixer_rows,
     hybrid_types,
-    mixer_rows,
     residual_parts,
-    written_steps,
 )
 from functional_llm.backbones.transforms import Rows
 from functional_llm.blocks.attention import BesideX, attention, heads
@@ -110,7 +93,7 @@ def build_experts(config: Config) -> BesideX:
 
     inner = config.latent_dim or config.hidden_dim
     return expert_mlp(
-        sigmoid_router(config),
+        routed_experts.sigmoid_router(config),
         config.expert_dim,
         inner,
         ACTIVATIONS[config.activation],
@@ -130,16 +113,16 @@ _ROUTER = (f"{_MIXER}.gate.weight", f"{_MLP}/router/kernel", "transpose")
 WEIGHTS: Rows = [
     ("model.embeddings.weight", "token_embedding/embeddings", "same"),
     *((f"{_LAYER}.norm.weight", f"decoder_{{}}/{part}_norm/scale", "same") for part in _PARTS),
-    *mixer_rows(_MIXER),
-    *attention_rows(_MIXER),
-    *all_dense_rows(_MIXER, _MLP, PLAIN_MLP),
+    *state_spaces.mixer_rows(_MIXER),
+    *family.attention_rows(_MIXER),
+    *family.all_dense_rows(_MIXER, _MLP, family.PLAIN_MLP),
     _ROUTER,
-    (f"{_MIXER}.gate.e_score_correction_bias", CORRECTION, "same"),
+    (f"{_MIXER}.gate.e_score_correction_bias", routed_experts.CORRECTION, "same"),
     (f"{_EXPERT}.up_proj.weight", f"{_MLP}/experts_up/kernel", "transpose"),
     (f"{_EXPERT}.down_proj.weight", f"{_MLP}/experts_down/kernel", "transpose"),
-    *all_dense_rows(f"{_MIXER}.shared_experts", f"{_MLP}/shared", PLAIN_MLP),
-    *dense_rows(f"{_MIXER}.fc1_latent_proj", f"{_MLP}/into_latents"),
-    *dense_rows(f"{_MIXER}.fc2_latent_proj", f"{_MLP}/from_latents"),
+    *family.all_dense_rows(f"{_MIXER}.shared_experts", f"{_MLP}/shared", family.PLAIN_MLP),
+    *family.dense_rows(f"{_MIXER}.fc1_latent_proj", f"{_MLP}/into_latents"),
+    *family.dense_rows(f"{_MIXER}.fc2_latent_proj", f"{_MLP}/from_latents"),
     ("model.norm_f.weight", "final_norm/scale", "same"),
     ("lm_head.weight", "head/kernel", "transpose"),
 ]
@@ -147,8 +130,8 @@ WEIGHTS: Rows = [
 
 def gguf_rows(config: Config) -> Rows:
     """Returns what llama.cpp's files hold otherwise."""
-    correction = (f"{_MIXER}.gate.e_score_correction.bias", CORRECTION, "same")
-    return [*gguf_mixer_rows(_MIXER)(config), *gguf_expert_rows(), correction]
+    correction = (f"{_MIXER}.gate.e_score_correction.bias", routed_experts.CORRECTION, "same")
+    return [*state_spaces.gguf_mixer_rows(_MIXER)(config), *family.gguf_expert_rows(), correction]
 
 
 FAMILY = Family(
@@ -162,13 +145,13 @@ FAMILY = Family(
     config_given=nemotron_h_keys.config_given,
     config_ignored=nemotron_h_keys.IGNORED,
     config_constants=nemotron_h_keys.CONSTANTS,
-    config_nulls=["num_key_value_heads", "time_step_limit", *ROUTING],
+    config_nulls=["num_key_value_heads", "time_step_limit", *routed_experts.ROUTING],
     layer_types=tuple(LETTERS),
     complete_keys=nemotron_h_keys.complete_keys,
     # Which other programs read, and Transformers before 5.
     written_keys=lambda config: {
         "hybrid_override_pattern": "".join(LETTERS[kind] for kind in config.layer_types),
-        **written_steps(config),
+        **state_spaces.written_steps(config),
     },
     weights=WEIGHTS,
     parameters=[
