@@ -3,6 +3,7 @@
 from typing import Any
 
 from functional_llm.backbones.keras_hub.column import EMBEDDING, REQUIRED, KerasHub, dense, one
+from functional_llm.backbones.keras_hub.gemmas import NORMS
 from functional_llm.backbones.transforms import Rows, axis_added, heads_first, split_axis
 from functional_llm.blocks.rope_scaling import ProportionalScaling
 from functional_llm.graph.types import JSON
@@ -105,14 +106,7 @@ def _written(config: Any) -> JSON:
     }
 
 
-_NORMS = {
-    "pre_attention_norm": "attention_norm",
-    "post_attention_norm": "attention_post_norm",
-    "post_ffw_norm": "mlp_post_norm",
-    "post_per_layer_input_norm": "per_layer_post_norm",
-    "attention/query_norm": "attention/query_norm",
-    "attention/key_norm": "attention/key_norm",
-}
+_NORMS = {**NORMS, "post_per_layer_input_norm": "per_layer_post_norm"}
 _OF_EXPERTS = {
     "pre_ffw_norm": "mlp/shared_norm",
     "post_ffw_norm_dense": "mlp/shared_post_norm",
@@ -138,8 +132,7 @@ def _layer_weights(config: Any, index: int) -> Rows:
     """Returns the rows of a layer: heads differ with its type."""
     theirs, ours = f"layers/gemma4_text_decoder_block_{index}", f"decoder_{index}"
     keys, size = config.head(config.layer_types[index])
-    queries, mlp = config.num_query_heads, "mlp"
-    norms = {**_NORMS, "pre_ffw_norm": "mlp_norm"}
+    queries, mlp, norms = config.num_query_heads, "mlp", _NORMS
     if config.num_experts is not None:
         norms, mlp = {**_NORMS, **_OF_EXPERTS}, "mlp/shared"
     attend, bank = f"{theirs}/attention", f"{theirs}/moe_expert_bank/vars"

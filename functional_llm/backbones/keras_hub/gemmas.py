@@ -80,7 +80,7 @@ def _wrong(config: Any) -> Sequence[str]:
     return found
 
 
-_NORMS = {
+NORMS = {
     "pre_attention_norm": "attention_norm",
     "post_attention_norm": "attention_post_norm",
     "pre_ffw_norm": "mlp_norm",
@@ -100,7 +100,7 @@ def _weights(layer: str) -> Callable[[Any], Rows]:
         output = split_axis(0, (queries, size))
         return [
             EMBEDDING,
-            *(one(f"{block}/{name}", f"{OURS}/{norm}/scale") for name, norm in _NORMS.items()),
+            *(one(f"{block}/{name}", f"{OURS}/{norm}/scale") for name, norm in NORMS.items()),
             *dense(f"{theirs}/query_dense", f"{attend}/query", heads_first(queries, size)),
             *dense(f"{theirs}/key_dense", f"{attend}/key", heads_first(keys, size)),
             *dense(f"{theirs}/value_dense", f"{attend}/value", heads_first(keys, size)),
