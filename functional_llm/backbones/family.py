@@ -264,6 +264,7 @@ def attention_rows(source: str, output: str = "o_proj") -> list[Row]:
     return all_dense_rows(source, "decoder_{}/attention", names)
 
 
+# Of an MLP, for `all_dense_rows`, as most checkpoints have it.
 GATED_MLP = {f"{x}_proj": x for x in ("gate", "up", "down")}
 PLAIN_MLP = {f"{x}_proj": x for x in ("up", "down")}
 

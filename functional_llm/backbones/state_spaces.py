@@ -1,4 +1,4 @@
-"""What families with Mamba-2 layers share: their numbers, and the names of their weights."""
+"""What families with Mamba-2 layers share: numbers, the layers, and the names of their weights."""
 
 import math
 from collections.abc import Callable
