@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functional_llm.backbones import llama, qwen3
 from functional_llm.backbones.family import (
     COMMON_KEYS,
+    PLAIN_MLP,
     DecoderConfig,
     Family,
+    all_dense_rows,
     complete_common_keys,
-    dense_rows,
 )
 from functional_llm.backbones.stacks import build_with_one_rope
 from functional_llm.backbones.transforms import axis_added
@@ -91,8 +92,7 @@ FAMILY = Family(
         (f"{_LAYER}.attention_layernorm.weight", "decoder_{}/attention_norm/scale", "same"),
         (f"{_LAYER}.feedforward_layernorm.weight", "decoder_{}/mlp_norm/scale", "same"),
         *qwen3.QK_NORMS,
-        *dense_rows(f"{_LAYER}.mlp.up_proj", "decoder_{}/mlp/up"),
-        *dense_rows(f"{_LAYER}.mlp.down_proj", "decoder_{}/mlp/down"),
+        *all_dense_rows(f"{_LAYER}.mlp", "decoder_{}/mlp", PLAIN_MLP),
         *((f"{_XIELU}.{x}", f"decoder_{{}}/mlp/xielu/{x}", "same") for x in _PARTS[:2]),
         *((f"{_XIELU}.{x}", f"decoder_{{}}/mlp/xielu/{x}", axis_added(0)) for x in _PARTS[2:]),
     ],

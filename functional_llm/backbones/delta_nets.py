@@ -18,12 +18,12 @@ from functional_llm.backbones.family import (
     complete_common_keys,
     dense_rows,
 )
-from functional_llm.backbones.stacks import build_around, with_rope
+from functional_llm.backbones.stacks import build_of_types, with_rope
 from functional_llm.backbones.transforms import Rows, fused
 from functional_llm.blocks.attention import Part, attention, gate, heads, key_value_shapes
 from functional_llm.blocks.decoder import NamedPart, pre_norm
 from functional_llm.blocks.delta_net import DeltaNet, delta_net_shapes, gated_delta_net
-from functional_llm.blocks.language_model import Graph, LayerType, StateType
+from functional_llm.blocks.language_model import Graph, StateType
 from functional_llm.blocks.norm import offset_rms_norm
 from functional_llm.blocks.rope import on_first_channels, rotary
 from functional_llm.graph.composite import CompositeLayer
@@ -57,18 +57,20 @@ class DeltaConfig(PartialRotaryConfig):
 def build(config: DeltaConfig, mlp: Callable[[int], NamedPart]) -> Graph:
     """Returns the inputs and outputs of the graph; `mlp` makes that of the layer of a number."""
     norm = partial(offset_rms_norm, config.layer_norm_epsilon)
-    keeps = {
-        "linear_attention": delta_net_shapes(config.delta_net),
-        "full_attention": key_value_shapes(config.num_key_value_heads, config.head_dim),
-    }
-    types: dict[str, LayerType | StateType]
-    types = {"linear_attention": StateType(), "full_attention": with_rope(config)}
     layers = [
         (kind, pre_norm(f"decoder_{i}", norm, _mixer(config, kind), mlp(i)))
         for i, kind in enumerate(config.layer_types)
     ]
-    kept = [keeps[kind] for kind in config.layer_types]
-    return build_around(config, layers, types, offset_rms_norm, keeps=kept)
+    kept = key_value_shapes(config.num_key_value_heads, config.head_dim)
+    return build_of_types(
+        config,
+        layers,
+        {
+            "linear_attention": (StateType(), delta_net_shapes(config.delta_net)),
+            "full_attention": (with_rope(config), kept),
+        },
+        offset_rms_norm,
+    )
 
 
 def _mixer(config: DeltaConfig, kind: str) -> CompositeLayer:

@@ -7,16 +7,9 @@ Which layers have experts, an interval says between a first and a last one. Refe
 
 from dataclasses import dataclass
 
-from functional_llm.backbones import ernie4_5, llama
+from functional_llm.backbones import ernie4_5, family, llama
 from functional_llm.backbones.experts import ExpertsConfig
-from functional_llm.backbones.family import (
-    ROPE_BUFFERS,
-    Family,
-    check_chosen,
-    check_given,
-    check_head_bias,
-    with_divided_heads,
-)
+from functional_llm.backbones.family import Family
 from functional_llm.backbones.routed_experts import CORRECTION, ROWS, MixedConfig, build_mixed
 from functional_llm.backbones.stacks import build_around, one_rope
 from functional_llm.backbones.transforms import axis_removed
@@ -66,11 +59,11 @@ def complete_keys(keys: JSON) -> JSON:
     own: JSON = {"num_key_value_heads": 4, "moe_intermediate_size": 1536, "moe_norm_min": 1e-12}
     own |= {"moe_num_experts": 64, "moe_k": 6, "moe_num_shared_experts": 2}
     own |= {"moe_layer_interval": 1, "moe_layer_start_index": 1, "moe_layer_end_index": -1}
-    keys = own | with_divided_heads(keys)  # unlike one without experts
-    check_given(keys, _NO_NULLS)
+    keys = own | family.with_divided_heads(keys)  # unlike one without experts
+    family.check_given(keys, _NO_NULLS)
     if keys["moe_layer_end_index"] == -1:
         keys["moe_layer_end_index"] = keys["num_hidden_layers"] - 1
-    check_chosen(keys["moe_k"], keys["moe_num_experts"], "moe_num_experts", "moe_k")
+    family.check_chosen(keys["moe_k"], keys["moe_num_experts"], "moe_num_experts", "moe_k")
     shared, interval = keys["moe_num_shared_experts"], keys["moe_layer_interval"]
     if shared < 0 or interval < 1:
         raise ValueError(
@@ -78,7 +71,7 @@ def complete_keys(keys: JSON) -> JSON:
             f"of at least 1. Received: {shared} and {interval}."
         )
     keys = ernie4_5.complete_keys(keys)
-    check_head_bias(keys, "use_bias")
+    family.check_head_bias(keys, "use_bias")
     return keys
 
 
@@ -117,7 +110,7 @@ FAMILY = Family(
         ("lm_head.bias", "head/bias", "same"),
         (f"{_MLP}.moe_statics.e_score_correction_bias", CORRECTION, axis_removed(0)),
     ],
-    ignored=[*ROPE_BUFFERS, "model.mtp_*"],
+    ignored=[*family.ROPE_BUFFERS, "model.mtp_*"],
     gguf_architecture="ernie4_5-moe",
     gguf_keys={
         "expert_count": "moe_num_experts",

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from functional_llm.backbones.family import DecoderConfig, check_chosen, dense_rows
+from functional_llm.backbones.family import GATED_MLP, DecoderConfig, all_dense_rows, check_chosen
 from functional_llm.backbones.transforms import Rows
 from functional_llm.blocks.attention import BesideX
 from functional_llm.blocks.experts import Router, activated, expert_mlp, normalized, softmax
@@ -79,9 +79,7 @@ def shared_rows(place: str) -> Rows:
     Args:
         place: The layer in a checkpoint.
     """
-    parts = ("gate", "up", "down")
-    rows = (dense_rows(f"{place}.{x}_proj", f"decoder_{{}}/mlp/shared/{x}") for x in parts)
-    return [row for of_part in rows for row in of_part]
+    return all_dense_rows(place, "decoder_{}/mlp/shared", GATED_MLP)
 
 
 SPARSE_KEYS: dict[str, str | type] = {

@@ -8,34 +8,15 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
-from functional_llm.backbones import falcon_h1_keys
-from functional_llm.backbones.family import (
-    ROPE_BUFFERS,
-    DecoderConfig,
-    Family,
-    dense_rows,
-)
-from functional_llm.backbones.stacks import build_around, with_rope
-from functional_llm.backbones.state_spaces import (
-    PREFIXED_DEFAULTS,
-    PREFIXED_GGUF_KEYS,
-    SpaceConfig,
-    gguf_mixer_rows,
-    mixer_rows,
-    written_steps,
-)
+from functional_llm.backbones import falcon_h1_keys, family, state_spaces
+from functional_llm.backbones.family import DecoderConfig, Family
+from functional_llm.backbones.stacks import build_of_types, with_rope
+from functional_llm.backbones.state_spaces import HybridConfig
 from functional_llm.backbones.transforms import Rows
-from functional_llm.blocks.attention import attention, heads, key_value_shapes
+from functional_llm.blocks.attention import attention, heads
 from functional_llm.blocks.decoder import Sum, decoder
-from functional_llm.blocks.language_model import Graph, StateType, scale
-from functional_llm.blocks.mamba2 import (
-    Gate,
-    gate_alone,
-    gated_norm,
-    mamba2,
-    mamba2_shapes,
-    norm_before_gate,
-)
+from functional_llm.blocks.language_model import Graph, scale
+from functional_llm.blocks.mamba2 import Gate, gate_alone, gated_norm, norm_before_gate
 from functional_llm.blocks.mlp import ACTIVATIONS, gated_mlp
 from functional_llm.blocks.norm import rms_norm
 from functional_llm.blocks.rope import rotary
@@ -43,7 +24,7 @@ from functional_llm.graph.composite import CompositeLayer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DecoderConfig, SpaceConfig):
+class Config(DecoderConfig, HybridConfig):
     """The numbers of a Falcon-H1, beside those of `DecoderConfig` and of Mamba-2 layers.
 
     Multipliers of MLPs are of the gate and of the result; those of states, of the gate, the inputs,
@@ -52,7 +33,6 @@ class Config(DecoderConfig, SpaceConfig):
 
     attention_bias: bool
     mlp_bias: bool
-    state_bias: bool
     output_bias: bool
     has_norm: bool
     norm_first: bool
@@ -69,13 +49,11 @@ class Config(DecoderConfig, SpaceConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    kinds = ("full_attention", "linear_attention")
-    kept = key_value_shapes(config.num_key_value_heads, config.head_dim)
-    return build_around(
+    types = state_spaces.hybrid_types(config, with_rope(config))
+    return build_of_types(
         config,
-        [(kinds, build_decoder(config, i)) for i in range(config.num_layers)],
-        dict(zip(kinds, (with_rope(config), StateType()), strict=True)),
-        keeps=[(kept, mamba2_shapes(config.state_sizes))] * config.num_layers,
+        [(tuple(types), build_decoder(config, i)) for i in range(config.num_layers)],
+        types,
         embedding_parts=[scale(config.embedding_multiplier)],
         logit_parts=[scale(config.lm_head_multiplier)],
     )
@@ -129,33 +107,24 @@ def build_states(config: Config) -> CompositeLayer:
         gate = (norm_before_gate if config.norm_first else gated_norm)(
             config.layer_norm_epsilon, groups
         )
-    return mamba2(
-        sizes,
-        config.hidden_dim,
-        gate,
+    return state_spaces.build_states(
+        config,
+        config.state_bias,
+        gate=gate,
         activation=config.activation,
-        steps=config.steps,
-        input_bias=config.state_bias,
-        convolution_bias=config.convolution_bias,
         output_bias=config.output_bias,
         projected=[lambda x, inputs: x * keras.ops.convert_to_tensor(factors, x.dtype)],
     )
 
 
 _LAYER = "model.layers.{}"
-_ATTENTION, _MLP = f"{_LAYER}.self_attn", f"{_LAYER}.feed_forward"
 WEIGHTS: Rows = [
     ("model.embed_tokens.weight", "token_embedding/embeddings", "same"),
     (f"{_LAYER}.input_layernorm.weight", "decoder_{}/mixer_norm/scale", "same"),
-    *mixer_rows(f"{_LAYER}.mamba"),
-    *dense_rows(f"{_ATTENTION}.q_proj", "decoder_{}/attention/query"),
-    *dense_rows(f"{_ATTENTION}.k_proj", "decoder_{}/attention/key"),
-    *dense_rows(f"{_ATTENTION}.v_proj", "decoder_{}/attention/value"),
-    *dense_rows(f"{_ATTENTION}.o_proj", "decoder_{}/attention/output"),
+    *state_spaces.mixer_rows(f"{_LAYER}.mamba"),
+    *family.attention_rows(f"{_LAYER}.self_attn"),
     (f"{_LAYER}.pre_ff_layernorm.weight", "decoder_{}/mlp_norm/scale", "same"),
-    *dense_rows(f"{_MLP}.gate_proj", "decoder_{}/mlp/gate"),
-    *dense_rows(f"{_MLP}.up_proj", "decoder_{}/mlp/up"),
-    *dense_rows(f"{_MLP}.down_proj", "decoder_{}/mlp/down"),
+    *family.all_dense_rows(f"{_LAYER}.feed_forward", "decoder_{}/mlp", family.GATED_MLP),
     ("model.final_layernorm.weight", "final_norm/scale", "same"),
     ("lm_head.weight", "head/kernel", "transpose"),
 ]
@@ -169,23 +138,22 @@ FAMILY = Family(
     config_keys=falcon_h1_keys.CONFIG_KEYS,
     config_constants={"mamba_use_mlp": True},
     config_nulls=[
-        *("num_key_value_heads", "mamba_d_ssm", "mamba_norm_before_gate", "time_step_limit"),
-        *PREFIXED_DEFAULTS,
+        *state_spaces.PREFIXED_NULLS,
+        *("mamba_d_ssm", "mamba_norm_before_gate"),
         *falcon_h1_keys.SINGLE,
     ],
     complete_keys=falcon_h1_keys.complete_keys,
     written_keys=lambda config: {
         "mamba_d_ssm": config.state_sizes.inner_dim,
-        "mamba_d_head": config.state_head_dim,
-        **written_steps(config),
+        **state_spaces.written_prefixed(config),
     },
     weights=WEIGHTS,
-    ignored=(*ROPE_BUFFERS, "*.mup_vector"),
+    ignored=(*family.ROPE_BUFFERS, "*.mup_vector"),
     gguf_architecture="falcon-h1",
     gguf_keys={
-        **{key: x for key, x in PREFIXED_GGUF_KEYS.items() if key != "ssm.expand"},
+        **{key: x for key, x in state_spaces.PREFIXED_GGUF_KEYS.items() if key != "ssm.expand"},
         "ssm.inner_size": "mamba_d_ssm",
     },
     gguf_defaults=lambda keys: {"mamba_norm_before_gate": False},
-    gguf_rows=gguf_mixer_rows(f"{_LAYER}.mamba"),
+    gguf_rows=state_spaces.gguf_mixer_rows(f"{_LAYER}.mamba"),
 )

@@ -246,14 +246,33 @@ def dense_rows(
     ]
 
 
+def all_dense_rows(source: str, target: str, names: Mapping[str, str]) -> list[Row]:
+    """Rows of several Dense of one module.
+
+    Args:
+        source: The module in a checkpoint.
+        target: The layer that it is here.
+        names: Name of a Linear there -> that of its Dense here.
+    """
+    rows = (dense_rows(f"{source}.{x}", f"{target}/{ours}") for x, ours in names.items())
+    return [row for of_one in rows for row in of_one]
+
+
+def attention_rows(source: str, output: str = "o_proj") -> list[Row]:
+    """Rows of an attention, as most checkpoints have them; `output` is the last Linear's name."""
+    names = {"q_proj": "query", "k_proj": "key", "v_proj": "value", output: "output"}
+    return all_dense_rows(source, "decoder_{}/attention", names)
+
+
+# Of an MLP, for `all_dense_rows`, as most checkpoints have it.
+GATED_MLP = {f"{x}_proj": x for x in ("gate", "up", "down")}
+PLAIN_MLP = {f"{x}_proj": x for x in ("up", "down")}
+
+
 def gguf_expert_rows() -> list[Row]:
     """Rows of experts as llama.cpp's converter writes them, whatever tensors they come from."""
-    parts = ("gate", "up", "down")
-    rows = (
-        dense_rows(f"model.layers.{{}}.mlp.experts.{x}_proj", f"decoder_{{}}/mlp/experts_{x}")
-        for x in parts
-    )
-    return [row for of_part in rows for row in of_part]
+    names = {theirs: f"experts_{x}" for theirs, x in GATED_MLP.items()}
+    return all_dense_rows("model.layers.{}.mlp.experts", "decoder_{}/mlp", names)
 
 
 def fused_rows(source: str, target: str, groups: int = 1) -> list[Row]:

@@ -2,20 +2,14 @@
 
 from statistics import NormalDist
 
-from functional_llm.backbones.family import complete_common_keys, renamed_keys
-from functional_llm.backbones.sharing import check_sharing
+from functional_llm.backbones import sharing
+from functional_llm.backbones.family import complete_common_keys
 from functional_llm.graph.types import JSON
 
 CONFIG_KEYS: dict[str, str | type] = {
-    **{key: x for key, x in renamed_keys(hidden_act="hidden_activation").items()},
+    **sharing.CONFIG_KEYS,
     "intermediate_size": object,
-    "final_logit_softcapping": "final_logit_soft_cap",
-    "layer_types": "layer_types",
-    "sliding_window": "sliding_window",
     "rope_local_base_freq": "local_rope_max_wavelength",
-    "num_kv_shared_layers": "borrowing_layers",
-    "hidden_size_per_layer_input": "per_layer_width",
-    "vocab_size_per_layer_input": "per_layer_vocabulary",
     "activation_sparsity_pattern": "sparse_shares",
     "altup_num_inputs": "streams",
     "altup_active_idx": "active_stream",
@@ -26,8 +20,7 @@ CONFIG_KEYS: dict[str, str | type] = {
     "query_pre_attn_scalar": object,  # which Transformers does not read
 }
 GGUF_KEYS = {
-    "attention.shared_kv_layers": "num_kv_shared_layers",
-    "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+    **sharing.GGUF_KEYS,
     "activation_sparsity_pattern": "activation_sparsity_pattern",
     "altup.active_idx": "altup_active_idx",
     "altup.num_inputs": "altup_num_inputs",
@@ -40,18 +33,12 @@ def complete_keys(keys: JSON) -> JSON:
     first = 10 if count > 10 else 0
     own: JSON = {
         "num_key_value_heads": 2,
-        "head_dim": 256,
-        "hidden_activation": "gelu_pytorch_tanh",
         "max_position_embeddings": 32_768,
-        "tie_word_embeddings": True,
-        "sliding_window": 512,
         "layer_types": [
             "sliding_attention" if (i + 1) % 5 else "full_attention" for i in range(count)
         ],
         "final_logit_softcapping": 30.0,
         "num_kv_shared_layers": 15,
-        "hidden_size_per_layer_input": 256,
-        "vocab_size_per_layer_input": 262_144,
         "activation_sparsity_pattern": [0.95] * first + [0.0] * (count - first),
         "altup_num_inputs": 4,
         "altup_active_idx": 0,
@@ -59,9 +46,8 @@ def complete_keys(keys: JSON) -> JSON:
         "laurel_rank": 64,
         "intermediate_size": 16_384,
         "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0,
     }
-    keys = complete_common_keys(own | keys)
+    keys = complete_common_keys(sharing.DEFAULTS | own | keys)
     widths = keys["intermediate_size"]
     keys["mlp_widths"] = widths if isinstance(widths, list) else [widths] * count
     keys["intermediate_dim"] = keys["mlp_widths"][0] if keys["mlp_widths"] else 0
@@ -76,7 +62,7 @@ def check_numbers(keys: JSON) -> None:
         ValueError: If not.
     """
     _check_layers(keys, keys["num_hidden_layers"])
-    check_sharing(keys)
+    sharing.check_sharing(keys)
     streams, active = keys["altup_num_inputs"], keys["altup_active_idx"]
     sizes = {key: keys[key] for key in ("laurel_rank", "hidden_size_per_layer_input")}
     if not 0 <= active < streams or min(sizes.values()) < 1:

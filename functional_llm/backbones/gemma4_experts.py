@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from functional_llm.backbones import gemma2, qwen3
-from functional_llm.backbones.family import ModelConfig, dense_rows, expert_parameters
+from functional_llm.backbones.experts import shared_rows
+from functional_llm.backbones.family import ModelConfig, expert_parameters
 from functional_llm.backbones.sharing import PER_LAYER_ROWS
 from functional_llm.backbones.transforms import Rows
 from functional_llm.blocks.decoder import NamedPart
@@ -73,11 +74,7 @@ _DENSE: Rows = [
 ]
 _ROUTED: Rows = [
     *PARAMETERS,
-    *(
-        row
-        for part in ("gate", "up", "down")
-        for row in dense_rows(f"{_LAYER}.mlp.{part}_proj", f"{_SHARED}/{part}")
-    ),
+    *shared_rows(f"{_LAYER}.mlp"),
     (f"{_LAYER}.pre_feedforward_layernorm.weight", f"{_SHARED}_norm/scale", "same"),
     (f"{_LAYER}.post_feedforward_layernorm_1.weight", f"{_SHARED}_post_norm/scale", "same"),
     (f"{_LAYER}.pre_feedforward_layernorm_2.weight", f"{_EXPERTS}/experts_norm/scale", "same"),

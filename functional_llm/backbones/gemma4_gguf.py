@@ -3,12 +3,12 @@
 from typing import Any
 
 from functional_llm.backbones.gemma4_experts import ExpertsConfig
+from functional_llm.backbones.sharing import GGUF_KEYS
 from functional_llm.backbones.transforms import Rows, fused
 from functional_llm.graph.types import JSON
 
 KEYS = {
-    "attention.shared_kv_layers": "num_kv_shared_layers",
-    "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+    **GGUF_KEYS,
     "expert_count": "num_experts",
     "expert_used_count": "top_k_experts",
     "expert_feed_forward_length": "moe_intermediate_size",

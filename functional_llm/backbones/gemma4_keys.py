@@ -2,27 +2,16 @@
 
 from typing import Any
 
-from functional_llm.backbones.family import (
-    check_chosen,
-    check_given,
-    complete_common_keys,
-    renamed_keys,
-)
-from functional_llm.backbones.sharing import check_sharing
+from functional_llm.backbones import sharing
+from functional_llm.backbones.family import check_chosen, check_given, complete_common_keys
 from functional_llm.graph.types import JSON
 
 CONFIG_KEYS: dict[str, str | type] = {
-    **renamed_keys(hidden_act="hidden_activation"),
-    "final_logit_softcapping": "final_logit_soft_cap",
-    "layer_types": "layer_types",
-    "sliding_window": "sliding_window",
+    **sharing.CONFIG_KEYS,
     "global_head_dim": "full_head_dim",
     "num_global_key_value_heads": "num_full_key_value_heads",
     "attention_k_eq_v": "values_are_keys",
-    "num_kv_shared_layers": "borrowing_layers",
     "use_double_wide_mlp": "borrowing_is_wide",
-    "hidden_size_per_layer_input": "per_layer_width",
-    "vocab_size_per_layer_input": "per_layer_vocabulary",
     "num_experts": "num_experts",
     "top_k_experts": "num_experts_per_token",
     "moe_intermediate_size": "expert_dim",
@@ -39,21 +28,15 @@ def complete_keys(keys: JSON) -> JSON:
     layers = range(keys["num_hidden_layers"])
     kinds = ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in layers]
     own: JSON = {
+        **sharing.DEFAULTS,
         "intermediate_size": 9216,
         "num_key_value_heads": 4,
-        "head_dim": 256,
-        "hidden_activation": "gelu_pytorch_tanh",
         "max_position_embeddings": 131_072,
-        "tie_word_embeddings": True,
-        "sliding_window": 512,
         "layer_types": kinds,
         "final_logit_softcapping": None,
         "attention_k_eq_v": False,
         "num_kv_shared_layers": 0,
         "use_double_wide_mlp": False,
-        "hidden_size_per_layer_input": 256,
-        "vocab_size_per_layer_input": 262_144,
-        "rope_local_base_freq": 10_000.0,
         "rope_parameters": _ROPE,
     }
     if keys.get("model_type") == UNIFIED:
@@ -73,7 +56,7 @@ def complete_keys(keys: JSON) -> JSON:
             f"{keys['hidden_size_per_layer_input']}."
         )
     keys |= _of_full_layers(keys) | _of_experts(keys)
-    check_sharing(keys)
+    sharing.check_sharing(keys)
     return complete_common_keys({"rope_theta": 1e6, **keys})
 
 

@@ -10,7 +10,7 @@ from functools import partial
 
 from functional_llm.backbones import apertus, family, llama, qwen3
 from functional_llm.backbones.experts import GGUF_KEYS, ExpertsConfig
-from functional_llm.backbones.family import COMMON_KEYS, Family, dense_rows
+from functional_llm.backbones.family import COMMON_KEYS, Family
 from functional_llm.backbones.keras_hub import gpt_oss as keras_hub
 from functional_llm.backbones.stacks import build_with_one_rope
 from functional_llm.backbones.transforms import Rows, by_turns
@@ -70,23 +70,25 @@ def complete_keys(keys: JSON) -> JSON:
     return family.complete_common_keys(keys)
 
 
-_LAYER, _EXPERTS = "model.layers.{}", "model.layers.{}.mlp.experts"
-_SINKS, _MLP = "decoder_{}/attention/sinks/score", "decoder_{}/mlp"
+_LAYER, _SINKS = "model.layers.{}", "decoder_{}/attention/sinks/score"
+
+
+def parameters(config: Config) -> Rows:
+    """Returns the rows of kernels: of experts, and of the router behind them."""
+    turns = by_turns(config.intermediate_dim)
+    return family.expert_parameters(router="mlp.router", gate_up=turns, down="same")
 
 
 def weights(config: Config) -> Rows:
     """Returns the weight table."""
-    turns = by_turns(config.intermediate_dim)
-    parts = (("gate_up_proj", "gate", turns), ("gate_up_proj", "up", turns))
+    *experts, router = parameters(config)
     return [
         *(row for row in llama.WEIGHTS if ".mlp." not in row[0]),
         (f"{_LAYER}.self_attn.sinks", _SINKS, "same"),
-        *dense_rows(f"{_LAYER}.mlp.router", f"{_MLP}/router"),
-        *(
-            (f"{_EXPERTS}.{name}{end}", f"{_MLP}/experts_{part}/{variable}", change)
-            for name, part, change in (*parts, ("down_proj", "down", "same"))
-            for end, variable in (("", "kernel"), ("_bias", "bias"))
-        ),
+        *experts,
+        *((f"{name}_bias", path.replace("kernel", "bias"), x) for name, path, x in experts),
+        router,
+        (f"{_LAYER}.mlp.router.bias", "decoder_{}/mlp/router/bias", "same"),
     ]
 
 
@@ -114,9 +116,7 @@ FAMILY = Family(
     complete_keys=complete_keys,
     written_keys=apertus.written_keys,
     weights=weights,
-    parameters=lambda config: family.expert_parameters(
-        router="mlp.router", gate_up=by_turns(config.intermediate_dim), down="same"
-    ),
+    parameters=parameters,
     inputs_first=True,
     ignored=llama.FAMILY.ignored,
     gguf_architecture="gpt-oss",

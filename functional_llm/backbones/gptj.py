@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import keras
 
-from functional_llm.backbones import gpt2
+from functional_llm.backbones import family, gpt2
 from functional_llm.backbones.family import Family, MultiHeadConfig, dense_rows, layer_norm_rows
 from functional_llm.backbones.stacks import build_alike
 from functional_llm.blocks.attention import attention, heads
@@ -64,10 +64,7 @@ _LAYER = "transformer.h.{}"
 WEIGHTS = [
     ("transformer.wte.weight", "token_embedding/embeddings", "same"),
     *layer_norm_rows(f"{_LAYER}.ln_1", "decoder_{}/norm"),
-    *dense_rows(f"{_LAYER}.attn.q_proj", "decoder_{}/attention/query"),
-    *dense_rows(f"{_LAYER}.attn.k_proj", "decoder_{}/attention/key"),
-    *dense_rows(f"{_LAYER}.attn.v_proj", "decoder_{}/attention/value"),
-    *dense_rows(f"{_LAYER}.attn.out_proj", "decoder_{}/attention/output"),
+    *family.attention_rows(f"{_LAYER}.attn", "out_proj"),
     *dense_rows(f"{_LAYER}.mlp.fc_in", "decoder_{}/mlp/up"),
     *dense_rows(f"{_LAYER}.mlp.fc_out", "decoder_{}/mlp/down"),
     *layer_norm_rows("transformer.ln_f", "final_norm"),

@@ -7,31 +7,14 @@ turns queries and keys. Reference:
 
 from dataclasses import dataclass
 
-from functional_llm.backbones import granite, granitemoe, llama
-from functional_llm.backbones.family import (
-    Family,
-    check_chosen,
-    check_given,
-    gguf_expert_rows,
-)
-from functional_llm.backbones.stacks import build_around, with_rope
-from functional_llm.backbones.state_spaces import (
-    PREFIXED_DEFAULTS,
-    PREFIXED_GGUF_KEYS,
-    PREFIXED_KEYS,
-    SpaceConfig,
-    complete_prefixed,
-    gguf_given,
-    gguf_mixer_rows,
-    mixer_rows,
-    written_steps,
-)
+from functional_llm.backbones import family, granite, granitemoe, llama, state_spaces
+from functional_llm.backbones.family import Family
+from functional_llm.backbones.stacks import build_of_types, with_rope
+from functional_llm.backbones.state_spaces import HybridConfig
 from functional_llm.backbones.transforms import Rows, fused
-from functional_llm.blocks.attention import key_value_shapes
 from functional_llm.blocks.decoder import NamedPart
 from functional_llm.blocks.experts import Router, activated, expert_mlp, softmax
-from functional_llm.blocks.language_model import Graph, LayerType, StateType
-from functional_llm.blocks.mamba2 import gated_norm, mamba2, mamba2_shapes
+from functional_llm.blocks.language_model import Graph, LayerType
 from functional_llm.blocks.mlp import gated_mlp
 from functional_llm.blocks.rope import rotary
 from functional_llm.graph.composite import CompositeLayer
@@ -39,7 +22,7 @@ from functional_llm.graph.types import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(granite.MultipliedConfig, SpaceConfig):
+class Config(granite.MultipliedConfig, HybridConfig):
     """The numbers of a Granite 4, beside those of a Granite and of Mamba-2 layers.
 
     Without experts, there is `shared_dim` alone, of the one MLP.
@@ -47,7 +30,6 @@ class Config(granite.MultipliedConfig, SpaceConfig):
 
     layer_types: tuple[str, ...]
     has_rope: bool
-    state_bias: bool
     shared_dim: int
     experts: int
     chosen_experts: int
@@ -55,38 +37,21 @@ class Config(granite.MultipliedConfig, SpaceConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    keeps = {
-        "linear_attention": mamba2_shapes(config.state_sizes),
-        "full_attention": key_value_shapes(config.num_key_value_heads, config.head_dim),
-    }
 
     def build_layer(index: int, kind: str) -> CompositeLayer:
         mixer, mlp = build_mixer(config, kind), build_mlp(config)
         return granite.build_decoder(config, f"decoder_{index}", mixer, mlp)
 
     layers = [(kind, build_layer(i, kind)) for i, kind in enumerate(config.layer_types)]
-    types: dict[str, LayerType | StateType] = {
-        "linear_attention": StateType(),
-        "full_attention": with_rope(config) if config.has_rope else LayerType(),
-    }
-    keep = [keeps[kind] for kind in config.layer_types]
-    return build_around(config, layers, types, keeps=keep, **granite.multiplied(config))
+    types = state_spaces.hybrid_types(config, with_rope(config) if config.has_rope else LayerType())
+    return build_of_types(config, layers, types, **granite.multiplied(config))
 
 
 def build_mixer(config: Config, kind: str) -> CompositeLayer:
     """Returns what mixes tokens in layers of a type."""
     if kind == "full_attention":
         return granite.self_attention(config, *([rotary()] if config.has_rope else []))
-    return mamba2(
-        config.state_sizes,
-        config.hidden_dim,
-        gated_norm(config.layer_norm_epsilon, config.num_state_groups),
-        activation=config.activation,
-        steps=config.steps,
-        input_bias=config.state_bias,
-        convolution_bias=config.convolution_bias,
-        output_bias=config.state_bias,
-    )
+    return state_spaces.build_states(config, config.state_bias, activation=config.activation)
 
 
 def build_mlp(config: Config) -> NamedPart:
@@ -99,9 +64,6 @@ def build_mlp(config: Config) -> NamedPart:
     return expert_mlp(router, config.intermediate_dim, width, activated(activation), shared=shared)
 
 
-_WORDS = {"mamba": "linear_attention", "attention": "full_attention"}  # of older files
-
-
 def complete_keys(keys: JSON) -> JSON:
     """Adds Transformers' defaults for keys that a `config.json` leaves out."""
     own: JSON = {
@@ -110,16 +72,16 @@ def complete_keys(keys: JSON) -> JSON:
         "num_experts_per_tok": 2,
         "shared_intermediate_size": 1024,
         "layer_types": ["linear_attention"] * keys["num_hidden_layers"],
-        **PREFIXED_DEFAULTS,
+        **state_spaces.PREFIXED_DEFAULTS,
         "mamba_proj_bias": False,
     }
     keys = granite.complete_keys(own | keys)
-    check_given(keys, _NO_NULLS)
+    family.check_given(keys, _NO_NULLS)
     if keys["num_local_experts"]:
-        check_chosen(keys["num_experts_per_tok"], keys["num_local_experts"])
+        family.check_chosen(keys["num_experts_per_tok"], keys["num_local_experts"])
     return {
-        **complete_prefixed(keys, keys["mamba_expand"] * keys["hidden_size"]),
-        "layer_types": [_WORDS.get(kind, kind) for kind in keys["layer_types"]],
+        **state_spaces.complete_prefixed(keys, keys["mamba_expand"] * keys["hidden_size"]),
+        "layer_types": [state_spaces.OLDER_WORDS.get(kind, kind) for kind in keys["layer_types"]],
         "has_rope": keys.get("position_embedding_type") == "rope",
     }
 
@@ -128,9 +90,8 @@ def written_keys(config: Config) -> JSON:
     """Returns what Transformers needs beside the keys of fields."""
     return {
         "position_embedding_type": "rope" if config.has_rope else "nope",
-        "mamba_d_head": config.state_head_dim,
         "mamba_expand": config.state_sizes.inner_dim // config.hidden_dim,
-        **written_steps(config),
+        **state_spaces.written_prefixed(config),
     }
 
 
@@ -143,34 +104,37 @@ _NO_NULLS = (
 _LAYER = "model.layers.{}"
 _WHOLE, _ = fused()
 _SHARED = f"{_LAYER}.shared_mlp"
-_GATE_AND_UP, _DOWN = f"{_SHARED}.input_linear.weight", f"{_SHARED}.output_linear.weight"
+
+
+def _shared(config: Config) -> str:
+    """Returns the path of the MLP that all tokens take."""
+    return "decoder_{}/mlp/shared" if config.experts else "decoder_{}/mlp"
 
 
 def weights(config: Config) -> Rows:
     """Returns the names of weights; the MLP that is beside experts or alone is one module."""
-    mlp = "decoder_{}/mlp/shared" if config.experts else "decoder_{}/mlp"
+    gate_and_up = f"{_SHARED}.input_linear.weight"
     return [
         *(row for row in granitemoe.WEIGHTS if config.experts or ".block_sparse_moe" not in row[0]),
         (f"{_LAYER}.input_layernorm.weight", "decoder_{}/mamba_norm/scale", "same"),
-        *mixer_rows(f"{_LAYER}.mamba"),
-        (_GATE_AND_UP, f"{mlp}/gate/kernel", _WHOLE),
-        (_GATE_AND_UP, f"{mlp}/up/kernel", _WHOLE),
-        (_DOWN, f"{mlp}/down/kernel", "transpose"),
+        *state_spaces.mixer_rows(f"{_LAYER}.mamba"),
+        *((gate_and_up, f"{_shared(config)}/{x}/kernel", _WHOLE) for x in ("gate", "up")),
+        (f"{_SHARED}.output_linear.weight", f"{_shared(config)}/down/kernel", "transpose"),
     ]
 
 
 def gguf_rows(config: Config) -> Rows:
     """Returns what llama.cpp's files hold otherwise."""
-    mixer = gguf_mixer_rows(f"{_LAYER}.mamba")(config)
-    mlp, part = "decoder_{}/mlp", "blk.{}.ffn_"
-    if not config.experts:
-        dense = [(f"{part}{x}.weight", f"{mlp}/{x}/kernel", "transpose") for x in _PARTS]
-        return [*mixer, *dense]
-    shared = [(f"{part}{x}_shexp.weight", f"{mlp}/shared/{x}/kernel", "transpose") for x in _PARTS]
-    return [*mixer, *shared, *gguf_expert_rows()]
+    end = "_shexp" if config.experts else ""
+    names = {f"ffn_{x}{end}": x for x in ("gate", "up", "down")}
+    shared = family.all_dense_rows("blk.{}", _shared(config), names)
+    return [
+        *state_spaces.gguf_mixer_rows(f"{_LAYER}.mamba")(config),
+        *shared,
+        *family.gguf_expert_rows(),
+    ]
 
 
-_PARTS = ("gate", "up", "down")
 FAMILY = Family(
     model_type="granitemoehybrid",
     architecture="GraniteMoeHybridForCausalLM",
@@ -179,7 +143,7 @@ FAMILY = Family(
     build=build,
     config_keys={
         **{key: x for key, x in granite.FAMILY.config_keys.items() if key != "mlp_bias"},
-        **PREFIXED_KEYS,
+        **state_spaces.PREFIXED_KEYS,
         "mamba_proj_bias": "state_bias",
         "num_local_experts": "experts",
         "num_experts_per_tok": "chosen_experts",
@@ -190,9 +154,8 @@ FAMILY = Family(
     config_aliases={"layers_block_type": "layer_types"},
     config_constants={"mlp_bias": False, "normalization_function": "rmsnorm", "init_method": "mup"},
     config_nulls=[
-        *("num_key_value_heads", "time_step_limit"),
+        *state_spaces.PREFIXED_NULLS,
         *_NO_NULLS,
-        *PREFIXED_DEFAULTS,
         *granite.MULTIPLIERS.values(),
     ],
     layer_types=("full_attention", "linear_attention"),
@@ -202,13 +165,13 @@ FAMILY = Family(
     parameters=granitemoe.FAMILY.parameters,
     ignored=llama.FAMILY.ignored,
     gguf_architecture="granitehybrid",
-    gguf_given=gguf_given,
+    gguf_given=state_spaces.gguf_given,
     gguf_keys={
         **granite.MULTIPLIERS,
         "expert_count": "num_local_experts",
         "expert_used_count": "num_experts_per_tok",
         "expert_shared_feed_forward_length": "shared_intermediate_size",
-        **PREFIXED_GGUF_KEYS,
+        **state_spaces.PREFIXED_GGUF_KEYS,
     },
     gguf_defaults=granite.FAMILY.gguf_defaults,
     gguf_permuted=llama.FAMILY.gguf_permuted,

@@ -16,10 +16,10 @@ from functional_llm.backbones import (
 from functional_llm.backbones.family import Family
 from functional_llm.backbones.kimi_linear_keys import KimiConfig
 from functional_llm.backbones.routed_experts import build_decoder, sigmoid_router
+from functional_llm.backbones.stacks import build_of_types
 from functional_llm.blocks.delta_net import channel_delta_net, delta_net_shapes
-from functional_llm.blocks.language_model import Graph, LayerType, StateType, causal_lm
+from functional_llm.blocks.language_model import Graph, LayerType, StateType
 from functional_llm.blocks.latent_attention import latent_shapes
-from functional_llm.blocks.norm import rms_norm
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
 
@@ -31,22 +31,18 @@ class Config(KimiConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    keeps = {
-        "linear_attention": delta_net_shapes(config.delta_net),
-        "full_attention": latent_shapes(config.latent_dim, config.rotary_dim),
-    }
     layers = [
         (kind, build_decoder(config, i, build_mixer(config, kind), sigmoid_router(config)))
         for i, kind in enumerate(config.layer_types)
     ]
-    return causal_lm(
-        vocabulary_size=config.vocabulary_size,
-        hidden_dim=config.hidden_dim,
-        layer_types={"linear_attention": StateType(), "full_attention": LayerType()},
-        layers=layers,
-        keeps=[keeps[kind] for kind in config.layer_types],
-        final_norm=rms_norm(config.layer_norm_epsilon, "final_norm"),
-        tie_word_embeddings=config.tie_word_embeddings,
+    latents = latent_shapes(config.latent_dim, config.rotary_dim)
+    return build_of_types(
+        config,
+        layers,
+        {
+            "linear_attention": (StateType(), delta_net_shapes(config.delta_net)),
+            "full_attention": (LayerType(), latents),
+        },
     )
 
 

@@ -1,13 +1,11 @@
 """The tensors of a Kimi Linear, in checkpoints and in GGUF files."""
 
-import numpy as np
-
 from functional_llm.backbones import latent, llama
 from functional_llm.backbones.experts import expert_rows, shared_rows
-from functional_llm.backbones.family import dense_rows, gguf_expert_rows
+from functional_llm.backbones.family import all_dense_rows, gguf_expert_rows
 from functional_llm.backbones.kimi_linear_keys import KimiConfig
 from functional_llm.backbones.routed_experts import CORRECTION
-from functional_llm.backbones.transforms import Rows, Transform, split_axis
+from functional_llm.backbones.transforms import Rows, split_axis
 
 _LAYER = "model.layers.{}"
 _NET, _TARGET = f"{_LAYER}.self_attn", "decoder_{}/delta_net"
@@ -27,12 +25,11 @@ _OF_GATE = ("f_a_proj.", "f_b_proj.", "A_log", "dt_bias")
 def weights(config: KimiConfig) -> Rows:
     """Returns the rows of all tensors, as Transformers' modules have them."""
     sizes = (1, 1, config.num_delta_heads, 1)
-    dense = (dense_rows(f"{_NET}.{x}", f"{_TARGET}/{ours}") for x, ours in _DENSE.items())
     return [
         *(row for row in llama.WEIGHTS if "/attention/" not in row[1]),
         (f"{_LAYER}.input_layernorm.weight", f"{_TARGET}_norm/scale", "same"),
         *latent.attention_rows(config),
-        *(row for rows in dense for row in rows),
+        *all_dense_rows(_NET, _TARGET, _DENSE),
         *(
             (f"{_NET}.{x}_conv1d.weight", f"{_TARGET}/{ours}_convolution/kernel", "depthwise")
             for x, ours in _CONVOLUTIONS
@@ -58,13 +55,12 @@ STORED_PARTS = {
 
 def gguf_rows(config: KimiConfig) -> Rows:
     """Returns the rows of what GGUF files hold in other tensors, or as other numbers."""
-    rate = Transform(lambda x: np.log(-x[:, 0]), lambda x: -np.exp(x)[:, None], computes=True)
     return [
         *latent.gguf_rows(config),
         *gguf_expert_rows(),
         ("blk.{}.exp_probs_b.bias", CORRECTION, "same"),
         ("blk.{}.ssm_f_a.weight", f"{_TARGET}/decay_latent/kernel", "transpose"),
         ("blk.{}.ssm_f_b.weight", f"{_TARGET}/decay/kernel", "transpose"),
-        ("blk.{}.ssm_a", f"{_TARGET}/log_decay/log_rate", rate),
+        ("blk.{}.ssm_a", f"{_TARGET}/log_decay/log_rate", "log_of_negatives"),
         ("blk.{}.ssm_dt.bias", f"{_TARGET}/log_decay/shift", "same"),
     ]

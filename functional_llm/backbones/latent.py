@@ -14,9 +14,10 @@ from functional_llm.backbones.family import (
     check_given,
     dense_rows,
 )
+from functional_llm.backbones.stacks import build_of_types
 from functional_llm.backbones.transforms import Rows, Transform, fused, heads_first, transposed
 from functional_llm.blocks.attention import Part, PartFunction, heads
-from functional_llm.blocks.language_model import Graph, LayerType, causal_lm
+from functional_llm.blocks.language_model import Graph, LayerType
 from functional_llm.blocks.latent_attention import (
     latent_attention,
     latent_scale,
@@ -102,15 +103,10 @@ def build_around(config: LatentConfig, layers: Sequence[CompositeLayer], **other
         **others: Other arguments of `causal_lm`.
     """
     rope = Rope(config.rotary_dim, config.rope_max_wavelength, config.rope_scaling)
-    return causal_lm(
-        vocabulary_size=config.vocabulary_size,
-        hidden_dim=config.hidden_dim,
-        layer_types={"full_attention": LayerType(rope)},
-        layers=[("full_attention", layer) for layer in layers],
-        keeps=latent_shapes(config.latent_dim, config.rotary_dim),
-        final_norm=rms_norm(config.layer_norm_epsilon, "final_norm"),
-        tie_word_embeddings=config.tie_word_embeddings,
-        **others,
+    kept = latent_shapes(config.latent_dim, config.rotary_dim)
+    of_one_type = [("full_attention", layer) for layer in layers]
+    return build_of_types(
+        config, of_one_type, {"full_attention": (LayerType(rope), kept)}, **others
     )
 
 

@@ -8,14 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from functional_llm.backbones import lfm2_keys, qwen3
-from functional_llm.backbones.family import (
-    ROPE_BUFFERS,
-    DecoderConfig,
-    Family,
-    dense_rows,
-)
-from functional_llm.backbones.stacks import build_around, with_rope
+from functional_llm.backbones import family, lfm2_keys, qwen3
+from functional_llm.backbones.family import DecoderConfig, Family
+from functional_llm.backbones.stacks import build_of_types, with_rope
 from functional_llm.backbones.transforms import Rows
 from functional_llm.blocks.attention import key_value_shapes
 from functional_llm.blocks.convolution import convolution_shapes, gated_convolution
@@ -71,10 +66,9 @@ def build_stack(
     """
     state = convolution_shapes(config.convolution_width, config.hidden_dim)
     attends = key_value_shapes(config.num_key_value_heads, config.head_dim)
-    kinds = config.layer_types
-    keeps = [state if kind == "conv" else attends for kind in kinds]
-    named = list(zip(kinds, layers, strict=True))
-    return build_around(config, named, {"conv": StateType(), **types}, keeps=keeps)
+    attending = {kind: (layer_type, attends) for kind, layer_type in types.items()}
+    named = list(zip(config.layer_types, layers, strict=True))
+    return build_of_types(config, named, {"conv": (StateType(), state), **attending})
 
 
 def written_keys(config: Config) -> JSON:
@@ -85,24 +79,20 @@ def written_keys(config: Config) -> JSON:
 
 _LAYER = "model.layers.{}"
 _NORM, _CONV, _ATTENTION = (f"{_LAYER}.{x}" for x in ("operator_norm.weight", "conv", "self_attn"))
+_MLP = {"w1": "gate", "w3": "up", "w2": "down"}
 WEIGHTS: Rows = [
     ("model.embed_tokens.weight", "token_embedding/embeddings", "same"),
     (_NORM, "decoder_{}/attention_norm/scale", "same"),
     (_NORM, "decoder_{}/convolution_norm/scale", "same"),
-    *dense_rows(f"{_CONV}.in_proj", "decoder_{}/convolution/input"),
+    *family.dense_rows(f"{_CONV}.in_proj", "decoder_{}/convolution/input"),
     (f"{_CONV}.conv.weight", "decoder_{}/convolution/convolution/kernel", "depthwise"),
     (f"{_CONV}.conv.bias", "decoder_{}/convolution/convolution/bias", "same"),
-    *dense_rows(f"{_CONV}.out_proj", "decoder_{}/convolution/output"),
-    *dense_rows(f"{_ATTENTION}.q_proj", "decoder_{}/attention/query"),
-    *dense_rows(f"{_ATTENTION}.k_proj", "decoder_{}/attention/key"),
-    *dense_rows(f"{_ATTENTION}.v_proj", "decoder_{}/attention/value"),
-    *dense_rows(f"{_ATTENTION}.out_proj", "decoder_{}/attention/output"),
+    *family.dense_rows(f"{_CONV}.out_proj", "decoder_{}/convolution/output"),
+    *family.attention_rows(_ATTENTION, "out_proj"),
     (f"{_ATTENTION}.q_layernorm.weight", "decoder_{}/attention/query_norm/scale", "same"),
     (f"{_ATTENTION}.k_layernorm.weight", "decoder_{}/attention/key_norm/scale", "same"),
     (f"{_LAYER}.ffn_norm.weight", "decoder_{}/mlp_norm/scale", "same"),
-    *dense_rows(f"{_LAYER}.feed_forward.w1", "decoder_{}/mlp/gate"),
-    *dense_rows(f"{_LAYER}.feed_forward.w3", "decoder_{}/mlp/up"),
-    *dense_rows(f"{_LAYER}.feed_forward.w2", "decoder_{}/mlp/down"),
+    *family.all_dense_rows(f"{_LAYER}.feed_forward", "decoder_{}/mlp", _MLP),
     ("model.embedding_norm.weight", "final_norm/scale", "same"),
     ("lm_head.weight", "head/kernel", "transpose"),
 ]
@@ -127,7 +117,7 @@ FAMILY = Family(
     complete_keys=lfm2_keys.complete_keys,
     written_keys=written_keys,
     weights=WEIGHTS,
-    ignored=ROPE_BUFFERS,
+    ignored=family.ROPE_BUFFERS,
     gguf_architecture="lfm2",
     gguf_keys={
         "attention.layer_norm_rms_epsilon": "norm_eps",

@@ -10,6 +10,17 @@ KIN: dict[str, str | type] = {
     "conv_L_cache": "convolution_width",
     "conv_bias": "convolution_bias",
 }
+# Their defaults in Transformers, and the activation of them all.
+DEFAULTS: JSON = {
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 128_000,
+    "norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "conv_bias": False,
+    "conv_L_cache": 3,
+    "activation": "silu",
+}
 CONFIG_KEYS: dict[str, str | type] = {
     **KIN,
     "full_attn_idxs": list,
@@ -35,20 +46,12 @@ IGNORED = {
 def complete_keys(keys: JSON) -> JSON:
     """Adds Transformers' defaults for keys that a `config.json` leaves out."""
     own: JSON = {
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 128_000,
-        "norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": True,
         "intermediate_size": 12288,
-        "conv_bias": False,
-        "conv_L_cache": 3,
         "block_multiple_of": 256,
         "block_ffn_dim_multiplier": 1.0,
         "block_auto_adjust_ff_dim": True,
-        "activation": "silu",
     }
-    keys = own | keys
+    keys = DEFAULTS | own | keys
     width = keys["block_ff_dim" if "block_ff_dim" in keys else "intermediate_size"]
     if keys["block_auto_adjust_ff_dim"]:
         width = int(keys["block_ffn_dim_multiplier"] * int(2 * width / 3))

@@ -71,24 +71,16 @@ def build_mlp(config: Config, index: int) -> NamedPart:
 def complete_keys(keys: JSON) -> JSON:
     """Adds Transformers' defaults for keys that a `config.json` leaves out."""
     own: JSON = {
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 128_000,
-        "norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": True,
         "intermediate_size": 7168,
         "moe_intermediate_size": 1792,
-        "conv_bias": False,
-        "conv_L_cache": 3,
         "num_dense_layers": 2,
         "num_experts": 32,
         "num_experts_per_tok": 4,
         "use_expert_bias": True,
         "norm_topk_prob": True,
         "routed_scaling_factor": 1.0,
-        "activation": "silu",
     }
-    keys = own | keys
+    keys = lfm2_keys.DEFAULTS | own | keys
     check_chosen(keys["num_experts_per_tok"], keys["num_experts"], "num_experts")
     return complete_common_keys(keys)
 

@@ -12,6 +12,7 @@ from functional_llm.backbones import gemma3, lfm2, lfm3_keys, qwen3
 from functional_llm.backbones.family import (
     ROPE_BUFFERS,
     Family,
+    attention_rows,
     dense_rows,
 )
 from functional_llm.blocks.attention import gate, heads
@@ -69,11 +70,8 @@ FAMILY = Family(
     rope_types={name: name for name in ("default", "proportional")},
     weights=[
         *(row for row in lfm2.WEIGHTS if ".self_attn." not in row[0]),
-        *(
-            row
-            for theirs, ours in zip("qkvog", "query key value output gate".split(), strict=True)
-            for row in dense_rows(f"{_ATTENTION}.{theirs}_proj", f"decoder_{{}}/attention/{ours}")
-        ),
+        *attention_rows(_ATTENTION),
+        *dense_rows(f"{_ATTENTION}.g_proj", "decoder_{}/attention/gate"),
         *qwen3.QK_NORMS,
         (f"{_LAYER}.post_operator_norm.weight", "decoder_{}/attention_post_norm/scale", "same"),
         (f"{_LAYER}.post_operator_norm.weight", "decoder_{}/convolution_post_norm/scale", "same"),

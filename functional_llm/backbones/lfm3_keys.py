@@ -30,22 +30,16 @@ def complete_keys(keys: JSON) -> JSON:
         "intermediate_size": 7680,
         "num_key_value_heads": 4,
         "head_dim": 128,
-        "max_position_embeddings": 128_000,
-        "norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-        "conv_bias": False,
         "conv_L_cache": 7,
         "layer_types": kinds,
         "sliding_window": 256,
         "use_sandwich_norm": True,
         "use_attention_gate": True,
         "attention_bias": False,
-        "rope_theta": 1e6,
         "rope_local_base_freq": 1e6,
         "rope_parameters": _ROPE,
-        "activation": "silu",
     }
-    keys = own | keys
+    keys = lfm2_keys.DEFAULTS | own | keys
     rope = keys["rope_parameters"]
     full = rope.get(_FULL) if isinstance(rope, dict) else None
     part = full.get("partial_rotary_factor", 1) if isinstance(full, dict) else 1

@@ -10,17 +10,9 @@ from dataclasses import dataclass
 
 from keras import ops
 
-from functional_llm.backbones import llama, smollm3
+from functional_llm.backbones import family, llama, smollm3
 from functional_llm.backbones.experts import GGUF_KEYS, ExpertsConfig, shared_rows
-from functional_llm.backbones.family import (
-    COMMON_KEYS,
-    Family,
-    check_chosen,
-    check_given,
-    complete_common_keys,
-    expert_parameters,
-    gguf_expert_rows,
-)
+from functional_llm.backbones.family import Family
 from functional_llm.backbones.routed_experts import MixedConfig, build_mixed
 from functional_llm.backbones.stacks import build_around
 from functional_llm.backbones.transforms import Rows
@@ -82,13 +74,13 @@ def complete_keys(keys: JSON) -> JSON:
     own |= {"intermediate_size_mlp": 16384, "num_local_experts": 16, "num_experts_per_tok": 1}
     own |= {"attention_bias": False, "use_qk_norm": True, "attention_chunk_size": 8192}
     own |= {"attn_temperature_tuning": True, "floor_scale": 8192, "attn_scale": 0.1}
-    keys = complete_common_keys(own | keys)
+    keys = family.complete_common_keys(own | keys)
     keys["scales_queries"] = bool(keys["attn_temperature_tuning"])  # published files say 4
-    check_given(keys, ["attention_chunk_size"])
+    family.check_given(keys, ["attention_chunk_size"])
     turns = smollm3.rope_layers(keys)
     kinds = ["chunked_attention" if x else "full_attention" for x in turns]
     num_layers, step = keys["num_hidden_layers"], keys.get("interleave_moe_layer_step", 1)
-    check_chosen(keys["num_experts_per_tok"], keys["num_local_experts"])
+    family.check_chosen(keys["num_experts_per_tok"], keys["num_local_experts"])
     layers = keys.get("moe_layers")
     if layers is None:
         layers = list(range(step - 1, num_layers, max(step, 1)))
@@ -121,14 +113,13 @@ def gguf_defaults(keys: JSON) -> JSON:
     return own
 
 
-_MLP, _OURS = "model.layers.{}.feed_forward", "decoder_{}/mlp"
+_EXPERTS = family.expert_parameters(
+    "feed_forward.experts", "feed_forward.router", "last_axis", "same"
+)
 WEIGHTS: Rows = [
     *((name.replace(".mlp.", ".feed_forward."), path, x) for name, path, x in llama.WEIGHTS),
-    (f"{_MLP}.router.weight", f"{_OURS}/router/kernel", "transpose"),
-    (f"{_MLP}.experts.gate_up_proj", f"{_OURS}/experts_gate/kernel", "last_axis"),
-    (f"{_MLP}.experts.gate_up_proj", f"{_OURS}/experts_up/kernel", "last_axis"),
-    (f"{_MLP}.experts.down_proj", f"{_OURS}/experts_down/kernel", "same"),
-    *shared_rows(f"{_MLP}.shared_expert"),
+    *_EXPERTS,
+    *shared_rows("model.layers.{}.feed_forward.shared_expert"),
 ]
 
 FAMILY = Family(
@@ -139,7 +130,7 @@ FAMILY = Family(
     build=build,
     layer_types=("full_attention", "chunked_attention"),
     config_keys={
-        **COMMON_KEYS,
+        **family.COMMON_KEYS,
         "intermediate_size": "expert_dim",
         "intermediate_size_mlp": "intermediate_dim",
         "attention_bias": "attention_bias",
@@ -162,9 +153,7 @@ FAMILY = Family(
     written_keys=written_keys,
     weights=WEIGHTS,
     ignored=llama.FAMILY.ignored,
-    parameters=expert_parameters(
-        "feed_forward.experts", "feed_forward.router", "last_axis", "same"
-    ),
+    parameters=_EXPERTS,
     wrappers=[
         Wrapper(
             model_type="llama4",
@@ -185,5 +174,5 @@ FAMILY = Family(
         "interleave_moe_layer_step": "interleave_moe_layer_step",
     },
     gguf_defaults=gguf_defaults,
-    gguf_rows=lambda config: gguf_expert_rows(),
+    gguf_rows=lambda config: family.gguf_expert_rows(),
 )

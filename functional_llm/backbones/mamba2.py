@@ -5,18 +5,11 @@ References: [Mamba-2](https://arxiv.org/abs/2405.21060),
 """
 
 from dataclasses import dataclass
+from functools import partial
 
+from functional_llm.backbones import state_spaces
 from functional_llm.backbones.family import Family
-from functional_llm.backbones.state_spaces import (
-    GGUF_KEYS,
-    SpaceConfig,
-    check_heads,
-    gguf_given,
-    gguf_mixer_rows,
-    mixer_rows,
-    read_steps,
-    written_steps,
-)
+from functional_llm.backbones.state_spaces import SpaceConfig
 from functional_llm.backbones.states_alone import (
     ALONE_DEFAULTS,
     ALONE_KEYS,
@@ -25,8 +18,7 @@ from functional_llm.backbones.states_alone import (
     build_alone,
 )
 from functional_llm.blocks.language_model import Graph
-from functional_llm.blocks.mamba2 import gated_norm, mamba2, mamba2_shapes
-from functional_llm.graph.composite import CompositeLayer
+from functional_llm.blocks.mamba2 import mamba2_shapes
 from functional_llm.graph.types import JSON
 
 
@@ -37,19 +29,9 @@ class Config(SpaceConfig, AloneConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-
-    def mixer() -> CompositeLayer:
-        return mamba2(
-            config.state_sizes,
-            config.hidden_dim,
-            gated_norm(config.layer_norm_epsilon, config.num_state_groups),
-            activation=config.activation,
-            steps=config.steps,
-            input_bias=config.use_bias,
-            convolution_bias=config.convolution_bias,
-            output_bias=config.use_bias,
-        )
-
+    mixer = partial(
+        state_spaces.build_states, config, config.use_bias, activation=config.activation
+    )
     return build_alone(config, mixer, mamba2_shapes(config.state_sizes))
 
 
@@ -64,8 +46,8 @@ def complete_keys(keys: JSON) -> JSON:
     }
     keys = ALONE_DEFAULTS | own | keys
     inner = int(keys["expand"] * keys["hidden_size"])
-    check_heads(keys, "num_heads", "n_groups", inner, keys["head_dim"])
-    return {**keys, "intermediate_dim": inner, **read_steps(keys)}
+    state_spaces.check_heads(keys, "num_heads", "n_groups", inner, keys["head_dim"])
+    return {**keys, "intermediate_dim": inner, **state_spaces.read_steps(keys)}
 
 
 _MIXER = "backbone.layers.{}.mixer"
@@ -88,13 +70,13 @@ FAMILY = Family(
     complete_keys=complete_keys,
     written_keys=lambda config: {
         "expand": config.intermediate_dim // config.hidden_dim,
-        **written_steps(config),
+        **state_spaces.written_steps(config),
     },
-    weights=alone_rows(mixer_rows(_MIXER)),
+    weights=alone_rows(state_spaces.mixer_rows(_MIXER)),
     base_prefix="backbone.",
     gguf_architecture="mamba2",
-    gguf_keys={**GGUF_KEYS, "attention.layer_norm_rms_epsilon": "layer_norm_epsilon"},
+    gguf_keys={**state_spaces.GGUF_KEYS, "attention.layer_norm_rms_epsilon": "layer_norm_epsilon"},
     gguf_ignored=["context_length", "feed_forward_length", "attention.head_count"],
-    gguf_given=gguf_given,
-    gguf_rows=gguf_mixer_rows(_MIXER),
+    gguf_given=state_spaces.gguf_given,
+    gguf_rows=state_spaces.gguf_mixer_rows(_MIXER),
 )

@@ -13,45 +13,34 @@ from dataclasses import dataclass
 
 import keras
 
-from functional_llm.backbones import llama, nemotron_h_keys
-from functional_llm.backbones.family import Family, dense_rows, gguf_expert_rows
+from functional_llm.backbones import family, llama, nemotron_h_keys, routed_experts, state_spaces
+from functional_llm.backbones.family import Family
 from functional_llm.backbones.nemotron_h_keys import LETTERS
-from functional_llm.backbones.routed_experts import (
-    CORRECTION,
-    GGUF_KEYS,
-    ROUTING,
-    MixedConfig,
-    SigmoidConfig,
-    sigmoid_router,
-)
+from functional_llm.backbones.routed_experts import GGUF_KEYS, MixedConfig, SigmoidConfig
+from functional_llm.backbones.stacks import build_of_types
 from functional_llm.backbones.state_spaces import (
-    SpaceConfig,
-    gguf_mixer_rows,
-    mixer_rows,
+    HybridConfig,
+    build_states,
+    hybrid_types,
     residual_parts,
-    written_steps,
 )
 from functional_llm.backbones.transforms import Rows
-from functional_llm.blocks.attention import BesideX, Shapes, attention, heads, key_value_shapes
+from functional_llm.blocks.attention import BesideX, attention, heads
 from functional_llm.blocks.decoder import NamedPart, decoder
 from functional_llm.blocks.experts import expert_mlp
-from functional_llm.blocks.language_model import Graph, Kinds, LayerType, StateType, causal_lm
-from functional_llm.blocks.mamba2 import gated_norm, mamba2, mamba2_shapes
+from functional_llm.blocks.language_model import Graph, Kinds, LayerType
 from functional_llm.blocks.mlp import ACTIVATIONS, mlp
 from functional_llm.blocks.norm import rms_norm
 from functional_llm.graph.composite import CompositeLayer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SpaceConfig, MixedConfig, SigmoidConfig):
+class Config(HybridConfig, MixedConfig, SigmoidConfig):
     """The numbers of a Nemotron-H, beside those of Mamba-2 layers and of experts."""
 
     layer_types: tuple[str, ...]
     num_query_heads: int
-    num_key_value_heads: int
-    head_dim: int
     mlp_bias: bool
-    state_bias: bool
     shared_dim: int
     latent_dim: int | None
     float32_residuals: bool
@@ -59,28 +48,18 @@ class Config(SpaceConfig, MixedConfig, SigmoidConfig):
 
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
-    kept: dict[str, Shapes] = {
-        "linear_attention": mamba2_shapes(config.state_sizes),
-        "full_attention": key_value_shapes(config.num_key_value_heads, config.head_dim),
-    }
-    kinds: list[Kinds] = [kind if kind in kept else () for kind in config.layer_types]
-    layers = [build_decoder(config, i) for i in range(config.num_layers)]
-    return causal_lm(
-        vocabulary_size=config.vocabulary_size,
-        hidden_dim=config.hidden_dim,
-        layer_types={"linear_attention": StateType(), "full_attention": LayerType()},
-        layers=list(zip(kinds, layers, strict=True)),
-        keeps=[kept.get(kind, ()) for kind in config.layer_types],
-        final_norm=rms_norm(config.layer_norm_epsilon, "final_norm"),
-        tie_word_embeddings=config.tie_word_embeddings,
-        embedding_parts=residual_parts(config.float32_residuals),
-    )
+    types, residual = hybrid_types(config, LayerType()), residual_parts(config.float32_residuals)
+    layers: list[tuple[Kinds, CompositeLayer]] = [
+        (kind if kind in types else (), build_decoder(config, i))
+        for i, kind in enumerate(config.layer_types)
+    ]
+    return build_of_types(config, layers, types, embedding_parts=residual)
 
 
 def build_decoder(config: Config, index: int) -> CompositeLayer:
     """Returns the decoder layer of this number."""
     builders: dict[str, Callable[[Config], NamedPart]] = {
-        "linear_attention": build_states,
+        "linear_attention": lambda config: build_states(config, config.state_bias),
         "full_attention": build_attention,
         "mlp": lambda config: build_mlp(config, config.intermediate_dim),
         "moe": build_experts,
@@ -88,19 +67,6 @@ def build_decoder(config: Config, index: int) -> CompositeLayer:
     mixer = builders[config.layer_types[index]](config)
     norm = rms_norm(config.layer_norm_epsilon, f"{mixer.name}_norm")
     return decoder(f"decoder_{index}", [[norm, mixer, *residual_parts(config.float32_residuals)]])
-
-
-def build_states(config: Config) -> CompositeLayer:
-    """Returns Mamba-2."""
-    return mamba2(
-        config.state_sizes,
-        config.hidden_dim,
-        gated_norm(config.layer_norm_epsilon, config.num_state_groups),
-        steps=config.steps,
-        input_bias=config.state_bias,
-        convolution_bias=config.convolution_bias,
-        output_bias=config.state_bias,
-    )
 
 
 def build_attention(config: Config) -> CompositeLayer:
@@ -127,7 +93,7 @@ def build_experts(config: Config) -> BesideX:
 
     inner = config.latent_dim or config.hidden_dim
     return expert_mlp(
-        sigmoid_router(config),
+        routed_experts.sigmoid_router(config),
         config.expert_dim,
         inner,
         ACTIVATIONS[config.activation],
@@ -141,27 +107,22 @@ def build_experts(config: Config) -> BesideX:
 _LAYER = "model.layers.{}"
 _MIXER = f"{_LAYER}.mixer"
 _EXPERT = f"{_MIXER}.experts[.{{expert}}]"
-_ATTENTION, _MLP = "decoder_{}/attention", "decoder_{}/mlp"
+_MLP = "decoder_{}/mlp"
 _PARTS = ("mamba", "attention", "mlp")
 _ROUTER = (f"{_MIXER}.gate.weight", f"{_MLP}/router/kernel", "transpose")
 WEIGHTS: Rows = [
     ("model.embeddings.weight", "token_embedding/embeddings", "same"),
     *((f"{_LAYER}.norm.weight", f"decoder_{{}}/{part}_norm/scale", "same") for part in _PARTS),
-    *mixer_rows(_MIXER),
-    *dense_rows(f"{_MIXER}.q_proj", f"{_ATTENTION}/query"),
-    *dense_rows(f"{_MIXER}.k_proj", f"{_ATTENTION}/key"),
-    *dense_rows(f"{_MIXER}.v_proj", f"{_ATTENTION}/value"),
-    *dense_rows(f"{_MIXER}.o_proj", f"{_ATTENTION}/output"),
-    *dense_rows(f"{_MIXER}.up_proj", f"{_MLP}/up"),
-    *dense_rows(f"{_MIXER}.down_proj", f"{_MLP}/down"),
+    *state_spaces.mixer_rows(_MIXER),
+    *family.attention_rows(_MIXER),
+    *family.all_dense_rows(_MIXER, _MLP, family.PLAIN_MLP),
     _ROUTER,
-    (f"{_MIXER}.gate.e_score_correction_bias", CORRECTION, "same"),
+    (f"{_MIXER}.gate.e_score_correction_bias", routed_experts.CORRECTION, "same"),
     (f"{_EXPERT}.up_proj.weight", f"{_MLP}/experts_up/kernel", "transpose"),
     (f"{_EXPERT}.down_proj.weight", f"{_MLP}/experts_down/kernel", "transpose"),
-    *dense_rows(f"{_MIXER}.shared_experts.up_proj", f"{_MLP}/shared/up"),
-    *dense_rows(f"{_MIXER}.shared_experts.down_proj", f"{_MLP}/shared/down"),
-    *dense_rows(f"{_MIXER}.fc1_latent_proj", f"{_MLP}/into_latents"),
-    *dense_rows(f"{_MIXER}.fc2_latent_proj", f"{_MLP}/from_latents"),
+    *family.all_dense_rows(f"{_MIXER}.shared_experts", f"{_MLP}/shared", family.PLAIN_MLP),
+    *family.dense_rows(f"{_MIXER}.fc1_latent_proj", f"{_MLP}/into_latents"),
+    *family.dense_rows(f"{_MIXER}.fc2_latent_proj", f"{_MLP}/from_latents"),
     ("model.norm_f.weight", "final_norm/scale", "same"),
     ("lm_head.weight", "head/kernel", "transpose"),
 ]
@@ -169,8 +130,8 @@ WEIGHTS: Rows = [
 
 def gguf_rows(config: Config) -> Rows:
     """Returns what llama.cpp's files hold otherwise."""
-    correction = (f"{_MIXER}.gate.e_score_correction.bias", CORRECTION, "same")
-    return [*gguf_mixer_rows(_MIXER)(config), *gguf_expert_rows(), correction]
+    correction = (f"{_MIXER}.gate.e_score_correction.bias", routed_experts.CORRECTION, "same")
+    return [*state_spaces.gguf_mixer_rows(_MIXER)(config), *family.gguf_expert_rows(), correction]
 
 
 FAMILY = Family(
@@ -184,13 +145,13 @@ FAMILY = Family(
     config_given=nemotron_h_keys.config_given,
     config_ignored=nemotron_h_keys.IGNORED,
     config_constants=nemotron_h_keys.CONSTANTS,
-    config_nulls=["num_key_value_heads", "time_step_limit", *ROUTING],
+    config_nulls=["num_key_value_heads", "time_step_limit", *routed_experts.ROUTING],
     layer_types=tuple(LETTERS),
     complete_keys=nemotron_h_keys.complete_keys,
     # Which other programs read, and Transformers before 5.
     written_keys=lambda config: {
         "hybrid_override_pattern": "".join(LETTERS[kind] for kind in config.layer_types),
-        **written_steps(config),
+        **state_spaces.written_steps(config),
     },
     weights=WEIGHTS,
     parameters=[

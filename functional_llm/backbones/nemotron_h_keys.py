@@ -1,8 +1,9 @@
 """The keys of a Nemotron-H's `config.json`, of which releases have had different ones."""
 
 from functional_llm.backbones.family import check_given, renamed_keys
+from functional_llm.backbones.routed_experts import CONFIG_KEYS as EXPERT_KEYS
 from functional_llm.backbones.routed_experts import ROUTING, check_groups
-from functional_llm.backbones.state_spaces import check_heads, read_steps
+from functional_llm.backbones.state_spaces import OLDER_WORDS, check_heads, read_steps
 from functional_llm.graph.types import JSON
 
 _COMMON = renamed_keys(hidden_act="mlp_hidden_act", rms_norm_eps="layer_norm_epsilon")
@@ -20,14 +21,9 @@ CONFIG_KEYS: dict[str, str | type] = {
     "use_bias": "state_bias",
     "mlp_bias": "mlp_bias",
     "residual_in_fp32": "float32_residuals",
-    "n_routed_experts": "num_experts",
-    "num_experts_per_tok": "num_experts_per_token",
-    "moe_intermediate_size": "expert_dim",
+    **{key: x for key, x in EXPERT_KEYS.items() if x != "first_expert_layer"},
     "moe_shared_expert_intermediate_size": "shared_dim",
     "moe_latent_size": "latent_dim",
-    "routed_scaling_factor": "routed_scale",
-    "n_group": "num_groups",
-    "topk_group": "num_open_groups",
     "norm_topk_prob": "normalize_weights",
     "time_step_limit": object,
     # How they are trained, served, and predict further tokens. The inner width is that of the
@@ -65,7 +61,6 @@ CONSTANTS = {
     _NOT_CHOSEN: False,
 }
 LETTERS = {"full_attention": "*", "linear_attention": "M", "mlp": "-", "moe": "E"}
-_WORDS = {"mamba": "linear_attention", "attention": "full_attention"}  # of older files
 
 
 def config_given(keys: JSON) -> JSON:
@@ -77,7 +72,7 @@ def config_given(keys: JSON) -> JSON:
     """
     pattern, kinds = keys.get("hybrid_override_pattern"), keys.get("layers_block_type")
     if isinstance(kinds, list | tuple):
-        kinds = [_WORDS.get(kind, kind) if isinstance(kind, str) else kind for kind in kinds]
+        kinds = [OLDER_WORDS.get(kind, kind) if isinstance(kind, str) else kind for kind in kinds]
     if isinstance(pattern, str):
         words = {letter: word for word, letter in LETTERS.items()}
         if unknown := sorted(set(pattern) - set(words)):

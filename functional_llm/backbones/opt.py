@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 
+from functional_llm.backbones import family
 from functional_llm.backbones.family import Family, MultiHeadConfig, dense_rows, layer_norm_rows
 from functional_llm.backbones.keras_hub import gpts
 from functional_llm.backbones.stacks import build_alike
@@ -90,10 +91,7 @@ WEIGHTS = [
     (f"{_MODEL}.embed_positions.weight", "position_embedding/embeddings", "same"),
     (f"{_MODEL}.project_in.weight", "project_in/kernel", "transpose"),
     *layer_norm_rows(f"{_LAYER}.self_attn_layer_norm", "decoder_{}/attention_norm"),
-    *dense_rows(f"{_LAYER}.self_attn.q_proj", "decoder_{}/attention/query"),
-    *dense_rows(f"{_LAYER}.self_attn.k_proj", "decoder_{}/attention/key"),
-    *dense_rows(f"{_LAYER}.self_attn.v_proj", "decoder_{}/attention/value"),
-    *dense_rows(f"{_LAYER}.self_attn.out_proj", "decoder_{}/attention/output"),
+    *family.attention_rows(f"{_LAYER}.self_attn", "out_proj"),
     *layer_norm_rows(f"{_LAYER}.final_layer_norm", "decoder_{}/mlp_norm"),
     *dense_rows(f"{_LAYER}.fc1", "decoder_{}/mlp/up"),
     *dense_rows(f"{_LAYER}.fc2", "decoder_{}/mlp/down"),

@@ -11,8 +11,9 @@ from functools import partial
 from functional_llm.backbones import rwkv7_rows
 from functional_llm.backbones.family import Family, ModelConfig
 from functional_llm.backbones.keras_hub import rwkv as keras_hub
+from functional_llm.backbones.stacks import build_of_types
 from functional_llm.blocks.decoder import pre_norm
-from functional_llm.blocks.language_model import Graph, StateType, causal_lm
+from functional_llm.blocks.language_model import Graph, StateType
 from functional_llm.blocks.norm import layer_norm
 from functional_llm.blocks.rwkv import channel_mix, rwkv_shapes, time_mix
 from functional_llm.graph.composite import CompositeLayer
@@ -33,17 +34,12 @@ class Config(ModelConfig):
 def build(config: Config) -> Graph:
     """Returns the inputs and outputs of the graph."""
     layers = [build_decoder(config, i) for i in range(config.num_layers)]
-    epsilon = config.layer_norm_epsilon
-    embedding_norm = layer_norm(epsilon, "embedding_norm")
-    return causal_lm(
-        vocabulary_size=config.vocabulary_size,
-        hidden_dim=config.hidden_dim,
-        layer_types={"rwkv": StateType()},
-        layers=[("rwkv", layer) for layer in layers],
-        keeps=rwkv_shapes(config.hidden_dim, config.head_dim),
-        final_norm=layer_norm(epsilon, "final_norm"),
-        tie_word_embeddings=config.tie_word_embeddings,
-        embedding_parts=[embedding_norm],
+    return build_of_types(
+        config,
+        [("rwkv", layer) for layer in layers],
+        {"rwkv": (StateType(), rwkv_shapes(config.hidden_dim, config.head_dim))},
+        layer_norm,
+        embedding_parts=[layer_norm(config.layer_norm_epsilon, "embedding_norm")],
         lenders={layer.name: layers[0].name for layer in layers[1:]},
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from functional_llm.backbones.family import ROPE_BUFFERS, DecoderConfig
+from functional_llm.backbones.family import ROPE_BUFFERS, DecoderConfig, renamed_keys
 from functional_llm.backbones.stacks import build_around
 from functional_llm.backbones.transforms import Rows
 from functional_llm.blocks.attention import (
@@ -125,6 +125,31 @@ def lenders(kinds: Sequence[str], borrowing: int) -> dict[int, int]:
     first = len(kinds) - borrowing
     last = {kind: i for i, kind in enumerate(kinds[:first])}
     return {i: last[kinds[i]] for i in range(first, len(kinds))}
+
+
+CONFIG_KEYS: dict[str, str | type] = {
+    **renamed_keys(hidden_act="hidden_activation"),
+    "final_logit_softcapping": "final_logit_soft_cap",
+    "layer_types": "layer_types",
+    "sliding_window": "sliding_window",
+    "num_kv_shared_layers": "borrowing_layers",
+    "hidden_size_per_layer_input": "per_layer_width",
+    "vocab_size_per_layer_input": "per_layer_vocabulary",
+}
+GGUF_KEYS = {
+    "attention.shared_kv_layers": "num_kv_shared_layers",
+    "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+}
+# Of both in Transformers.
+DEFAULTS: JSON = {
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "sliding_window": 512,
+    "hidden_size_per_layer_input": 256,
+    "vocab_size_per_layer_input": 262_144,
+    "rope_local_base_freq": 10_000.0,
+}
 
 
 def check_sharing(keys: JSON) -> None:

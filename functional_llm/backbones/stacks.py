@@ -3,8 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from functional_llm.backbones.family import AnyConfig, DecoderConfig, MultiHeadConfig
-from functional_llm.blocks.attention import Part, key_value_shapes
+from functional_llm.backbones.family import (
+    AnyConfig,
+    DecoderConfig,
+    ModelConfig,
+    MultiHeadConfig,
+)
+from functional_llm.blocks.attention import Part, Shapes, key_value_shapes
 from functional_llm.blocks.language_model import Graph, Kinds, LayerType, StateType, causal_lm
 from functional_llm.blocks.norm import rms_norm
 from functional_llm.blocks.rope import Rope
@@ -14,10 +19,41 @@ from functional_llm.graph.composite import CompositeLayer
 AnyNumbers = TypeVar("AnyNumbers", bound=DecoderConfig | MultiHeadConfig)
 
 
+def build_of_types(
+    config: ModelConfig,
+    layers: Sequence[tuple[Kinds, CompositeLayer]],
+    types: Mapping[str, tuple[LayerType | StateType, Shapes]],
+    norm: Callable[[float, str], Part] = rms_norm,
+    **others: Any,
+) -> Graph:
+    """Returns the graph of layers that keep what others of their types keep, a norm behind them.
+
+    Args:
+        config: The numbers of the model.
+        layers: As for `causal_lm`.
+        types: Name of a type -> what its layers share, and what each of them keeps.
+        norm: Epsilon and name -> the norm.
+        **others: Other arguments of `causal_lm`, also in place of what follows from the numbers.
+    """
+    all_kinds = [(kind,) if isinstance(kind, str) else kind for kind, _ in layers]
+    own: dict[str, Any] = {
+        "hidden_dim": config.hidden_dim,
+        "keeps": [[types[kind][1] for kind in kinds] for kinds in all_kinds],
+        "final_norm": norm(config.layer_norm_epsilon, "final_norm"),
+    }
+    return causal_lm(
+        vocabulary_size=config.vocabulary_size,
+        layer_types={kind: layer_type for kind, (layer_type, _) in types.items()},
+        layers=layers,
+        tie_word_embeddings=config.tie_word_embeddings,
+        **(own | others),
+    )
+
+
 def build_around(
     config: DecoderConfig | MultiHeadConfig,
     layers: Sequence[tuple[Kinds, CompositeLayer]],
-    layer_types: Mapping[str, LayerType | StateType],
+    layer_types: Mapping[str, LayerType],
     norm: Callable[[float, str], Part] = rms_norm,
     **others: Any,
 ) -> Graph:
@@ -27,21 +63,12 @@ def build_around(
         config: The numbers of the model.
         layers: As for `causal_lm`.
         layer_types: As for `causal_lm`.
-        norm: Epsilon and name -> the norm.
-        **others: Other arguments of `causal_lm`, also in place of what follows from the numbers.
+        norm: As for `build_of_types`.
+        **others: As for `build_of_types`.
     """
-    own: dict[str, Any] = {
-        "hidden_dim": config.hidden_dim,
-        "keeps": key_value_shapes(config.num_key_value_heads, config.head_dim),
-        "final_norm": norm(config.layer_norm_epsilon, "final_norm"),
-    }
-    return causal_lm(
-        vocabulary_size=config.vocabulary_size,
-        layer_types=layer_types,
-        layers=layers,
-        tie_word_embeddings=config.tie_word_embeddings,
-        **(own | others),
-    )
+    kept = key_value_shapes(config.num_key_value_heads, config.head_dim)
+    types = {kind: (layer_type, kept) for kind, layer_type in layer_types.items()}
+    return build_of_types(config, layers, types, norm, **others)
 
 
 def build_alike(

@@ -1,17 +1,18 @@
-"""What families with Mamba-2 layers share: their numbers, and the names of their weights."""
+"""What families with Mamba-2 layers share: numbers, the layers, and the names of their weights."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from keras import ops
 
 from functional_llm.backbones.family import ModelConfig, check_given, dense_rows
-from functional_llm.backbones.transforms import Row, Rows, Transform, axis_removed, split_axis
-from functional_llm.blocks.attention import PartFunction
-from functional_llm.blocks.mamba2 import StateSizes
+from functional_llm.backbones.transforms import Row, Rows, axis_removed, split_axis
+from functional_llm.blocks.attention import PartFunction, Shapes, key_value_shapes
+from functional_llm.blocks.language_model import LayerType, StateType
+from functional_llm.blocks.mamba2 import StateSizes, gated_norm, mamba2, mamba2_shapes
+from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
 
 
@@ -43,6 +44,44 @@ class SpaceConfig(ModelConfig):
     def steps(self) -> tuple[float, float | None]:
         """The least and the largest step."""
         return self.least_step, self.most_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridConfig(SpaceConfig):
+    """The numbers of a model with Mamba-2 layers and attention."""
+
+    num_key_value_heads: int
+    head_dim: int
+    state_bias: bool
+
+
+def hybrid_types(
+    config: HybridConfig, attends: LayerType
+) -> dict[str, tuple[LayerType | StateType, Shapes]]:
+    """Returns the types of layers for `build_of_types`; `attends` is that of attention."""
+    kept = key_value_shapes(config.num_key_value_heads, config.head_dim)
+    return {
+        "full_attention": (attends, kept),
+        "linear_attention": (StateType(), mamba2_shapes(config.state_sizes)),
+    }
+
+
+def build_states(config: SpaceConfig, bias: bool, **others: Any) -> CompositeLayer:
+    """Returns a Mamba-2 layer.
+
+    Args:
+        config: The numbers of the model.
+        bias: Whether the first projection and the last add biases.
+        **others: Arguments of `mamba2`, also in place of what follows from the numbers.
+    """
+    own: dict[str, Any] = {
+        "gate": gated_norm(config.layer_norm_epsilon, config.num_state_groups),
+        "steps": config.steps,
+        "input_bias": bias,
+        "convolution_bias": config.convolution_bias,
+        "output_bias": bias,
+    }
+    return mamba2(config.state_sizes, config.hidden_dim, **(own | others))
 
 
 def read_steps(keys: JSON) -> JSON:
@@ -120,25 +159,16 @@ def mixer_rows(source: str) -> list[Row]:
     ]
 
 
-# llama.cpp's files have a number, whose logarithm others have, and an axis more.
-_NEGATIVE = Transform(lambda x: np.log(-x[:, 0]), lambda x: -np.exp(x)[:, None], computes=True)
+def gguf_mixer_rows(source: str) -> Callable[[SpaceConfig], Rows]:
+    """Returns what llama.cpp's files hold otherwise than checkpoints; `source` is the module."""
 
-
-def gguf_mixer_rows(source: str, dt_bias: str = "dt_proj.bias") -> Callable[[SpaceConfig], Rows]:
-    """Returns the rows of what llama.cpp's files hold otherwise than checkpoints.
-
-    Args:
-        source: The module of a Mamba-2 layer.
-        dt_bias: Its tensor there with the biases of steps.
-    """
-
-    def rows(config: Any) -> Rows:
+    def rows(config: SpaceConfig) -> Rows:
         groups = config.num_state_groups
         sizes = (groups, config.state_sizes.inner_dim // groups)
         return [
             (f"{source}.conv1d.weight", f"{_MIXER}/convolution/kernel", "transpose"),
-            (f"{source}.{dt_bias}", f"{_MIXER}/state_space/dt_bias", "same"),
-            (f"{source}.A_log", f"{_MIXER}/state_space/a_log", _NEGATIVE),
+            (f"{source}.dt_proj.bias", f"{_MIXER}/state_space/dt_bias", "same"),
+            (f"{source}.A_log", f"{_MIXER}/state_space/a_log", "log_of_negatives"),
             (f"{source}.D", f"{_MIXER}/state_space/d", axis_removed(1)),
             (f"{source}.norm.weight", f"{_MIXER}/norm/scale", split_axis(0, sizes)),
         ]
@@ -194,6 +224,9 @@ PREFIXED_GGUF_KEYS = {
     "ssm.head_size": "mamba_d_head",
     "ssm.expand": "mamba_expand",
 }
+PREFIXED_NULLS = ("num_key_value_heads", "time_step_limit", *PREFIXED_DEFAULTS)
+# What older files call types of layers.
+OLDER_WORDS = {"mamba": "linear_attention", "attention": "full_attention"}
 
 
 def complete_prefixed(keys: JSON, inner: int) -> JSON:
@@ -203,3 +236,8 @@ def complete_prefixed(keys: JSON, inner: int) -> JSON:
     size = inner // keys["mamba_n_heads"] if size == "auto" else size
     check_heads(keys, "mamba_n_heads", "mamba_n_groups", inner, size)
     return {**keys, **read_steps(keys), "state_head_dim": size}
+
+
+def written_prefixed(config: SpaceConfig) -> JSON:
+    """Returns the keys of the size of a head, and of the steps."""
+    return {"mamba_d_head": config.state_head_dim, **written_steps(config)}

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from functional_llm.backbones.family import ModelConfig
+from functional_llm.backbones.stacks import build_of_types
 from functional_llm.backbones.state_spaces import residual_parts
 from functional_llm.backbones.transforms import Rows
 from functional_llm.blocks.attention import Shapes
 from functional_llm.blocks.decoder import decoder
-from functional_llm.blocks.language_model import Graph, StateType, causal_lm
+from functional_llm.blocks.language_model import Graph, StateType
 from functional_llm.blocks.norm import rms_norm
 from functional_llm.graph.composite import CompositeLayer
 from functional_llm.graph.types import JSON
@@ -39,16 +40,9 @@ def build_alone(config: AloneConfig, mixer: Callable[[], CompositeLayer], keeps:
         decoder(f"decoder_{i}", [[norm("mamba_norm"), mixer(), *residual]])
         for i in range(config.num_layers)
     ]
-    return causal_lm(
-        vocabulary_size=config.vocabulary_size,
-        hidden_dim=config.hidden_dim,
-        layer_types={"linear_attention": StateType()},
-        layers=[("linear_attention", layer) for layer in layers],
-        keeps=keeps,
-        final_norm=norm("final_norm"),
-        tie_word_embeddings=config.tie_word_embeddings,
-        embedding_parts=residual,
-    )
+    of_one_type = [("linear_attention", layer) for layer in layers]
+    types = {"linear_attention": (StateType(), keeps)}
+    return build_of_types(config, of_one_type, types, embedding_parts=residual)
 
 
 # Keys of both Mambas.

@@ -100,6 +100,10 @@ TRANSFORMS = {
     "last_axis": Transform(_same, _same, axis=-1),
     # llama.cpp's files of state space models have the number whose logarithm others have.
     "log_of_negative": Transform(lambda x: np.log(-x), lambda x: -np.exp(x), computes=True),
+    # The same with a number for each head, on an axis more.
+    "log_of_negatives": Transform(
+        lambda x: np.log(-x[:, 0]), lambda x: -np.exp(x)[:, None], computes=True
+    ),
 }
 
 

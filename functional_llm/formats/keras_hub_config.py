@@ -110,8 +110,8 @@ def _read(given: JSON, family: Family, column: KerasHub) -> tuple[Any, list[str]
     if problems:
         return None, problems
     same = {name: value for name, value in values.items() if name in ours}
-    config = family.config_class(**(same | column.fields(values)))
-    back = _arguments(config, column)
+    config = family.config_class(**(same | column.given_fields(values)))
+    back = column.made_arguments(config)
     problems = [
         f"{name}={shown(value)} (expected {shown(back[name])})"
         for name, value in values.items()
@@ -123,11 +123,6 @@ def _read(given: JSON, family: Family, column: KerasHub) -> tuple[Any, list[str]
 def _comes_back(value: Any, default: Any, back: Any) -> bool:
     # None stands for a size that follows from the others.
     return value == back or (value is None and default is None)
-
-
-def _arguments(config: Any, column: KerasHub) -> JSON:
-    same = {name: getattr(config, name, None) for name in column.arguments}
-    return same | column.written(config)
 
 
 def _meaning(config: Any) -> Any:
@@ -150,9 +145,9 @@ def make_arguments(config: ModelConfig, family: Family) -> JSON:
         raise ValueError(
             f"Expected a model of a family that KerasHub has. Received: {family.model_type!r}."
         )
-    arguments = _arguments(config, column)
+    arguments = column.made_arguments(config)
     same = {name: x for name, x in arguments.items() if hasattr(config, name)}
-    back = asdict(_meaning(family.config_class(**(same | column.fields(arguments)))))
+    back = asdict(_meaning(family.config_class(**(same | column.given_fields(arguments)))))
     expected = asdict(_meaning(config))
     skipped = {"max_sequence_length"} - set(column.arguments)  # KerasHub does not say it
     if "layer_types" in expected and "sliding_attention" not in expected["layer_types"]:

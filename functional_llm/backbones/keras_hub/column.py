@@ -23,6 +23,10 @@ def _nothing_wrong(_: Any) -> Sequence[str]:
     return ()
 
 
+def _nothing_written(_: Any) -> JSON:
+    return {}
+
+
 def _nothing_computed(_: Any) -> Mapping[str, np.ndarray]:
     return {}
 
@@ -32,12 +36,13 @@ class KerasHub:
     """How KerasHub describes the models of a family.
 
     An argument that has the name of a field of our config is that field. What has no equal on the
-    other side goes through `fields` and `written`; whoever reads or writes checks that the way back
-    leads to where it began, so that nothing is dropped.
+    other side goes through `fields` and `written`, or has its default; whoever reads or writes
+    checks that the way back leads to where it began, so that nothing is dropped.
 
     Args:
         classes: Names of the backbone classes that are such models. We make the first.
         arguments: Argument of the class -> its default, or `REQUIRED`.
+        renamed: Argument that is a field of our config under another name -> the field.
         fields: All arguments -> the fields of our config that are no argument, or another number.
         written: Config -> the arguments that are no field, or another number.
         weights: Config -> rows (place of a weight, path of our variable, transform); `{}` stands
@@ -56,8 +61,9 @@ class KerasHub:
 
     classes: Sequence[str]
     arguments: Mapping[str, Any]
+    renamed: Mapping[str, str] = field(default_factory=dict)
     fields: Callable[[JSON], JSON]
-    written: Callable[[Any], JSON]
+    written: Callable[[Any], JSON] = _nothing_written
     weights: Callable[[Any], Rows]
     wrong: Callable[[Any], Sequence[str]] = _nothing_wrong
     always_wrong: Sequence[str] = ()
@@ -70,6 +76,19 @@ class KerasHub:
     def differences(self, config: Any) -> list[str]:
         """Returns what KerasHub computes otherwise than the authors of such a model."""
         return [*self.always_wrong, *self.wrong(config)]
+
+    def given_fields(self, arguments: JSON) -> JSON:
+        """Returns the fields that arguments are, beside those of their own name."""
+        renamed = {field: arguments[name] for name, field in self.renamed.items()}
+        return renamed | self.fields(arguments)
+
+    def made_arguments(self, config: Any) -> JSON:
+        """Returns the arguments for such a model: fields, what `written` says, or defaults."""
+        own = {
+            name: getattr(config, self.renamed.get(name, name), None if x is REQUIRED else x)
+            for name, x in self.arguments.items()
+        }
+        return own | self.written(config)
 
     def encoder_places(self, arguments: JSON) -> list[str]:
         """Returns the places of the encoders that a model with these arguments has."""

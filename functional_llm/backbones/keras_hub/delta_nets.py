@@ -57,18 +57,14 @@ def _fields(x: JSON, **fields: Any) -> JSON:
     kinds = x["layer_types"] or [
         "linear_attention" if (i + 1) % 4 else "full_attention" for i in range(x["num_layers"])
     ]
-    nets = {field: x[name] for name, field in _NETS.items()}
-    return common_fields(x, layer_types=tuple(kinds), attention_bias=False, **nets, **fields)
+    return common_fields(x, layer_types=tuple(kinds), attention_bias=False, **fields)
 
 
 def _written(config: Any) -> JSON:
     return {
         **factor_argument(config),
-        **{name: getattr(config, field) for name, field in _NETS.items()},
         "layer_types": list(config.layer_types),
         "sliding_window_size": None,
-        "mrope_section": None,
-        "vision_encoder": None,
     }
 
 
@@ -123,6 +119,7 @@ def _weights(block: str, config: Any, mlp: Rows) -> Rows:
 _QUERY = ("query", "gate")
 _DENSE, _MOE = "layers/qwen3_5_transformer_decoder_{}", "layers/qwen3_5_moe_transformer_decoder_{}"
 _COMMON: dict[str, Any] = {
+    "renamed": _NETS,
     "written": _written,
     "wrong_text": _wrong_text,
     "encoders": {"vision_encoder": ["layers/qwen3_5_vision_encoder"]},
@@ -168,16 +165,11 @@ QWEN3_5_MOE = KerasHub(
         intermediate_dim=x["moe_intermediate_dim"],
         dense_layers=(),
         normalize_weights=True,
-        **{field: x[name] for name, field in _EXPERTS.items()},
     ),
     weights=lambda config: _weights(_MOE, config, _experts(_MOE)),
     **_COMMON
     | {
-        "written": lambda config: {
-            **_written(config),
-            **{name: getattr(config, field) for name, field in _EXPERTS.items()},
-            "router_aux_loss_coefficient": 0.001,
-        },
+        "renamed": {**_NETS, **_EXPERTS},
         "ignored": (*_COMMON["ignored"], "router_aux_loss_coefficient"),  # of training
         "types": {**_COMMON["types"], **dict.fromkeys(_EXPERTS, int)},
     },

@@ -35,6 +35,13 @@ _QWEN: dict[str, Any] = {
 }
 
 
+_RENAMED = {
+    "top_k": "num_experts_per_token",
+    "moe_intermediate_dim": "expert_dim",
+    "norm_top_k_prob": "normalize_weights",
+}
+
+
 def _experts(block: str) -> Rows:
     bank, shared = f"{block}/mlp/expert_bank/vars", f"{block}/mlp/shared_expert"
     return [
@@ -68,14 +75,9 @@ MIXTRAL = KerasHub(
         "sliding_window": 512,
         "output_router_logits": False,
     },
-    fields=lambda x: common_fields(x, num_experts_per_token=x["top_k"], tie_word_embeddings=False),
-    written=lambda config: {
-        **factor_argument(config),
-        "top_k": config.num_experts_per_token,
-        "router_jitter_noise": 0.0,
-        "router_aux_loss_coef": 0.02,
-        "output_router_logits": False,
-    },
+    renamed={"top_k": "num_experts_per_token"},
+    fields=lambda x: common_fields(x, tie_word_embeddings=False),
+    written=factor_argument,
     ignored=("router_jitter_noise", "router_aux_loss_coef"),  # of training
     weights=decoder_weights(
         "mixtral_transformer_decoder",
@@ -92,26 +94,11 @@ def _dense_layers(x: JSON) -> tuple[int, ...]:
 
 
 def _fields(x: JSON, slides: bool, **fields: Any) -> JSON:
-    return common_fields(
-        x,
-        num_experts_per_token=x["top_k"],
-        expert_dim=x["moe_intermediate_dim"],
-        normalize_weights=x["norm_top_k_prob"],
-        **window_fields(x, [slides] * x["num_layers"]),
-        **fields,
-    )
+    return common_fields(x, **window_fields(x, [slides] * x["num_layers"]), **fields)
 
 
 def _written(config: Any) -> JSON:
-    return {
-        **factor_argument(config),
-        "top_k": config.num_experts_per_token,
-        "moe_intermediate_dim": config.expert_dim,
-        "norm_top_k_prob": config.normalize_weights,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": list(config.dense_layers),
-        "router_aux_loss_coefficient": 0.001,
-    }
+    return {**factor_argument(config), "mlp_only_layers": list(config.dense_layers)}
 
 
 def _qwen2_wrong(config: Any) -> Sequence[str]:
@@ -139,21 +126,19 @@ QWEN2_MOE = KerasHub(
         "output_router_logits": False,
         "mlp_only_layers": [],
     },
+    renamed={**_RENAMED, "shared_expert_intermediate_dim": "shared_expert_dim"},
     types=_TYPES,
     # Each layer takes itself for the first.
     fields=lambda x: _fields(
         x,
         slides=x["use_sliding_window_attention"],
         dense_layers=tuple(range(x["num_layers"])) if 0 in _dense_layers(x) else (),
-        shared_expert_dim=x["shared_expert_intermediate_dim"],
         attention_bias=True,
     ),
     written=lambda config: {
         **_written(config),
-        "shared_expert_intermediate_dim": config.shared_expert_dim,
         "use_sliding_window_attention": has_window(config),
         "sliding_window_size": config.sliding_window or 32768,
-        "output_router_logits": False,
     },
     ignored=_IGNORED,
     weights=_qwen2_weights,
@@ -170,6 +155,7 @@ def _qwen3_wrong(config: Any) -> Sequence[str]:
 QWEN3_MOE = KerasHub(
     classes=("Qwen3MoeBackbone",),
     arguments={**_QWEN, "head_dim": None, "mlp_only_layers": None},
+    renamed=_RENAMED,
     types=_TYPES,
     fields=lambda x: _fields(
         x,

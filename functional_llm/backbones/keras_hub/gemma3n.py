@@ -11,8 +11,8 @@ from functional_llm.backbones.sharing import lenders
 from functional_llm.backbones.transforms import Rows
 from functional_llm.graph.types import JSON
 
-# Argument -> our field, where they are the same.
-_SAME = {
+# Argument -> our field.
+_RENAMED = {
     "text_vocab_size": "vocabulary_size",
     "text_hidden_size": "hidden_dim",
     "num_hidden_layers": "num_layers",
@@ -31,13 +31,6 @@ _SAME = {
 }
 _COUNTS = ["text_vocab_size", "text_hidden_size", "num_hidden_layers", "num_attention_heads"]
 _COUNTS += ["vocab_size_per_layer_input", "hidden_size_per_layer_input", "altup_num_inputs"]
-# What it must have; rope_scaling would stretch the layers with windows, too.
-_FIXED: JSON = {
-    "attention_bias": False,
-    "rope_scaling": None,
-    "vision_encoder_config": None,
-    "audio_encoder_config": None,
-}
 # Of training, and of encoders.
 _NOT_READ: JSON = {
     "attention_dropout": 0.0,
@@ -54,11 +47,14 @@ _NOT_READ: JSON = {
     "audio_token_id": 99,
 }
 _ARGUMENTS: JSON = {
-    **dict.fromkeys([*_SAME, "num_key_value_heads", "head_dim", "laurel_rank"], REQUIRED),
+    **dict.fromkeys([*_RENAMED, "num_key_value_heads", "head_dim", "laurel_rank"], REQUIRED),
     **dict.fromkeys(["pad_token_id", "layer_types", "sliding_window"], REQUIRED),
     "intermediate_size": REQUIRED,
-    **_FIXED,
     **_NOT_READ,
+    "attention_bias": False,
+    "rope_scaling": None,  # which would stretch the layers with windows, too
+    "vision_encoder_config": None,
+    "audio_encoder_config": None,
     "rope_local_base_freq": 10000.0,
     "activation_sparsity_pattern": None,
     "altup_active_idx": 0,
@@ -75,7 +71,6 @@ def _fields(x: JSON) -> JSON:
     shares = x["activation_sparsity_pattern"] or [0.0] * x["num_hidden_layers"]
     check_numbers({**x, "mlp_widths": widths, "activation_sparsity_pattern": shares})
     return {
-        **{field: x[name] for name, field in _SAME.items()},
         "layer_types": tuple(x["layer_types"]),
         "intermediate_dim": widths[0],
         "mlp_widths": widths,
@@ -88,9 +83,6 @@ def _fields(x: JSON) -> JSON:
 
 def _written(config: Any) -> JSON:
     return {
-        **{name: getattr(config, field) for name, field in _SAME.items()},
-        **_FIXED,
-        **_NOT_READ,
         "pad_token_id": 0,
         "layer_types": list(config.layer_types),
         "sliding_window": config.sliding_window or 512,
@@ -167,6 +159,7 @@ def _unused(config: Any) -> Mapping[str, np.ndarray]:
 GEMMA3N = KerasHub(
     classes=("Gemma3nBackbone",),
     arguments=_ARGUMENTS,
+    renamed=_RENAMED,
     fields=_fields,
     written=_written,
     weights=_weights,

@@ -3,6 +3,7 @@
 from typing import Any
 
 from functional_llm.backbones.keras_hub.column import EMBEDDING, REQUIRED, KerasHub, dense, one
+from functional_llm.backbones.keras_hub.gemmas import NORMS
 from functional_llm.backbones.transforms import Rows, axis_added, heads_first, split_axis
 from functional_llm.blocks.rope_scaling import ProportionalScaling
 from functional_llm.graph.types import JSON
@@ -10,18 +11,12 @@ from functional_llm.graph.types import JSON
 _SIZES = ["vocabulary_size", "num_layers", "hidden_dim"]
 _SIZES += ["num_query_heads", "num_key_value_heads", "head_dim"]
 _PATTERN = 6
-# What it must have, or does not read in a model of text alone.
-_FIXED: JSON = {
-    "attention_logit_soft_cap": None,
-    "use_sliding_window_attention": True,
-    "local_rope_scaling_factor": 1.0,
-    "vision_encoder": None,
-    "audio_encoder": None,
-    "use_bidirectional_attention": False,
-    "is_embedding_model": False,
-    "pooling_intermediate_dim": None,
-    "embedding_dim": None,
+_RENAMED = {
+    "num_kv_shared_layers": "borrowing_layers",
+    "use_double_wide_mlp": "borrowing_is_wide",
+    "hidden_size_per_layer_input": "per_layer_width",
 }
+# Of a model of text alone.
 _NOT_READ: JSON = {
     "image_size": None,
     "query_head_dim_normalize": True,
@@ -31,8 +26,16 @@ _NOT_READ: JSON = {
 }
 _ARGUMENTS: JSON = {
     **dict.fromkeys([*_SIZES, "intermediate_dim"], REQUIRED),
-    **_FIXED,
     **_NOT_READ,
+    "attention_logit_soft_cap": None,
+    "use_sliding_window_attention": True,
+    "local_rope_scaling_factor": 1.0,
+    "vision_encoder": None,
+    "audio_encoder": None,
+    "use_bidirectional_attention": False,
+    "is_embedding_model": False,
+    "pooling_intermediate_dim": None,
+    "embedding_dim": None,
     "final_logit_soft_cap": None,
     "sliding_window_size": 512,
     "layer_types": None,
@@ -76,9 +79,6 @@ def _fields(x: JSON) -> JSON:
         "full_head_dim": x["global_head_dim"] or x["head_dim"],
         "num_full_key_value_heads": full or x["num_key_value_heads"],
         "values_are_keys": full is not None,
-        "borrowing_layers": x["num_kv_shared_layers"],
-        "borrowing_is_wide": x["use_double_wide_mlp"],
-        "per_layer_width": x["hidden_size_per_layer_input"],
         "per_layer_vocabulary": x["vocab_size_per_layer_input"] or x["vocabulary_size"],
         "num_experts": x["num_experts"] if has_experts else None,
         "num_experts_per_token": x["num_experts_per_token"] if has_experts else None,
@@ -89,8 +89,6 @@ def _fields(x: JSON) -> JSON:
 def _written(config: Any) -> JSON:
     scaling = config.rope_scaling or ProportionalScaling()
     return {
-        **_FIXED,
-        **_NOT_READ,
         "layer_types": list(config.layer_types),
         "sliding_window_size": config.sliding_window or 512,
         "global_head_dim": config.full_head_dim,
@@ -98,27 +96,17 @@ def _written(config: Any) -> JSON:
         "global_rope_partial_rotary_factor": scaling.partial_rotary_factor,
         "global_rope_wavelength": config.rope_max_wavelength,
         "local_rope_wavelength": config.local_rope_max_wavelength,
-        "num_kv_shared_layers": config.borrowing_layers,
         "num_global_key_value_heads": (
             config.num_full_key_value_heads if config.values_are_keys else None
         ),
-        "hidden_size_per_layer_input": config.per_layer_width,
         "vocab_size_per_layer_input": config.per_layer_vocabulary,
-        "use_double_wide_mlp": config.borrowing_is_wide,
         "enable_moe_block": config.num_experts is not None,
         "expert_intermediate_dim": config.expert_dim,
         "num_experts_per_token": config.num_experts_per_token or 8,
     }
 
 
-_NORMS = {
-    "pre_attention_norm": "attention_norm",
-    "post_attention_norm": "attention_post_norm",
-    "post_ffw_norm": "mlp_post_norm",
-    "post_per_layer_input_norm": "per_layer_post_norm",
-    "attention/query_norm": "attention/query_norm",
-    "attention/key_norm": "attention/key_norm",
-}
+_NORMS = {**NORMS, "post_per_layer_input_norm": "per_layer_post_norm"}
 _OF_EXPERTS = {
     "pre_ffw_norm": "mlp/shared_norm",
     "post_ffw_norm_dense": "mlp/shared_post_norm",
@@ -144,8 +132,7 @@ def _layer_weights(config: Any, index: int) -> Rows:
     """Returns the rows of a layer: heads differ with its type."""
     theirs, ours = f"layers/gemma4_text_decoder_block_{index}", f"decoder_{index}"
     keys, size = config.head(config.layer_types[index])
-    queries, mlp = config.num_query_heads, "mlp"
-    norms = {**_NORMS, "pre_ffw_norm": "mlp_norm"}
+    queries, mlp, norms = config.num_query_heads, "mlp", _NORMS
     if config.num_experts is not None:
         norms, mlp = {**_NORMS, **_OF_EXPERTS}, "mlp/shared"
     attend, bank = f"{theirs}/attention", f"{theirs}/moe_expert_bank/vars"
@@ -175,6 +162,7 @@ def _layer_weights(config: Any, index: int) -> Rows:
 GEMMA4 = KerasHub(
     classes=("Gemma4Backbone",),
     arguments=_ARGUMENTS,
+    renamed=_RENAMED,
     fields=_fields,
     written=_written,
     weights=_weights,

@@ -19,24 +19,16 @@ from functional_llm.backbones.keras_hub.llamas import ARGUMENTS
 from functional_llm.backbones.transforms import Rows, heads_first, split_axis
 from functional_llm.graph.types import JSON
 
-# Arguments that the first Gemma leaves as they are; all that a Gemma 3 must have.
-_GEMMA2 = {
+_ARGUMENTS = {
+    **ARGUMENTS,
+    "head_dim": REQUIRED,
     "query_head_dim_normalize": True,
     "use_post_ffw_norm": False,
     "use_post_attention_norm": False,
     "attention_logit_soft_cap": None,
     "final_logit_soft_cap": None,
     "use_sliding_window_attention": False,
-}
-_ARGUMENTS = {**ARGUMENTS, **_GEMMA2, "head_dim": REQUIRED, "sliding_window_size": 4096}
-_GEMMA3 = {
-    "use_query_key_norm": True,
-    "local_rope_scaling_factor": 1.0,
-    "vision_encoder": None,
-    "use_bidirectional_attention": False,
-    "is_embedding_model": False,
-    "pooling_intermediate_dim": None,
-    "embedding_dim": None,
+    "sliding_window_size": 4096,
 }
 
 
@@ -88,7 +80,7 @@ def _wrong(config: Any) -> Sequence[str]:
     return found
 
 
-_NORMS = {
+NORMS = {
     "pre_attention_norm": "attention_norm",
     "post_attention_norm": "attention_post_norm",
     "pre_ffw_norm": "mlp_norm",
@@ -108,7 +100,7 @@ def _weights(layer: str) -> Callable[[Any], Rows]:
         output = split_axis(0, (queries, size))
         return [
             EMBEDDING,
-            *(one(f"{block}/{name}", f"{OURS}/{norm}/scale") for name, norm in _NORMS.items()),
+            *(one(f"{block}/{name}", f"{OURS}/{norm}/scale") for name, norm in NORMS.items()),
             *dense(f"{theirs}/query_dense", f"{attend}/query", heads_first(queries, size)),
             *dense(f"{theirs}/key_dense", f"{attend}/key", heads_first(keys, size)),
             *dense(f"{theirs}/value_dense", f"{attend}/value", heads_first(keys, size)),
@@ -126,10 +118,7 @@ GEMMA = KerasHub(
     classes=("GemmaBackbone",),
     arguments=_ARGUMENTS,
     fields=_fields,
-    written=lambda config: {
-        **{name: _ARGUMENTS[name] for name in _GEMMA2},
-        "intermediate_dim": 2 * config.intermediate_dim,
-    },
+    written=lambda config: {"intermediate_dim": 2 * config.intermediate_dim},
     weights=_weights("gemma_decoder_block"),
     wrong=_wrong,
     ignored=["sliding_window_size"],  # no layer has one
@@ -151,7 +140,13 @@ GEMMA3 = KerasHub(
     classes=("Gemma3Backbone",),
     arguments={
         **_ARGUMENTS,
-        **_GEMMA3,
+        "use_query_key_norm": True,
+        "local_rope_scaling_factor": 1.0,
+        "vision_encoder": None,
+        "use_bidirectional_attention": False,
+        "is_embedding_model": False,
+        "pooling_intermediate_dim": None,
+        "embedding_dim": None,
         "image_size": None,
         "sliding_window_size": 1024,
         "global_rope_scaling_factor": 1.0,
@@ -167,8 +162,6 @@ GEMMA3 = KerasHub(
     },
     written=lambda config: {
         **_gemma2_arguments(config),
-        **_GEMMA3,
-        "attention_logit_soft_cap": None,
         "global_rope_scaling_factor": factor(config.rope_scaling),
     },
     weights=_weights("gemma3_decoder_block"),

@@ -32,7 +32,6 @@ def _fields(x: JSON) -> JSON:
             [slides and i % 2 == 0 for i in range(x["num_layers"])],
         ),
         "head_dim": x["head_dim"] or x["hidden_dim"] // x["num_query_heads"],
-        "num_experts_per_token": x["top_k"],
         "rope_scaling": None if factor == 1 else scaling,
         "max_sequence_length": 131072,
         "activation": "silu",
@@ -46,7 +45,6 @@ def _fields(x: JSON) -> JSON:
 def _written(config: Any) -> JSON:
     scaling = config.rope_scaling
     return {
-        "top_k": config.num_experts_per_token,
         "rope_scaling_factor": scaling.factor if isinstance(scaling, YarnScaling) else 1.0,
         "sliding_window": config.sliding_window if has_window(config) else None,
     }
@@ -93,6 +91,7 @@ GPT_OSS = KerasHub(
         "head_dim": None,
         "output_router_logits": False,
     },
+    renamed={"top_k": "num_experts_per_token"},
     fields=_fields,
     written=_written,
     wrong=_wrong,

@@ -44,7 +44,6 @@ GPT2 = KerasHub(
         "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": True,
     },
-    written=lambda _: {},
     weights=lambda config: [
         EMBEDDING,
         one("layers/position_embedding", "position_embedding/embeddings"),
@@ -65,7 +64,6 @@ OPT = KerasHub(
         "tie_word_embeddings": True,
         **dict.fromkeys(["use_bias", "norms_have_weights", "norm_before"], True),
     },
-    written=lambda _: {},
     weights=lambda config: [
         one(f"{_EMBEDDINGS}/token_embedding", "token_embedding/embeddings"),
         (f"{_EMBEDDINGS}/position_embedding/vars/0", "position_embedding/embeddings", _POSITIONS),
@@ -98,7 +96,6 @@ BLOOM = KerasHub(
         "max_sequence_length": 2048,
         "tie_word_embeddings": True,
     },
-    written=lambda _: {},
     weights=_bloom_weights,
 )
 
@@ -106,7 +103,6 @@ BLOOM = KerasHub(
 def _heads(count: int, arguments: JSON) -> JSON:
     """Returns the fields of heads that all have keys of their own, and the head that is tied."""
     return {
-        "num_query_heads": count,
         "num_key_value_heads": count,
         "head_dim": arguments["hidden_dim"] // count,
         "rope_scaling": None,
@@ -144,6 +140,7 @@ FALCON = KerasHub(
         **dict.fromkeys(_DROPOUTS, 0),
     },
     types={"num_attention_heads": int},
+    renamed={"num_attention_heads": "num_query_heads"},
     fields=lambda x: {
         **_heads(x["num_attention_heads"], x),
         "activation": "gelu",
@@ -153,7 +150,6 @@ FALCON = KerasHub(
         "use_alibi": True,
         "use_bias": True,
     },
-    written=lambda x: {"num_attention_heads": x.num_query_heads, **dict.fromkeys(_DROPOUTS, 0)},
     wrong=_falcon_wrong,
     always_wrong=["it does not round ALiBi to bfloat16, as Falcon was trained"],
     ignored=_DROPOUTS,
@@ -190,19 +186,17 @@ GPT_NEOX = KerasHub(
         "layer_norm_epsilon": 1e-5,
         "max_sequence_length": 512,
     },
+    renamed={
+        "num_heads": "num_query_heads",
+        "rotary_percentage": "partial_rotary_factor",
+        "rotary_max_wavelength": "rope_max_wavelength",
+    },
     types={"num_heads": int, "rotary_percentage": float, "rotary_max_wavelength": float},
     fields=lambda x: {
         **_heads(x["num_heads"], x),
         "activation": "gelu_approximate",
         "attention_bias": True,
         "parallel_residual": True,
-        "partial_rotary_factor": x["rotary_percentage"],
-        "rope_max_wavelength": x["rotary_max_wavelength"],
-    },
-    written=lambda x: {
-        "num_heads": x.num_query_heads,
-        "rotary_percentage": x.partial_rotary_factor,
-        "rotary_max_wavelength": x.rope_max_wavelength,
     },
     wrong_text=lambda _: ["it turns every new token as the first of the text"],
     weights=_gpt_neox_weights,

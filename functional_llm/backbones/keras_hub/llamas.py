@@ -276,8 +276,6 @@ def _smollm3_fields(x: JSON) -> JSON:
     return common_fields(
         {**x, "num_query_heads": x["num_attention_heads"]},
         max_sequence_length=x["max_position_embeddings"],
-        num_query_heads=x["num_attention_heads"],
-        rope_max_wavelength=x["rope_theta"],
         attention_bias=False,  # with it, KerasHub's output has none
         no_rope_layers=tuple(turns[: x["num_layers"]]),
         layer_types=("full_attention",) * x["num_layers"],
@@ -325,14 +323,16 @@ SMOLLM3 = KerasHub(
         "rope_theta": float,
         "rope_layer_enabled_list": tuple[int, ...],
     },
+    renamed={
+        "num_attention_heads": "num_query_heads",
+        "rope_theta": "rope_max_wavelength",
+    },
     fields=_smollm3_fields,
     written=lambda x: {
-        "num_attention_heads": x.num_query_heads,
         "attention_dropout": 0.0,
         "rope_layer_enabled_list": [bool(turn) for turn in x.no_rope_layers],
         "layer_types": list(x.layer_types),
         "max_position_embeddings": x.max_sequence_length,
-        "rope_theta": x.rope_max_wavelength,
         "partial_rotary_factor": 1.0,
     },
     ignored=("attention_dropout",),

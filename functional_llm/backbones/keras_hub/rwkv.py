@@ -28,9 +28,8 @@ _MIXED = ("receptance", "decay", "key", "value", "rate", "gate")
 _VECTORS = ("direction", "key_rate", "bonus")
 
 
-def _fields(arguments: JSON) -> JSON:
+def _fields(_: JSON) -> JSON:
     return {
-        **{field: arguments[name] for name, field in _RENAMED.items()},
         "layer_norm_epsilon": _EPSILON,
         "tie_word_embeddings": False,
         "activation": "relu2",
@@ -93,11 +92,8 @@ RWKV7 = KerasHub(
         "decay_lora": 64,
         "dropout_rate": 0,
     },
+    renamed=_RENAMED,
     fields=_fields,
-    written=lambda config: {
-        **{name: getattr(config, field) for name, field in _RENAMED.items()},
-        "dropout_rate": 0,
-    },
     weights=_weights,
     wrong=_wrong,
     ignored=("dropout_rate",),
