@@ -383,12 +383,19 @@ def activate(model: keras.Model, names: str | Sequence[str] | Mapping[str, float
     """
     if not isinstance(names, Mapping):
         names = dict.fromkeys([names] if isinstance(names, str) else names or (), 1.0)
+    if not all(map(_is_finite, names.values())):
+        raise ValueError(f"Expected weights that are finite numbers, received {dict(names)}.")
     chosen = {name: float(weight) for name, weight in names.items()}
-    if not all(map(math.isfinite, chosen.values())):
-        raise ValueError(f"Expected weights that are finite numbers, received {chosen}.")
     unknown = sorted(chosen.keys() - set(adapter_names(model)))
     if unknown:
         raise ValueError(f"No adapter {unknown}. The model has {adapter_names(model)}.")
     one_per_gate = {id(adapter.gate): adapter for _, adapter in find_adapters(model)}
     for adapter in one_per_gate.values():
         adapter.gate.assign(chosen.get(adapter.adapter_name, 0.0))
+
+
+def _is_finite(weight: Any) -> bool:
+    try:
+        return math.isfinite(float(weight))
+    except (TypeError, ValueError):
+        return False
