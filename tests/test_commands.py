@@ -106,8 +106,10 @@ def test_weights_of_what_trains_beside_an_adapter(tiny: Path) -> None:
     np.testing.assert_allclose(seen[0.0], np.asarray(backbone(IDS)), atol=1e-5)
     flm.peft.activate(model, "default")
     np.testing.assert_array_equal(np.asarray(model(IDS)), seen[1.0])
-    with pytest.raises(ValueError, match="finite numbers"):
-        flm.peft.activate(model, {"default": float("nan")})
+    wrong: Any
+    for wrong in (float("nan"), None, "half"):
+        with pytest.raises(ValueError, match="finite numbers, received {'default'"):
+            flm.peft.activate(model, {"default": wrong})
 
 
 @pytest.mark.parametrize("name", ["generate", "chat"])

@@ -423,6 +423,16 @@ class Wraps(layers.Layer):
         return self.fn(x)
 
 
+class WithoutConfig(layers.Layer):
+    """A layer whose config is none."""
+
+    def call(self, x: Any) -> Any:
+        return x * 2
+
+    def get_config(self) -> Any:
+        return None
+
+
 @NEEDS_DOT
 def test_any_graph_can_be_looked_at(make: Make, tmp_path: Path) -> None:
     shared = keras.Sequential([keras.Input((8,)), layers.Dense(8)], name="shared")
@@ -435,6 +445,7 @@ def test_any_graph_can_be_looked_at(make: Make, tmp_path: Path) -> None:
         model_of(lambda x: x),
         model_of(Own(name='w<b>"&{}|\\')),
         model_of(Wraps(lambda x: x * 2)),
+        model_of(WithoutConfig()),
         backbone.get_layer("decoder_0"),
         flm.capture(backbone, "decoder_*"),
     ]

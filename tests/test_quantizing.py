@@ -20,6 +20,7 @@ from functional_llm.edits.rounding import round_to_int4, round_to_int4_with_zero
 from functional_llm.formats.grid import Grid
 from functional_llm.kernels.int4 import multiply_int4
 from functional_llm.layers.experts import ExpertDense
+from functional_llm.peft.adapter import find_adapters
 from nightly import FAMILIES_AND_KINDS, one_of_each_kind, one_of_each_layout
 from reference import make_reference, save_reference
 from tiny import save_tokenizer
@@ -179,6 +180,20 @@ def test_lora_on_top_trains_and_travels_in_a_stock_file(
     assert np.abs(_logits(merged, token_ids) - expected).mean() < 0.05 * expected.std()
     with pytest.raises(ValueError, match=r"holds no integers. Received .* save the adapter"):
         merged.save_preset(tmp_path / "directory")
+
+
+@pytest.mark.parametrize("folder", ["llama_grouped"], indirect=True)
+def test_what_is_decomposed_comes_back_from_a_stock_file(backbone: Any, tmp_path: Path) -> None:
+    """The adapters are there before the scales of their layers are read."""
+    quantized = flm.quantize(backbone, "int8")
+    model = flm.peft.lora(flm.peft.svf(quantized, adapter_name="svf"), rank=2, init="pissa")
+    for _, adapter in find_adapters(model):
+        for variable in adapter.adapter_weights.values():
+            variable.assign_add(ops.full(variable.shape, 0.01))
+    model.save(tmp_path / "model.keras")
+    again = flm.Backbone.from_preset(tmp_path / "model.keras")
+    token_ids = _tokens(2, 5)
+    np.testing.assert_array_equal(_logits(again, token_ids), _logits(model, token_ids))
 
 
 @in_turn

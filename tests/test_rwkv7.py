@@ -14,6 +14,7 @@ import pytest
 
 import functional_llm as flm
 from configs import CONFIGS
+from functional_llm.peft.adapter import find_adapters
 from pair import TOKENS
 from reference import make_reference, reference_logits, save_reference
 from test_gguf_families import CONVERT
@@ -121,3 +122,15 @@ def test_numbers_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], messag
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **changes}))
     with pytest.raises(ValueError, match=message):
         flm.Backbone.from_preset(tmp_path, load_weights=False)
+
+
+def test_adapters_have_usual_targets(tmp_path: Path) -> None:
+    """There is no query: receptances ask, as queries do."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    backbone = flm.Backbone.from_preset(tmp_path, load_weights=False)
+    expected = {f"decoder_{i}/time_mix/{name}" for i in (0, 1) for name in ("receptance", "value")}
+    model = flm.peft.lora(backbone, rank=2)
+    assert {path for path, _ in find_adapters(model)} == expected
+    flm.peft.save_adapter(model, tmp_path / "adapter")
+    loaded = flm.peft.load_adapter(backbone, tmp_path / "adapter")
+    assert {path for path, _ in find_adapters(loaded)} == expected

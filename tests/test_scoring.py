@@ -465,6 +465,7 @@ def test_perplexity_of_texts(backbone: flm.Backbone, tokenizer: flm.Tokenizer) -
         ([([], [5])], "Row 0: the context is empty"),
         ([("a", [5])], "Row 0: expected two texts or two lists of ids"),
         ([([5], "a")], "Row 0: expected a text or messages as context"),
+        ([(None, "a")], "Row 0: expected a text or messages as context, received None"),
         ([([5], [999])], "Row 0: expected token ids from 0 to"),
         ([([5] * 511, [5, 5, 5])], "Row 0: 511 tokens of context and 3 of continuation. The model"),
     ],

@@ -508,6 +508,17 @@ def test_bad_arguments_of_training(backbone: Backbone) -> None:
         backbone.evaluate(x, y, sample_weight=np.ones((4, 7)), verbose=0)
 
 
+def test_a_model_in_which_nothing_trains_is_refused(backbone: Backbone) -> None:
+    """As Keras has it, a layer that trains does not in a model whose own `trainable` is False."""
+    x, y, _ = _uneven_batch(backbone)
+    backbone.trainable = False
+    backbone.get_layer("decoder_1").trainable = True
+    backbone.compile("sgd")
+    with pytest.raises(ValueError, match="Expected trainable weights.*set that of its layers"):
+        backbone.fit(x, y, verbose=0)
+    backbone.evaluate(x, y, verbose=0)
+
+
 def test_bfloat16_trains(folder: Path) -> None:
     backbone = Backbone.from_preset(folder, dtype="mixed_bfloat16")
     model = LossModel(backbone, 32)

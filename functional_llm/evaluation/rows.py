@@ -155,7 +155,7 @@ def _encode_row(
     tokenizer = find_tokenizer()
     try:
         if not isinstance(context, str):
-            if not all(map(is_record, context)):
+            if not hasattr(context, "__len__") or not all(map(is_record, context)):
                 raise ValueError(f"expected a text or messages as context, received {context!r}.")
             context = tokenizer.apply_chat_template(context)
         return encode_pair(tokenizer, context, continuation, parse_special)

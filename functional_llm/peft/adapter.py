@@ -25,6 +25,8 @@ from functional_llm.peft.initializers import ones
 from functional_llm.peft.linear import LINEAR_LAYERS, MATRIX_LAYERS, Linear, view
 
 DEFAULT_TARGETS = ("query", "value")
+# Of what has states in the place of attention: RWKV's receptance asks, as a query does.
+_OF_STATES = (("receptance", "value"), ("input",))
 REVERSED = ":reverse"  # behind the path of an embedding: the head that it is, too
 
 Value = TypeVar("Value")
@@ -325,7 +327,7 @@ def has_named(model: keras.Model, name: str) -> bool:
 def find_targets(model: keras.Model, targets: Where) -> dict[str, Layer]:
     """Returns the layers, by path, that `targets` (as for `attach`) stands for."""
     if targets == DEFAULT_TARGETS and not has_named(model, "query"):
-        targets = "input"  # of what has states in the place of attention
+        targets = next((x for x in _OF_STATES if has_named(model, x[0])), targets)
     if isinstance(targets, str) and targets == "all":
         found = {path: x for path, x in walk(model) if not _is_head(model, path, x)}
         # An adapter of every expert would be as large as that of a model with as many layers.
@@ -381,12 +383,19 @@ def activate(model: keras.Model, names: str | Sequence[str] | Mapping[str, float
     """
     if not isinstance(names, Mapping):
         names = dict.fromkeys([names] if isinstance(names, str) else names or (), 1.0)
+    if not all(map(_is_finite, names.values())):
+        raise ValueError(f"Expected weights that are finite numbers, received {dict(names)}.")
     chosen = {name: float(weight) for name, weight in names.items()}
-    if not all(map(math.isfinite, chosen.values())):
-        raise ValueError(f"Expected weights that are finite numbers, received {chosen}.")
     unknown = sorted(chosen.keys() - set(adapter_names(model)))
     if unknown:
         raise ValueError(f"No adapter {unknown}. The model has {adapter_names(model)}.")
     one_per_gate = {id(adapter.gate): adapter for _, adapter in find_adapters(model)}
     for adapter in one_per_gate.values():
         adapter.gate.assign(chosen.get(adapter.adapter_name, 0.0))
+
+
+def _is_finite(weight: Any) -> bool:
+    try:
+        return math.isfinite(float(weight))
+    except (TypeError, ValueError):
+        return False

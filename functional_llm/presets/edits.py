@@ -41,8 +41,9 @@ def apply_edits(model: keras.Model, edits: Edits, has_values: bool) -> keras.Mod
     if not has_values:
         adapted = {layer for adapter in edits.adapters for layer in adapter["layers"]}
         for variable in model.variables:
-            if variable.path.rpartition("/")[0] in adapted:  # methods look at what they adapt
-                variable.assign(np.zeros(variable.shape, "float32"))
+            if variable.path.rpartition("/")[0] in adapted:
+                # Methods decompose what they adapt. Integers are divided by a scale: no zeros.
+                variable.assign(np.ones(variable.shape, "float32"))
     return attach_from_config(model, edits.adapters)
 
 

@@ -17,7 +17,7 @@ from functional_llm.training.checkpoints import (
     read_facts,
     read_stream_state,
 )
-from functional_llm.training.loss import LossModel
+from functional_llm.training.loss import LossModel, check_trainable
 from functional_llm.training.memory import advise, predict_memory
 from functional_llm.training.optimizer import make_optimizer, make_schedule
 from functional_llm.training.packing import Batches, Rows
@@ -138,7 +138,7 @@ def train(
     path = Path(folder) / CHECKPOINT
     if not is_first():
         say, tensorboard = _say_nothing, False
-    _check_trainable(backbone)
+    check_trainable(backbone)
     path.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is known at once
     check_resume(folder, rows, held_out, settings, resume=resume, arguments=arguments)
     _check_rows(backbone, rows, held_out)
@@ -241,14 +241,6 @@ class _Run:
                 part, validation_data=validation, shuffle=False, verbose=0, callbacks=callbacks
             )
             self._say(_status_line(self.history, self._progress))
-
-
-def _check_trainable(backbone: keras.Model) -> None:
-    if not backbone.trainable_variables:
-        raise ValueError(
-            "Expected trainable weights, received a model whose weights are all frozen. Freeze "
-            "fewer of them, or add an adapter with `functional_llm.peft`."
-        )
 
 
 def _check_rows(backbone: keras.Model, rows: Rows | StreamedRows, held_out: Rows | None) -> None:

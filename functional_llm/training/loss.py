@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from functional_llm.graph.freezing import Freezable, keep_frozen
+from functional_llm.graph.freezing import Freezable
 from functional_llm.graph.keeping_values import KeepsValues
 from functional_llm.graph.precision import FullFloat32, full_float32
 from functional_llm.graph.types import Nested, Tensor
@@ -21,6 +21,16 @@ from functional_llm.xla.rewriter import optimize_for_cpu
 
 State: TypeAlias = tuple[Values, ...]  # of a compiled model: weights, optimizer, metrics
 Logs: TypeAlias = dict[str, jax.Array]
+
+
+def check_trainable(backbone: keras.Model) -> None:
+    """Raises a ValueError if no weight of a model trains."""
+    if not backbone.trainable_variables:
+        raise ValueError(
+            "Expected trainable weights, received a model whose weights are all frozen. Freeze "
+            "fewer of them, or add an adapter with `functional_llm.peft`. Nothing trains in a "
+            "model whose own `trainable` is False: set that of its layers."
+        )
 
 
 class LossModel(ChecksData, KeepsValues, Freezable, FullFloat32, keras.Model):
@@ -75,7 +85,16 @@ class LossModel(ChecksData, KeepsValues, Freezable, FullFloat32, keras.Model):
         self.batch_weight = Latest(name="batch_weight")
         self._token_mean: TokenMean | None = None
         self.built = True
-        keep_frozen(backbone, self, freeze=None)
+
+    @property
+    def trainable_variables(self) -> list[keras.Variable]:
+        """Those of the backbone."""
+        return self.backbone.trainable_variables
+
+    @property
+    def trainable_weights(self) -> list[keras.Variable]:
+        """Those of the backbone."""
+        return self.backbone.trainable_weights
 
     @property
     def product_dtype(self) -> str:
@@ -103,6 +122,7 @@ class LossModel(ChecksData, KeepsValues, Freezable, FullFloat32, keras.Model):
         return optimize_for_cpu(self._train_step)(state, data)
 
     def _train_step(self, state: State, data: Nested) -> tuple[Logs, State]:
+        check_trainable(self.backbone)
         if self._token_mean is None:
             return super().train_step(state, data)
         trainable, fixed, optimizer, metrics = state

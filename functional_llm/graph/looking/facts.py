@@ -72,6 +72,8 @@ def config_of(layer: Layer) -> JSON:
         config = layer.get_config()
     except Exception as error:
         return {"config": f"not available: {type(error).__name__}"}
+    if not isinstance(config, dict):  # one of KerasHub's encoder of images returns none
+        return {"config": f"not available: received {type(config).__name__}"}
     hidden = {"name", "trainable", "body", "shared_object_id"}
     shown = {k: _short(x) for k, x in config.items() if k not in hidden and x is not None}
     return {**shown, "dtype": layer.dtype_policy.name}
