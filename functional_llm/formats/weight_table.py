@@ -235,10 +235,12 @@ def load_weights(
             return tensor, grids
         dtype = by_path[tensor.paths[0]].dtype
         if not tensor.transform.computes:
-            if (rows := _own_rows(tensor, by_path, shapes)) is not None:
+            rows = _own_rows(tensor, by_path, shapes)
+            if rows is None:
+                array = source.read(tensor.name, dtype)
+            else:
                 array = read_rows(source, tensor.name, dtype, rows)
-                return tensor, tensor.transform.views(array, tensor.sizes(shapes))
-            array = source.read(tensor.name, dtype)
+            # `assign` puts them in order on their way to the device.
             return tensor, tensor.transform.views(array, tensor.sizes(shapes))
         parts = tensor.split(source.read(tensor.name, "float32"), tensor.sizes(shapes))
         return tensor, [part.astype(float_dtype(dtype)) for part in parts]
@@ -313,7 +315,7 @@ class Assembly:
 
         Args:
             tensor: The tensor.
-            arrays: What its `split` returned.
+            arrays: Its values for the variables, in any order in memory.
         """
         for path, array in zip(tensor.paths, arrays, strict=True):
             if tensor.entry is None:
